@@ -1,0 +1,161 @@
+"""The typed contents of recipes and memory profiles: each knob once, with its meaning, unit and limits."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["full", "lora", "qlora"]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Base(Strict):
+    """The model that is fine-tuned."""
+
+    model: str
+    "Hugging Face id, or a folder that holds config.json and *.safetensors."
+    revision: str | None = None
+    "Branch, tag or commit on the Hub."
+
+
+class Data(Strict):
+    """What is learned from, and how a conversation becomes text."""
+
+    dataset: str
+    "What `prepare` reads: a Hub id, or a local .json, .jsonl, .parquet or .csv file."
+    revision: str | None = None
+    prepared: str
+    "Folder with train.jsonl and test.jsonl: `prepare` writes it, `train` and `eval` read it."
+    train_split: str = "train"
+    test_split: str | None = "test"
+    "Split held out for `eval`; null takes `test_fraction` of the training rows instead."
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    system_message: str | None = None
+    "Put first in conversations that have no system message."
+    chat_template: str = "llama3"
+    "`llama3`, `plain` (no special tokens besides BOS and EOS), or the path of a .jinja file."
+
+
+class Lora(Strict):
+    """Shape of the low-rank adapter, in PEFT's terms."""
+
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    trainable_tokens: list[str] = []
+    "Tokens whose embedding rows are trained too (the base model never saw the llama3 template's tokens)."
+
+
+class Recipe(Strict):
+    """WHAT is learned. One file in recipes/."""
+
+    description: str
+    base: Base
+    data: Data
+    method: Method
+    lora: Lora | None = None
+    max_length: PositiveInt
+    "Tokens per row; longer rows are cut, shorter ones packed."
+    packing: bool = True
+    "Fill each row with whole conversations (best fit decreasing) that do not see each other."
+    global_batch_size: PositiveInt
+    "Rows per optimizer step over all processes."
+    seed: Annotated[int, Field(ge=0)] = 42
+    training: dict[str, Any] = {}
+    "Fields of TRL's SFTConfig by their own names; the ones owned elsewhere are refused."
+
+    @model_validator(mode="after")
+    def _method_and_lora_agree(self):
+        if self.method == "full" and self.lora is not None:
+            raise ValueError("method 'full' trains every weight: remove the 'lora:' block or set method: lora")
+        if self.method != "full" and self.lora is None:
+            raise ValueError(f"method '{self.method}' needs a 'lora:' block")
+        return self
+
+
+class Expectation(Strict):
+    """Peak memory of one recipe under a profile."""
+
+    peak_gpu_gib: PositiveFloat | None = None
+    "Worst rank, CUDA context and NCCL included."
+    peak_host_gib: PositiveFloat | None = None
+    "Whole machine."
+    source: str
+    "`measured DATE COMMIT` or `estimated`."
+
+
+class Profile(Strict):
+    """WHERE it fits. One file in recipes/memory_profiles/."""
+
+    description: str
+    accelerate_config: str
+    "Name of the file in accelerate_configs/ that starts the processes."
+    num_gpus: Annotated[int, Field(ge=0)]
+    "GPUs over all machines; 0 trains on the CPU."
+    gpu_memory_gib: PositiveFloat | None = None
+    "Memory of one GPU."
+    host_memory_gib: PositiveFloat
+    "RAM of one machine."
+    methods: list[Method]
+    "Methods this profile is meant for."
+    model_sizes: list[str] = []
+    "Sizes it is meant for, as they appear in recipe names (`8b`, `70b`, `tiny`); empty means any."
+    micro_batch: PositiveInt
+    "Rows per process and forward pass."
+    activation_checkpointing: bool = True
+    "Keep one activation per layer and recompute the rest in the backward pass."
+    activation_offload: bool = False
+    "Move the kept activations to host RAM until the backward pass needs them."
+    expected: dict[str, Expectation] = {}
+    "Peak memory by recipe name."
+
+    @model_validator(mode="after")
+    def _gpu_memory_is_known(self):
+        if self.num_gpus and self.gpu_memory_gib is None:
+            raise ValueError("gpu_memory_gib is missing: a profile with GPUs says how much memory each has")
+        return self
+
+
+class AccelerateConfig(Strict):
+    """HOW processes start: what fitune reads of a file in accelerate_configs/ (checked by `fitune.accelerate_config`)."""
+
+    path: str
+    num_processes: PositiveInt
+    num_machines: PositiveInt = 1
+    use_cpu: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+    offload_params: bool = False
+    "Keep sharded weights in host RAM; a layer visits the GPU while it computes."
+    reshard_after_forward: bool = True
+    "Free a layer's gathered weights after its forward pass (False keeps them for the backward pass)."
+
+
+class Run(Strict):
+    """One resolved run: run.yaml. The recipe, the profile and the accelerate config it came from, and what follows."""
+
+    fitune: str
+    "Version that wrote the file."
+    recipe_name: str
+    profile_name: str
+    output_dir: str
+    recipe: Recipe
+    profile: Profile
+    accelerate: AccelerateConfig
+    gradient_accumulation_steps: PositiveInt
+    "Derived: global batch / (micro batch x processes)."
+    resume: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def result_folder(self) -> Path:
+        """Where training leaves its result: the adapter, or the whole model for method full."""
+        return self.folder / ("model" if self.recipe.method == "full" else "adapter")

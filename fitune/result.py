@@ -1,0 +1,84 @@
+"""What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from fitune.checkpoint import CheckpointWriter, TensorSpec
+from fitune.config import Run
+from fitune.model import decoder
+from fitune.sharding import local_rows
+
+
+def save_result(folder: Path, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
+
+    Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
+    """
+    main = dist.get_rank() == 0
+    temporary = folder.with_name(f".{folder.name}.partial")
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    parameters = _named_for_saving(model, run)
+    writer = CheckpointWriter(temporary, [spec for _, spec in parameters]) if main else None
+    for parameter, spec in parameters:
+        whole = gather_rows(parameter)
+        if main:
+            writer.write(spec.name, whole.to(spec.dtype))
+    if main:
+        writer.close()
+        _write_companions(temporary, run, model, tokenizer)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    dist.barrier()
+
+
+def gather_rows(parameter: DTensor) -> torch.Tensor | None:
+    """The whole tensor on rank 0 in host RAM, None elsewhere; no GPU memory is used. Call on all ranks."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    local = parameter.detach().to_local().cpu().contiguous()
+    if world_size == 1:
+        return local
+    chunk = -(-parameter.shape[0] // world_size)
+    padded = local if local.shape[0] == chunk else torch.empty((chunk, *local.shape[1:]), dtype=local.dtype)
+    padded[: local.shape[0]] = local
+    parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
+    dist.gather(padded, parts)  # CPU tensors: over gloo
+    if rank != 0:
+        return None
+    rows = [local_rows(parameter.shape[0], r, world_size) for r in range(world_size)]
+    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, rows, strict=True)])
+
+
+def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorSpec]]:
+    """Parameters to save with their names and dtypes on disk: PEFT's for an adapter, Llama's for a whole model."""
+    if run.recipe.method == "full":
+        dtype = decoder(model).config.dtype or torch.bfloat16
+        return [(p, TensorSpec(name, dtype, tuple(p.shape))) for name, p in model.named_parameters()]
+    return [
+        (p, TensorSpec(name.replace(".default", ""), p.dtype, tuple(p.shape)))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+
+def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(folder)
+    causal_lm = decoder(model)
+    causal_lm.generation_config.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
+        config.inference_mode = True
+        config.save_pretrained(folder)
+    else:
+        causal_lm.config.save_pretrained(folder)

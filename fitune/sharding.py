@@ -1,0 +1,77 @@
+"""How the model is spread over the processes: FSDP2's `fully_shard`, unit by unit."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from fitune.config import AccelerateConfig
+from fitune.errors import FituneError
+from fitune.model import decoder
+from fitune.nf4 import NF4Linear
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, settings: AccelerateConfig, compute_dtype: torch.dtype) -> None:
+    """Turns every parameter into a DTensor split along dimension 0, in place. The model must still be on meta.
+
+    One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more.
+    """
+    causal_lm = decoder(model)
+    options = {
+        "mesh": mesh,
+        "mp_policy": _mixed_precision(model, compute_dtype),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload_params
+        else OffloadPolicy(),
+    }  # fmt: skip
+    for layer in causal_lm.model.layers:
+        fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
+    # 2 GiB at 70B and needed once per forward: its own unit, freed at once.
+    fully_shard(causal_lm.model.embed_tokens, reshard_after_forward=True, **options)
+    # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
+    # the weights stay until the backward pass, which starts with them.
+    fully_shard([causal_lm.model.norm, causal_lm.lm_head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+    _check_gathered_as_bytes(model)
+    _tell_transformers(causal_lm)
+
+
+def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Full fine-tuning gathers its float32 master weights in `compute_dtype` and reduces gradients in float32.
+
+    With a frozen base nothing is cast on the way: weights are stored as they are used, and a parameter group of mixed
+    dtypes (base and float32 LoRA) is gathered as bytes, so that packed NF4 arrives bit for bit.
+    """
+    frozen_base = any(not parameter.requires_grad for parameter in model.parameters())
+    if frozen_base or compute_dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=compute_dtype)
+
+
+def _check_gathered_as_bytes(model: nn.Module) -> None:
+    """Refuses a layer whose packed NF4 weights would be gathered as floats on a GPU (bitsandbytes#1945)."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FSDPModule) or not any(isinstance(m, NF4Linear) for m in layer.modules()):
+            continue
+        dtypes = {p.dtype for p in group_parameters(layer)}
+        on_gpu = any(p.device_mesh.device_type == "cuda" for p in group_parameters(layer))
+        if on_gpu and len(dtypes) == 1:
+            raise FituneError(f"{name}: all parameters are {dtypes.pop()}; NF4 weights would be gathered as floats")
+
+
+def group_parameters(unit: nn.Module) -> list[DTensor]:
+    """The parameters gathered together when `unit`, one of FSDP's units, runs: all below it but for nested units."""
+    nested = {id(p) for m in unit.modules() if m is not unit and isinstance(m, FSDPModule) for p in m.parameters()}
+    return [p for p in unit.parameters() if id(p) not in nested]
+
+
+def _tell_transformers(causal_lm: nn.Module) -> None:
+    """Marks the model as sharded, so that Trainer and accelerate neither move it nor wrap it again."""
+    causal_lm._is_distributed_loading_by_transformers = True
+    causal_lm._is_fsdp_managed_module = True
+
+
+def local_rows(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Rows [start, stop) of dimension 0 that FSDP2 keeps on `rank`: equal chunks, the last ones short or empty."""
+    chunk = -(-total // world_size)
+    return min(rank * chunk, total), min((rank + 1) * chunk, total)

@@ -1,0 +1,101 @@
+"""One training run, top to bottom: `accelerate launch --config_file X.yaml -m fitune.train run.yaml`.
+
+torchrun works in the same way, and so does plain python for a single process.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from fitune import run as runs
+from fitune.checkpoint import Checkpoint
+from fitune.config import Run
+from fitune.dataset import load_split, load_tokenizer
+from fitune.distributed import compute_device, is_main_process, join, leave
+from fitune.errors import FituneError, UsageError
+from fitune.hub import local_folder
+from fitune.model import build_skeleton
+from fitune.progress import loading_bar
+from fitune.sharding import shard
+from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints
+from fitune.weights import Placement, load_weights
+
+
+def train(run: Run) -> None:
+    """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
+    mesh = join(run.accelerate)
+    base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
+    tokenizer = load_tokenizer(run.recipe, base_folder)
+    model = load_sharded_model(run, base_folder, tokenizer, mesh)
+    trainer = ShardedSFTTrainer(
+        run,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
+        eval_dataset=_eval_dataset(run),
+        callbacks=[MetricsFile(run.folder)],
+    )
+    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run))
+    trainer.save_model()
+    leave()
+
+
+def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn.Module:
+    """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
+    dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
+    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
+    shard(model, mesh, run.accelerate, dtype)
+    device = compute_device(mesh)
+    placement = Placement(
+        rank=mesh.get_rank(),
+        world_size=mesh.size(),
+        compute_device=device,
+        storage_device=torch.device("cpu") if run.accelerate.offload_params else device,
+    )
+    with Checkpoint(base_folder) as checkpoint, loading_bar(model) as advance:
+        load_weights(model, checkpoint, placement, run.recipe.seed, advance)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return model
+
+
+def _eval_dataset(run: Run):
+    if run.recipe.training.get("eval_strategy", "no") == "no":
+        return None
+    return load_split(run.recipe, "test", run.folder / "cache")
+
+
+def _checkpoint_to_resume(run: Run) -> str | None:
+    if not run.resume:
+        return None
+    found = checkpoints(run.folder / "checkpoints")
+    if not found:
+        raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train without --resume")
+    return str(found[-1])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="fitune.train", description=__doc__)
+    parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    options = parser.parse_args(arguments)
+    run_stage(options.run, train, resume=options.resume)
+
+
+def run_stage(path: Path, stage, **changes) -> None:
+    """Runs `stage` on a run.yaml; an expected error becomes one line from the main process and its exit code."""
+    logging.set_verbosity_error()
+    try:
+        run = runs.load(path)
+        stage(run.model_copy(update={key: value for key, value in changes.items() if value}))
+    except FituneError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

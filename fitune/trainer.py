@@ -1,0 +1,144 @@
+"""TRL's SFTTrainer over an already sharded model: what is saved, what is resumed, what is logged."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from trl import SFTConfig, SFTTrainer
+
+from fitune.config import Run
+from fitune.result import save_result
+from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
+
+
+def training_arguments(run: Run) -> SFTConfig:
+    """The SFTConfig of a run: the recipe's `training:` block, and the fields that recipe, profile and config own."""
+    recipe, profile = run.recipe, run.profile
+    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": None} | recipe.training
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
+    return SFTConfig(
+        **values,
+        output_dir=str(run.folder / "checkpoints"),
+        per_device_train_batch_size=profile.micro_batch,
+        per_device_eval_batch_size=profile.micro_batch,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        max_length=recipe.max_length,
+        packing=recipe.packing,
+        packing_strategy="bfd",
+        assistant_only_loss=True,
+        seed=recipe.seed,
+        use_cpu=run.accelerate.use_cpu,
+        bf16=False,  # the model computes in bf16 by itself; no autocast around it
+        activation_checkpointing=profile.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False, "offload": profile.activation_offload},
+        # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        save_only_model=True,  # Trainer's own way to save optimizers doesn't know this sharding; see _save_checkpoint
+    )
+
+
+class ShardedSFTTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor."""
+
+    def __init__(self, run: Run, **kwargs):
+        self.run = run
+        super().__init__(args=training_arguments(run), **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save_result(Path(output_dir or self.run.result_folder), self.run, self.model, self.processing_class)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """checkpoints/checkpoint-N: result, sharded state, scheduler, RNG, position; renamed when whole."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
+            save_result(partial / self.run.result_folder.name, self.run, self.model, self.processing_class)
+        save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
+        self._save_rng_state(str(partial))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), partial / SCHEDULER_NAME)
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        dist.barrier()
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+            _remove_old(folder.parent, self.args.save_total_limit)
+        dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        load_trainable_weights(
+            Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
+        load_optimizer_state(
+            Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size
+        )
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints under a run's checkpoints/ folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _remove_old(folder: Path, limit: int | None) -> None:
+    for path in checkpoints(folder)[: -limit if limit else 0]:
+        shutil.rmtree(path)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to metrics.jsonl and draws loss.png at the end. Main process only."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+        self.picture = folder / "loss.png"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forgets what an interrupted run logged after the checkpoint that is resumed."""
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in self._lines() if line["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw_loss(self._lines(), self.picture)
+
+    def _lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_loss(lines: list[dict], picture: Path) -> None:
+    """The training loss (and the held-out loss, where it was measured) over the steps, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 3 else None)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120, bbox_inches="tight")

@@ -1,0 +1,83 @@
+"""Reads a YAML file into a typed pydantic model; every mistake names the file, the key and the nearest valid name."""
+
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fitune.errors import UsageError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML would keep the last one without a word."""
+
+
+def _mapping_of_unique_keys(loader, node, deep=False):
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{key_node.value}' is given twice", key_node.start_mark
+            )
+        seen.add(key_node.value)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_of_unique_keys)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file. Raises UsageError for a missing, broken or non-mapping file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    try:
+        data = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected 'key: value' lines, found {type(data).__name__}")
+    return data
+
+
+def parse(model: type[Model], data: dict, source: str) -> Model:
+    """`model` built from `data`; `source` (a file or `--set`) is named in every error."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_describe(error, model, source)) from None
+
+
+def _describe(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        owner = _model_at(model, first["loc"][:-1])
+        return f"{source}: unknown key '{key}'{nearest(first['loc'][-1], owner.model_fields if owner else ())}{more}"
+    if first["type"] == "missing":
+        return f"{source}: key '{key}' is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
+    return f"{source}: {key + ': ' if key else ''}{message}{given if key else ''}{more}"
+
+
+def _model_at(model: type[BaseModel], location) -> type[BaseModel] | None:
+    """The pydantic model that owns the keys at `location`, looking through `X | None`."""
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            return None
+        candidates = (field.annotation, *get_args(field.annotation))
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return None
+    return model
