@@ -8,6 +8,7 @@ into a buffer of its choice, and lets tests count every byte.
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.bytes_read = 0
         self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
         for file, names in self._files().items():
             found, _ = read_header(file)
             for name in names if names is not None else found:
@@ -136,7 +138,8 @@ class Checkpoint:
             if count == 0:
                 raise FituneError(f"{info.file}: tensor {name}: file ends early")
             done += count
-        self.bytes_read += done
+        with self._lock:
+            self.bytes_read += done
         return out
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -152,9 +155,10 @@ class Checkpoint:
         return self.read_bytes(name, 0, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def _handle(self, file: Path) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-        return self._handles[file]
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY)
+            return self._handles[file]
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -185,11 +189,12 @@ class CheckpointWriter:
     """Writes `specs`, in their order, as model*.safetensors under `folder`, one tensor in memory at a time.
 
     Shards hold at most `max_shard_bytes` unless one tensor is larger. File modes follow the umask. `write` must be
-    called once per spec in the given order; `close` checks that and writes the index.
+    called once per spec in the given order; `close` checks that and writes the index. `durable` waits for the disk.
     """
 
-    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int = 5 * 10**9):
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int = 5 * 10**9, *, durable=True):
         self.folder = folder
+        self._durable = durable
         self._shards = self._split(list(specs), max_shard_bytes)
         self._pending = [(shard, spec) for shard, specs in self._shards.items() for spec in specs]
         self._stream = None
@@ -234,7 +239,8 @@ class CheckpointWriter:
     def _finish_shard(self) -> None:
         if self._stream:
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            if self._durable:
+                os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
 

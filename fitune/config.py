@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["full", "lora", "qlora"]
+DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -23,11 +24,27 @@ class Base(Strict):
     "Branch, tag or commit on the Hub."
 
 
+class Source(Strict):
+    """Rows that are mixed in beside `data.dataset`."""
+
+    dataset: str
+    "A Hub id, a local file or a folder of files."
+    revision: str | None = None
+    "Branch, tag or commit on the Hub."
+    train_split: str = "train"
+    test_split: str | None = "test"
+    format: DataFormat | None = None
+    "As in `data`."
+    columns: dict[str, str] = {}
+    weight: PositiveFloat = 1.0
+    "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
+
+
 class Data(Strict):
     """What is learned from, and how a conversation becomes text."""
 
     dataset: str
-    "What `prepare` reads: a Hub id, or a local .json, .jsonl, .parquet or .csv file."
+    "What `prepare` reads: a Hub id, a local .json, .jsonl, .parquet or .csv file, or a folder of them."
     revision: str | None = None
     prepared: str
     "Folder with train.jsonl and test.jsonl: `prepare` writes it, `train` and `eval` read it."
@@ -38,7 +55,17 @@ class Data(Strict):
     system_message: str | None = None
     "Put first in conversations that have no system message."
     chat_template: str = "llama3"
-    "`llama3`, `plain` (no special tokens besides BOS and EOS), or the path of a .jinja file."
+    "`llama3`, `plain` (no special tokens besides BOS and EOS), `tokenizer` (its own), or the path of a .jinja file."
+    format: DataFormat | None = None
+    "What the rows look like; null finds it out from the first row of each file."
+    columns: dict[str, str] = {}
+    "The format's column name: the name it has in the data, such as {output: response}."
+    weight: PositiveFloat = 1.0
+    "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
+    mix: list[Source] = []
+    "Further sources, each with a weight of its own."
+    long_rows: Literal["refuse", "drop", "cut"] = "refuse"
+    "Rows longer than max_length: an error, left out, or cut after the last answer that fits."
 
 
 class Lora(Strict):
@@ -102,16 +129,16 @@ class Profile(Strict):
     "Memory of one GPU."
     host_memory_gib: PositiveFloat
     "RAM of one machine."
-    methods: list[Method]
-    "Methods this profile is meant for."
-    model_sizes: list[str] = []
-    "Sizes it is meant for, as they appear in recipe names (`8b`, `70b`, `tiny`); empty means any."
+    fits: dict[str, list[Method]]
+    "Methods by model size, as it appears in recipe names: `70b: [qlora]`."
     micro_batch: PositiveInt
     "Rows per process and forward pass."
     activation_checkpointing: bool = True
     "Keep one activation per layer and recompute the rest in the backward pass."
     activation_offload: bool = False
     "Move the kept activations to host RAM until the backward pass needs them."
+    embedding_offload: bool = False
+    "Keep the frozen embedding and head, each needed once per pass, in host RAM."
     expected: dict[str, Expectation] = {}
     "Peak memory by recipe name."
 
@@ -120,6 +147,10 @@ class Profile(Strict):
         if self.num_gpus and self.gpu_memory_gib is None:
             raise ValueError("gpu_memory_gib is missing: a profile with GPUs says how much memory each has")
         return self
+
+    @property
+    def methods(self) -> set[str]:
+        return {method for methods in self.fits.values() for method in methods}
 
 
 class AccelerateConfig(Strict):

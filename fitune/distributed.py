@@ -30,10 +30,32 @@ def join(settings: AccelerateConfig) -> DeviceMesh:
     if settings.use_cpu:
         dist.init_process_group("gloo", timeout=timedelta(minutes=30))
         return init_device_mesh("cpu", (world_size,))
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    device = _own_gpu()
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), device_id=device)
     return init_device_mesh("cuda", (world_size,))
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this rank.
+
+    With FITUNE_GPU_CAP_GIB the ranks of a machine share its GPUs, each held to that much of torch's memory: a tier of
+    small cards is tried out on a big one (`benchmarks/tiers.py`). NCCL refuses two ranks of one host on one GPU, so
+    each calls itself a host of its own.
+    """
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cap_gib = os.environ.get("FITUNE_GPU_CAP_GIB")
+    if cap_gib:
+        os.environ["NCCL_HOSTID"] = f"rank-{os.environ['RANK']}"
+        local_rank %= torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local_rank)
+    elif local_rank >= torch.cuda.device_count():
+        raise UsageError(f"the run needs {os.environ['LOCAL_WORLD_SIZE']} GPUs here, torch sees {torch.cuda.device_count()}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    if cap_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap_gib) * 2**30 / total), device)
+    return device
 
 
 def leave() -> None:

@@ -1,5 +1,6 @@
 """The model's skeleton on the meta device: architecture, quantised linears, adapter, kernels. No weight is read here."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
 
 def _use_liger_kernels(model: PreTrainedModel) -> None:
     """Fused RMSNorm, SwiGLU and RoPE. The loss is TRL's own fused one."""
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of each accelerator that is not here
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(

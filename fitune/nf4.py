@@ -6,6 +6,7 @@ from bitsandbytes.functional import QuantState
 from torch import nn
 
 BLOCK = 64  # weights per absmax; bitsandbytes' and QLoRA's default
+NESTED_BLOCK = 256  # absmax values per second-level absmax (double quantisation)
 STORAGE = torch.float32
 """Dtype that the packed bytes wear (8 weights in one element).
 

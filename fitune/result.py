@@ -1,6 +1,5 @@
 """What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def save_result(folder: Path, run: Run, model: nn.Module, tokenizer: PreTrainedT
         writer.close()
         _write_companions(temporary, run, model, tokenizer)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     dist.barrier()
 
 

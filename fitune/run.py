@@ -80,9 +80,8 @@ def load_profile(name: str, overrides: dict | None = None) -> Profile:
 
 
 def goes_with(recipe_name: str, recipe: Recipe, profile: Profile) -> bool:
-    """Whether a profile is meant for a recipe: its method, and the size in the recipe's name."""
-    sizes = profile.model_sizes
-    return recipe.method in profile.methods and (not sizes or any(size in recipe_name.split("_") for size in sizes))
+    """Whether a profile is meant for a recipe: its method, at the size in the recipe's name."""
+    return any(size in recipe_name.split("_") and recipe.method in methods for size, methods in profile.fits.items())
 
 
 def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
@@ -109,14 +108,16 @@ def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, acc
     if recipe.method not in profile.methods:
         fitting = [name for name in names(PROFILES) if goes_with(recipe_name, recipe, load_profile(name))]
         raise UsageError(
-            f"profile {profile_name} is for {', '.join(profile.methods)}, recipe {recipe_name} is {recipe.method}; "
-            f"profiles for it: {', '.join(fitting) or 'none'}"
+            f"profile {profile_name} is for {', '.join(sorted(profile.methods))}, recipe {recipe_name} is "
+            f"{recipe.method}; profiles for it: {', '.join(fitting) or 'none'}"
         )
     if profile.num_gpus and profile.num_gpus != accelerate.num_processes:
         raise UsageError(
             f"profile {profile_name} has num_gpus {profile.num_gpus}, {accelerate.path} has num_processes "
             f"{accelerate.num_processes}: make them equal"
         )
+    if profile.embedding_offload and recipe.method == "full":
+        raise UsageError(f"profile {profile_name}: embedding_offload is for a frozen base, recipe {recipe_name} is full")
     if bool(profile.num_gpus) == accelerate.use_cpu:
         raise UsageError(f"profile {profile_name} has num_gpus {profile.num_gpus}, but {accelerate.path} "
                          f"has use_cpu: {str(accelerate.use_cpu).lower()}")  # fmt: skip

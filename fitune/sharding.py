@@ -6,34 +6,44 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fitune.config import AccelerateConfig
+from fitune.config import Run
 from fitune.errors import FituneError
 from fitune.model import decoder
 from fitune.nf4 import NF4Linear
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, settings: AccelerateConfig, compute_dtype: torch.dtype) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
     """Turns every parameter into a DTensor split along dimension 0, in place. The model must still be on meta.
 
     One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more.
     """
     causal_lm = decoder(model)
-    options = {
-        "mesh": mesh,
-        "mp_policy": _mixed_precision(model, compute_dtype),
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload_params
-        else OffloadPolicy(),
-    }  # fmt: skip
+    options = {"mesh": mesh, "mp_policy": _mixed_precision(model, compute_dtype)}
+    in_host_ram = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    everything = in_host_ram if run.accelerate.offload_params else OffloadPolicy()
+    embeddings = in_host_ram if run.profile.embedding_offload else everything
     for layer in causal_lm.model.layers:
-        fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
+        fully_shard(
+            layer, reshard_after_forward=run.accelerate.reshard_after_forward, offload_policy=everything, **options
+        )
     # 2 GiB at 70B and needed once per forward: its own unit, freed at once.
-    fully_shard(causal_lm.model.embed_tokens, reshard_after_forward=True, **options)
+    fully_shard(causal_lm.model.embed_tokens, reshard_after_forward=True, offload_policy=embeddings, **options)
     # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
     # the weights stay until the backward pass, which starts with them.
-    fully_shard([causal_lm.model.norm, causal_lm.lm_head], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+    head = [causal_lm.model.norm, causal_lm.lm_head]
+    fully_shard(head, reshard_after_forward=False, offload_policy=embeddings, **options)
+    fully_shard(model, offload_policy=everything, **options)
     _check_gathered_as_bytes(model)
     _tell_transformers(causal_lm)
+
+
+def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:
+    """The modules whose own parameters are offloaded, after `shard`'s plan."""
+    if run.accelerate.offload_params:
+        return set(model.modules())
+    backbone = decoder(model).model
+    offloaded = [backbone.embed_tokens, backbone.norm, decoder(model).lm_head] if run.profile.embedding_offload else []
+    return {module for unit in offloaded for module in unit.modules()}
 
 
 def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:

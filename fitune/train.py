@@ -5,6 +5,8 @@ torchrun works in the same way, and so does plain python for a single process.
 
 import argparse
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,9 +19,10 @@ from fitune.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.errors import FituneError, UsageError
 from fitune.hub import local_folder
+from fitune.measure import Measurements
 from fitune.model import build_skeleton
 from fitune.progress import loading_bar
-from fitune.sharding import shard
+from fitune.sharding import kept_in_host_ram, shard
 from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints
 from fitune.weights import Placement, load_weights
 
@@ -29,15 +32,18 @@ def train(run: Run) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
+    started = time.perf_counter()
     model = load_sharded_model(run, base_folder, tokenizer, mesh)
+    measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
     trainer = ShardedSFTTrainer(
         run,
         model=model,
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
         eval_dataset=_eval_dataset(run),
-        callbacks=[MetricsFile(run.folder)],
+        callbacks=[MetricsFile(run.folder), measurements],
     )
+    measurements.tokens_so_far = lambda: trainer._total_train_tokens
     trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run))
     trainer.save_model()
     leave()
@@ -47,14 +53,9 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
-    shard(model, mesh, run.accelerate, dtype)
+    shard(model, mesh, run, dtype)
     device = compute_device(mesh)
-    placement = Placement(
-        rank=mesh.get_rank(),
-        world_size=mesh.size(),
-        compute_device=device,
-        storage_device=torch.device("cpu") if run.accelerate.offload_params else device,
-    )
+    placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
     with Checkpoint(base_folder) as checkpoint, loading_bar(model) as advance:
         load_weights(model, checkpoint, placement, run.recipe.seed, advance)
     if device.type == "cuda":
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_stage(path: Path, stage, **changes) -> None:
     """Runs `stage` on a run.yaml; an expected error becomes one line from the main process and its exit code."""
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between trl, peft and transformers, not ours to mend
     try:
         run = runs.load(path)
         stage(run.model_copy(update={key: value for key, value in changes.items() if value}))

@@ -71,7 +71,7 @@ class ShardedSFTTrainer(SFTTrainer):
         dist.barrier()
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
+            partial.replace(folder)
             _remove_old(folder.parent, self.args.save_total_limit)
         dist.barrier()
 

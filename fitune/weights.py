@@ -6,22 +6,26 @@ A checkpoint is either in full precision (bf16, fp16, fp32) or in bitsandbytes' 
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+from bitsandbytes.utils import unpack_tensor_to_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from fitune.checkpoint import Checkpoint
 from fitune.errors import FituneError
 from fitune.model import decoder
-from fitune.nf4 import BLOCK, STORAGE, NF4Linear
+from fitune.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.sharding import local_rows
+from fitune.streaming import CHUNK_BYTES, Read, pin_in_place, stream
 
-STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
+STATISTICS = (QUANT_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
+"Parts of a packed weight; the nested ones only where the absmax vector is itself quantised."
 WEIGHTS_PER_ELEMENT = 2 * STORAGE.itemsize
 
 
@@ -31,9 +35,10 @@ class Placement:
 
     rank: int
     world_size: int
-    compute_device: torch.device
-    storage_device: torch.device
-    "Where the sharded weights live: the CPU when they are offloaded."
+    device: torch.device
+    "Where layers are computed, and where their weights live unless they are offloaded."
+    in_host_ram: frozenset[nn.Module] = frozenset()
+    "Modules whose own parameters stay on the CPU."
 
 
 def load_weights(
@@ -45,13 +50,20 @@ def load_weights(
     file if one is missing, surplus or of another shape.
     """
     plan = account_for_every_tensor(model, checkpoint)
-    model.to_empty(device=placement.storage_device)
-    _rebuild_rotary_embedding(model, placement.compute_device)
+    for module in model.modules():
+        module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
+    _rebuild_rotary_embedding(model, placement.device)
     loader = _Loader(model, checkpoint, placement, seed)
-    with torch.no_grad():
+
+    def reads() -> Iterator[Read]:
         for name, source in plan.items():
-            loader.fill(name, source)
+            yield from loader.reads(name, source)
             on_tensor(name)
+
+    with torch.no_grad():
+        stream(checkpoint, reads(), pin_memory=placement.device.type == "cuda")
+    if placement.device.type == "cuda":
+        pin_in_place(parameter.to_local() for parameter in model.parameters())
 
 
 def account_for_every_tensor(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str | None]:
@@ -91,7 +103,7 @@ def _source_name(parameter: str, checkpoint: Checkpoint) -> str:
 
 
 def is_nf4(checkpoint: Checkpoint, name: str) -> bool:
-    return f"{name}.{STATISTICS[-1]}" in checkpoint
+    return f"{name}.{QUANT_STATE}" in checkpoint
 
 
 def _check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], is_quantised: bool) -> set[str]:
@@ -107,8 +119,27 @@ def _check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], is_
         raise FituneError(f"{info.file}: tensor {name} is NF4; methods full and lora need a bf16 checkpoint, use qlora")
     if info.nbytes * 2 != math.prod(shape):
         raise FituneError(f"{info.file}: tensor {name} packs {info.nbytes * 2} weights, the model needs {shape}")
-    parts = {f"{name}.{part}" for part in STATISTICS}
-    return {name} | {part for part in parts if part in checkpoint}
+    return {name} | _check_statistics(checkpoint, name, shape)
+
+
+def _check_statistics(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> set[str]:
+    """The names of a packed weight's statistics, their sizes checked against the weight's `shape`."""
+    state_info = checkpoint[f"{name}.{QUANT_STATE}"]
+    state = unpack_tensor_to_dict(checkpoint.read(state_info.name))
+    if tuple(state["shape"]) != shape or state["blocksize"] != BLOCK:
+        raise FituneError(
+            f"{state_info.file}: tensor {state_info.name} is of a weight of shape {state['shape']} in blocks of "
+            f"{state['blocksize']}, the model needs {shape} in blocks of {BLOCK}"
+        )
+    blocks = -(-math.prod(shape) // BLOCK)
+    sizes = {QUANT_STATE: state_info.numel, "absmax": blocks, "quant_map": 16}
+    if "nested_blocksize" in state:
+        sizes |= {"nested_absmax": -(-blocks // NESTED_BLOCK), "nested_quant_map": 256}
+    for part, size in sizes.items():
+        info = checkpoint[f"{name}.{part}"]
+        if info.numel != size:
+            raise FituneError(f"{info.file}: tensor {info.name} has {info.numel} values, the model needs {size}")
+    return {f"{name}.{part}" for part in sizes}
 
 
 def _rebuild_rotary_embedding(model: nn.Module, device: torch.device) -> None:
@@ -118,7 +149,7 @@ def _rebuild_rotary_embedding(model: nn.Module, device: torch.device) -> None:
 
 
 class _Loader:
-    """Fills one parameter at a time: never more in memory than one parameter's local rows beside the model."""
+    """Turns parameters into reads of this rank's byte ranges, and what to do with the bytes."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, placement: Placement, seed: int):
         self.parameters = dict(model.named_parameters())
@@ -133,7 +164,8 @@ class _Loader:
         self.placement = placement
         self.seed = seed
 
-    def fill(self, name: str, source: str | None) -> None:
+    def reads(self, name: str, source: str | None) -> Iterator[Read]:
+        """The reads that fill one parameter. What needs no streaming (adapters, statistics) is done at once."""
         parameter = self.parameters[name]
         local = parameter.to_local()
         start, stop = local_rows(parameter.shape[0], self.placement.rank, self.placement.world_size)
@@ -142,11 +174,14 @@ class _Loader:
         if source is None:
             local.copy_(self._initial_adapter(name, parameter.shape)[start:stop])
         elif name not in self.modules:
-            local.copy_(self.checkpoint.read_rows(source, start, stop))
+            info = self.checkpoint[source]
+            row_bytes = info.nbytes // info.shape[0]
+            yield from self._copies(source, start * row_bytes, stop * row_bytes, info.dtype, local)
         elif is_nf4(self.checkpoint, source):
-            self._fill_from_nf4(local, self.modules[name], source, start, stop)
+            self.modules[name].quant_state = self._stored_statistics(source)
+            yield from self._copies(source, start * STORAGE.itemsize, stop * STORAGE.itemsize, STORAGE, local)
         else:
-            self._fill_quantising(local, self.modules[name], source, start, stop)
+            yield from self._quantising(self.modules[name], source, start, stop, local)
 
     def _initial_adapter(self, name: str, shape: torch.Size) -> torch.Tensor:
         """LoRA's start (A as in PEFT, B zero), the same on any number of ranks; a trained token starts as it was."""
@@ -159,44 +194,62 @@ class _Loader:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
-    def _fill_from_nf4(self, local, module: NF4Linear, source: str, start: int, stop: int) -> None:
-        size = STORAGE.itemsize
-        packed = self.checkpoint.read_bytes(source, start * size, stop * size)
-        local.copy_(packed.view(STORAGE).view(-1, 1))
-        parts = {f"weight.{part}": f"{source}.{part}" for part in STATISTICS if f"{source}.{part}" in self.checkpoint}
-        statistics = {key: self.checkpoint.read(tensor) for key, tensor in parts.items()}
-        module.quant_state = QuantState.from_dict(statistics, device=self.placement.compute_device)
+    def _copies(self, source: str, start: int, stop: int, dtype: torch.dtype, local: torch.Tensor) -> Iterator[Read]:
+        """Bytes [start, stop) of a tensor into `local`, as they are or cast from `dtype`."""
+        flat = local.view(-1)
+        straight = local.device.type == "cpu" and local.dtype == dtype
+        for low in range(start, stop, CHUNK_BYTES):
+            high = min(low + CHUNK_BYTES, stop)
+            part = flat[(low - start) // dtype.itemsize : (high - start) // dtype.itemsize]
+            if straight:
+                yield Read(source, low, high, destination=part.view(torch.uint8))
+            else:
+                yield Read(source, low, high, consume=lambda data, part=part: part.copy_(data.view(dtype)))
 
-    def _fill_quantising(self, local, module: NF4Linear, source: str, start: int, stop: int) -> None:
+    def _stored_statistics(self, source: str) -> QuantState:
+        names = [part for part in STATISTICS if f"{source}.{part}" in self.checkpoint]
+        statistics = {f"weight.{part}": self.checkpoint.read(f"{source}.{part}") for part in names}
+        return QuantState.from_dict(statistics, device=self.placement.device)
+
+    def _quantising(self, module: NF4Linear, source: str, start: int, stop: int, local: torch.Tensor) -> Iterator[Read]:
         """Quantises the local rows, whole blocks at a time, and shares the absmax of all blocks among the ranks.
 
         The result equals bitsandbytes' `quantize_4bit` of the whole tensor: blocks are independent, and the second
         quantisation sees the same complete absmax vector.
         """
-        info, device = self.checkpoint[source], self.placement.compute_device
+        info, device = self.checkpoint[source], self.placement.device
+        size = info.dtype.itemsize
         first, last = start * WEIGHTS_PER_ELEMENT, stop * WEIGHTS_PER_ELEMENT  # weights of this rank
-        block_start, block_stop = first // BLOCK, -(-last // BLOCK)
         absmax = torch.zeros(-(-info.numel // BLOCK), dtype=torch.float32, device=device)
-        if stop > start:
-            weight_stop = min(block_stop * BLOCK, info.numel)
-            size = info.dtype.itemsize
-            weights = self.checkpoint.read_bytes(source, block_start * BLOCK * size, weight_stop * size)
-            packed, state = quantize_4bit(weights.view(info.dtype).to(device), blocksize=BLOCK, quant_type="nf4")
-            offset = first - block_start * BLOCK
-            mine = packed.view(-1)[offset // 2 : (offset + last - first) // 2]
-            local.copy_(mine.clone().view(STORAGE).view(-1, 1))
+        flat = local.view(-1).view(torch.uint8)
+
+        def quantise(data: torch.Tensor, begin: int) -> None:
+            """Weights from number `begin` on, which starts a block, in the stored dtype."""
+            packed, state = quantize_4bit(data.view(info.dtype).to(device), blocksize=BLOCK, quant_type="nf4")
+            low, high = max(begin, first), min(begin + data.numel() // size, last)
+            flat[(low - first) // 2 : (high - first) // 2] = packed.view(-1)[(low - begin) // 2 : (high - begin) // 2]
             # a block cut by a rank's border is quantised on both sides and counted where it starts
-            owned = -(-first // BLOCK)
-            absmax[owned:block_stop] = state.absmax[owned - block_start :]
-        if self.placement.world_size > 1:
-            dist.all_reduce(absmax)
-        module.quant_state = _statistics(absmax, info.shape, info.dtype)
+            owned, block = -(-low // BLOCK), begin // BLOCK
+            absmax[owned : block + state.absmax.numel()] = state.absmax[owned - block :]
+
+        step = CHUNK_BYTES // size
+        whole_blocks_end = min(-(-last // BLOCK) * BLOCK, info.numel) if last > first else 0
+        for begin in range(first // BLOCK * BLOCK, whole_blocks_end, step):
+            end = min(begin + step, whole_blocks_end)
+            yield Read(source, begin * size, end * size, consume=lambda data, begin=begin: quantise(data, begin))
+
+        def share() -> None:
+            if self.placement.world_size > 1:
+                dist.all_reduce(absmax)
+            module.quant_state = _statistics(absmax, info.shape, info.dtype)
+
+        yield Read(source, 0, 0, consume=lambda _: share())
 
 
 def _statistics(absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantState:
     """bitsandbytes' double quantisation of the absmax vector, as in its `quantize_4bit(compress_statistics=True)`."""
     offset = absmax.mean()
-    quantised, nested = quantize_blockwise(absmax - offset, blocksize=256)
+    quantised, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
     return QuantState(
         absmax=quantised,
         shape=torch.Size(shape),

@@ -1,0 +1,166 @@
+"""Runs memory profiles on one big GPU, with as many ranks as the tier has, each held to the tier's card.
+
+    python benchmarks/tiers.py PLAN.json OUTPUT_FOLDER
+
+PLAN.json is a list of runs: {"profile", "recipe", "checkpoint", "cap_gib", "steps", "set": [...], "resume": true}.
+Each goes through `cli.py train` itself: a few steps, a checkpoint, and if asked a resume. One JSON object per run.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel")
+
+
+class Watcher(threading.Thread):
+    """Samples the GPU's and the machine's used memory, above what was used before, until stopped."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.stopped = threading.Event()
+        self.gpu_before, self.host_before = self._gpu_used(), self._host_used()
+        self.gpu_peak = self.host_peak = 0.0
+
+    @staticmethod
+    def _gpu_used() -> float:
+        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+                             capture_output=True, text=True, check=True)  # fmt: skip
+        return sum(map(float, out.stdout.split())) / 1024
+
+    @staticmethod
+    def _host_used() -> float:
+        memory = psutil.virtual_memory()
+        return (memory.total - memory.available) / GIB
+
+    def run(self):
+        while not self.stopped.wait(0.5):
+            self.gpu_peak = max(self.gpu_peak, self._gpu_used() - self.gpu_before)
+            self.host_peak = max(self.host_peak, self._host_used() - self.host_before)
+
+    def stop(self):
+        self.stopped.set()
+        self.join()
+
+
+def run_tier(plan: dict, work: Path) -> dict:
+    """One run of a plan: its measurements, or the error it ended with."""
+    output = work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run')}"
+    steps = plan.get("steps", 3)
+    sets = [f"base.model={plan['checkpoint']}", f"data.prepared={plan['data']}", f"training.max_steps={steps}",
+            f"training.save_steps={max(1, steps - 1)}", "training.logging_steps=1", *plan.get("set", [])]  # fmt: skip
+    command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"], "--output", str(output)]
+    command += [part for item in sets for part in ("--set", item)]
+    environment = os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"])}
+    watcher = Watcher()
+    watcher.start()
+    started = time.time()
+    code, tail = _call(command, environment, plan.get("timeout", 300))
+    seconds = time.time() - started
+    watcher.stop()
+    result = {"profile": plan["profile"], "recipe": plan["recipe"], "ok": code == 0, "seconds": round(seconds, 1),
+              "gpu_cap_gib": plan["cap_gib"], "command": " ".join(["python", *command[1:]])}  # fmt: skip
+    if code:
+        return result | {"error": tail[-1500:]}
+    result |= _described(output, plan, watcher)
+    if plan.get("resume"):
+        result["resume"] = _resumed(command, environment, output, plan)
+    return result
+
+
+def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, str]:
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, errors="replace", start_new_session=True)  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=timeout)
+        return process.returncode, out
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, _ = process.communicate()
+        return 124, out + "\ntimed out"
+
+
+def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
+    import yaml
+
+    run = yaml.safe_load((output / "run.yaml").read_text())
+    measured = json.loads((output / "measurements.json").read_text())
+    ranks = run["accelerate"]["num_processes"]
+    reserved = sum(rank["peak_reserved_gib"] for rank in measured["ranks"])
+    outside = max(0.0, watcher.gpu_peak - reserved) / ranks
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "method": run["recipe"]["method"],
+        "num_gpus": ranks,
+        "offload": run["accelerate"]["offload_params"],
+        "max_length": run["recipe"]["max_length"],
+        "micro_batch": run["profile"]["micro_batch"],
+        "gradient_accumulation_steps": run["gradient_accumulation_steps"],
+        "activation_checkpointing": run["profile"]["activation_checkpointing"],
+        "activation_offload": run["profile"]["activation_offload"],
+        "layers": json.loads((Path(plan["checkpoint"]) / "config.json").read_text())["num_hidden_layers"],
+        "peak_allocated_gib": round(measured["peak_allocated_gib"], 2),
+        "peak_reserved_gib": round(measured["peak_reserved_gib"], 2),
+        "outside_allocator_gib": round(outside, 2),
+        "peak_gpu_gib": round(measured["peak_reserved_gib"] + outside, 2),
+        "peak_host_gib": round(watcher.host_peak, 2),
+        "peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in measured["ranks"]), 2),
+        "load_seconds": measured["load_seconds"],
+        "step_seconds": measured["step_seconds"],
+        "tokens_per_second_per_gpu": round(measured["tokens_per_second_per_gpu"], 1),
+        "losses": [line["loss"] for line in lines if "loss" in line],
+    }
+
+
+def _resumed(command: list[str], environment: dict, output: Path, plan: dict) -> dict:
+    """Runs the last step again from the checkpoint before it, and compares its loss."""
+
+    def last_loss():
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line][-1]
+
+    before = last_loss()
+    shutil.rmtree(max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
+    code, tail = _call([*command, "--resume"], environment, plan.get("timeout", 300))
+    return {"ok": code == 0, "loss": before, "resumed_loss": last_loss()} if code == 0 else {"ok": False, "error": tail[-800:]}
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiers"))
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    about = {"gpu_name": torch.cuda.get_device_name(), "versions": versions(), "commit": options.commit,
+             "date": datetime.date.today().isoformat()}  # fmt: skip
+    results = []
+    for plan in json.loads(options.plan.read_text()):
+        result = run_tier(plan, options.work) | about
+        results.append(result)
+        (options.output / "tiers.json").write_text(json.dumps(results, indent=2) + "\n")
+        shown = ("profile", "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds",
+                 "step_seconds", "tokens_per_second_per_gpu", "losses", "resume")  # fmt: skip
+        print({key: result[key] for key in shown if key in result}, result.get("error", ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""fitune's command line: pick a recipe and a memory profile, prepare, train, evaluate, generate, merge.
+
+Nothing heavy is imported before a command needs it: `--help`, `list` and `show` answer at once.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from fitune import run as runs
+from fitune.errors import FituneError, UsageError
+
+EPILOG = "Start with:  make demo   or   python cli.py list"
+
+
+class Cli(click.Group):
+    """Prints an expected error as one line and exits with its code; --debug shows the traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except FituneError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def completed_from(folder: Path):
+    """Shell completion from the YAML files of a folder."""
+    return lambda ctx, param, incomplete: [name for name in runs.names(folder) if name.startswith(incomplete)]
+
+
+recipe_argument = click.argument("recipe", shell_complete=completed_from(runs.RECIPES))
+profile_option = click.option("--profile", required=True, help="Memory profile (see `list`) or a .yaml file.",
+                              shell_complete=completed_from(runs.PROFILES))  # fmt: skip
+set_option = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE",
+                          help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.")  # fmt: skip
+output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
+
+
+@click.group(cls=Cli, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(runs.__version__, prog_name="fitune")
+def cli(debug):
+    """Fine-tune Llama 3, 70B above all, on the GPUs you own."""
+
+
+@cli.command("list", epilog="Example:  python cli.py list")
+def list_command():
+    """Recipes, memory profiles, accelerate configs, and which go together."""
+    from fitune.catalogue import print_catalogue
+
+    print_catalogue()
+
+
+@cli.command(epilog="Example:  python cli.py show llama3_70b_qlora --profile fsdp_4x24gb")
+@recipe_argument
+@profile_option
+@set_option
+@output_option
+def show(recipe, profile, sets, output):
+    """The resolved run.yaml and the exact launch line; loads nothing."""
+    run = runs.resolve(recipe, profile, sets, output)
+    click.echo(runs.dump(run), nl=False)
+    click.echo("\n# " + _launch_line(run, "fitune.train"))
+
+
+@cli.command(epilog="Example:  python cli.py train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
+@recipe_argument
+@profile_option
+@set_option
+@output_option
+@click.option("--resume", is_flag=True, help="Continue the run in --output from its newest checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
+@click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines.")
+@click.option("--main-process-ip", help="Address of machine 0.")
+@click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0.")
+def train(recipe, profile, sets, output, resume, dry_run, machine_rank, main_process_ip, main_process_port):
+    """Write run.yaml, then start the processes with accelerate launch."""
+    run = runs.resolve(recipe, profile, sets, output)
+    if dry_run:
+        click.echo(runs.dump(run), nl=False)
+        click.echo("\n# " + _launch_line(run, "fitune.train"))
+        return
+    from fitune.preflight import check_before_training, open_run_folder
+
+    check_before_training(run)
+    open_run_folder(run, resume)
+    click.echo(_launch_line(run, "fitune.train"))
+    flags = {"--machine_rank": machine_rank, "--main_process_ip": main_process_ip,
+             "--main_process_port": main_process_port}  # fmt: skip
+    given = tuple(str(part) for flag, value in flags.items() if value is not None for part in (flag, value))
+    _launch(run, "fitune.train", *(["--resume"] if resume else []), accelerate_flags=given)
+    click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: python cli.py eval {run.folder}")
+
+
+@cli.command("eval", epilog="Example:  python cli.py eval runs/tiny_qlora-cpu_2proc")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+def eval_command(run_folder):
+    """Loss, perplexity and token accuracy on the test split, base against tuned."""
+    _launch(_finished_run(run_folder), "fitune.evaluate")
+
+
+@cli.command(epilog='Example:  python cli.py generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
+@click.argument("run_or_model", type=click.Path(path_type=Path))
+@click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
+@click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
+@click.option("--chat", is_flag=True, help="A conversation with the tuned model.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
+def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file):
+    """Answers from base and tuned model side by side, or from a merged model."""
+    is_model = not (run_or_model / "run.yaml").is_file() and (run_or_model / "config.json").is_file()
+    if not (prompt or test or chat):
+        raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
+    if is_model and test:
+        raise UsageError(f"{run_or_model} is a model folder: --test needs a run folder, which knows the test split")
+    arguments = [*(part for text in prompt for part in ("--prompt", text)), "--max-new-tokens", str(max_new_tokens),
+                 "--temperature", str(temperature), *(["--chat"] if chat else []),
+                 *(["--test", str(test)] if test else []), *(["--json", str(json_file)] if json_file else [])]  # fmt: skip
+    if is_model:
+        from fitune.generate import generate_from_model, parse_options
+
+        generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
+    else:
+        _launch(_finished_run(run_or_model), "fitune.generate", *arguments)
+
+
+@cli.command(epilog="Example:  ./cli.py completion bash >> ~/.bashrc   (then use ./cli.py)")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell):
+    """The completion script for a shell."""
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(cli, {}, "cli.py", "_CLI_PY_COMPLETE").source())
+
+
+def _finished_run(folder: Path):
+    run = runs.load(folder)
+    if not run.result_folder.is_dir():
+        raise UsageError(f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume")
+    return run
+
+
+def _launch_line(run, module: str) -> str:
+    from fitune.launch import launch_line
+
+    return shlex.join(launch_line(run, module))
+
+
+def _launch(run, module: str, *arguments: str, **options) -> None:
+    from fitune.launch import launch
+
+    code = launch(run, module, *arguments, **options)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    cli(prog_name="cli.py")

@@ -1,0 +1,166 @@
+"""report.json: what was read, what was kept, where it came from; and the same as a table."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fitune.chat_template import template_hash, tokenizer_hash
+from fitune.errors import UsageError
+from fitune.reading import Tally
+from fitune.row_checks import Rules
+from fitune.row_store import RowStore, Selection
+from fitune.sources import SourceFile
+from fitune.token_report import histogram_chart, packing_report, token_statistics
+
+REPORT_VERSION = 1
+
+
+def describe(
+    sources,
+    tally: Tally,
+    store: RowStore,
+    selection: Selection,
+    rules: Rules,
+    packing: bool,
+    global_batch_size: int | None,
+) -> dict:
+    """The report, but for the template and the tokenizer. `sources` holds `(settings, splits)` pairs.
+
+    `rows_kept` counts different rows; `train_rows` lines of train.jsonl, where a weight may repeat or leave out rows.
+    `tokens` and what follows from them are about train.jsonl, and null where no tokenizer was given.
+    """
+    repeats = selection.train_repeats
+    train_tokens = np.repeat(store.tokens, repeats)
+    counted = rules.counter is not None
+    report = {
+        "version": REPORT_VERSION,
+        "rows_in": tally.rows_in,
+        "rows_kept": int((repeats > 0).sum() + selection.test.sum()),
+        "dropped": dict(sorted((tally.counts | selection.dropped).items(), key=lambda item: -item[1])),
+        "examples": tally.examples,
+        "rows_cut": tally.cut,
+        "escaped_control_tokens": tally.escaped,
+        "train_rows": int(repeats.sum()),
+        "test_rows": int(selection.test.sum()),
+        "tokens": token_statistics(train_tokens, np.repeat(store.trained, repeats)) if counted else None,
+        "test_tokens": int(store.tokens[selection.test].sum(dtype=np.int64)) if counted else None,
+        "max_length": rules.max_length,
+        "packing": packing,
+        "packed_rows": None,
+        "packing_efficiency": None,
+        "steps_per_epoch": None,
+        "source": _source(sources[0], 0, tally, store),
+        "mixed_in": [_source(source, number, tally, store) for number, source in enumerate(sources[1:], start=1)],
+    }
+    if counted and rules.max_length:
+        report |= packing_report(train_tokens, rules.max_length, packing, global_batch_size)
+    return report | {"notes": _notes(report, sources, global_batch_size)}
+
+
+def print_report(report: dict, console) -> None:
+    """The report as a table, on a rich Console."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _lines(report):
+        table.add_row(name, value)
+    console.print(table)
+    if report["tokens"]:
+        console.print(histogram_chart(report["tokens"]["histogram"]))
+    for note in report["notes"]:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def _source(source: tuple, number: int, tally: Tally, store: RowStore) -> dict:
+    """`sha256` is that of the one file, of the list of the files' sums, or of the rows that a Hub dataset gave."""
+    settings, splits = source
+    files = [file.name for file in (*splits.train, *splits.test) if isinstance(file, SourceFile)]
+    sums = {name: tally.sha256_by_file[name] for name in files}
+    if not sums:
+        rows = store.hashes[store.source == number]
+        sha256, of = hashlib.sha256(rows.tobytes()).hexdigest(), "rows"
+    elif len(sums) == 1:
+        sha256, of = next(iter(sums.values())), "file"
+    else:
+        sha256, of = hashlib.sha256("\n".join(sums.values()).encode()).hexdigest(), "files"
+    return {
+        "dataset": settings.dataset,
+        "revision": splits.revision,
+        "sha256": sha256,
+        "sha256_of": of,
+        "files": sums,
+        "weight": settings.weight,
+        "rows_in": tally.rows_by_source.get(number, 0),
+        "test_rows_from": f"its split '{settings.test_split}'" if splits.test else "its training rows, by seed",
+    }
+
+
+def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
+    notes = []
+    for settings, splits in sources:
+        if settings.test_split and not splits.test and splits.has_named_splits:
+            notes.append(
+                f"{settings.dataset} has no split '{settings.test_split}': test rows were taken from the others"
+            )
+        if splits.ignored:
+            names = ", ".join(splits.ignored[:5]) + (", ..." if len(splits.ignored) > 5 else "")
+            notes.append(f"neither train nor test, not read: {names}")
+    if report["packed_rows"] and global_batch_size and report["packed_rows"] < global_batch_size:
+        notes.append(
+            f"packed, the training rows fill {report['packed_rows']:,} rows of {report['max_length']:,} tokens, "
+            f"less than one global batch of {global_batch_size:,}"
+        )
+    if not report["test_rows"]:
+        notes.append("no test rows: eval will have nothing to measure")
+    if report["tokens"] is None:
+        notes.append("no tokenizer was given: tokens were not counted, long rows not looked for")
+    return notes
+
+
+def _lines(report: dict):
+    yield "rows read", f"{report['rows_in']:,}"
+    yield "kept", f"{report['rows_kept']:,}"
+    for reason, count in report["dropped"].items():
+        yield "  dropped", f"{count:,}  {reason}"
+    if report["rows_cut"]:
+        yield "  cut", f"{report['rows_cut']:,}  after the last answer that fits in max_length"
+    if report["escaped_control_tokens"]:
+        yield "  escaped", f"{report['escaped_control_tokens']:,}  control tokens"
+    yield "train / test", f"{report['train_rows']:,} / {report['test_rows']:,}"
+    yield "template", report["template"]["choice"] or "none"
+    if tokens := report["tokens"]:
+        yield "tokens", f"{tokens['total']:,}, {tokens['trained_share']:.1%} trained"
+        yield "tokens per row", f"p50 {tokens['p50']:,}  p95 {tokens['p95']:,}  max {tokens['max']:,}"
+    if report["packed_rows"]:
+        share = f"{report['packing_efficiency']:.1%} of their positions used"
+        yield f"rows of {report['max_length']:,}", f"{report['packed_rows']:,}, {share}"
+    if report["steps_per_epoch"]:
+        yield "steps per epoch", f"{report['steps_per_epoch']:,}"
+
+
+def check_prepared(folder: Path, tokenizer) -> dict | None:
+    """The report of prepared data; None for files that were put there by hand, without a report.json.
+
+    `tokenizer` is a transformers tokenizer after `apply_chat_template_choice`. Raises UsageError if the data was
+    prepared for another tokenizer or chat template: its token counts, its cuts and its checks would not hold.
+    """
+    file = folder / "report.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        prepared_with = {name: report[name]["sha256"] for name in ("tokenizer", "template")}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{file}: not a report of prepare ({error}); prepare the data again with --overwrite"
+        ) from None
+    used_now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_hash(tokenizer)}
+    for name, before in prepared_with.items():
+        if before is not None and before != used_now[name]:
+            what = "tokenizer" if name == "tokenizer" else f"chat template ({report['template']['choice']})"
+            raise UsageError(f"{folder}: prepared with another {what}; prepare the data again with --overwrite")
+    return report

@@ -1,0 +1,99 @@
+"""Loss, perplexity and token accuracy on the held-out rows, base against tuned, sharded as in training.
+
+    accelerate launch --config_file X.yaml -m fitune.evaluate RUN
+"""
+
+import argparse
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from fitune.config import Run
+from fitune.dataset import load_split, load_tokenizer
+from fitune.distributed import compute_device, is_main_process, join, leave
+from fitune.hub import local_folder
+from fitune.progress import bar
+from fitune.train import load_sharded_model, run_stage
+from fitune.trainer import ShardedSFTTrainer
+from fitune.tuned import load_tuned_weights, tuned_base_folder
+
+
+def evaluate(run: Run) -> None:
+    """Writes eval.json to the run's folder: {"base": metrics, "tuned": metrics, "rows": held-out rows}."""
+    mesh = join(run.accelerate)
+    base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
+    tokenizer = load_tokenizer(run.recipe, base_folder)
+    rows = load_split(run.recipe, "test", run.folder / "cache")
+    results = {}
+    for label, folder in (("base", base_folder), ("tuned", tuned_base_folder(run, base_folder))):
+        if label == "base" or folder != base_folder:  # an adapter is switched off and on; a full model is loaded anew
+            model = load_sharded_model(run, folder, tokenizer, mesh)
+            load_tuned_weights(run, model, mesh)
+            trainer = ShardedSFTTrainer(run, model=model, processing_class=tokenizer, train_dataset=rows)
+        adapter_off = label == "base" and hasattr(model, "disable_adapter")
+        with model.disable_adapter() if adapter_off else contextlib.nullcontext():
+            results[label] = token_metrics(trainer, f"evaluating {label}", compute_device(mesh))
+    if is_main_process():
+        report = {**results, "rows": len(rows)}
+        (run.folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Console().print(_table(report))
+    leave()
+
+
+@torch.no_grad()
+def token_metrics(trainer: ShardedSFTTrainer, description: str, device: torch.device) -> dict[str, float]:
+    """Mean loss (nats), perplexity and accuracy over all answer tokens of the trainer's rows, each counted once.
+
+    Rows are dealt out to the ranks in turn; a rank that runs out repeats a row without labels, since every rank must
+    take part in gathering each layer.
+    """
+    rows, size = trainer.train_dataset, trainer.args.per_device_eval_batch_size
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # log-likelihood, correct tokens, tokens
+    trainer.model.eval()
+    passes = math.ceil(len(rows) / (world_size * size))
+    with bar(description, passes) as advance:
+        for step in range(passes):
+            indices = [(step * size + offset) * world_size + rank for offset in range(size)]
+            batch = trainer.data_collator([_row_or_filler(rows, i) for i in indices])
+            batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            output = trainer.model(**batch, use_cache=False, fused_lm_head=True)
+            totals += torch.stack([output.log_probs.sum(), output.is_top1.sum(), output.label_mask.sum()])
+            advance()
+    dist.all_reduce(totals)
+    log_likelihood, correct, tokens = totals.tolist()
+    loss = -log_likelihood / tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": correct / tokens, "tokens": int(tokens)}
+
+
+def _row_or_filler(rows, index: int) -> dict:
+    if index < len(rows):
+        return rows[index]
+    return rows[0] | {"labels": [-100] * len(rows[0]["labels"])}
+
+
+def _table(report: dict) -> Table:
+    table = Table(title=f"held-out rows: {report['rows']}, answer tokens: {report['base']['tokens']}")
+    for column in ("", "loss", "perplexity", "token accuracy"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label in ("base", "tuned"):
+        metrics = report[label]
+        numbers = (f"{metrics['loss']:.4f}", f"{metrics['perplexity']:.2f}", f"{metrics['token_accuracy']:.1%}")
+        table.add_row(label, *numbers)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="fitune.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
+    run_stage(parser.parse_args(arguments).run, evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Cuts files of lines, JSON lists and CSV tables into chunks of some megabytes, with true line numbers.
+
+A chunk is small to send to another process and knows how to yield its `records()`: `(number, row)`, where the row is
+the line's bytes, a JSON text, a dict, or the RowError that stands in its place.
+"""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fitune.conversations import RowError
+from fitune.errors import UsageError
+
+CHUNK_BYTES = 4 << 20
+MAX_ROW_BYTES = 10 << 20
+ROWS_PER_TABLE = 2048
+_MAX_ELEMENT_CHARACTERS = 64 << 20
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Whole lines of a file, by position (`end` bytes) or by value; numbered from 1 in the chunk, counted by whoever
+    reads chunks in order."""
+
+    start: int
+    "byte offset of the first line in the (decompressed) file"
+    end: int
+    path: Path | None = None
+    data: bytes | None = None
+    counts_lines = True
+
+    def records(self) -> Iterator[tuple[int, bytes | RowError]]:
+        with self.path.open("rb") if self.path else io.BytesIO(self.data) as stream:
+            if self.path:
+                stream.seek(self.start)
+            size = self.end - self.start
+            for number, (offset, line) in enumerate(_limited_lines(stream, size), start=1):
+                yield number, _decoded(line, self.start + offset)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows cut out by the reader, each with the line it starts at."""
+
+    numbers: list[int]
+    rows: list[Any]
+    counts_lines = False
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        yield from zip(self.numbers, self.rows, strict=True)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of an Arrow table or record batch, numbered from `first_row` (1 for the file's first)."""
+
+    first_row: int
+    table: Any
+    counts_lines = False
+
+    def records(self) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(self.table.to_pylist(), start=self.first_row)
+
+
+Chunk = Lines | Rows | Table
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def chunks_of_lines(source: Path | BinaryIO) -> Iterator[Lines]:
+    """Byte ranges of a plain file, which other processes read themselves, or the bytes of a stream."""
+    if isinstance(source, Path):
+        yield from _byte_ranges(source)
+        return
+    start, block, size = 0, [], 0
+    for offset, line in _limited_lines(source):
+        text = line if isinstance(line, bytes) else _OVERSIZED_LINE
+        block.append(text)
+        size += len(text)
+        if size >= CHUNK_BYTES or text is not line:
+            yield Lines(start, start + size, data=b"".join(block))
+            start, block, size = offset + _length(line), [], 0
+    if block:
+        yield Lines(start, start + size, data=b"".join(block))
+
+
+def chunks_of_json_list(stream: BinaryIO, name: str) -> Iterator[Rows]:
+    """The objects of one JSON list, cut out one by one as JSON text; the list itself is never in memory.
+
+    Raises UsageError at the first place where the file is not JSON: what follows cannot be read.
+    """
+    reader = _JsonList(stream, name)
+    numbers, rows, size = [], [], 0
+    for line, text in reader.elements():
+        numbers.append(line)
+        rows.append(text)
+        size += len(text) if isinstance(text, str) else 0
+        if size >= CHUNK_BYTES:
+            yield Rows(numbers, rows)
+            numbers, rows, size = [], [], 0
+    if rows:
+        yield Rows(numbers, rows)
+
+
+def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]:
+    """Rows of a CSV table with a header, as dicts of text; a row is numbered by the line it starts at."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    bad_lines: list[int] = []
+    reader = csv.reader(_csv_lines(stream, bad_lines), delimiter=delimiter, strict=True)
+    header, numbers, rows, size = None, [], [], 0
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise UsageError(f"{name}:{line}: not valid CSV: {error}") from None
+        if fields is None:
+            break
+        if not fields:
+            continue
+        if header is None:
+            header = _csv_header(fields, name)
+            continue
+        numbers.append(line)
+        rows.append(_csv_row(header, fields, bad_lines))
+        size += sum(map(len, fields))
+        if size >= CHUNK_BYTES:
+            yield Rows(numbers, rows)
+            numbers, rows, size = [], [], 0
+    if rows:
+        yield Rows(numbers, rows)
+
+
+_OVERSIZED_LINE = b"\x00oversized\n"
+"Stands for a line over MAX_ROW_BYTES in the bytes of a stream: not JSON, and no text file holds it."
+
+
+def _byte_ranges(path: Path) -> Iterator[Lines]:
+    """Cuts right after a newline, found by reading on from each CHUNK_BYTES; a line of any length is never held."""
+    with path.open("rb") as file:
+        file_size = file.seek(0, io.SEEK_END)
+        start = 0
+        while start < file_size:
+            file.seek(start + CHUNK_BYTES)
+            end = min(start + CHUNK_BYTES, file_size)
+            while block := file.read(1 << 16):
+                newline = block.find(b"\n")
+                if newline >= 0:
+                    end += newline + 1
+                    break
+                end += len(block)
+            yield Lines(start, end, path=path)
+            start = end
+
+
+def _limited_lines(stream, size: int | None = None) -> Iterator[tuple[int, bytes | int]]:
+    """`(offset, line)` of each line; in place of a line over MAX_ROW_BYTES its length, none of it kept."""
+    offset = 0
+    while size is None or offset < size:
+        line = stream.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            return
+        length = len(line)
+        if length > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            line = None
+            while more := stream.readline(1 << 20):
+                length += len(more)
+                if more.endswith(b"\n"):
+                    break
+        yield offset, length if line is None else line
+        offset += length
+
+
+def _length(line: bytes | int) -> int:
+    return line if isinstance(line, int) else len(line)
+
+
+def _decoded(line: bytes | int, offset: int) -> str | RowError:
+    """The line's text; `offset` is its place in the file, in bytes."""
+    if isinstance(line, int) or line == _OVERSIZED_LINE:
+        return _too_large(line if isinstance(line, int) else None)
+    if offset == 0:
+        line = line.removeprefix(BOM)
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} of the line, byte offset {offset + error.start} of the file"
+        return RowError("not_utf8", f"not UTF-8: byte 0x{line[error.start]:02x} at {place}")
+
+
+def _too_large(size: int | None) -> RowError:
+    given = f"{size / (1 << 20):.1f} MiB" if size else "a row"
+    return RowError("too_large", f"{given} is more than the {MAX_ROW_BYTES >> 20} MiB a row may have")
+
+
+def _csv_lines(stream: BinaryIO, bad_lines: list[int]) -> Iterator[str]:
+    """Text lines for csv.reader; bytes that are not UTF-8 become lone surrogates, their offsets go to `bad_lines`."""
+    for offset, line in _limited_lines(stream):
+        text = line.removeprefix(BOM) if offset == 0 and isinstance(line, bytes) else line
+        if isinstance(text, int):
+            text = b"\x00\n"
+        try:
+            yield text.decode()
+        except UnicodeDecodeError as error:
+            bad_lines.append(offset + error.start)
+            yield text.decode(errors="surrogateescape")
+
+
+def _csv_header(fields: list[str], name: str) -> list[str]:
+    repeated = {field for field in fields if fields.count(field) > 1}
+    if repeated:
+        raise UsageError(f"{name}:1: column {sorted(repeated)[0]!r} is there twice")
+    return fields
+
+
+def _csv_row(header: list[str], fields: list[str], bad_lines: list[int]) -> dict | RowError:
+    if bad_lines:
+        offset = bad_lines[0]
+        bad_lines.clear()
+        return RowError("not_utf8", f"not UTF-8: byte offset {offset} of the file")
+    if fields == ["\x00"]:
+        return _too_large(None)
+    if len(fields) != len(header):
+        return RowError("wrong_type", f"{len(fields)} fields where the header has {len(header)}")
+    return dict(zip(header, fields, strict=True))
+
+
+class _JsonList:
+    """Walks over `[{...}, {...}, ...]` with a buffer of one block and one element."""
+
+    def __init__(self, stream: BinaryIO, name: str):
+        self._stream, self._name = stream, name
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._buffer, self._position, self._line = "", 0, 1
+        self._bytes_read, self._ended = 0, False
+
+    def elements(self) -> Iterator[tuple[int, str | RowError]]:
+        """`(line, JSON text)` of each element."""
+        self._expect("[")
+        if self._next_character() == "]":
+            return
+        while True:
+            self._next_character()
+            yield self._line, self._element()
+            if self._next_character() == "]":
+                self._advance(self._position + 1)
+                break
+            self._expect(",")
+        if self._next_character():
+            self._fail(f"text after the end of the list: {self._buffer[self._position : self._position + 20]!r}")
+
+    def _element(self) -> str | RowError:
+        parse = json.JSONDecoder().raw_decode
+        while True:
+            try:
+                _, end = parse(self._buffer, self._position)
+                break
+            except RecursionError:
+                self._fail("nested too deeply")
+            except json.JSONDecodeError as error:
+                if len(self._buffer) - self._position > _MAX_ELEMENT_CHARACTERS:
+                    self._fail(f"an element of more than {_MAX_ELEMENT_CHARACTERS >> 20} MiB, or never closed")
+                into_element = error.pos - self._position
+                if not self._read_more():
+                    self._advance(self._position + into_element)
+                    self._fail(error.msg.removesuffix(" at"))
+        text = self._buffer[self._position : end]
+        self._advance(end)
+        return text if len(text) <= MAX_ROW_BYTES else _too_large(len(text))
+
+    def _expect(self, character: str) -> None:
+        found = self._next_character()
+        if found != character:
+            self._fail(
+                f"expected '{character}', found {found!r}" if found else f"expected '{character}', the file ends"
+            )
+        self._advance(self._position + 1)
+
+    def _next_character(self) -> str:
+        """The next one that is not white space; empty at the end of the file."""
+        while True:
+            end = self._position
+            while end < len(self._buffer) and self._buffer[end] in " \t\r\n":
+                end += 1
+            self._advance(end)
+            if end < len(self._buffer):
+                return self._buffer[end]
+            if not self._read_more():
+                return ""
+
+    def _advance(self, position: int) -> None:
+        self._line += self._buffer.count("\n", self._position, position)
+        self._position = position
+
+    def _read_more(self) -> bool:
+        block = self._stream.read(1 << 20)
+        if self._ended:
+            return False
+        self._ended = not block
+        try:
+            text = self._decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset = self._bytes_read + len(block) - len(error.object) + error.start
+            raise UsageError(f"{self._name}: not UTF-8: byte offset {offset} of the file") from None
+        self._bytes_read += len(block)
+        self._buffer, self._position = self._buffer[self._position :] + text, 0
+        return bool(block)
+
+    def _fail(self, reason: str):
+        raise UsageError(f"{self._name}:{self._line}: invalid JSON: {reason}; nothing after it can be read")
+
+
+def jsonl_to_parquet(source: Path, target: Path, rows_per_group: int = 8192) -> None:
+    """A .jsonl file that prepare wrote as Parquet, one row group at a time; `tools` stay JSON text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    function = pyarrow.struct({"name": pyarrow.string(), "arguments": pyarrow.string()})
+    call = pyarrow.struct({"id": pyarrow.string(), "type": pyarrow.string(), "function": function})
+    texts = {key: pyarrow.string() for key in ("role", "content", "name", "tool_call_id", "reasoning_content")}
+    message = pyarrow.struct(texts | {"tool_calls": pyarrow.list_(call)})
+    schema = pyarrow.schema({"messages": pyarrow.list_(message), "tools": pyarrow.string()})
+    with source.open(encoding="utf-8") as lines, pyarrow.parquet.ParquetWriter(target, schema) as writer:
+        while group := list(itertools.islice(lines, rows_per_group)):
+            writer.write_table(pyarrow.Table.from_pylist(list(map(json.loads, group)), schema))

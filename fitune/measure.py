@@ -1,0 +1,57 @@
+"""Measures a run while it trains: memory peaks of every rank, loading time, tokens per second."""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+GIB = 2**30
+
+
+class Measurements(TrainerCallback):
+    """Writes measurements.json to the run's folder when training ends. `load_seconds` is set by the caller."""
+
+    def __init__(self, folder: Path, load_seconds: float):
+        self.file = folder / "measurements.json"
+        self.load_seconds = load_seconds
+        self.marks: list[tuple[float, float]] = []  # (seconds, tokens so far) after each optimizer step
+        self.tokens_so_far = lambda: 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.marks.append((time.perf_counter(), self.tokens_so_far()))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, process_peaks())
+        if state.is_world_process_zero:
+            report = {
+                "load_seconds": round(self.load_seconds, 2),
+                "tokens_per_second": self._tokens_per_second(),
+                "tokens_per_second_per_gpu": self._tokens_per_second() / len(ranks),
+                "step_seconds": [round(b - a, 3) for (a, _), (b, _) in zip(self.marks, self.marks[1:], strict=False)],
+                "peak_allocated_gib": max(rank["peak_allocated_gib"] for rank in ranks),
+                "peak_reserved_gib": max(rank["peak_reserved_gib"] for rank in ranks),
+                "ranks": ranks,
+            }
+            self.file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    def _tokens_per_second(self) -> float:
+        """Over all ranks, from the end of the first step (which compiles and warms up) to the end of the last."""
+        if len(self.marks) < 2:
+            return 0.0
+        (start, first), (stop, last) = self.marks[0], self.marks[-1]
+        return (last - first) / (stop - start)
+
+
+def process_peaks() -> dict[str, float]:
+    """Peak memory of this process in GiB: torch's allocator on the GPU, and resident host memory."""
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
+        "peak_host_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+    }

@@ -1,0 +1,205 @@
+"""The stage `prepare`: any usual data in; train.jsonl, test.jsonl and report.json out, every bad row named."""
+
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fitune import chat_template, conversations
+from fitune.chat_template import ChatRenderer
+from fitune.config import Data, Source
+from fitune.conversations import FORMATS, OPTIONAL_COLUMNS
+from fitune.data_report import describe, print_report
+from fitune.errors import UsageError, nearest
+from fitune.file_formats import jsonl_to_parquet
+from fitune.output_folder import built_aside, refuse_existing
+from fitune.reading import Tally, read_all, refuse_problems
+from fitune.row_checks import Rules
+from fitune.row_store import RowStore, Selection
+from fitune.sources import Splits, open_source
+from fitune.token_counter import TokenCounter
+from fitune.token_report import print_preview, progress_line
+
+
+def prepare(
+    data: Data,
+    output: Path,
+    *,
+    tokenizer=None,
+    template_choice: str | None = None,
+    max_length: int | None = None,
+    packing: bool = True,
+    global_batch_size: int | None = None,
+    seed: int = 42,
+    drop_invalid: bool = False,
+    escape_control_tokens: bool = False,
+    long_rows: str | None = None,
+    format: str | None = None,
+    parquet: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    preview: int = 0,
+    console=None,
+) -> dict:
+    """Write `output`/train.jsonl, test.jsonl and report.json; return the report.
+
+    Flags of `cli.py prepare`, in its words:
+
+    --tokenizer (`tokenizer`)          folder or Hub id, or a transformers tokenizer; None: tokens are not counted
+    --template (`template_choice`)     instead of the recipe's `chat_template`
+    --max-length (`max_length`)        tokens a row may have; longer rows follow `long_rows`
+    --packing/--no-packing             whether rows will be packed, for the steps per epoch
+    --global-batch-size                rows per optimizer step
+    --seed                             picks the test rows and those of fractional weights
+    --drop-invalid                     go on without the rows that cannot be used
+    --escape-control-tokens            break up control tokens in texts with a space instead of refusing them
+    --long-rows refuse|drop|cut        instead of the recipe's `long_rows`
+    --format NAME                      messages, sharegpt, alpaca, prompt_completion; instead of the recipe's `format`
+    --parquet                          also write train.parquet and test.parquet
+    --overwrite                        replace `output`
+    --workers                          processes; default: all cores
+    --preview N                        print the first N rows as the model sees them
+
+    Each line of the .jsonl files is `{"messages": [{"role", "content", ...}], "tools"?: JSON text}`. Raises UsageError
+    for rows that cannot be used (first 20 of each reason as `file:line: reason`), sources that cannot be read, an
+    existing `output`, no rows left or fewer than one global batch; nothing is left behind then.
+    """
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    choice = template_choice or data.chat_template
+    tokenizer = _load_tokenizer(tokenizer, choice)
+    if preview and tokenizer is None:
+        raise UsageError("--preview needs the tokenizer: it shows rows as the model sees them; pass --tokenizer")
+    rules = _rules(tokenizer, choice, max_length, long_rows or data.long_rows, escape_control_tokens)
+    sources = _open_sources(data, format)
+    with built_aside(output, overwrite) as folder:
+        store = RowStore(folder / "rows")
+        with progress_line(console) as show_progress:
+            tally = read_all(sources, rules, store, workers or _cores(), show_progress)
+        refuse_problems(tally, rules, drop_invalid)
+        fractions = [None if splits.test else data.test_fraction for _, splits in sources]
+        selection = store.select(seed, [source.weight for source, _ in sources], fractions)
+        _refuse_too_few(selection, tally, global_batch_size)
+        _write(store, selection, folder, parquet)
+        report = describe(sources, tally, store, selection, rules, packing, global_batch_size) | {
+            "test_fraction": data.test_fraction if any(fractions) else None,
+            "seed": seed,
+            "template": {"choice": choice, "sha256": _template_sha256(choice, tokenizer)},
+            "tokenizer": {"sha256": chat_template.tokenizer_hash(tokenizer) if tokenizer else None},
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if console:
+        print_report(report, console)
+        if preview:
+            _print_preview(output, preview, rules, console)
+    return report
+
+
+def _load_tokenizer(tokenizer, choice: str):
+    """A transformers tokenizer that holds the training template, or None."""
+    if tokenizer is None:
+        return None
+    if isinstance(tokenizer, (str, Path)):
+        from transformers import AutoTokenizer
+
+        given = tokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(given))
+        except (OSError, ValueError, KeyError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"tokenizer {given}: cannot be loaded: {first_line}") from None
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UsageError("tokenizer: a fast tokenizer (with a tokenizer.json) is needed")
+    chat_template.apply_chat_template_choice(tokenizer, choice)
+    return tokenizer
+
+
+def _rules(tokenizer, choice: str, max_length, long_rows: str, escape_control_tokens: bool) -> Rules:
+    if long_rows not in ("refuse", "drop", "cut"):
+        raise UsageError(f"long_rows: {long_rows}: allowed are refuse, drop, cut")
+    if tokenizer is None:
+        if choice != "tokenizer":
+            chat_template.training_template(choice)
+        return Rules(conversations.LLAMA3_CONTROL_TOKENS, escape_control_tokens)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = set(special) | set(chat_template.control_tokens_of_template(tokenizer))
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
+    return Rules(
+        control_tokens=pattern,
+        escape_control_tokens=escape_control_tokens,
+        template=tokenizer.chat_template,
+        special_tokens=tokenizer.special_tokens_map,
+        counter=TokenCounter(_bare_tokenizer(tokenizer)),
+        max_length=max_length,
+        long_rows=long_rows,
+    )
+
+
+def _bare_tokenizer(tokenizer):
+    """The `tokenizers.Tokenizer` inside, without the truncation and padding a caller may have left on."""
+    bare = tokenizer.backend_tokenizer
+    bare.no_truncation()
+    bare.no_padding()
+    return bare
+
+
+def _open_sources(data: Data, format: str | None) -> list[tuple[Data | Source, Splits]]:
+    """Every source of the recipe with its splits opened; `format` stands in for that of `data.dataset`."""
+    if format is not None:
+        if format not in FORMATS:
+            raise UsageError(f"--format {format}: unknown format{nearest(format, FORMATS)}")
+        data = data.model_copy(update={"format": format})
+    known = dict.fromkeys(itertools.chain(*FORMATS.values(), *OPTIONAL_COLUMNS.values()))
+    for source in (data, *data.mix):
+        for name in source.columns:
+            if name not in known:
+                raise UsageError(f"columns: unknown column '{name}'{nearest(name, known)}")
+    return [
+        (source, open_source(source.dataset, source.revision, source.train_split, source.test_split))
+        for source in (data, *data.mix)
+    ]
+
+
+def _refuse_too_few(selection: Selection, tally: Tally, global_batch_size: int | None) -> None:
+    train, test = int(selection.train_repeats.sum()), int(selection.test.sum())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in (tally.counts | selection.dropped).items())
+    left = f"{tally.rows_in:,} rows were read" + (f", dropped: {reasons}" if reasons else "")
+    if not train:
+        raise UsageError(f"no rows left to train on ({left}; {test:,} went to test)")
+    if global_batch_size and train < global_batch_size:
+        raise UsageError(
+            f"{train:,} training rows are fewer than one global batch of {global_batch_size:,} ({left}); "
+            "add rows or lower global_batch_size"
+        )
+
+
+def _write(store: RowStore, selection: Selection, folder: Path, parquet: bool) -> None:
+    store.write(folder / "train.jsonl", selection.train_repeats)
+    store.write(folder / "test.jsonl", selection.test.astype(np.uint16))
+    store.path.unlink()
+    if parquet:
+        for split in ("train", "test"):
+            jsonl_to_parquet(folder / f"{split}.jsonl", folder / f"{split}.parquet")
+
+
+def _cores() -> int:
+    """The cores this process may use, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _template_sha256(choice: str, tokenizer) -> str | None:
+    """None where only the tokenizer, which was not given, knows its template."""
+    if tokenizer is not None:
+        return chat_template.template_hash(tokenizer)
+    return None if choice == "tokenizer" else chat_template.sha256(chat_template.training_template(choice))
+
+
+def _print_preview(output: Path, count: int, rules: Rules, console) -> None:
+    renderer = ChatRenderer(rules.template, rules.special_tokens)
+    with (output / "train.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, count)]
+    rendered = [renderer.render(*conversations.for_template(row)) for row in rows]
+    print_preview(rendered, rules.counter.tokenizer, console)

@@ -1,0 +1,227 @@
+"""What one process does with one chunk: each row converted, checked, rendered, counted; runs in every worker."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import jinja2
+import numpy as np
+
+from fitune import conversations
+from fitune.chat_template import ChatRenderer
+from fitune.conversations import RowError
+from fitune.token_counter import TokenCounter
+
+EXAMPLES_PER_REASON = 20
+ROWS_PER_BATCH = 256
+HASH_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows are converted and what is refused; the same for every chunk of a run."""
+
+    control_tokens: re.Pattern
+    escape_control_tokens: bool = False
+    template: str | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    counter: TokenCounter | None = None
+    "None where tokens are not counted"
+    max_length: int | None = None
+    long_rows: str = "refuse"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the rows of one source look like."""
+
+    format: str
+    columns: dict[str, str]
+    system_message: str | None
+
+
+@dataclass
+class Outcome:
+    """A chunk's good rows as JSON lines, with one entry per row in each array, and what was wrong with the others."""
+
+    rows_in: int = 0
+    lines: int = 0
+    text: bytes = b""
+    sizes: np.ndarray = None
+    "bytes of each line, uint32"
+    hashes: bytes = b""
+    "HASH_BYTES for each row"
+    tokens: np.ndarray = None
+    "uint32"
+    trained: np.ndarray = None
+    "tokens inside the assistant's turns, uint32"
+    counts: dict[str, int] = field(default_factory=dict)
+    "rows refused, by reason"
+    examples: list[tuple[str, int, str]] = field(default_factory=list)
+    "(reason, number in the chunk or file, message), the first EXAMPLES_PER_REASON of each reason"
+    cut: int = 0
+    escaped: int = 0
+
+    def refuse(self, number: int, error: RowError) -> None:
+        seen = self.counts.get(error.reason, 0)
+        self.counts[error.reason] = seen + 1
+        if seen < EXAMPLES_PER_REASON:
+            self.examples.append((error.reason, number, str(error)))
+
+
+@dataclass
+class Row:
+    """A row on its way through the checks."""
+
+    number: int
+    conversation: dict
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    tokens: int = 0
+    trained: int = 0
+
+
+class Checker:
+    """Applies the rules to chunks."""
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self._renderer = ChatRenderer(rules.template, rules.special_tokens) if rules.template else None
+
+    def check(self, chunk, shape: Shape) -> Outcome:
+        """Every row of `chunk`, in order."""
+        outcome, good = Outcome(), []
+        for batch in _batches(self._converted(chunk, shape, outcome), ROWS_PER_BATCH):
+            if self.rules.counter is not None:
+                batch = self._counted(batch, outcome)
+            good += [(_json_line(row.conversation), row.tokens, row.trained) for row in batch]
+        lines = [line for line, _, _ in good]
+        outcome.text = b"".join(lines)
+        outcome.sizes = np.fromiter(map(len, lines), np.uint32, len(lines))
+        outcome.hashes = b"".join(hashlib.blake2b(line, digest_size=HASH_BYTES).digest() for line in lines)
+        outcome.tokens = np.fromiter((tokens for _, tokens, _ in good), np.uint32, len(good))
+        outcome.trained = np.fromiter((trained for _, _, trained in good), np.uint32, len(good))
+        return outcome
+
+    def _converted(self, chunk, shape: Shape, outcome: Outcome) -> Iterator[Row]:
+        """Rows that pass every check on their words; the others are noted in `outcome`."""
+        for number, record in chunk.records():
+            outcome.lines = number
+            if isinstance(record, str) and not record.strip():
+                continue
+            outcome.rows_in += 1
+            try:
+                row = conversations.rename_columns(parse_record(record), shape.columns)
+                conversation = conversations.to_conversation(row, shape.format, shape.system_message)
+                conversations.check_turns(conversation["messages"])
+                if self.rules.escape_control_tokens:
+                    outcome.escaped += conversations.escape_control_tokens(conversation, self.rules.control_tokens)
+                conversations.check_text(conversation, self.rules.control_tokens)
+                yield self._rendered(Row(number, conversation))
+            except RowError as error:
+                outcome.refuse(number, error)
+
+    def _rendered(self, row: Row) -> Row:
+        if self._renderer:
+            try:
+                row.text, row.spans = self._renderer.render(*conversations.for_template(row.conversation))
+            except jinja2.TemplateError as error:
+                raise RowError("template_refused", f"the chat template refuses it: {error}") from None
+        return row
+
+    def _counted(self, rows: list[Row], outcome: Outcome) -> list[Row]:
+        self._count(rows)
+        kept = []
+        for row in rows:
+            if self.rules.max_length and row.tokens > self.rules.max_length:
+                try:
+                    row = self._shortened(row)
+                    outcome.cut += 1
+                except RowError as error:
+                    outcome.refuse(row.number, error)
+                    continue
+            kept.append(row)
+        return kept
+
+    def _count(self, rows: list[Row]) -> None:
+        counts = self.rules.counter.count([row.text for row in rows], [row.spans for row in rows])
+        for row, (tokens, trained) in zip(rows, counts, strict=True):
+            row.tokens, row.trained = tokens, trained
+
+    def _shortened(self, row: Row) -> Row:
+        """The row without its last turns, cut after the last answer that still fits. Raises RowError."""
+        limit = self.rules.max_length
+        if self.rules.long_rows != "cut":
+            raise RowError("too_long", f"{row.tokens:,} tokens, max_length is {limit:,}")
+        messages = row.conversation["messages"]
+        ends = [number for number, message in enumerate(messages) if _ends_exchange(messages, number)]
+        for end in reversed(ends[:-1]):
+            shorter = self._rendered(Row(row.number, row.conversation | {"messages": messages[: end + 1]}))
+            self._count([shorter])
+            if shorter.tokens <= limit:
+                return shorter
+        raise RowError("too_long", f"{row.tokens:,} tokens; max_length of {limit:,} ends inside its first answer")
+
+
+def parse_record(record) -> dict:
+    """A record as a dict; raises RowError for what is not one."""
+    if isinstance(record, RowError):
+        raise record
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except json.JSONDecodeError as error:
+            raise RowError(
+                "invalid_json", f"invalid JSON: {error.msg.removesuffix(' at')} (character {error.pos + 1})"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise RowError("invalid_json", f"invalid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise RowError("wrong_type", f"expected an object {{...}}, found {type(record).__name__}")
+    return record
+
+
+def start_worker(rules: Rules) -> None:
+    """Called once in each process: compiling the template and the tokenizer is not repeated for each chunk."""
+    global _checker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    _checker = Checker(rules)
+
+
+def check_in_worker(chunk, shape: Shape) -> Outcome:
+    return _checker.check(chunk, shape)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker whose parent was killed would wait for its next chunk for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _ends_exchange(messages: list[dict], number: int) -> bool:
+    message = messages[number]
+    return message["role"] == "assistant" and not message.get("tool_calls")
+
+
+def _json_line(conversation: dict) -> bytes:
+    return json.dumps(conversation, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,138 @@
+"""Fixtures that tests share: tiny base models, prepared conversations, and runs without YAML files."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: sums in a fixed order, and ranks share few cores
+
+import pytest
+
+WORDS = """river stone letter winter garden copper window morning silent paper harbour bread market candle orange
+travel answer question mountain simple colour number before after between because often seldom bright heavy"""
+
+
+def conversation(generator: random.Random) -> dict:
+    """A conversation of one to three exchanges, some with a system message, lengths well mixed."""
+
+    def words(low, high):
+        return " ".join(generator.choices(WORDS.split(), k=generator.randint(low, high))).capitalize() + "."
+
+    messages = [{"role": "system", "content": words(3, 8)}] if generator.random() < 0.4 else []
+    for _ in range(generator.randint(1, 3)):
+        messages.append({"role": "user", "content": words(2, 12)})
+        messages.append({"role": "assistant", "content": words(1, 16)})
+    return {"messages": messages}
+
+
+def conversations(count: int, seed: int) -> list[dict]:
+    generator = random.Random(seed)
+    return [conversation(generator) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """What `prepare` leaves: train.jsonl (48 conversations) and test.jsonl (8)."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
+        lines = [json.dumps(row) + "\n" for row in conversations(count, seed)]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def _build_base(folder: Path, **options) -> Path:
+    from fitune.tiny import build_tiny_base
+
+    texts = [message["content"] for row in conversations(48, 1) for message in row["messages"]]
+    return build_tiny_base(folder, texts=texts, num_layers=2, num_heads=4, num_kv_heads=2, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """An untrained Llama of two layers, stored in float32."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return _build_base(folder, vocab_size=512, hidden_size=64, intermediate_size=176, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def uneven_base(tmp_path_factory) -> Path:
+    """The same with sizes that 2 and 3 ranks don't divide, stored in bfloat16 in several files.
+
+    Borders between ranks fall inside NF4 blocks of 64 weights, and the last block of some tensors is not full.
+    """
+    folder = tmp_path_factory.mktemp("models") / "uneven"
+    return _build_base(folder, vocab_size=509, hidden_size=72, intermediate_size=347, max_shard_bytes=100_000)
+
+
+@pytest.fixture(scope="session")
+def make_run(prepared):
+    """A factory of runs on CPU processes: `make_run(base, folder, "lora", processes=2, training={...})`.
+
+    Gradient accumulation follows from `batch`, `micro_batch` and `processes`; further keywords go to the recipe.
+    """
+    from fitune import __version__
+    from fitune.config import AccelerateConfig, Profile, Recipe, Run
+
+    def make(
+        base: Path,
+        folder: Path,
+        method: str = "qlora",
+        *,
+        processes: int = 1,
+        batch: int | None = None,
+        micro_batch: int = 1,
+        lora: dict | None = None,
+        mixed_precision: str = "no",
+        offload_params: bool = False,
+        embedding_offload: bool = False,
+        reshard_after_forward: bool = True,
+        training: dict | None = None,
+        chat_template: str = "llama3",
+        **recipe,
+    ) -> Run:
+        batch = batch or micro_batch * processes
+        accumulation, rest = divmod(batch, micro_batch * processes)
+        assert not rest
+        return Run(
+            fitune=__version__,
+            recipe_name="test",
+            profile_name="test",
+            output_dir=str(folder),
+            recipe=Recipe.model_validate(
+                {
+                    "description": "A test.",
+                    "base": {"model": str(base)},
+                    "data": {"dataset": "none", "prepared": str(prepared), "chat_template": chat_template},
+                    "method": method,
+                    "lora": None if method == "full" else {"r": 4, "dropout": 0.0} | (lora or {}),
+                    "max_length": 256,
+                    "packing": False,
+                    "global_batch_size": batch,
+                    "training": {"report_to": "none", "logging_steps": 1, "save_strategy": "no"} | (training or {}),
+                }
+                | recipe
+            ),
+            profile=Profile(
+                description="A test.",
+                accelerate_config="test",
+                num_gpus=0,
+                host_memory_gib=1,
+                fits={"tiny": [method]},
+                micro_batch=micro_batch,
+                embedding_offload=embedding_offload,
+            ),
+            accelerate=AccelerateConfig(
+                path="test.yaml",
+                num_processes=processes,
+                use_cpu=True,
+                mixed_precision=mixed_precision,
+                offload_params=offload_params,
+                reshard_after_forward=reshard_after_forward,
+            ),
+            gradient_accumulation_steps=accumulation,
+        )
+
+    return make

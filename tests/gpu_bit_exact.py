@@ -1,0 +1,64 @@
+"""One rank of the bit-exactness check: `torchrun --nproc-per-node N tests/gpu_bit_exact.py RUN.yaml`.
+
+Compares every byte of every gathered NF4 weight with the checkpoint's, before and after ten optimizer steps.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fitune import run as runs
+from fitune.checkpoint import Checkpoint
+from fitune.dataset import load_tokenizer
+from fitune.distributed import compute_device, join, leave
+from fitune.model import decoder
+from fitune.nf4 import NF4Linear
+from fitune.train import load_sharded_model
+
+
+def changed_bytes(model, checkpoint: Checkpoint) -> tuple[int, int]:
+    """(bytes that differ, bytes compared) over all quantised weights, as this rank gathers them."""
+    changed = compared = 0
+    for index, layer in enumerate(decoder(model).model.layers):
+        layer.unshard()
+        for name, module in layer.named_modules():
+            if isinstance(module, NF4Linear):
+                stored = checkpoint.read(f"model.layers.{index}.{name.removesuffix('.base_layer')}.weight").view(-1)
+                gathered = module.weight.detach().view(torch.uint8).view(-1).cpu()
+                changed += int((stored != gathered).sum())
+                compared += stored.numel()
+        layer.reshard()
+    return changed, compared
+
+
+def main() -> None:
+    run = runs.load(Path(sys.argv[1]))
+    mesh = join(run.accelerate)
+    folder = Path(run.recipe.base.model)
+    model = load_sharded_model(run, folder, load_tokenizer(run.recipe, folder), mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    with Checkpoint(folder) as checkpoint:
+        model(input_ids=torch.ones(1, 8, dtype=torch.long, device=compute_device(mesh)))  # FSDP starts lazily
+        before = changed_bytes(model, checkpoint)
+        torch.manual_seed(mesh.get_rank())
+        tokens = torch.randint(0, 1000, (1, 256), device=compute_device(mesh))
+        for _ in range(10):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        after = changed_bytes(model, checkpoint)
+    print(f"rank {mesh.get_rank()}/{mesh.size()} offload={run.accelerate.offload_params}: changed bytes before "
+          f"{before[0]} after {after[0]} of {after[1]}; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)  # fmt: skip
+    total = torch.tensor([before[0] + after[0]])
+    dist.all_reduce(total)
+    leave()
+    sys.exit(int(total.item() > 0 or not losses[-1] < losses[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Token counts equal those of `tokenizers`, whatever the text; packing equals TRL's."""
+
+import random
+
+import numpy as np
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+from tokenizers import normalizers, pre_tokenizers
+
+from fitune.chat_template import ChatRenderer, apply_chat_template_choice
+from fitune.row_store import RowStore, _first_occurrences
+from fitune.token_counter import TokenCounter
+from fitune.token_report import packed_rows, token_statistics
+
+CHARACTERS = list(" \n\t\r'sS.?  ab1234567") * 20 + [
+    character
+    for low, high in ((1, 0x250), (0x391, 0x3A2), (0x400, 0x481), (0x2010, 0x2028), (0x3041, 0x3060), (0x4E00, 0x4E20))
+    for character in map(chr, range(low, high))
+]
+RARE = ["\u1234", "\u0378", "\U0001f600", "\u2028", "\u0300", "\ufeff", "\u200b"]
+
+
+def conversations(count: int, characters, seed: int):
+    draw = random.Random(seed)
+
+    def text():
+        return "".join(draw.choices(characters, k=draw.randint(1, 50))).strip() or "x"
+
+    for _ in range(count):
+        yield [{"role": role, "content": text()} for _ in range(draw.randint(1, 3)) for role in ("user", "assistant")]
+
+
+@pytest.mark.parametrize("choice", ["llama3", "plain"])
+@pytest.mark.parametrize("characters", [CHARACTERS, CHARACTERS + RARE], ids=["common", "rare"])
+def test_remembered_pieces_count_what_tokenizers_counts(choice, characters):
+    tokenizer = tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, choice)
+    renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
+    counter = TokenCounter(tokenizer.backend_tokenizer)
+    assert counter.remembers
+    texts, spans = zip(*map(renderer.render, conversations(500, characters, seed=7)), strict=True)
+    whole = counter.count_whole(texts, spans)
+    assert counter.count(texts, spans) == whole
+    fast = [counter._count_pieces(text, marked) for text, marked in zip(texts, spans, strict=True)]
+    agreed = [one == other for one, other in zip(fast, whole, strict=True) if one is not None]
+    assert all(agreed) and len(agreed) > (450 if characters is CHARACTERS else 20)
+    assert min(trained for _, trained in whole) > 0
+
+
+def test_spans_that_cut_a_piece_are_left_to_tokenizers():
+    counter = TokenCounter(tiny_tokenizer().backend_tokenizer)
+    text = "question answering"
+    assert counter._count_pieces(text, [(12, 18)]) is None
+    assert counter.count([text], [[(12, 18)]]) == counter.count_whole([text], [[(12, 18)]])
+
+
+def test_forgetting_pieces_changes_nothing(monkeypatch):
+    counter = TokenCounter(tiny_tokenizer().backend_tokenizer)
+    texts = [" ".join(random.Random(seed).choices(["one", "two", "three", "four", "five"], k=9)) for seed in range(50)]
+    monkeypatch.setattr("fitune.token_counter.REMEMBERED_PIECES", 3)
+    assert counter.count(texts, [[]] * 50) == counter.count_whole(texts, [[]] * 50)
+
+
+@pytest.mark.parametrize("change", ["normalizer", "prefix space", "another split"])
+def test_other_kinds_of_tokenizers_are_counted_whole(change):
+    backend = tiny_tokenizer().backend_tokenizer
+    if change == "normalizer":
+        backend.normalizer = normalizers.NFC()
+    elif change == "prefix space":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])
+    counter = TokenCounter(backend)
+    assert not counter.remembers
+    assert counter.count(["cafe\u0301 12"], [[(0, 4)]]) == counter.count_whole(["cafe\u0301 12"], [[(0, 4)]])
+
+
+def test_packing_equals_that_of_trl():
+    datasets = pytest.importorskip("datasets")
+    from trl import pack_dataset
+
+    draw = random.Random(3)
+    lengths = [draw.choice([draw.randint(1, 30), draw.randint(1, 200)]) for _ in range(2500)]
+    rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+    packed = pack_dataset(rows, seq_length=200, strategy="bfd")
+    assert packed_rows(np.array(lengths), 200) == len(packed)
+
+
+def test_statistics():
+    tokens, trained = np.array([1, 2, 3, 4, 5, 600], np.uint32), np.array([0, 1, 1, 2, 2, 300], np.uint32)
+    assert token_statistics(tokens, trained) == {
+        "total": 615,
+        "trained": 306,
+        "trained_share": round(306 / 615, 4),
+        "mean": 102.5,
+        "p50": 4,
+        "p95": 600,
+        "max": 600,
+        "histogram": {"1": 1, "2": 1, "4": 2, "8": 1, "1024": 1},
+    }
+
+
+def test_first_occurrences():
+    hashes = np.array([[5, 1], [5, 2], [5, 1], [7, 7], [5, 1], [5, 2]], np.uint64)
+    is_test = np.array([False, False, True, False, False, False])
+    first, shared = _first_occurrences(hashes, is_test)
+    assert first.tolist() == [False, True, True, True, False, False]
+    assert shared.tolist() == [True, False, False, False, True, False]
+
+
+def test_repeated_rows_are_written_pass_by_pass(tmp_path):
+    (tmp_path / "rows").write_bytes(b"a\nbb\nccc\n")
+    store = RowStore.__new__(RowStore)
+    store.path, store.sizes = tmp_path / "rows", np.array([2, 3, 4], np.uint32)
+    store.write(tmp_path / "out", np.array([1, 3, 2], np.uint16))
+    assert (tmp_path / "out").read_bytes() == b"a\nbb\nccc\nbb\nccc\nbb\n"
