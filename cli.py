@@ -69,6 +69,50 @@ def show(recipe, profile, sets, output):
     click.echo("\n# " + _launch_line(run, "fitune.train"))
 
 
+@cli.command(epilog="Example:  python cli.py prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
+@click.argument("recipe", required=False, shell_complete=completed_from(runs.RECIPES))
+@click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]")
+@set_option
+@click.option("--tokenizer", help="Folder or Hub id to count tokens with. [default: the recipe's base.model]")
+@click.option("--no-tokens", is_flag=True, help="Don't count tokens (no access to the base model needed).")
+@click.option("--template", "template_choice", help="Chat template, instead of the recipe's.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's.")
+@click.option("--long-rows", type=click.Choice(["refuse", "drop", "cut"]), help="What to do with longer rows.")
+@click.option("--format", "format_", type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion"]),
+              help="What the rows look like. [default: found out]")
+@click.option("--drop-invalid", is_flag=True, help="Go on without the rows that cannot be used.")
+@click.option("--escape-control-tokens", is_flag=True, help="Break up control tokens in texts instead of refusing them.")
+@click.option("--parquet", is_flag=True, help="Also write train.parquet and test.parquet.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: all cores]")
+@click.option("--preview", type=click.IntRange(min=0), default=0, help="Show the first N rows as the model sees them.")
+def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice, max_length, format_, **options):
+    """Check rows, split them, count tokens: train.jsonl, test.jsonl, report.json."""
+    if bool(recipe) == bool(dataset):
+        raise UsageError("give a recipe, or --dataset with --output (see prepare --help)")
+    if dataset and not output:
+        raise UsageError("--dataset needs --output FOLDER")
+    from rich.console import Console
+
+    from fitune.config import Data
+    from fitune.hub import local_config
+    from fitune.prepare import prepare as prepare_data
+
+    if recipe:
+        resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
+        data, base = resolved.data, resolved.base
+        folder = None if no_tokens else local_config(tokenizer or base.model, None if tokenizer else base.revision)
+        options |= {"max_length": max_length or resolved.max_length, "packing": resolved.packing,
+                    "global_batch_size": resolved.global_batch_size, "seed": resolved.seed}
+    else:
+        data = Data(dataset=dataset, prepared=str(output))
+        folder = local_config(tokenizer) if tokenizer and not no_tokens else None
+        options["max_length"] = max_length
+    prepare_data(data, Path(output or data.prepared), tokenizer=str(folder) if folder else None,
+                 template_choice=template_choice, format=format_, console=Console(), **options)
+
+
 @cli.command(epilog="Example:  python cli.py train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
 @recipe_argument
 @profile_option
@@ -131,6 +175,48 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         _launch(_finished_run(run_or_model), "fitune.generate", *arguments)
 
 
+@cli.command(epilog="Example:  python cli.py quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def quantize(model, revision, output):
+    """A bf16 model in bitsandbytes' NF4 format, written once; then train with --set base.model=OUTPUT."""
+    from fitune.hub import local_folder
+    from fitune.output_folder import refuse_existing
+
+    refuse_existing(output)
+    folder = local_folder(model, revision)
+    import torch
+
+    from fitune.quantize import quantize as write_nf4
+
+    write_nf4(folder, output, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    click.echo(f"{output}: train on it with --set base.model={output}")
+
+
+@cli.command(epilog="Example:  python cli.py doctor --model meta-llama/Meta-Llama-3-70B")
+@click.option("--model", help="Check access to this model. [default: Llama 3 8B]")
+def doctor(model):
+    """Versions, GPUs, memory, disk, login, access to the base; says what to fix."""
+    from fitune.doctor import doctor as check
+
+    sys.exit(0 if check(model) else 1)
+
+
+@cli.command(epilog="Example:  python cli.py merge runs/tiny_qlora-cpu_2proc --output merged")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
+@click.option("--base", metavar="MODEL", help="Merge into this model, such as the bf16 original of an NF4 base.")
+@click.option("--force", is_flag=True, help="Merge even if the base may not be the adapter's own.")
+def merge(run_folder, output, base, force):
+    """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
+    run, result = _run_and_result(run_folder)
+    from fitune.merge import merge_run
+
+    merge_run(run, result, output, base=base, force=force)
+    click.echo(f'merged: {output}   next: python cli.py generate {output} --prompt "..."')
+
+
 @cli.command(epilog="Example:  ./cli.py completion bash >> ~/.bashrc   (then use ./cli.py)")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell):
@@ -145,6 +231,19 @@ def _finished_run(folder: Path):
     if not run.result_folder.is_dir():
         raise UsageError(f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume")
     return run
+
+
+def _run_and_result(folder: Path):
+    """A run and the folder with what it trained, from the run's folder or one of its checkpoints."""
+    if folder.absolute().parent.name != "checkpoints":
+        run = _finished_run(folder)
+        return run, run.result_folder
+    run = runs.load(folder.absolute().parents[1])
+    result = folder / run.result_folder.name
+    if not result.is_dir():
+        whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
+        raise UsageError(f"{result}: no such folder; give a run folder or a whole checkpoint of it{whole_model}")
+    return run, result
 
 
 def _launch_line(run, module: str) -> str:

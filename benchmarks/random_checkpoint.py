@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import quantize_4bit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune.checkpoint import CheckpointWriter, TensorSpec  # noqa: E402
+from fitune.quantize import QUANTIZATION_CONFIG, is_quantised, nf4_parts, nf4_specs  # noqa: E402
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads (config.json of each model on the Hub)
     "1b": (2048, 8192, 16, 32, 8),
@@ -61,39 +61,29 @@ def random_tensor(name: str, shape: tuple[int, ...], device: str) -> torch.Tenso
     return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02)
 
 
+def specs(name: str, shape: tuple[int, ...], fmt: str) -> list[TensorSpec]:
+    if fmt == "nf4" and is_quantised(name, shape):
+        return nf4_specs(name, shape)
+    return [TensorSpec(name, torch.bfloat16, shape)]
+
+
 def parts(name: str, tensor: torch.Tensor, fmt: str) -> dict[str, torch.Tensor]:
     """What is stored for one weight: itself, or its packed bytes and statistics."""
-    if fmt == "bf16" or name.split(".")[-2] not in LINEARS:
-        return {name: tensor}
-    packed, state = quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
-    statistics = state.as_dict(packed=True)
-    text = statistics["quant_state.bitsandbytes__nf4"]  # JSON, whose length depends on the digits of one number
-    statistics["quant_state.bitsandbytes__nf4"] = torch.cat([text, text.new_full((256 - len(text),), ord(" "))])
-    return {name: packed, **{f"{name}.{key}": value for key, value in statistics.items()}}
+    return nf4_parts(name, tensor) if fmt == "nf4" and is_quantised(name, tuple(tensor.shape)) else {name: tensor}
 
 
 def write(output: Path, shape: str, fmt: str, layers: int | None, device: str) -> None:
     cfg = config(shape, layers)
     output.mkdir(parents=True)
     torch.manual_seed(0)
-    samples: dict[tuple, dict[str, torch.Tensor]] = {}
-    specs = []
-    for name, size in tensors(cfg):  # the parts' dtypes and shapes depend on the weight's kind and shape alone
-        kind = (name.split(".")[-2], size)
-        if kind not in samples:
-            samples[kind] = {key.removeprefix(name): value for key, value in
-                             parts(name, random_tensor(name, size, device), fmt).items()}  # fmt: skip
-        specs += [TensorSpec(name + suffix, value.dtype, tuple(value.shape)) for suffix, value in samples[kind].items()]
-    samples.clear()
-    writer = CheckpointWriter(output, specs, durable=False)
+    planned = [spec for name, size in tensors(cfg) for spec in specs(name, size, fmt)]
+    writer = CheckpointWriter(output, planned, durable=False)
     for name, size in tensors(cfg):
         for key, value in parts(name, random_tensor(name, size, device), fmt).items():
             writer.write(key, value)
     writer.close()
     if fmt == "nf4":
-        cfg["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True,
-                                      "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-                                      "bnb_4bit_compute_dtype": "bfloat16"}  # fmt: skip
+        cfg["quantization_config"] = QUANTIZATION_CONFIG
     (output / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
 
 

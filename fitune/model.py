@@ -60,8 +60,10 @@ def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
 def _use_liger_kernels(model: PreTrainedModel) -> None:
     """Fused RMSNorm, SwiGLU and RoPE. The loss is TRL's own fused one."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of each accelerator that is not here
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError:
+        raise UsageError("liger-kernel is not installed; run: pip install -r requirements-gpu.txt") from None
     apply_liger_kernel_to_llama(
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )

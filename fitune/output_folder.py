@@ -1,77 +1,155 @@
-"""Builds a folder under another name and renames it at the end: whoever sees it sees all of it."""
+"""Builds a folder under a temporary name beside its own and renames it at the end: whoever sees it sees all of it."""
 
+import fcntl
+import glob
 import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 from fitune.errors import FituneError, UsageError
 
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    if not output.exists() and not output.is_symlink():
-        return
-    if not overwrite:
-        raise UsageError(f"{output}: already exists; remove it, choose another folder, or pass --overwrite")
-    if not (output / "report.json").is_file():
-        raise UsageError(f"{output}: exists and was not written by prepare (no report.json); choose another folder")
+SMALL_FILES_BYTES = 2**26  # room for tokenizer, configs and licence
 
 
 @contextmanager
-def built_aside(output: Path, overwrite: bool):
-    """A folder next to `output` that takes its name once everything in it is written, and vanishes on any error."""
+def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `output` once the block is through, and vanishes on any error, Ctrl-C or SIGTERM.
+
+    Files are flushed to disk before the rename, so `output` is whole whenever it exists; modes follow the umask. What
+    a killed process left of the same output is removed. An existing `output` is a UsageError, or with `replace` stays
+    as it is until the rename. Raises UsageError too if the folder cannot be created, FituneError where the disk fails.
+    """
+    output = Path(output).absolute()
+    if not replace:
+        refuse_existing(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output)
-        folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
-        folder.mkdir()
+        unfinished = _temporary(output)
+        unfinished.mkdir()
+        lock = os.open(unfinished, os.O_RDONLY)
     except OSError as error:
-        raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{output}: cannot be created: {error.strerror}; give another output") from None
     try:
-        with _interruptible():
-            yield folder
-        if overwrite and output.exists():
-            output.rename(folder / "replaced")
-        folder.rename(output)
-        shutil.rmtree(output / "replaced", ignore_errors=True)
+        with _ended_by_sigterm():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield unfinished
+            rename_when_whole(unfinished, output, replace=replace)
     except OSError as error:
-        raise FituneError(f"{output}: cannot be written: {error.strerror or error}") from None
+        raise FituneError(f"{output}: not written: {error}; nothing was left behind") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(unfinished)
+        os.close(lock)
+
+
+def refuse_existing(output: Path) -> None:
+    if os.path.lexists(output):
+        raise UsageError(f"{output}: exists already; give a new folder, nothing is overwritten")
+
+
+def check_disk_space(output: Path, nbytes: int) -> None:
+    """Raises FituneError if `nbytes` of weights, with the small files beside them, have no room at `output`."""
+    parent = Path(output).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = nbytes + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
+    if free < needed:
+        raise FituneError(
+            f"{output}: needs {needed / 2**30:.1f} GiB, {parent} has {free / 2**30:.1f} GiB free; "
+            f"free some space or give an output on another disk"
+        )
+
+
+def rename_when_whole(unfinished: Path, output: Path, *, replace: bool) -> None:
+    """Flushes `unfinished` to disk and names it `output`; with `replace`, what had that name is deleted after that."""
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _flush(path)
+    replaced = _temporary(output)
+    if not replace:
+        refuse_existing(output)
+    elif os.path.lexists(output):
+        output.rename(replaced)
+    try:
+        unfinished.rename(output)
+    except OSError:
+        if os.path.lexists(replaced):
+            replaced.rename(output)
+        raise
+    _flush(output.parent)
+    _remove(replaced)
+
+
+def _temporary(output: Path) -> Path:
+    """A name beside `output` that no other process or thread uses; it ends in this process's number."""
+    return output.with_name(f".{output.name}.partial-{token_hex(4)}-{os.getpid()}")
+
+
+def _remove_abandoned(output: Path) -> None:
+    """What killed processes left of `output`.
+
+    The number in the name says which process it was, and that the process is gone. In another container or on another
+    host the number means nothing, so the kernel must have released the folder's lock as well.
+    """
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
+        process = folder.name.rpartition("-")[2]
+        if process.isdecimal() and not _is_another_process(int(process)):
+            _remove_if_unlocked(folder)
+
+
+def _is_another_process(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return number != os.getpid()
+
+
+def _remove_if_unlocked(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(folder)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
-def _interruptible():
-    """SIGTERM ends the work like Ctrl-C does, so that what was begun is cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, unless someone handles it already, ends the block like Ctrl-C does: what was begun is cleaned up."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 
     def stop(number, frame):
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _remove_abandoned(output: Path) -> None:
-    """What a killed prepare (SIGKILL, power) left: folders named after a process that is gone."""
-    for folder in output.parent.glob(f".{output.name}.partial-*"):
-        process = folder.name.rpartition("-")[2]
-        if process.isdecimal() and not _is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

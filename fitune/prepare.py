@@ -15,7 +15,7 @@ from fitune.conversations import FORMATS, OPTIONAL_COLUMNS
 from fitune.data_report import describe, print_report
 from fitune.errors import UsageError, nearest
 from fitune.file_formats import jsonl_to_parquet
-from fitune.output_folder import built_aside, refuse_existing
+from fitune.output_folder import new_folder
 from fitune.reading import Tally, read_all, refuse_problems
 from fitune.row_checks import Rules
 from fitune.row_store import RowStore, Selection
@@ -68,14 +68,14 @@ def prepare(
     existing `output`, no rows left or fewer than one global batch; nothing is left behind then.
     """
     output = Path(output)
-    refuse_existing(output, overwrite)
+    _refuse_existing(output, overwrite)
     choice = template_choice or data.chat_template
     tokenizer = _load_tokenizer(tokenizer, choice)
     if preview and tokenizer is None:
         raise UsageError("--preview needs the tokenizer: it shows rows as the model sees them; pass --tokenizer")
     rules = _rules(tokenizer, choice, max_length, long_rows or data.long_rows, escape_control_tokens)
     sources = _open_sources(data, format)
-    with built_aside(output, overwrite) as folder:
+    with new_folder(output, replace=overwrite) as folder:
         store = RowStore(folder / "rows")
         with progress_line(console) as show_progress:
             tally = read_all(sources, rules, store, workers or _cores(), show_progress)
@@ -96,6 +96,16 @@ def prepare(
         if preview:
             _print_preview(output, preview, rules, console)
     return report
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
+    """`overwrite` replaces what an earlier `prepare` wrote, and nothing else."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"{output}: already exists; remove it, choose another folder, or pass --overwrite")
+    if not (output / "report.json").is_file():
+        raise UsageError(f"{output}: exists and was not written by prepare (no report.json); choose another folder")
 
 
 def _load_tokenizer(tokenizer, choice: str):

@@ -1,6 +1,6 @@
 """What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
 
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,33 +10,37 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from fitune.base_identity import BaseRecord, write_base_record
 from fitune.checkpoint import CheckpointWriter, TensorSpec
 from fitune.config import Run
 from fitune.model import decoder
+from fitune.output_folder import new_folder
 from fitune.sharding import local_rows
 
 
-def save_result(folder: Path, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_result(
+    folder: Path,
+    run: Run,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    base_record: BaseRecord | None,
+) -> None:
     """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
 
     Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
+    `base_record` is of the adapter's base; only rank 0 needs it.
     """
     main = dist.get_rank() == 0
-    temporary = folder.with_name(f".{folder.name}.partial")
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    parameters = _named_for_saving(model, run)
-    writer = CheckpointWriter(temporary, [spec for _, spec in parameters]) if main else None
-    for parameter, spec in parameters:
-        whole = gather_rows(parameter)
+    with new_folder(folder, replace=True) if main else nullcontext() as unfinished:
+        parameters = _named_for_saving(model, run)
+        writer = CheckpointWriter(unfinished, [spec for _, spec in parameters]) if main else None
+        for parameter, spec in parameters:
+            whole = gather_rows(parameter)
+            if main:
+                writer.write(spec.name, whole.to(spec.dtype))
         if main:
-            writer.write(spec.name, whole.to(spec.dtype))
-    if main:
-        writer.close()
-        _write_companions(temporary, run, model, tokenizer)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+            writer.close()
+            _write_companions(unfinished, run, model, tokenizer, base_record)
     dist.barrier()
 
 
@@ -69,7 +73,7 @@ def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorS
     ]
 
 
-def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord | None) -> None:
     tokenizer.save_pretrained(folder)
     causal_lm = decoder(model)
     causal_lm.generation_config.save_pretrained(folder)
@@ -79,5 +83,7 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer: PreTr
         config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
         config.inference_mode = True
         config.save_pretrained(folder)
+        if base_record:
+            write_base_record(folder, base_record)
     else:
         causal_lm.config.save_pretrained(folder)

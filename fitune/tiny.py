@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fitune.chat_template import training_template
 from fitune.errors import FituneError, UsageError
+from fitune.output_folder import new_folder, refuse_existing
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "instructions" / "instructions.jsonl"
 
@@ -61,8 +62,6 @@ def build_tiny_base(
     give a loss of about ln(vocab_size). Raises UsageError if `folder` exists or the sizes do not fit together.
     """
     import torch
-
-    from fitune.merge import new_folder, refuse_existing
 
     refuse_existing(Path(folder))
     _check_sizes(vocab_size, hidden_size, num_heads, num_kv_heads)

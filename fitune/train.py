@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from fitune import run as runs
+from fitune.base_identity import BaseRecord, identify_base
 from fitune.checkpoint import Checkpoint
 from fitune.config import Run
 from fitune.dataset import load_split, load_tokenizer
@@ -37,6 +38,7 @@ def train(run: Run) -> None:
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
     trainer = ShardedSFTTrainer(
         run,
+        base_record=_base_record(run, base_folder),
         model=model,
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
@@ -61,6 +63,13 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
+
+
+def _base_record(run: Run, base_folder: Path) -> BaseRecord | None:
+    """What the trained adapter will remember of its base. Rank 0 writes it, so only rank 0 reads the base for it."""
+    if run.recipe.method == "full" or not is_main_process():
+        return None
+    return identify_base(run.recipe.base, base_folder)
 
 
 def _eval_dataset(run: Run):

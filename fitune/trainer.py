@@ -11,7 +11,9 @@ from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from fitune.base_identity import BaseRecord
 from fitune.config import Run
+from fitune.output_folder import rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
 
@@ -43,14 +45,18 @@ def training_arguments(run: Run) -> SFTConfig:
 
 
 class ShardedSFTTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor."""
+    """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
-    def __init__(self, run: Run, **kwargs):
-        self.run = run
+    `base_record` is what a trained adapter remembers of its base; only rank 0 needs it.
+    """
+
+    def __init__(self, run: Run, base_record: BaseRecord | None = None, **kwargs):
+        self.run, self.base_record = run, base_record
         super().__init__(args=training_arguments(run), **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_result(Path(output_dir or self.run.result_folder), self.run, self.model, self.processing_class)
+        folder = Path(output_dir or self.run.result_folder)
+        save_result(folder, self.run, self.model, self.processing_class, self.base_record)
 
     def _save_checkpoint(self, model, trial) -> None:
         """checkpoints/checkpoint-N: result, sharded state, scheduler, RNG, position; renamed when whole."""
@@ -61,7 +67,7 @@ class ShardedSFTTrainer(SFTTrainer):
             partial.mkdir(parents=True)
         dist.barrier()
         if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
-            save_result(partial / self.run.result_folder.name, self.run, self.model, self.processing_class)
+            self.save_model(str(partial / self.run.result_folder.name))
         save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
         self._save_rng_state(str(partial))
         if self.args.should_save:
@@ -70,8 +76,7 @@ class ShardedSFTTrainer(SFTTrainer):
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         dist.barrier()
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
+            rename_when_whole(partial, folder, replace=True)
             _remove_old(folder.parent, self.args.save_total_limit)
         dist.barrier()
 

@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from fitune import merge
+from fitune import base_weights
+from fitune.base_identity import BASE_RECORD, BaseRecord, base_fingerprint, write_base_record
 from fitune.checkpoint import INDEX_NAME, Checkpoint, CheckpointWriter, TensorSpec
 from fitune.errors import FituneError, UsageError
-from fitune.hub import BASE_RECORD, base_fingerprint, write_base_record
 from fitune.merge import merge_adapter, merge_full
 from fitune.tiny import build_tiny_base
 
@@ -156,9 +155,9 @@ def test_row_chunks_do_not_change_the_result(base, nf4_base, adapter, tmp_path, 
     """Up to the order of fp32 additions in a matrix product of other height."""
     source = base if kind == "bf16" else nf4_base
     whole = merge_adapter(source, adapter, tmp_path / "whole", dtype=torch.float32, progress=False)
-    monkeypatch.setattr(merge, "CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr(base_weights, "CHUNK_WEIGHTS", 1000)
     with Checkpoint(source) as checkpoint:
-        assert len(merge.BaseWeights(checkpoint).row_chunks("model.layers.0.mlp.down_proj.weight")) > 10
+        assert len(base_weights.BaseWeights(checkpoint).row_chunks("model.layers.0.mlp.down_proj.weight")) > 10
     pieces = merge_adapter(source, adapter, tmp_path / "pieces", dtype=torch.float32, progress=False)
     with Checkpoint(whole) as one, Checkpoint(pieces) as other:
         for name in one.tensors:
@@ -206,7 +205,7 @@ def test_failure_half_way_leaves_nothing(base, adapter, tmp_path, monkeypatch, f
     def failing_write(self, name, tensor):
         calls.append(name)
         if len(calls) == 5:
-            assert list(tmp_path.glob(".out.*.unfinished/*.safetensors"))
+            assert list(tmp_path.glob(".out.partial-*/*.safetensors"))
             raise failure
         write(self, name, tensor)
 
@@ -215,19 +214,6 @@ def test_failure_half_way_leaves_nothing(base, adapter, tmp_path, monkeypatch, f
     with pytest.raises(kind):
         merge_adapter(base, adapter, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_merge_left_is_removed_but_not_what_a_running_one_holds(base, adapter, tmp_path):
-    dead, running = tmp_path / ".out.00000000.unfinished", tmp_path / ".out.11111111.unfinished"
-    for folder in (dead, running):
-        folder.mkdir()
-        (folder / "model.safetensors").write_text("half")
-    lock = os.open(running, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    merge_adapter(base, adapter, tmp_path / "out", progress=False)
-    os.close(lock)
-    assert not dead.exists()
-    assert running.exists()
 
 
 def test_existing_output_is_refused_and_untouched(base, adapter, tmp_path):
@@ -380,7 +366,7 @@ def test_a_partial_adapter_with_a_record_is_merged(base, own_adapter, tmp_path):
 
 def _record(base, adapter):
     with Checkpoint(base) as checkpoint:
-        write_base_record(adapter, "tiny/base", "main", base_fingerprint(checkpoint))
+        write_base_record(adapter, BaseRecord("tiny/base", "main", base_fingerprint(checkpoint)))
 
 
 def test_the_recorded_base_is_accepted_silently(base, own_adapter, tmp_path, capsys):

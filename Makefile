@@ -1,0 +1,76 @@
+# `make help` lists the targets. Each sets up what it needs by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.dev-installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format gpu-test bench
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv and install requirements.txt
+
+$(INSTALLED): requirements.txt requirements-gpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitune needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt $(if $(shell command -v nvidia-smi),-r requirements-gpu.txt)
+	@touch $@
+
+$(DEV_INSTALLED): $(INSTALLED) requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+demo: setup  ## prepare, train, eval, merge and generate a tiny model on the CPU
+	rm -rf runs/demo
+	$(BIN)/python -m fitune.demo --output runs/demo
+
+test: $(DEV_INSTALLED)  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(DEV_INSTALLED)  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_INSTALLED)  ## apply style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu-test: $(DEV_INSTALLED)  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu -s tests/test_gpu.py
+
+bench: setup  ## regenerate the tables from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
+
+train-8b-qlora-1x24gb: setup  ## Llama 3 8B, QLoRA, one 24 GB GPU
+	$(BIN)/python cli.py train llama3_8b_qlora --profile single_gpu
+
+train-70b-qlora-1x12gb: setup  ## Llama 3 70B, QLoRA, one 12 GB GPU and 64 GB of RAM
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_offload_1x12gb
+
+train-70b-qlora-1x24gb: setup  ## Llama 3 70B, QLoRA, one 24 GB GPU and 64 GB of RAM
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_offload_1x24gb
+
+train-70b-qlora-2x24gb: setup  ## Llama 3 70B, QLoRA, two 24 GB GPUs and 64 GB of RAM
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_offload_2x24gb
+
+train-70b-qlora-1x48gb: setup  ## Llama 3 70B, QLoRA, one 48 GB GPU
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_1x48gb
+
+train-70b-qlora-2x40gb: setup  ## Llama 3 70B, QLoRA, two 40 GB GPUs
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_2x40gb
+
+train-70b-qlora-4x24gb: setup  ## Llama 3 70B, QLoRA, four 24 GB GPUs
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_4x24gb
+
+train-70b-qlora-4x24gb-offload: setup  ## Llama 3 70B, QLoRA, four 24 GB GPUs, weights in host RAM (the 2024 tier)
+	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_offload_4gpu
+
+train-70b-lora-8x80gb: setup  ## Llama 3 70B, LoRA, eight 80 GB GPUs
+	$(BIN)/python cli.py train llama3_70b_lora --profile fsdp_lora_8x80gb
+
+train-70b-full-16x80gb: setup  ## Llama 3 70B, every weight, sixteen 80 GB GPUs of two machines
+	$(BIN)/python cli.py train llama3_70b_full --profile fsdp_full_16x80gb

@@ -1,0 +1,117 @@
+"""The command line as a user meets it: quick answers, and one line with exit code 2 for whatever is wrong."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib")
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """Runs a command line in an empty folder; returns click's result."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from cli import cli as group
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(group, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["show", "tiny_qlora", "--profile", "cpu_2proc"]])
+def test_light_commands_import_nothing_heavy(arguments):
+    code = "import sys, runpy; sys.argv[0] = 'cli.py'\ntry: runpy.run_path('cli.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+
+
+def test_help_answers_at_once():
+    """0.5 s on an idle machine; the fastest of three tries, with room for a busy one."""
+    durations = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, check=True)
+        durations.append(time.perf_counter() - started)
+    assert min(durations) < 1.5
+
+
+def test_every_command_has_an_example(cli):
+    from cli import cli as group
+
+    for name, command in group.commands.items():
+        assert command.epilog.startswith("Example:"), name
+        assert command.epilog in " ".join(cli(name, "--help").output.split()).replace("  ", " ") or "Example:" in cli(
+            name, "--help"
+        ).output
+
+
+def test_show_gives_run_yaml_and_the_launch_line(cli):
+    result = cli("show", "llama3_70b_qlora", "--profile", "fsdp_4x24gb", "--set", "training.learning_rate=1e-4")
+    assert result.exit_code == 0
+    assert "learning_rate: 0.0001" in result.output
+    assert "gradient_accumulation_steps: 2" in result.output
+    assert "accelerate launch --config_file" in result.output.splitlines()[-1]
+    assert "-m fitune.train" in result.output.splitlines()[-1]
+
+
+BAD = {
+    "unknown recipe": (["show", "tiny_qlra", "--profile", "cpu_2proc"], "did you mean 'tiny_qlora'"),
+    "unknown profile": (["show", "tiny_qlora", "--profile", "cpu_3proc"], "did you mean 'cpu_2proc'"),
+    "profile of another method": (["show", "llama3_70b_full", "--profile", "fsdp_4x24gb"], "fsdp_full_16x80gb"),
+    "set without value": (["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "seed"], "expected key=value"),
+    "set of a wrong type": (["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "seed=x"], "seed"),
+    "set of an unknown key": (["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "sede=1"], "did you mean 'seed'"),
+    "field owned elsewhere": (
+        ["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "training.bf16=true"], "mixed_precision"),
+    "broken recipe file": (["show", "broken.yaml", "--profile", "cpu_2proc"], "broken.yaml:2"),
+    "data not prepared": (["train", "tiny_qlora", "--profile", "cpu_2proc"], "run: python cli.py prepare tiny_qlora"),
+    "resume of nothing": (
+        ["train", "tiny_qlora", "--profile", "cpu_2proc", "--output", "empty", "--resume"], "prepare|resume"),
+    "eval of no run": (["eval", "nowhere"], "nowhere"),
+    "generate of no run": (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+    "generate without a question": (["generate", "nowhere"], "--prompt"),
+    "merge of no run": (["merge", "nowhere", "--output", "out"], "nowhere"),
+    "prepare of nothing": (["prepare"], "--dataset"),
+    "prepare of a missing file": (["prepare", "--dataset", "rows.jsonl", "--output", "out"], "rows.jsonl"),
+    "missing option": (["show", "tiny_qlora"], "--profile"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, expected", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, arguments, expected):
+    (tmp_path / "broken.yaml").write_text("description: x\n  method: [full\n")
+    before = sorted(tmp_path.rglob("*"))
+    result = cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert any(part in result.output for part in expected.split("|")), result.output
+    assert "Traceback" not in result.output
+    errors = [line for line in result.output.splitlines() if line.lower().startswith("error")]
+    assert len(errors) == 1
+    assert sorted(tmp_path.rglob("*")) == before, "nothing may be left behind"
+
+
+def test_an_existing_run_folder_is_never_overwritten(cli, tmp_path):
+    from fitune.tiny import build_tiny_base
+
+    build_tiny_base(tmp_path / "base", num_layers=1)
+    (tmp_path / "data").mkdir()
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(row)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("mine")
+    sets = ["--set", f"base.model={tmp_path / 'base'}", "--set", f"data.prepared={tmp_path / 'data'}"]
+    result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run", *sets)
+    assert result.exit_code == 2
+    assert "--resume" in result.output and "--output" in result.output
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_completion_scripts(cli):
+    for shell in ("bash", "zsh", "fish"):
+        assert "_CLI_PY_COMPLETE" in cli("completion", shell).output
