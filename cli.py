@@ -206,7 +206,7 @@ def doctor(model):
 @cli.command(epilog="Example:  python cli.py merge runs/tiny_qlora-cpu_2proc --output merged")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
-@click.option("--base", metavar="MODEL", help="Merge into this model, such as the bf16 original of an NF4 base.")
+@click.option("--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force).")
 @click.option("--force", is_flag=True, help="Merge even if the base may not be the adapter's own.")
 def merge(run_folder, output, base, force):
     """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""

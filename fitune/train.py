@@ -25,6 +25,7 @@ from fitune.model import build_skeleton
 from fitune.progress import loading_bar
 from fitune.sharding import kept_in_host_ram, shard
 from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints
+from fitune.training_state import load_trainable_weights
 from fitune.weights import Placement, load_weights
 
 
@@ -46,7 +47,11 @@ def train(run: Run) -> None:
         callbacks=[MetricsFile(run.folder), measurements],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
-    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run))
+    checkpoint = _checkpoint_to_resume(run)
+    if checkpoint and not trainer.steps_left(checkpoint):
+        load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())  # interrupted while it saved the result
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     leave()
 
@@ -78,13 +83,13 @@ def _eval_dataset(run: Run):
     return load_split(run.recipe, "test", run.folder / "cache")
 
 
-def _checkpoint_to_resume(run: Run) -> str | None:
+def _checkpoint_to_resume(run: Run) -> Path | None:
     if not run.resume:
         return None
     found = checkpoints(run.folder / "checkpoints")
     if not found:
         raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train without --resume")
-    return str(found[-1])
+    return found[-1]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from fitune.training_state import load_optimizer_state, load_trainable_weights, 
 def training_arguments(run: Run) -> SFTConfig:
     """The SFTConfig of a run: the recipe's `training:` block, and the fields that recipe, profile and config own."""
     recipe, profile = run.recipe, run.profile
-    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": None} | recipe.training
+    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": False} | recipe.training
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
     return SFTConfig(
         **values,
@@ -54,6 +54,12 @@ class ShardedSFTTrainer(SFTTrainer):
         self.run, self.base_record = run, base_record
         super().__init__(args=training_arguments(run), **kwargs)
 
+    def steps_left(self, checkpoint: Path) -> int:
+        """Optimizer steps between a checkpoint and the end of training."""
+        *_, planned = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        done = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        return max(0, planned - done)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.run.result_folder)
         save_result(folder, self.run, self.model, self.processing_class, self.base_record)
@@ -72,6 +78,7 @@ class ShardedSFTTrainer(SFTTrainer):
         self._save_rng_state(str(partial))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), partial / SCHEDULER_NAME)
+            self.state.num_input_tokens_seen = int(self._total_train_tokens)
             self.state.stateful_callbacks["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         dist.barrier()
@@ -88,6 +95,7 @@ class ShardedSFTTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
             return
+        self._total_train_tokens = self.state.num_input_tokens_seen
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         load_optimizer_state(
             Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size

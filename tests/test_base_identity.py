@@ -102,9 +102,8 @@ def test_the_commit_of_a_hub_snapshot_is_recorded(model, tmp_path):
     snapshot = tmp_path / "models--meta-llama--Meta-Llama-3-8B" / "snapshots" / COMMIT
     snapshot.parent.mkdir(parents=True)
     model.rename(snapshot)
-    assert identify_base(Base(model=MODEL, revision="main"), snapshot) == BaseRecord(
-        MODEL, COMMIT, _fingerprint(snapshot)
-    )
+    record = identify_base(Base(model=MODEL, revision="main"), snapshot)
+    assert record == BaseRecord(MODEL, COMMIT, _fingerprint(snapshot))
 
 
 TRAINING = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
