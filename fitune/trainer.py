@@ -152,6 +152,7 @@ def draw_loss(lines: list[dict], picture: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 3 else None)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120, bbox_inches="tight")

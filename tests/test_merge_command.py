@@ -23,7 +23,9 @@ def other_base(tiny_base, tmp_path_factory):
     """The shapes of `tiny_base`, other weights."""
     folder = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("models") / "other"))
     file = folder / "model.safetensors"
-    save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.flip(0).contiguous() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
     return folder
 
 

@@ -17,6 +17,7 @@ from fitune import sharding
 from fitune.errors import FituneError
 from fitune.model import decoder
 from fitune.nf4 import NF4Linear
+from fitune.result import gather_rows
 
 TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(0))
 CASES = {
@@ -58,6 +59,8 @@ def _report(runs: dict) -> dict:
         found["shares after a step"] = {name: _share(parameter) for name, parameter in model.named_parameters()}
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         found["gradients"] = {n: p.grad.full_tensor() for n, p in trainable.items()}
+        found["saved"] = {n: torch.equal(whole, p.full_tensor()) if (whole := gather_rows(p)) is not None else None
+                          for n, p in model.named_parameters()}  # fmt: skip
         found["trainable"] = {n: p.full_tensor().detach() for n, p in trainable.items()}
     return report
 
@@ -123,6 +126,8 @@ def test_every_rank_holds_its_share_and_the_logits_are_the_unsharded_models(
                     assert local == (expected, *shape[1:]), (case, when, name)
                     chunk_bytes = -(-shape[0] // world_size) * math.prod(shape[1:]) * stored.itemsize
                     assert nbytes <= chunk_bytes, f"{case}, {when}: {name} keeps more than its share in memory"
+            # what a save gathers, on the main process only
+            assert set(found["saved"].values()) == ({True} if rank == 0 else {None}), case
             # The same operations on the same values in the same order: nothing but equality will do.
             assert torch.equal(found["logits"], output.logits), case
 

@@ -1,0 +1,96 @@
+"""The three ways to start a run give the same run: cli.py, accelerate launch, torchrun. Real processes, real commands."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def options(tiny_base, prepared) -> list[str]:
+    """A recipe and profile on this test's own model and rows: four steps, a checkpoint after each."""
+    sets = {"base.model": tiny_base, "data.prepared": prepared, "training.max_steps": 4, "training.save_steps": 1,
+            "training.logging_steps": 1, "training.report_to": "none", "lora.r": 4}  # fmt: skip
+    flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    return ["train", "tiny_qlora", "--profile", "cpu_2proc", *flags]
+
+
+def start(command: list, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, timeout=200, **options)  # fmt: skip
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory) -> Path:
+    """A run folder that `cli.py train` left."""
+    folder = tmp_path_factory.mktemp("launch") / "cli"
+    done = start(["cli.py", *options, "--output", folder])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"result: {folder / 'adapter'}" in done.stdout
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    assert len(losses(finished)) == 4
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
+        path.name for path in (finished / "adapter").iterdir()
+    }
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    measured = json.loads((finished / "measurements.json").read_text())
+    assert len(measured["ranks"]) == RANKS and measured["tokens_per_second"] > 0
+
+
+def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_path):
+    shown = start(["cli.py", "show", *options[1:], "--output", tmp_path / "torchrun"])
+    starters = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", RANKS, "--master-port", 0],
+        "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"],
+    }
+    for name, starter in starters.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.yaml").write_text(shown.stdout.replace(str(tmp_path / "torchrun"), str(folder)))
+        done = start([*starter, "-m", "fitune.train", folder / "run.yaml"])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert losses(folder) == losses(finished), name
+
+
+def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "cli.py", *options, "--output", folder], cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = start(["cli.py", *options, "--output", folder, "--resume"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(folder) == losses(finished)
+    adapter = "adapter/adapter_model.safetensors"
+    assert (folder / adapter).read_bytes() == (finished / adapter).read_bytes()
+
+
+def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
+    text = (finished / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
+    done = start(["-m", "torch.distributed.run", "--nproc-per-node", RANKS, "-m", "fitune.train", tmp_path / "run.yaml"])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]
