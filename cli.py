@@ -97,7 +97,7 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
 
     from fitune.config import Data
     from fitune.hub import local_config
-    from fitune.prepare import prepare as prepare_data
+    from fitune.data.prepare import prepare as prepare_data
 
     if recipe:
         resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])

@@ -141,7 +141,7 @@ def run_side(arguments) -> None:
 
 def with_prepare(tokenizer, arguments) -> int:
     from fitune.config import Data
-    from fitune.prepare import prepare
+    from fitune.data.prepare import prepare
 
     data = Data(dataset=arguments.input, prepared=arguments.output)
     report = prepare(data, Path(arguments.output), tokenizer=tokenizer, workers=arguments.workers)
@@ -151,8 +151,8 @@ def with_prepare(tokenizer, arguments) -> int:
 def with_datasets(tokenizer, arguments) -> int:
     import datasets
 
-    from fitune.chat_template import apply_chat_template_choice
-    from fitune.conversations import LLAMA3_CONTROL_TOKENS
+    from fitune.data.chat_template import apply_chat_template_choice
+    from fitune.data.conversations import LLAMA3_CONTROL_TOKENS
 
     datasets.disable_progress_bars()
     apply_chat_template_choice(tokenizer, "llama3")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fitune.config import Run
-from fitune.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.hub import local_folder
 from fitune.progress import bar

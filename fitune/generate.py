@@ -16,9 +16,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from fitune.chat_template import end_of_turn_ids
+from fitune.data.chat_template import end_of_turn_ids
 from fitune.config import Run
-from fitune.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.hub import local_folder
 from fitune.train import load_sharded_model, run_stage

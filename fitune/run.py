@@ -152,4 +152,4 @@ def load(path: Path) -> Run:
     path = path / "run.yaml" if path.is_dir() else path
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a run folder written by `python cli.py train`")
-    return parse(Run, read_yaml(path), str(path))
+    return parse(Run, read_yaml(path) | {"output_dir": str(path.absolute().parent)}, str(path))  # it may have moved

@@ -16,7 +16,7 @@ from fitune import run as runs
 from fitune.base_identity import BaseRecord, identify_base
 from fitune.checkpoint import Checkpoint
 from fitune.config import Run
-from fitune.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.errors import FituneError, UsageError
 from fitune.hub import local_folder

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fitune import run as runs
 from fitune.checkpoint import Checkpoint
-from fitune.dataset import load_tokenizer
+from fitune.data.dataset import load_tokenizer
 from fitune.distributed import compute_device, join, leave
 from fitune.model import decoder
 from fitune.nf4 import NF4Linear

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from fitune.config import Run
-from fitune.dataset import load_tokenizer
+from fitune.data.dataset import load_tokenizer
 from fitune.distributed import join
 from fitune.train import load_sharded_model, train
 

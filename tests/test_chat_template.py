@@ -7,8 +7,8 @@ import jinja2
 import pytest
 from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
-from fitune import chat_template
-from fitune.chat_template import ChatRenderer, apply_chat_template_choice, end_of_turn_ids
+from fitune.data import chat_template
+from fitune.data.chat_template import ChatRenderer, apply_chat_template_choice, end_of_turn_ids
 from fitune.errors import UsageError
 
 CHOICES = ["llama3", "plain"]

@@ -9,8 +9,8 @@ import torch
 from ranks import run_ranks, sharded_model, train_here
 
 from fitune.base_identity import identify_base
-from fitune.chat_template import end_of_turn_ids
-from fitune.dataset import load_tokenizer
+from fitune.data.chat_template import end_of_turn_ids
+from fitune.data.dataset import load_tokenizer
 from fitune.evaluate import evaluate
 from fitune.generate import generate
 from fitune.result import save_result

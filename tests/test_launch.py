@@ -56,15 +56,15 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 
 
 def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_path):
-    shown = start(["cli.py", "show", *options[1:], "--output", tmp_path / "torchrun"])
+    shown = start(["cli.py", "show", *options[1:]])
     starters = {
-        "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", RANKS, "--master-port", 0],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS],
         "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"],
     }
     for name, starter in starters.items():
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "run.yaml").write_text(shown.stdout.replace(str(tmp_path / "torchrun"), str(folder)))
+        (folder / "run.yaml").write_text(shown.stdout)
         done = start([*starter, "-m", "fitune.train", folder / "run.yaml"])
         assert done.returncode == 0, done.stderr[-3000:]
         assert losses(folder) == losses(finished), name
@@ -91,6 +91,6 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
 def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
     text = (finished / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
-    done = start(["-m", "torch.distributed.run", "--nproc-per-node", RANKS, "-m", "fitune.train", tmp_path / "run.yaml"])
+    done = start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS, "-m", "fitune.train", tmp_path / "run.yaml"])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]

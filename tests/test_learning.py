@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from fitune.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_split, load_tokenizer
 
 STEPS = 20
 TRAINING = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks, sharded_model
 
-from fitune.dataset import load_split
+from fitune.data.dataset import load_split
 from fitune.trainer import ShardedSFTTrainer
 
 IGNORED = -100

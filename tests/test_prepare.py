@@ -17,12 +17,12 @@ import yaml
 from rich.console import Console
 from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
-from fitune import conversations, file_formats, reading
-from fitune.chat_template import apply_chat_template_choice
+from fitune.data import conversations, file_formats, reading
+from fitune.data.chat_template import apply_chat_template_choice
 from fitune.config import Data, Source
-from fitune.data_report import check_prepared
+from fitune.data.data_report import check_prepared
 from fitune.errors import UsageError
-from fitune.prepare import prepare
+from fitune.data.prepare import prepare
 from fitune.yaml_file import parse
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "instructions" / "instructions.jsonl"
@@ -528,7 +528,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     source = tmp_path / "pipe.jsonl"
     write(source, *[chat(n, "word " * 500) for n in range(8000)])
     program = (
-        "import sys; from pathlib import Path; from fitune.config import Data; from fitune import prepare, reading\n"
+        "import sys; from pathlib import Path; from fitune.config import Data; from fitune.data import prepare, reading\n"
         "add = reading.Tally.add\n"
         "def slow(*given): print('reading', flush=True); import time; time.sleep(0.5); add(*given)\n"
         "reading.Tally.add = slow\n"
@@ -655,7 +655,7 @@ def test_the_output_loads_as_a_dataset(tmp_path):
 
 def test_prepare_does_not_import_torch(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from fitune.config import Data; from fitune.prepare import prepare\n"
+        "import sys; from pathlib import Path; from fitune.config import Data; from fitune.data.prepare import prepare\n"
         f"prepare(Data(dataset={str(EXAMPLES)!r}, prepared='x'), Path({str(tmp_path / 'out')!r}))\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )

@@ -7,10 +7,10 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import normalizers, pre_tokenizers
 
-from fitune.chat_template import ChatRenderer, apply_chat_template_choice
-from fitune.row_store import RowStore, _first_occurrences
-from fitune.token_counter import TokenCounter
-from fitune.token_report import packed_rows, token_statistics
+from fitune.data.chat_template import ChatRenderer, apply_chat_template_choice
+from fitune.data.row_store import RowStore, _first_occurrences
+from fitune.data.token_counter import TokenCounter
+from fitune.data.token_report import packed_rows, token_statistics
 
 CHARACTERS = list(" \n\t\r'sS.?  ab1234567") * 20 + [
     character
@@ -57,7 +57,7 @@ def test_spans_that_cut_a_piece_are_left_to_tokenizers():
 def test_forgetting_pieces_changes_nothing(monkeypatch):
     counter = TokenCounter(tiny_tokenizer().backend_tokenizer)
     texts = [" ".join(random.Random(seed).choices(["one", "two", "three", "four", "five"], k=9)) for seed in range(50)]
-    monkeypatch.setattr("fitune.token_counter.REMEMBERED_PIECES", 3)
+    monkeypatch.setattr("fitune.data.token_counter.REMEMBERED_PIECES", 3)
     assert counter.count(texts, [[]] * 50) == counter.count_whole(texts, [[]] * 50)
 
 

@@ -76,15 +76,13 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
 def test_every_linked_or_quoted_path_exists(page):
     text = page.read_text(encoding="utf-8")
     links = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target and not target.startswith("#")]
-    quoted = [word for word in re.findall(r"`([\w./*-]+/[\w./*-]*)`", text) if not word.startswith(MADE_LATER)]
+    quoted = [word for word in re.findall(r"`([\w./*-]+/[\w./*-]*)`", text) if (ROOT / word.split("/")[0]).exists()]
     for target in links:
         assert (page.parent / target.split("#")[0]).exists(), target
     for word in quoted:
-        assert word.startswith(("/", "meta-llama/", "HuggingFaceH4/", "http")) or list(ROOT.glob(word.rstrip("/"))) or list(
-            page.parent.glob(word.rstrip("/"))
-        ), word
+        assert word.startswith(MADE_LATER) or list(ROOT.glob(word.rstrip("/"))), word
 
 
 def test_tables_are_generated_from_the_results():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -44,6 +44,11 @@ def _randomise_lora_b(model) -> None:
             parameter.data.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
 
 
+def _is_saved_whole(parameter: DTensor) -> bool | None:
+    expected, whole = parameter.full_tensor(), gather_rows(parameter)
+    return None if whole is None else torch.equal(whole, expected)
+
+
 def _report(runs: dict) -> dict:
     report = {}
     for case, run in runs.items():
@@ -59,8 +64,7 @@ def _report(runs: dict) -> dict:
         found["shares after a step"] = {name: _share(parameter) for name, parameter in model.named_parameters()}
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         found["gradients"] = {n: p.grad.full_tensor() for n, p in trainable.items()}
-        found["saved"] = {n: torch.equal(whole, p.full_tensor()) if (whole := gather_rows(p)) is not None else None
-                          for n, p in model.named_parameters()}  # fmt: skip
+        found["saved"] = {name: _is_saved_whole(parameter) for name, parameter in model.named_parameters()}
         found["trainable"] = {n: p.full_tensor().detach() for n, p in trainable.items()}
     return report
 

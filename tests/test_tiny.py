@@ -79,7 +79,8 @@ def test_untrained_model_knows_nothing_and_is_finite(folder, tokenizer):
         ids = torch.tensor([tokenizer.apply_chat_template(messages)["input_ids"][:256]])
         with torch.no_grad():
             losses.append(model(input_ids=ids, labels=ids).loss.item())
-    assert sum(losses) / len(losses) == pytest.approx(math.log(2048), abs=0.15)
+    # logits of variance 1 cost half a nat on top of a uniform guess
+    assert sum(losses) / len(losses) == pytest.approx(math.log(2048) + 0.5, abs=0.2)
 
 
 def test_special_tokens_have_their_roles(tokenizer):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fitune import weights
 from fitune.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from fitune.dataset import load_tokenizer
+from fitune.data.dataset import load_tokenizer
 from fitune.distributed import join
 from fitune.errors import FituneError, UsageError
 from fitune.model import build_skeleton

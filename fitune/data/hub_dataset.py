@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fitune.errors import FituneError, UsageError, nearest
-from fitune.file_formats import ROWS_PER_TABLE, Table, first_line
+from fitune.data.file_formats import ROWS_PER_TABLE, Table, first_line
 
 TIMEOUT_SECONDS = 20
 

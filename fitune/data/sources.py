@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.errors import UsageError, nearest
-from fitune.file_formats import (
+from fitune.data.file_formats import (
     ROWS_PER_TABLE,
     Chunk,
     Table,
@@ -19,7 +19,7 @@ from fitune.file_formats import (
     chunks_of_lines,
     first_line,
 )
-from fitune.hub_dataset import Splits, open_hub_dataset
+from fitune.data.hub_dataset import Splits, open_hub_dataset
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}
 COMPRESSED = (".gz", ".zst", ".zstd")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitune.row_checks import HASH_BYTES, Outcome
+from fitune.data.row_checks import HASH_BYTES, Outcome
 
 COPY_BYTES = 8 << 20
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
-from fitune import conversations
-from fitune.conversations import FORMATS, RowError
+from fitune.data import conversations
+from fitune.data.conversations import FORMATS, RowError
 from fitune.errors import FituneError, UsageError
-from fitune.row_checks import (
+from fitune.data.row_checks import (
     EXAMPLES_PER_REASON,
     Checker,
     Outcome,
@@ -23,8 +23,8 @@ from fitune.row_checks import (
     parse_record,
     start_worker,
 )
-from fitune.row_store import RowStore
-from fitune.sources import SourceFile, file_sha256
+from fitune.data.row_store import RowStore
+from fitune.data.sources import SourceFile, file_sha256
 
 SERIAL_BYTES = 4 << 20
 "Below this, starting processes costs more than they save."

@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fitune.chat_template import apply_chat_template_choice
+from fitune.data.chat_template import apply_chat_template_choice
 from fitune.config import Recipe
 from fitune.errors import UsageError
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import jinja2
 import numpy as np
 
-from fitune import conversations
-from fitune.chat_template import ChatRenderer
-from fitune.conversations import RowError
-from fitune.token_counter import TokenCounter
+from fitune.data import conversations
+from fitune.data.chat_template import ChatRenderer
+from fitune.data.conversations import RowError
+from fitune.data.token_counter import TokenCounter
 
 EXAMPLES_PER_REASON = 20
 ROWS_PER_BATCH = 256

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fitune.conversations import RowError
+from fitune.data.conversations import RowError
 from fitune.errors import UsageError
 
 CHUNK_BYTES = 4 << 20

@@ -1,0 +1,1 @@
+"""From rows of any usual format to checked conversations and their tokens."""

@@ -1,0 +1,296 @@
+"""How much memory a run needs, and for what: every formula, in bytes.
+
+    h = hidden size, i = intermediate size, T = tokens of one forward pass (micro batch x max_length)
+
+The GPU's peak is the largest of a few moments of a step (`gpu_moments`): each is a table of what is alive then. What the
+formulas cannot know (the CUDA context, holes in the allocator's segments, the Python process) was measured; those numbers
+stand in `MEASURED` with the runs they come from, in benchmarks/results/. Two open ends are upper bounds: every token is
+taken to be an answer token, and every row to be full.
+"""
+
+from dataclasses import dataclass
+
+from fitune.model_shapes import ModelShape
+
+GIB = 2**30
+BF16, FP32 = 2, 4  # bytes
+NF4 = 0.5  # bytes per weight, packed
+NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
+ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
+READ_BUFFERS = 4 * 64 * 2**20  # fitune.streaming: THREADS x CHUNK_BYTES
+LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplies at once (trl.kernels.chunked_logprob)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What no formula gives. NVIDIA H200, torch 2.11, 2026-11-23; benchmarks/results/ and tests hold the runs."""
+
+    cublas_workspace: float = 2 * 32 * 2**20
+    "Bytes in torch's allocator: 32 MiB on Hopper (8 MiB before it) for the forward's and the backward's thread each."
+    fragmentation: float = 0.01
+    "Share of what is allocated that lies in holes: 0.25 to 1.0 GiB in four runs, with `freed_layers` on top."
+    outside_allocator: float = 1.3 * GIB
+    "Per process: CUDA context, kernels, NCCL. 1.30, 1.30, 1.36 with one rank, 1.14 with four (NCCL over loopback)."
+    process: float = 2.55 * GIB
+    "Host RAM of one process: Python and its libraries, CUDA's host side, the reading buffers. 2.51 and 2.58."
+    nccl_host: float = 0.38 * GIB
+    "More host RAM per process with several ranks: 2.93 with four (NCCL over loopback sockets, gloo)."
+    page_lock: float = 0.028
+    "The driver's own pages per page-locked byte: 1.1 GiB for the 38.9 GiB of fsdp_offload_1x12gb."
+
+
+MEASURED = Measured()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The numbers that decide how much memory a run needs. `fitune.plan` fills it from a resolved run."""
+
+    shape: ModelShape
+    method: str
+    ranks: int
+    machines: int
+    micro_batch: int
+    max_length: int
+    accumulation: int
+    "Micro batches per optimizer step."
+    packing: bool
+    compute: int = BF16
+    "Bytes of one activation: bf16 on GPUs, float32 on CPUs."
+    lora_r: int = 0
+    lora_targets: frozenset[str] = frozenset()
+    lora_dropout: bool = False
+    trained_tokens: int = 0
+    offload: bool = False
+    "Sharded weights, gradients and optimizer state live in host RAM."
+    embedding_offload: bool = False
+    checkpointing: bool = True
+    activation_offload: bool = False
+    reshard: bool = True
+    on_gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.max_length
+
+    @property
+    def full(self) -> bool:
+        return self.method == "full"
+
+    # Weights
+
+    @property
+    def weight(self) -> float:
+        """Bytes of one decoder-layer weight as stored: float32 master weights, packed NF4, or as it computes."""
+        return {"full": FP32, "qlora": NF4}.get(self.method, self.compute)
+
+    @property
+    def lora_per_layer(self) -> int:
+        """Parameters of A [r, in] and B [out, r] of every targeted linear."""
+        return sum(self.lora_r * sum(self.shape.linears[name]) for name in self.lora_targets)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters."""
+        if self.full:
+            return self.shape.parameters
+        return self.shape.layers * self.lora_per_layer + self.trained_tokens * self.shape.hidden
+
+    @property
+    def layer_weights(self) -> float:
+        """Base weights of one layer as stored; norms are never quantised."""
+        norm = FP32 if self.full else self.compute
+        return self.shape.layer_linear_weights * self.weight + self.shape.layer_norm_weights * norm
+
+    @property
+    def embedding(self) -> float:
+        """Embedding or head as stored; neither is ever quantised."""
+        return self.shape.embedding_weights * (FP32 if self.full else self.compute)
+
+    @property
+    def statistics(self) -> float:
+        """NF4's scales, whole on every rank and on the GPU even when the weights are offloaded."""
+        linears = self.shape.layers * self.shape.layer_linear_weights
+        return linears * NF4_STATISTICS if self.method == "qlora" else 0.0
+
+    @property
+    def gathered_layer(self) -> float:
+        """One layer as it computes, all ranks' rows; LoRA is gathered in float32."""
+        if self.full:
+            return (self.shape.layer_linear_weights + self.shape.layer_norm_weights) * self.compute
+        return self.layer_weights + self.lora_per_layer * FP32
+
+    @property
+    def gathered_head(self) -> float:
+        return self.shape.embedding_weights * self.compute
+
+    @property
+    def copied_on_one_rank(self) -> bool:
+        """With one rank FSDP copies a weight that is not already on the GPU in its compute dtype, then copies the copy."""
+        return self.ranks == 1 and (self.offload or self.embedding_offload or self.full)
+
+    # Activations, bytes
+
+    @property
+    def hidden_state(self) -> float:
+        """[T, h]."""
+        return self.tokens * self.shape.hidden * self.compute
+
+    @property
+    def inner_state(self) -> float:
+        """[T, i]."""
+        return self.tokens * self.shape.intermediate * self.compute
+
+    @property
+    def mask_positions(self) -> int:
+        """Pairs of tokens: packed rows are one long row with a block mask; without packing each row has its own."""
+        return self.tokens**2 if self.packing else self.micro_batch * self.max_length**2
+
+    @property
+    def down_input(self) -> float:
+        """What down_proj keeps for its backward pass: its input, or LoRA's dropped-out copy [T, i] and a mask byte each."""
+        if self.full or ("down_proj" in self.lora_targets and not self.lora_dropout):
+            return self.inner_state
+        return self.inner_state * (1 + 1 / self.compute) if "down_proj" in self.lora_targets else 0.0
+
+    @property
+    def saved_by_layer(self) -> float:
+        """What one layer keeps for its backward pass with Liger's kernels, its input left out."""
+        h, i = self.hidden_state, self.inner_state
+        attention = 4 * h  # query, keys and values repeated for all heads (a masked sdpa wants that), output
+        bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
+        mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
+        return attention + bias + mlp + self._inputs_of_trained_linears() + self.down_input
+
+    def _inputs_of_trained_linears(self) -> float:
+        """down_proj left out. LoRA with dropout keeps a copy and a mask byte per linear; without, linears share inputs."""
+        attention = {"q_proj", "k_proj", "v_proj"} & self.lora_targets
+        mlp = {"gate_proj", "up_proj"} & self.lora_targets
+        if self.full:
+            return 2 * self.hidden_state
+        if not self.lora_dropout:
+            return (bool(attention) + bool(mlp)) * self.hidden_state
+        count = len(attention) + len(mlp) + ("o_proj" in self.lora_targets)
+        return count * self.hidden_state * (1 + 1 / self.compute)
+
+    @property
+    def layer_backward(self) -> float:
+        """Peak while one layer is recomputed and goes backward, above its gathered weights and its output's gradient."""
+        h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
+        down = self.shape.linears["down_proj"][0] * self.shape.linears["down_proj"][1] * self.compute
+        if self.full:
+            mlp_gradients = 3 * down  # gate, up and down have equally many weights
+            return max(
+                saved + i + down,  # down_proj's backward: its input's gradient and its own
+                saved - 2 * i + 2 * h + mlp_gradients,  # gate's: down's and up's activations are gone
+                self.gathered_layer + 2 * h,  # the end: all gradients of the layer
+            )
+        recomputing = saved + i + 3 * h  # down_proj's input, its output, LoRA's, their sum
+        if self.method == "qlora":
+            recomputing = max(recomputing, saved - self.down_input + 2 * i + down)  # backward: the dequantised weight
+        return recomputing
+
+    @property
+    def kept_activations(self) -> float:
+        """Alive from forward to backward: each layer's input, or without checkpointing all it saves."""
+        per_layer = self.hidden_state if self.checkpointing else self.saved_by_layer + 2 * self.hidden_state
+        return self.shape.layers * per_layer
+
+    @property
+    def loss_tile(self) -> float:
+        tokens, columns = LOSS_TILE
+        return min(self.tokens, tokens) * columns * self.compute
+
+
+def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
+    """Phase -> what each GPU holds in torch's allocator then, in bytes. The peak is the largest sum."""
+    several = s.ranks > 1
+    kept = 0.0 if s.activation_offload and s.checkpointing else s.kept_activations
+    mask = s.mask_positions * 1  # the boolean mask, shared by all layers
+    # gathering needs FSDP's all-gather buffer beside the result, and it still holds the previous layer's buffer
+    gathering = {
+        "unsharded head": s.gathered_head,
+        "gather buffers": (s.gathered_head + s.gathered_layer) if several else s.gathered_head * s.copied_on_one_rank,
+    }
+    prefetched_layer = s.gathered_layer if several else 0.0
+    prefetched_embedding = s.gathered_head if several else 0.0  # FSDP fetches it for a backward pass that has no use for it
+    layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.gathered_layer}
+    head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
+    layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
+    recompute = s.layer_backward - (0.0 if s.checkpointing else s.saved_by_layer)
+    fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
+    before = {**_resident(s, gradients=s.accumulation > 1), **fixed}
+    after = {**_resident(s, gradients=True), **fixed}
+    return {
+        "load": {**_resident(s, gradients=False, optimizer=False), "read buffers": READ_BUFFERS},
+        "forward, gathering the head": {
+            **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
+        "forward, loss": {
+            **before, **layers_in_forward, "unsharded head": s.gathered_head,
+            "gather buffers": s.gathered_head if several else 0.0, "kept activations": kept,
+            "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},
+        "backward, loss": {
+            **before, **layers_in_forward, "unsharded head": s.gathered_head, "gather buffers": prefetched_layer,
+            "kept activations": kept, "hidden states": 2 * s.hidden_state, "loss workspace": _loss_backward(s)},
+        "backward, last layer": {
+            **before, "unsharded layers": s.gathered_layer if s.reshard else s.shape.layers * s.gathered_layer,
+            "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
+            "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": head_reduction},
+        "backward, first layer": {
+            **after, "unsharded layers": s.gathered_layer, "gather buffers": prefetched_embedding,
+            "kept activations": kept / s.shape.layers, "hidden states": s.hidden_state,
+            "one layer's backward": recompute, "gradient reduction": layer_reduction},
+        "optimizer step": after,
+        "save": _resident(s, gradients=False),
+    }  # fmt: skip
+
+
+def _resident(s: Setup, *, gradients: bool, optimizer: bool = True) -> dict[str, float]:
+    """On the GPU all the time: this rank's share of weights, gradients and optimizer state."""
+    layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.ranks
+    embeddings = 0.0 if s.offload or s.embedding_offload else 2 * s.embedding / s.ranks
+    mine = 0.0 if s.offload else s.trainable / s.ranks
+    return {
+        "sharded weights": layers,
+        "embedding and head": embeddings,
+        "quantisation statistics": s.statistics,
+        "LoRA weights": 0.0 if s.full else mine * FP32,
+        "optimizer state": mine * ADAM_STATE * optimizer,
+        "gradients": mine * FP32 * gradients,
+    }
+
+
+def _loss_backward(s: Setup) -> float:
+    """A tile of logits, the hidden states' gradient in float32 and rounded; for method full the head's likewise."""
+    hidden = s.tokens * s.shape.hidden
+    head = s.shape.embedding_weights if s.full else 0
+    return s.loss_tile + (hidden + head) * (FP32 + s.compute)
+
+
+@dataclass(frozen=True)
+class GpuPeak:
+    phase: str
+    components: dict[str, float]
+    "Bytes at the peak, largest phase's."
+    phases: dict[str, float]
+    "Bytes in torch's allocator by phase."
+
+    @property
+    def allocated(self) -> float:
+        return self.phases[self.phase]
+
+    @property
+    def total(self) -> float:
+        return sum(self.components.values())
+
+
+def gpu_peak(s: Setup) -> GpuPeak:
+    """The peak of every GPU, what lies outside torch's allocations included."""
+    moments = gpu_moments(s)
+    phases = {phase: sum(parts.values()) for phase, parts in moments.items()}
+    phase = max(phases, key=phases.get)
+    freed_layers = s.gathered_layer * (2 if s.ranks > 1 else 1)  # holes a gathered layer leaves, on each of FSDP's streams
+    slack = MEASURED.fragmentation * phases[phase] + freed_layers
+    outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
+    components = {name: size for name, size in (moments[phase] | outside).items() if size}
+    return GpuPeak(phase, components, phases)

@@ -1,0 +1,148 @@
+"""Sizes of Llama models: from a local or cached config.json, or from the shipped table of the public Llama 3 family."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fitune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory depends on. Field names are config.json's, shortened."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+    tied: bool = False
+    "One tensor for embedding and head on disk; fitune keeps two copies in memory."
+    nf4_on_disk: bool = False
+    "The checkpoint is already quantised."
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Linears of one decoder layer: (output features, input features)."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (queries, self.hidden),
+            "k_proj": (keys, self.hidden),
+            "v_proj": (keys, self.hidden),
+            "o_proj": (self.hidden, queries),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def layer_linear_weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def layer_norm_weights(self) -> int:
+        return 2 * self.hidden
+
+    @property
+    def embedding_weights(self) -> int:
+        """Of the embedding; the head has as many."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """As counted on disk."""
+        layers = self.layers * (self.layer_linear_weights + self.layer_norm_weights)
+        return layers + self.hidden + self.embedding_weights * (1 if self.tied else 2)
+
+
+_8B = {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32}
+_70B = {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64}
+_405B = {"hidden": 16384, "intermediate": 53248, "layers": 126, "heads": 128}
+_1B = {"hidden": 2048, "intermediate": 8192, "layers": 16, "heads": 32, "head_dim": 64, "tied": True}
+_3B = {"hidden": 3072, "intermediate": 8192, "layers": 28, "heads": 24, "tied": True}
+
+
+def _llama(sizes: dict, max_positions: int) -> ModelShape:
+    return ModelShape(**{"kv_heads": 8, "head_dim": 128, "vocabulary": 128256, "max_positions": max_positions} | sizes)
+
+
+LLAMA_3_FAMILY = {
+    "Meta-Llama-3-8B": _llama(_8B, 8192),
+    "Meta-Llama-3-70B": _llama(_70B, 8192),
+    "Llama-3.1-8B": _llama(_8B, 131072),
+    "Llama-3.1-70B": _llama(_70B, 131072),
+    "Llama-3.1-405B": _llama(_405B, 131072),
+    "Llama-3.2-1B": _llama(_1B, 131072),
+    "Llama-3.2-3B": _llama(_3B, 131072),
+    "Llama-3.3-70B": _llama(_70B, 131072),
+}
+"""By the Hub id's last part, without `-Instruct`; the sizes stand in each model's config.json on the Hub."""
+
+
+def find_shape(model: str, revision: str | None = None) -> ModelShape:
+    """The sizes of `model`, a folder or a Hub id. Nothing is downloaded. Raises UsageError in one line."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return read_config(folder / "config.json")
+    cached = cached_config(model, revision)
+    if cached:
+        return read_config(cached)
+    known = LLAMA_3_FAMILY.get(_family_name(model))
+    if known:
+        return known
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UsageError(f"{model}: no such folder, so the model's sizes are not known")
+    raise UsageError(
+        f"{model}: sizes not known: not in the Hub's cache, and not one of {', '.join(LLAMA_3_FAMILY)}; "
+        f"run: hf download {model} config.json"
+    )
+
+
+def _family_name(model: str) -> str:
+    name = model.rsplit("/", 1)[-1].removesuffix("-Instruct")
+    if name not in LLAMA_3_FAMILY and name.startswith("Meta-Llama-3."):
+        return name.removeprefix("Meta-")  # 3.1 was first published under this prefix
+    return name
+
+
+def cached_config(model: str, revision: str | None) -> Path | None:
+    """config.json of a Hub id in huggingface_hub's cache, found by its documented layout: no import, no network."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    repository = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision or ""
+    file = repository / "snapshots" / commit / "config.json"
+    return file if commit and file.is_file() else None
+
+
+def read_config(file: Path) -> ModelShape:
+    """The sizes in a Llama's config.json."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such file; give a folder with config.json") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("model_type") != "llama":
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise UsageError(f"{file}: a {kind} model; fitune trains Llama models only")
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return ModelShape(
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocabulary=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
+            tied=bool(config.get("tie_word_embeddings")),
+            nf4_on_disk="quantization_config" in config,
+        )
+    except KeyError as error:
+        raise UsageError(f"{file}: key {error} is missing") from None
