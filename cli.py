@@ -102,13 +102,14 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
     if recipe:
         resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
         data, base = resolved.data, resolved.base
-        folder = None if no_tokens else local_config(tokenizer or base.model, None if tokenizer else base.revision)
+        folder = None if no_tokens or tokenizer else local_config(base.model, base.revision)
         options |= {"max_length": max_length or resolved.max_length, "packing": resolved.packing,
                     "global_batch_size": resolved.global_batch_size, "seed": resolved.seed}
     else:
         data = Data(dataset=dataset, prepared=str(output))
-        folder = local_config(tokenizer) if tokenizer and not no_tokens else None
-        options["max_length"] = max_length
+        folder, options["max_length"] = None, max_length
+    if tokenizer and not no_tokens:
+        folder = tokenizer if Path(tokenizer).is_dir() else local_config(tokenizer)
     prepare_data(data, Path(output or data.prepared), tokenizer=str(folder) if folder else None,
                  template_choice=template_choice, format=format_, console=Console(), **options)
 

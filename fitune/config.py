@@ -64,6 +64,8 @@ class Data(Strict):
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
     mix: list[Source] = []
     "Further sources, each with a weight of its own."
+    invalid_rows: Literal["refuse", "drop"] = "refuse"
+    "Rows that cannot be used (turns that don't alternate, empty answers, ...): an error, or left out and counted."
     long_rows: Literal["refuse", "drop", "cut"] = "refuse"
     "Rows longer than max_length: an error, left out, or cut after the last answer that fits."
 

@@ -31,12 +31,18 @@ class Measured:
     "Share of what is allocated that lies in holes: 0.25 to 1.0 GiB in four runs, with `freed_layers` on top."
     outside_allocator: float = 1.3 * GIB
     "Per process: CUDA context, kernels, NCCL. 1.30, 1.30, 1.36 with one rank, 1.14 with four (NCCL over loopback)."
-    process: float = 2.55 * GIB
-    "Host RAM of one process: Python and its libraries, CUDA's host side, the reading buffers. 2.51 and 2.58."
-    nccl_host: float = 0.38 * GIB
-    "More host RAM per process with several ranks: 2.93 with four (NCCL over loopback sockets, gloo)."
+    loading: float = 2.55 * GIB
+    "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.51 and 2.58."
+    training: float = 2.05 * GIB
+    "The same during training, at most: the 8B run copied 0.47 GiB for its checkpoint and did not pass its loading peak."
+    nccl_host: float = 0.3 * GIB
+    "More host RAM per process with several ranks: 2.93 in all with four, 0.58 of it a checkpoint's copies."
     page_lock: float = 0.028
     "The driver's own pages per page-locked byte: 1.1 GiB for the 38.9 GiB of fsdp_offload_1x12gb."
+    cpu_process: float = 0.75 * GIB
+    "Host RAM of one process that trains on the CPU: 0.70 to 0.77 in two runs of cpu_2proc with a tiny model."
+    launcher: float = 0.5 * GIB
+    "accelerate launch and its helper; part of `loading` on GPUs."
 
 
 MEASURED = Measured()
@@ -68,6 +74,8 @@ class Setup:
     activation_offload: bool = False
     reshard: bool = True
     on_gpu: bool = True
+    saves: bool = True
+    "Writes checkpoints on the way."
 
     @property
     def tokens(self) -> int:
@@ -294,3 +302,74 @@ def gpu_peak(s: Setup) -> GpuPeak:
     outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
     components = {name: size for name, size in (moments[phase] | outside).items() if size}
     return GpuPeak(phase, components, phases)
+
+
+def host_moments(s: Setup) -> dict[str, dict[str, float]]:
+    """Phase -> what one machine's RAM holds for all its ranks then, in bytes."""
+    ranks = s.ranks / s.machines
+    several = s.ranks > 1
+    locked = _offloaded_weights(s) / s.machines
+    trainable = s.trainable / s.machines
+    state = {"LoRA, gradients, optimizer state": trainable * (ADAM_STATE + (FP32 if s.full else 2 * FP32))} if s.offload else {}
+    always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
+    nccl = MEASURED.nccl_host * several
+    activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
+    # a checkpoint's tensors are all copied to host RAM before the first is written
+    copies = trainable * (FP32 + ADAM_STATE) if s.saves and not s.offload else 0.0
+    # method full ends with gathering the largest tensor on one rank: the parts, the whole, and the whole rounded
+    gathered = s.embedding * 2.5 if s.full else 0.0
+    if not s.on_gpu:
+        return _on_cpu(s, {"checkpoint copies": copies}, gathered)
+    return {
+        "load": {"processes": ranks * (MEASURED.loading + nccl), **always},
+        "step": {"processes": ranks * (MEASURED.training + nccl), **always, **state, "kept activations": activations},
+        "save": {"processes": ranks * (MEASURED.training + nccl), **always, **state,
+                 "checkpoint copies": max(copies, gathered)},
+    }  # fmt: skip
+
+
+def _offloaded_weights(s: Setup) -> float:
+    """Base weights in page-locked host RAM, all ranks together; a LoRA run's adapters lie there too, not page-locked."""
+    embeddings = 2 * s.embedding
+    if s.offload:
+        return s.shape.layers * s.layer_weights + embeddings
+    return embeddings if s.embedding_offload else 0.0
+
+
+def _power_of_two(size: float) -> float:
+    """PyTorch rounds page-locked allocations up: 48 MiB of activations take 64 MiB."""
+    return float(1 << (int(size) - 1).bit_length())
+
+
+def _on_cpu(s: Setup, copies: dict[str, float], gathered: float) -> dict[str, dict[str, float]]:
+    """Without GPUs everything that a GPU would hold is host RAM, once per rank (an estimate: plain kernels take more)."""
+    processes = {"processes": MEASURED.launcher + s.ranks * MEASURED.cpu_process}
+    moments = gpu_moments(s)
+    peak = max(moments.values(), key=lambda parts: sum(parts.values()))
+    resident = {name: s.ranks * size for name, size in moments["save"].items()}
+    return {
+        "load": {**processes, **{name: s.ranks * size for name, size in moments["load"].items()}},
+        "step": {**processes, **{name: s.ranks * size for name, size in peak.items()}},
+        "save": {**processes, **resident, **copies, "gathered tensor": gathered},
+    }
+
+
+def merge_host(s: Setup) -> float:
+    """`merge` holds one tensor at a time: the weight and LoRA's product in float32, the sum in bf16. An estimate."""
+    rows, columns = s.shape.linears["down_proj"]
+    return MEASURED.cpu_process + max(rows * columns * (2 * FP32 + BF16), s.shape.embedding_weights * BF16)
+
+
+def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
+    """Bytes on disk by purpose. A new checkpoint is whole before the oldest goes, so there is room for one more."""
+    weights = s.shape.layers * s.shape.layer_linear_weights
+    quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
+    result = s.trainable * (BF16 if s.full else FP32)
+    one_checkpoint = s.trainable * (FP32 + ADAM_STATE) + (0 if s.full else result)
+    return {
+        "base model": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
+        "checkpoints": one_checkpoint * (kept_checkpoints + 1) if kept_checkpoints else 0.0,
+        "result": result,
+        "quantised copy (optional)": quantised if s.method == "qlora" and not s.shape.nf4_on_disk else 0.0,
+        "merged model (later)": s.shape.parameters * BF16,
+    }

@@ -26,9 +26,11 @@ def build_skeleton(
     """
     config = AutoConfig.from_pretrained(base_folder)
     _check_architecture(config, base_folder, recipe)
-    dtype = torch.float32 if recipe.method == "full" else compute_dtype
+    stored_dtype = config.dtype or torch.bfloat16
     with torch.device("meta"):
+        dtype = torch.float32 if recipe.method == "full" else compute_dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.config.dtype = stored_dtype  # what a fully trained model is saved in
     model.generation_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if device_type == "cuda":
         _use_liger_kernels(model)

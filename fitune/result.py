@@ -1,5 +1,6 @@
 """What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def gather_rows(parameter: DTensor) -> torch.Tensor | None:
 def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorSpec]]:
     """Parameters to save with their names and dtypes on disk: PEFT's for an adapter, Llama's for a whole model."""
     if run.recipe.method == "full":
-        dtype = decoder(model).config.dtype or torch.bfloat16
+        dtype = decoder(model).config.dtype
         return [(p, TensorSpec(name, dtype, tuple(p.shape))) for name, p in model.named_parameters()]
     return [
         (p, TensorSpec(name.replace(".default", ""), p.dtype, tuple(p.shape)))
@@ -86,4 +87,6 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
         if base_record:
             write_base_record(folder, base_record)
     else:
-        causal_lm.config.save_pretrained(folder)
+        config = copy.deepcopy(causal_lm.config)
+        config.use_cache = True  # off while training
+        config.save_pretrained(folder)

@@ -16,6 +16,7 @@ from fitune import run as runs
 from fitune.base_identity import BaseRecord, identify_base
 from fitune.checkpoint import Checkpoint
 from fitune.config import Run
+from fitune.data.data_report import check_prepared
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.errors import FituneError, UsageError
@@ -34,6 +35,7 @@ def train(run: Run) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
+    check_prepared(Path(run.recipe.data.prepared), tokenizer)
     started = time.perf_counter()
     model = load_sharded_model(run, base_folder, tokenizer, mesh)
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)

@@ -54,7 +54,7 @@ def prepare(
     --packing/--no-packing             whether rows will be packed, for the steps per epoch
     --global-batch-size                rows per optimizer step
     --seed                             picks the test rows and those of fractional weights
-    --drop-invalid                     go on without the rows that cannot be used
+    --drop-invalid                     go on without the rows that cannot be used, as the recipe's `invalid_rows: drop`
     --escape-control-tokens            break up control tokens in texts with a space instead of refusing them
     --long-rows refuse|drop|cut        instead of the recipe's `long_rows`
     --format NAME                      messages, sharegpt, alpaca, prompt_completion; instead of the recipe's `format`
@@ -79,7 +79,7 @@ def prepare(
         store = RowStore(folder / "rows")
         with progress_line(console) as show_progress:
             tally = read_all(sources, rules, store, workers or _cores(), show_progress)
-        refuse_problems(tally, rules, drop_invalid)
+        refuse_problems(tally, rules, drop_invalid or data.invalid_rows == "drop")
         fractions = [None if splits.test else data.test_fraction for _, splits in sources]
         selection = store.select(seed, [source.weight for source, _ in sources], fractions)
         _refuse_too_few(selection, tally, global_batch_size)

@@ -1,0 +1,158 @@
+"""Searches over plans: the nearest change that fits, the largest batch, the best profile, the matrix of all tiers."""
+
+from dataclasses import replace
+from itertools import combinations
+
+from fitune import run as runs
+from fitune.accelerate_config import read_accelerate_config
+from fitune.config import Lora, Recipe, Run
+from fitune.errors import UsageError
+from fitune.hardware import GpuModel, Machine, likely_model
+from fitune.memory import GIB, Setup, gpu_peak
+from fitune.plan import Limits, Plan, limits_here, limits_of, make_plan, verdicts
+
+MAX_MICRO_BATCH = 1024
+SEQUENCE_STEP = 64  # tokens
+METHODS = ("qlora", "lora", "full")
+
+
+def fits(setup: Setup, limits: Limits) -> bool:
+    return all(verdict.fits for verdict in verdicts(setup, limits))
+
+
+def largest_micro_batch(setup: Setup, limits: Limits) -> int:
+    """Rows per pass that fit; 0 if not even one does."""
+    return _largest(MAX_MICRO_BATCH, lambda count: fits(replace(setup, micro_batch=count), limits))
+
+
+def longest_sequence(setup: Setup, limits: Limits) -> int:
+    """max_length that fits with one row per pass, within the model's positions; 0 if none does."""
+    most = setup.shape.max_positions // SEQUENCE_STEP
+    with_one_row = replace(setup, micro_batch=1)
+    return SEQUENCE_STEP * _largest(most, lambda count: fits(replace(with_one_row, max_length=count * SEQUENCE_STEP), limits))
+
+
+def _largest(most: int, is_good) -> int:
+    """The largest number up to `most` for which `is_good` holds, which it does up to some number."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_good(middle) else (low, middle)
+    return low
+
+
+def nearest_changes(plan: Plan) -> list[str]:
+    """The smallest changes to a run that make it fit: one setting, else two, and profiles for the same hardware."""
+    changes = _settings(plan)
+    found = [text for text, change in changes if fits(replace(plan.setup, **change), plan.limits)]
+    if not found:
+        for (text, change), (other_text, other) in combinations(changes, 2):
+            if not change.keys() & other.keys() and fits(replace(plan.setup, **change | other), plan.limits):
+                found.append(f"{text} {other_text}")
+                break
+    return [*found[:2], *_profiles_that_fit(plan)[:1]]
+
+
+def _settings(plan: Plan) -> list[tuple[str, dict]]:
+    """Changes worth trying, what costs least speed first, as they are typed and as they act."""
+    setup, run = plan.setup, plan.run
+    changes = []
+    for rows in range(setup.micro_batch - 1, 0, -1):
+        passes, rest = divmod(run.recipe.global_batch_size, rows * setup.ranks)
+        if not rest:
+            changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
+    if not setup.checkpointing:
+        changes.append(("--set profile.activation_checkpointing=true", {"checkpointing": True}))
+    if not setup.embedding_offload and not setup.offload and not setup.full:
+        changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
+    if not setup.activation_offload and setup.on_gpu:
+        changes.append(("--set profile.activation_offload=true", {"activation_offload": True, "checkpointing": True}))
+    shorter = longest_sequence(setup, plan.limits)
+    if 0 < shorter < setup.max_length:
+        changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
+    return changes
+
+
+def _profiles_that_fit(plan: Plan) -> list[str]:
+    """Shipped profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
+    found = []
+    for name, run in _runs_of(plan.run.recipe_name, plan.run.recipe):
+        if name != plan.run.profile_name and run.accelerate.num_machines == 1:
+            other = make_plan(run, plan.limits, search=False)
+            if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
+                found.append((other.time.tokens_per_second if other.time else 0.0, name))
+    return [f"--profile {name}" for _, name in sorted(found, reverse=True)]
+
+
+def _runs_of(recipe_name: str, recipe: Recipe, *, any_method: bool = False):
+    """(profile name, run) of a recipe with every shipped profile that is meant for it."""
+    for name in runs.names(runs.PROFILES):
+        profile = runs.load_profile(name)
+        if any_method or runs.goes_with(recipe_name, recipe, profile):
+            config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
+            accelerate = read_accelerate_config(config)
+            rows = profile.micro_batch * accelerate.num_processes
+            yield name, Run(
+                fitune="", recipe_name=recipe_name, profile_name=name, output_dir="", recipe=recipe, profile=profile,
+                accelerate=accelerate, gradient_accumulation_steps=max(1, -(-recipe.global_batch_size // rows)),
+            )  # fmt: skip
+
+
+def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None) -> Plan:
+    """The plan of the fastest shipped profile that fits `machine`. Raises UsageError naming the nearest one."""
+    overrides, profile_overrides = runs.parse_sets(sets)
+    recipe = runs.load_recipe(recipe_name, overrides)
+    stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
+    gpu = gpu or (likely_model(machine.gpus[0].total_gib, machine.gpus[0].name) if machine.gpus else None)
+    plans = []
+    for name, run in _runs_of(stem, recipe):
+        profile = run.profile.model_copy(update=profile_overrides)
+        if run.accelerate.num_machines == 1:
+            plans.append((name, make_plan(run.model_copy(update={"profile": profile}), limits_here(machine), gpu, search=False)))
+    if not plans:
+        raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
+    fitting = [plan for _, plan in plans if plan.fits]
+    if fitting:
+        return max(fitting, key=lambda plan: plan.time.tokens_per_second if plan.time else 0.0)
+    name, closest = min(plans, key=lambda entry: max(v.needs - v.has for v in entry[1].verdicts))
+    raise UsageError(f"no profile of {stem} fits {_described(machine)}; nearest: {name}, {_shortfall(closest)}")
+
+
+def _described(machine: Machine) -> str:
+    gpus = f"{len(machine.gpus)} GPUs with {machine.gpu_memory_gib:.1f} GiB free" if machine.gpus else "a machine without GPUs"
+    return f"{gpus} and {machine.host_available_gib:.1f} GiB of free RAM"
+
+
+def _shortfall(plan: Plan) -> str:
+    return "; ".join(f"{verdict.resource} {verdict}" for verdict in plan.verdicts if not verdict.fits)
+
+
+def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
+    """Every shipped profile against every method for a recipe's model, at the profile's own micro batch."""
+    recipe = runs.load_recipe(recipe_name, runs.parse_sets(sets)[0])
+    rows = {}
+    for method in METHODS:
+        lora = None if method == "full" else recipe.lora or Lora()
+        variant = recipe.model_copy(update={"method": method, "lora": lora})
+        for name, run in _runs_of(recipe_name, variant, any_method=True):
+            if run.accelerate.use_cpu or (run.profile.embedding_offload and method == "full"):
+                continue
+            plan = make_plan(run, limits_of(run), search=False)
+            rows.setdefault(name, {"profile": name, "gpus": run.profile.num_gpus,
+                                   "gpu_memory_gib": run.profile.gpu_memory_gib,
+                                   "host_memory_gib": run.profile.host_memory_gib, "methods": {}})  # fmt: skip
+            rows[name]["methods"][method] = {
+                "fits": plan.fits,
+                "peak_gpu_gib": round(gpu_peak(plan.setup).total / GIB, 1),
+                "peak_host_gib": round(max(sum(parts.values()) for parts in plan.host.values()) / GIB, 1),
+                "short_of": [verdict.resource for verdict in plan.verdicts if not verdict.fits],
+            }
+    return list(rows.values())
+
+
+def refusal(plan: Plan) -> str | None:
+    """Why a run cannot fit, in one line that ends with what would; None if it does."""
+    if plan.fits:
+        return None
+    changes = f"; nearest change that fits: {' or '.join(plan.changes)}" if plan.changes else "; no single change makes it fit"
+    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {_shortfall(plan)}{changes}"
