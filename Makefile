@@ -29,7 +29,7 @@ demo: setup  ## prepare, train, eval, merge and generate a tiny model on the CPU
 	$(BIN)/python -m fitune.demo --output runs/demo
 
 test: $(DEV_INSTALLED)  ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(DEV_INSTALLED)  ## check style
 	$(BIN)/ruff check .

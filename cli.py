@@ -35,10 +35,19 @@ def completed_from(folder: Path):
 
 
 recipe_argument = click.argument("recipe", shell_complete=completed_from(runs.RECIPES))
-profile_option = click.option("--profile", required=True, help="Memory profile (see `list`) or a .yaml file.",
-                              shell_complete=completed_from(runs.PROFILES))  # fmt: skip
-set_option = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE",
-                          help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.")  # fmt: skip
+profile_option = click.option(
+    "--profile",
+    required=True,
+    help="Memory profile (see `list`) or a .yaml file.",
+    shell_complete=completed_from(runs.PROFILES),
+)
+set_option = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
+)
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 
 
@@ -69,20 +78,54 @@ def show(recipe, profile, sets, output):
     click.echo("\n# " + _launch_line(run, "fitune.train"))
 
 
-@cli.command(epilog="Example:  python cli.py prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
+@cli.command(epilog="Example:  python cli.py plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
+@recipe_argument
+@click.option(
+    "--profile",
+    help="Memory profile. [default: the fastest that fits this machine]",
+    shell_complete=completed_from(runs.PROFILES),
+)
+@click.option("--gpus", type=int, help="Number of GPUs, instead of this machine.")
+@click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
+@click.option("--host-memory", type=float, metavar="GIB", help="RAM. [default: not checked]")
+@click.option("--gpu", metavar="MODEL", help="GPU model for the time, such as H100. [default: by its memory]")
+@click.option("--find", is_flag=True, help="The fastest profile that fits the hardware, here or given with --gpus.")
+@click.option("--all", "all_tiers", is_flag=True, help="Every profile against every method.")
+@click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together.")
+@click.option(
+    "--network", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="Between machines. [default: 12.5]"
+)
+@set_option
+@click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
+def plan(recipe, profile, sets, **options):
+    """Does it fit, where do the bytes go, how long will it take; loads nothing."""
+    from fitune.plan_report import plan_command
+
+    plan_command(recipe, profile, sets, **options)
+
+
+@cli.command(
+    epilog="Example:  python cli.py prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine"
+)
 @click.argument("recipe", required=False, shell_complete=completed_from(runs.RECIPES))
 @click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
+)
 @set_option
 @click.option("--tokenizer", help="Folder or Hub id to count tokens with. [default: the recipe's base.model]")
 @click.option("--no-tokens", is_flag=True, help="Don't count tokens (no access to the base model needed).")
 @click.option("--template", "template_choice", help="Chat template, instead of the recipe's.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's.")
 @click.option("--long-rows", type=click.Choice(["refuse", "drop", "cut"]), help="What to do with longer rows.")
-@click.option("--format", "format_", type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion"]),
-              help="What the rows look like. [default: found out]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion"]),
+    help="What the rows look like. [default: found out]",
+)
 @click.option("--drop-invalid", is_flag=True, help="Go on without the rows that cannot be used.")
-@click.option("--escape-control-tokens", is_flag=True, help="Break up control tokens in texts instead of refusing them.")
+@click.option("--escape-control-tokens", is_flag=True, help="Break up control tokens in texts, don't refuse them.")
 @click.option("--parquet", is_flag=True, help="Also write train.parquet and test.parquet.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: all cores]")
@@ -96,36 +139,53 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
     from rich.console import Console
 
     from fitune.config import Data
-    from fitune.hub import local_config
     from fitune.data.prepare import prepare as prepare_data
+    from fitune.hub import local_config
 
     if recipe:
         resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
         data, base = resolved.data, resolved.base
         folder = None if no_tokens or tokenizer else local_config(base.model, base.revision)
-        options |= {"max_length": max_length or resolved.max_length, "packing": resolved.packing,
-                    "global_batch_size": resolved.global_batch_size, "seed": resolved.seed}
+        options |= {
+            "max_length": max_length or resolved.max_length,
+            "packing": resolved.packing,
+            "global_batch_size": resolved.global_batch_size,
+            "seed": resolved.seed,
+        }
     else:
         data = Data(dataset=dataset, prepared=str(output))
         folder, options["max_length"] = None, max_length
     if tokenizer and not no_tokens:
         folder = tokenizer if Path(tokenizer).is_dir() else local_config(tokenizer)
-    prepare_data(data, Path(output or data.prepared), tokenizer=str(folder) if folder else None,
-                 template_choice=template_choice, format=format_, console=Console(), **options)
+    prepare_data(
+        data,
+        Path(output or data.prepared),
+        tokenizer=str(folder) if folder else None,
+        template_choice=template_choice,
+        format=format_,
+        console=Console(),
+        **options,
+    )
 
 
 @cli.command(epilog="Example:  python cli.py train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
 @recipe_argument
-@profile_option
+@click.option(
+    "--profile",
+    help="Memory profile. [default: the fastest that fits this machine]",
+    shell_complete=completed_from(runs.PROFILES),
+)
 @set_option
 @output_option
 @click.option("--resume", is_flag=True, help="Continue the run in --output from its newest checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
+@click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
 @click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines.")
 @click.option("--main-process-ip", help="Address of machine 0.")
 @click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0.")
-def train(recipe, profile, sets, output, resume, dry_run, machine_rank, main_process_ip, main_process_port):
+def train(recipe, profile, sets, output, resume, dry_run, force, machine_rank, main_process_ip, main_process_port):
     """Write run.yaml, then start the processes with accelerate launch."""
+    profile = profile or _profile_for_this_machine(recipe, sets)
     run = runs.resolve(recipe, profile, sets, output)
     if dry_run:
         click.echo(runs.dump(run), nl=False)
@@ -133,14 +193,19 @@ def train(recipe, profile, sets, output, resume, dry_run, machine_rank, main_pro
         return
     from fitune.preflight import check_before_training, open_run_folder
 
-    check_before_training(run)
+    check_before_training(run, force=force)
     open_run_folder(run, resume)
     click.echo(_launch_line(run, "fitune.train"))
-    flags = {"--machine_rank": machine_rank, "--main_process_ip": main_process_ip,
-             "--main_process_port": main_process_port}  # fmt: skip
+    flags = {
+        "--machine_rank": machine_rank,
+        "--main_process_ip": main_process_ip,
+        "--main_process_port": main_process_port,
+    }
     given = tuple(str(part) for flag, value in flags.items() if value is not None for part in (flag, value))
     _launch(run, "fitune.train", *(["--resume"] if resume else []), accelerate_flags=given)
-    click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: python cli.py eval {run.folder}")
+    click.echo(
+        f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: python cli.py eval {run.folder}"
+    )
 
 
 @cli.command("eval", epilog="Example:  python cli.py eval runs/tiny_qlora-cpu_2proc")
@@ -165,9 +230,16 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
     if is_model and test:
         raise UsageError(f"{run_or_model} is a model folder: --test needs a run folder, which knows the test split")
-    arguments = [*(part for text in prompt for part in ("--prompt", text)), "--max-new-tokens", str(max_new_tokens),
-                 "--temperature", str(temperature), *(["--chat"] if chat else []),
-                 *(["--test", str(test)] if test else []), *(["--json", str(json_file)] if json_file else [])]  # fmt: skip
+    arguments = [
+        *(part for text in prompt for part in ("--prompt", text)),
+        "--max-new-tokens",
+        str(max_new_tokens),
+        "--temperature",
+        str(temperature),
+        *(["--chat"] if chat else []),
+        *(["--test", str(test)] if test else []),
+        *(["--json", str(json_file)] if json_file else []),
+    ]
     if is_model:
         from fitune.generate import generate_from_model, parse_options
 
@@ -245,6 +317,15 @@ def _run_and_result(folder: Path):
         whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
         raise UsageError(f"{result}: no such folder; give a run folder or a whole checkpoint of it{whole_model}")
     return run, result
+
+
+def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> str:
+    from fitune.hardware import this_machine
+    from fitune.plan_search import find_profile
+
+    name = find_profile(recipe, sets, this_machine()).run.profile_name
+    click.echo(f"profile: {name}, the fastest that fits this machine (see: python cli.py plan {recipe})")
+    return name
 
 
 def _launch_line(run, module: str) -> str:

@@ -157,8 +157,9 @@ def with_datasets(tokenizer, arguments) -> int:
     datasets.disable_progress_bars()
     apply_chat_template_choice(tokenizer, "llama3")
     rows = datasets.load_dataset("json", data_files=arguments.input, split="train")
-    rows = rows.map(one_row, fn_kwargs={"tokenizer": tokenizer, "control": LLAMA3_CONTROL_TOKENS},
-                    num_proc=arguments.workers)  # fmt: skip
+    rows = rows.map(
+        one_row, fn_kwargs={"tokenizer": tokenizer, "control": LLAMA3_CONTROL_TOKENS}, num_proc=arguments.workers
+    )
     seen = set()
     first = [number for number, row_hash in enumerate(rows["hash"]) if not (row_hash in seen or seen.add(row_hash))]
     rows = rows.select(first)

@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fitune.checkpoint import CheckpointWriter, TensorSpec  # noqa: E402
-from fitune.quantize import QUANTIZATION_CONFIG, is_quantised, nf4_parts, nf4_specs  # noqa: E402
+from fitune.checkpoint import CheckpointWriter, TensorSpec
+from fitune.quantize import QUANTIZATION_CONFIG, is_quantised, nf4_parts, nf4_specs
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads (config.json of each model on the Hub)
     "1b": (2048, 8192, 16, 32, 8),

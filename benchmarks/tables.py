@@ -1,6 +1,6 @@
 """Writes the tables in README.md from benchmarks/results/*.json, between their marks.
 
-    python benchmarks/tables.py [--check]
+python benchmarks/tables.py [--check]
 """
 
 import json
@@ -34,7 +34,9 @@ def tier_table() -> str:
             f"| {run['load_seconds']:.0f} | {TIERS_OF_2024.get(profile, '')} |"
         )
     about = sorted({f"{run['gpu_name']}, torch {run['versions']['torch']}, {run['date']}" for run in newest.values()})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(about)}: every rank a real process held to its card's share."])
+    return "\n".join(
+        [*lines, "", f"Measured on {'; '.join(about)}: every rank a real process held to its card's share."]
+    )
 
 
 def with_table(text: str, name: str, table: str) -> str:

@@ -37,8 +37,12 @@ class Watcher(threading.Thread):
 
     @staticmethod
     def _gpu_used() -> float:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-                             capture_output=True, text=True, check=True)  # fmt: skip
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return sum(map(float, out.stdout.split())) / 1024
 
     @staticmethod
@@ -60,8 +64,14 @@ def run_tier(plan: dict, work: Path) -> dict:
     """One run of a plan: its measurements, or the error it ended with."""
     output = work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run')}"
     steps = plan.get("steps", 3)
-    sets = [f"base.model={plan['checkpoint']}", f"data.prepared={plan['data']}", f"training.max_steps={steps}",
-            f"training.save_steps={max(1, steps - 1)}", "training.logging_steps=1", *plan.get("set", [])]  # fmt: skip
+    sets = [
+        f"base.model={plan['checkpoint']}",
+        f"data.prepared={plan['data']}",
+        f"training.max_steps={steps}",
+        f"training.save_steps={max(1, steps - 1)}",
+        "training.logging_steps=1",
+        *plan.get("set", []),
+    ]
     command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"], "--output", str(output)]
     command += [part for item in sets for part in ("--set", item)]
     environment = os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"])}
@@ -71,8 +81,14 @@ def run_tier(plan: dict, work: Path) -> dict:
     code, tail = _call(command, environment, plan.get("timeout", 300))
     seconds = time.time() - started
     watcher.stop()
-    result = {"profile": plan["profile"], "recipe": plan["recipe"], "ok": code == 0, "seconds": round(seconds, 1),
-              "gpu_cap_gib": plan["cap_gib"], "command": " ".join(["python", *command[1:]])}  # fmt: skip
+    result = {
+        "profile": plan["profile"],
+        "recipe": plan["recipe"],
+        "ok": code == 0,
+        "seconds": round(seconds, 1),
+        "gpu_cap_gib": plan["cap_gib"],
+        "command": " ".join(["python", *command[1:]]),
+    }
     if code:
         return result | {"error": tail[-1500:]}
     result |= _described(output, plan, watcher)
@@ -82,8 +98,16 @@ def run_tier(plan: dict, work: Path) -> dict:
 
 
 def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, str]:
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, errors="replace", start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         out, _ = process.communicate(timeout=timeout)
         return process.returncode, out
@@ -135,7 +159,11 @@ def _resumed(command: list[str], environment: dict, output: Path, plan: dict) ->
     before = last_loss()
     shutil.rmtree(max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
     code, tail = _call([*command, "--resume"], environment, plan.get("timeout", 300))
-    return {"ok": code == 0, "loss": before, "resumed_loss": last_loss()} if code == 0 else {"ok": False, "error": tail[-800:]}
+    return (
+        {"ok": code == 0, "loss": before, "resumed_loss": last_loss()}
+        if code == 0
+        else {"ok": False, "error": tail[-800:]}
+    )
 
 
 def versions() -> dict[str, str]:
@@ -150,15 +178,30 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    about = {"gpu_name": torch.cuda.get_device_name(), "versions": versions(), "commit": options.commit,
-             "date": datetime.date.today().isoformat()}  # fmt: skip
+    about = {
+        "gpu_name": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "commit": options.commit,
+        "date": datetime.date.today().isoformat(),
+    }
     results = []
     for plan in json.loads(options.plan.read_text()):
         result = run_tier(plan, options.work) | about
         results.append(result)
         (options.output / "tiers.json").write_text(json.dumps(results, indent=2) + "\n")
-        shown = ("profile", "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds",
-                 "step_seconds", "tokens_per_second_per_gpu", "losses", "resume")  # fmt: skip
+        shown = (
+            "profile",
+            "ok",
+            "seconds",
+            "peak_allocated_gib",
+            "peak_gpu_gib",
+            "peak_host_gib",
+            "load_seconds",
+            "step_seconds",
+            "tokens_per_second_per_gpu",
+            "losses",
+            "resume",
+        )
         print({key: result[key] for key in shown if key in result}, result.get("error", ""), flush=True)
 
 

@@ -52,5 +52,7 @@ def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:
     if fsdp and fsdp.get("fsdp_version") != 2:
         raise UsageError(f"{path}: fsdp_config.fsdp_version must be 2, not {fsdp.get('fsdp_version')!r}")
     if fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "SHARDED_STATE_DICT":
-        raise UsageError(f"{path}: fsdp_config.fsdp_state_dict_type must be SHARDED_STATE_DICT: each rank saves its part")
+        raise UsageError(
+            f"{path}: fsdp_config.fsdp_state_dict_type must be SHARDED_STATE_DICT: each rank saves its part"
+        )
     return fsdp

@@ -13,11 +13,29 @@ from fitune.errors import UsageError
 from fitune.model_files import read_json
 
 NEUTRAL_LORA_KEYS = {
-    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "r",
-    "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "trainable_token_indices", "megatron_core", "loftq_config",
-    "eva_config", "qalora_group_size", "runtime_config",
-}  # fmt: skip
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "trainable_token_indices",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "qalora_group_size",
+    "runtime_config",
+}
 "Keys of adapter_config.json that are read here, or that say nothing about how the adapter is applied."
 
 

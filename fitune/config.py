@@ -156,7 +156,7 @@ class Profile(Strict):
 
 
 class AccelerateConfig(Strict):
-    """HOW processes start: what fitune reads of a file in accelerate_configs/ (checked by `fitune.accelerate_config`)."""
+    """HOW processes start: what fitune reads of a file in accelerate_configs/."""
 
     path: str
     num_processes: PositiveInt

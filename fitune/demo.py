@@ -27,7 +27,7 @@ MEMORISED = 16
 
 
 def demo(folder: Path, console: Console) -> None:
-    """Runs every stage into `folder` and prints a summary. Raises FituneError if a stage fails or nothing was learned."""
+    """Runs every stage into `folder` and prints a summary. FituneError if a stage fails or nothing was learned."""
     started = time.perf_counter()
     recipe = load_recipe(RECIPE)
     base, data = Path(recipe.base.model), Path(recipe.data.prepared)
@@ -66,12 +66,14 @@ def _rows(file: Path) -> list[dict]:
 
 
 def memorised(base: Path, merged: Path, rows: list[dict]) -> dict:
-    """How much of each row's answer base and merged model give back greedily, in tokens, loaded by plain transformers."""
+    """The share of the answers' tokens that base and merged model give back greedily, by plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    report = {"prompts": [{"prompt": row["messages"][0]["content"], "answer": row["messages"][-1]["content"]} for row in rows]}
+    report = {
+        "prompts": [{"prompt": row["messages"][0]["content"], "answer": row["messages"][-1]["content"]} for row in rows]
+    }
     for label, folder in (("base", base), ("merged", merged)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         right = total = 0
@@ -105,10 +107,15 @@ def _summary(console: Console, folder: Path, report: dict, seconds: float) -> No
     for entry in report["prompts"][:3]:
         answers.add_row(*(entry[key] for key in ("prompt", "base", "merged")))
     console.print(answers, markup=False)
-    console.print(f"in {seconds:.0f} s. adapter: {folder}/run/adapter   loss curve: {folder}/run/loss.png   "
-                  f"merged model: {folder}/merged   all {MEMORISED} prompts: {folder}/memorised.json", soft_wrap=True)  # fmt: skip
-    console.print("\non a real GPU (24 GB, after `hf auth login`):\n"
-                  "  python cli.py prepare llama3_8b_qlora && python cli.py train llama3_8b_qlora --profile single_gpu")  # fmt: skip
+    console.print(
+        f"in {seconds:.0f} s. adapter: {folder}/run/adapter   loss curve: {folder}/run/loss.png   "
+        f"merged model: {folder}/merged   all {MEMORISED} prompts: {folder}/memorised.json",
+        soft_wrap=True,
+    )
+    console.print(
+        "\non a real GPU (24 GB, after `hf auth login`):\n"
+        "  python cli.py prepare llama3_8b_qlora && python cli.py train llama3_8b_qlora --profile single_gpu"
+    )
 
 
 def _refuse_a_demo_that_learned_nothing(report: dict, held_out: dict) -> None:

@@ -49,7 +49,9 @@ def _own_gpu() -> torch.device:
         local_rank %= torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(local_rank)
     elif local_rank >= torch.cuda.device_count():
-        raise UsageError(f"the run needs {os.environ['LOCAL_WORLD_SIZE']} GPUs here, torch sees {torch.cuda.device_count()}")
+        raise UsageError(
+            f"the run needs {os.environ['LOCAL_WORLD_SIZE']} GPUs here, torch sees {torch.cuda.device_count()}"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     if cap_gib:

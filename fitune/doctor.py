@@ -86,8 +86,11 @@ def _gpus() -> Finding:
     if done.returncode:
         return Finding("GPUs", False, "nvidia-smi fails: " + done.stdout.strip()[:100], "check the NVIDIA driver")
     rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
-    return Finding("GPUs", True, "; ".join(f"{name}, {int(total) / 1024:.1f} GiB ({int(free) / 1024:.1f} free)"
-                                           for name, total, free in rows))  # fmt: skip
+    return Finding(
+        "GPUs",
+        True,
+        "; ".join(f"{name}, {int(total) / 1024:.1f} GiB ({int(free) / 1024:.1f} free)" for name, total, free in rows),
+    )
 
 
 def _host_memory() -> Finding:
@@ -102,7 +105,9 @@ def _disk() -> Finding:
     free_here, free_cache = shutil.disk_usage(ROOT).free / GB, shutil.disk_usage(_existing(cache)).free / GB
     good = free_cache > 20
     fix = "" if good else "8B needs 16 GB, 70B 141 GB (40 GB quantised); set HF_HOME to a larger disk"
-    return Finding("disk", good, f"{free_here:.0f} GB free here, {free_cache:.0f} GB free for downloads in {cache}", fix)
+    return Finding(
+        "disk", good, f"{free_here:.0f} GB free here, {free_cache:.0f} GB free for downloads in {cache}", fix
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Loss, perplexity and token accuracy on the held-out rows, base against tuned, sharded as in training.
 
-    accelerate launch --config_file X.yaml -m fitune.evaluate RUN
+accelerate launch --config_file X.yaml -m fitune.evaluate RUN
 """
 
 import argparse
@@ -69,7 +69,12 @@ def token_metrics(trainer: ShardedSFTTrainer, description: str, device: torch.de
     dist.all_reduce(totals)
     log_likelihood, correct, tokens = totals.tolist()
     loss = -log_likelihood / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": correct / tokens, "tokens": int(tokens)}
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "token_accuracy": correct / tokens,
+        "tokens": int(tokens),
+    }
 
 
 def _row_or_filler(rows, index: int) -> dict:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from fitune.data.chat_template import end_of_turn_ids
 from fitune.config import Run
+from fitune.data.chat_template import end_of_turn_ids
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.hub import local_folder
@@ -30,8 +30,12 @@ class Answerer:
 
     def __init__(self, model, tokenizer, stop_ids: list[int], device, max_new_tokens: int, temperature: float):
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
-        self.options = {"max_new_tokens": max_new_tokens, "eos_token_id": stop_ids, "do_sample": temperature > 0,
-                        "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": stop_ids,
+            "do_sample": temperature > 0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         if temperature > 0:
             self.options["temperature"] = temperature
 
@@ -99,7 +103,8 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     stop_ids = model.generation_config.eos_token_id
     answerer = Answerer(model, tokenizer, stop_ids, device, options.max_new_tokens, options.temperature)
     if options.chat:
-        return chat(answerer, None)
+        chat(answerer, None)
+        return
     conversations = [[{"role": "user", "content": prompt}] for prompt in options.prompt]
     _report(conversations, {"model": [answerer.answer(messages) for messages in conversations]}, options.json)
 
@@ -109,7 +114,9 @@ def chat(answerer: Answerer, system_message: str | None) -> None:
     from transformers import TextStreamer
 
     messages = [{"role": "system", "content": system_message}] if system_message else []
-    streamer = TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_main_process() else None
+    streamer = (
+        TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_main_process() else None
+    )
     while line := _read_on_all_ranks():
         messages.append({"role": "user", "content": line})
         messages.append({"role": "assistant", "content": answerer.answer(messages, streamer)})
@@ -133,8 +140,10 @@ def _report(conversations: list[list[dict]], answers: dict[str, list[str]], json
         table.add_row(messages[-1]["content"], *(texts[i] for texts in answers.values()))
     Console().print(table, markup=False)
     if json_file:
-        rows = [{"messages": messages, **{label: texts[i] for label, texts in answers.items()}}
-                for i, messages in enumerate(conversations)]  # fmt: skip
+        rows = [
+            {"messages": messages, **{label: texts[i] for label, texts in answers.items()}}
+            for i, messages in enumerate(conversations)
+        ]
         json_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -65,9 +65,11 @@ def _visible(gpus: list[tuple[str, Gpu]]) -> tuple[Gpu, ...]:
     if chosen is None:
         return tuple(gpu for _, gpu in gpus)
     names = [name.strip() for name in chosen.split(",") if name.strip()]
-    return tuple(
-        gpu for i, (uuid, gpu) in enumerate(gpus) if any(n == str(i) or (len(n) > 4 and uuid.startswith(n)) for n in names)
-    )
+
+    def is_chosen(index: int, uuid: str) -> bool:
+        return any(name == str(index) or (len(name) > 4 and uuid.startswith(name)) for name in names)
+
+    return tuple(gpu for index, (uuid, gpu) in enumerate(gpus) if is_chosen(index, uuid))
 
 
 def _host_memory() -> tuple[float, float]:
@@ -116,7 +118,9 @@ GPU_MODELS = [
 ]
 """More specific names before their beginnings."""
 
-TYPICAL_BY_MEMORY_GIB = [(14, "RTX 3060"), (30, "RTX 4090"), (34, "RTX 5090"), (44, "A100"), (60, "A6000"), (90, "H100")]
+TYPICAL_BY_MEMORY_GIB = [
+    (14, "RTX 3060"), (30, "RTX 4090"), (34, "RTX 5090"), (44, "A100"), (60, "A6000"), (90, "H100"),
+]  # fmt: skip
 """The model assumed for a profile that says only how much memory its GPUs have, up to so many GiB."""
 
 
@@ -145,7 +149,7 @@ def _look_up(name: str) -> GpuModel | None:
 COMPUTE_EFFICIENCY = 0.81
 """Of the data sheet's peak, where the GPU is busy; with SECONDS_PER_LAYER it fits five runs on an H200 within 15 %."""
 SECONDS_PER_LAYER = 0.018
-"""Launching one layer's kernels, forward, recomputed and backward: 8B and 70B with 3,072 tokens a step are bound by it."""
+"""Launching one layer's kernels, forward, recomputed and backward: at 3,072 tokens a pass half the step or more."""
 LINK_EFFICIENCY = 0.85
 MACHINE_NETWORK_GB_S = 12.5
 """Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
@@ -162,10 +166,7 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "network": _network_bytes(s) / (_network_gb_s(s, model, network_gb_s) * 1e9 * LINK_EFFICIENCY),
     }
     seconds = {name: s.accumulation * value for name, value in micro_batch.items()}
-    if s.ranks > 1:
-        total = max(seconds.values())
-    else:
-        total = seconds["compute"] + seconds["host link"]
+    total = max(seconds.values()) if s.ranks > 1 else seconds["compute"] + seconds["host link"]
     # AdamW reads parameter, gradient and two moments and writes all but the gradient, float32 each
     rate = 25 if s.offload else model.memory_gb_s  # offloaded: one socket's memory
     seconds["optimizer"] = s.trainable / s.ranks * 7 * 4 / (rate * 1e9)
@@ -184,7 +185,7 @@ def _flops(s: Setup) -> float:
 
 
 def _host_bytes(s: Setup) -> float:
-    """Of one rank and micro batch: offloaded rows travel for the forward and the backward pass, activations out and in."""
+    """Of one rank and micro batch: offloaded rows travel once forward and once backward, activations out and in."""
     rows = (s.shape.layers * s.layer_weights * 2 + 2 * s.embedding) / s.ranks if s.offload else 0.0
     rows += 2 * s.embedding / s.ranks if s.embedding_offload and not s.offload else 0.0
     return rows + (2 * s.shape.layers * s.hidden_state if s.activation_offload else 0.0)

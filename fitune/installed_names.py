@@ -1,4 +1,4 @@
-"""Names that installed libraries accept, read from their source so that nothing heavy is imported (DESIGN: cli < 0.5 s)."""
+"""Names that installed libraries accept, read from their source so that nothing heavy is imported."""
 
 import ast
 from functools import cache

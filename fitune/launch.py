@@ -19,7 +19,7 @@ def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
 def launch(run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, ...] = ()) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
-    `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). The processes have printed what went wrong.
+    `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). What went wrong is printed by then.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -2,10 +2,10 @@
 
     h = hidden size, i = intermediate size, T = tokens of one forward pass (micro batch x max_length)
 
-The GPU's peak is the largest of a few moments of a step (`gpu_moments`): each is a table of what is alive then. What the
-formulas cannot know (the CUDA context, holes in the allocator's segments, the Python process) was measured; those numbers
-stand in `MEASURED` with the runs they come from, in benchmarks/results/. Two open ends are upper bounds: every token is
-taken to be an answer token, and every row to be full.
+The GPU's peak is the largest of a few moments of a step (`gpu_moments`): each is a table of what is alive then. What
+no formula gives (the CUDA context, holes in the allocator's segments, the Python process) was measured; those numbers
+stand in `MEASURED`, each with the runs it comes from. Two open ends are upper bounds: every token is taken to be an
+answer token, and every row to be full.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Measured:
     loading: float = 2.55 * GIB
     "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.51 and 2.58."
     training: float = 2.05 * GIB
-    "The same during training, at most: the 8B run copied 0.47 GiB for its checkpoint and did not pass its loading peak."
+    "The same during training, at most: the 8B run copied 0.47 GiB for a checkpoint within its loading peak."
     nccl_host: float = 0.3 * GIB
     "More host RAM per process with several ranks: 2.93 in all with four, 0.58 of it a checkpoint's copies."
     page_lock: float = 0.028
@@ -63,6 +63,8 @@ class Setup:
     packing: bool
     compute: int = BF16
     "Bytes of one activation: bf16 on GPUs, float32 on CPUs."
+    optimizer_state: float = ADAM_STATE
+    "Bytes per trained parameter."
     lora_r: int = 0
     lora_targets: frozenset[str] = frozenset()
     lora_dropout: bool = False
@@ -134,7 +136,7 @@ class Setup:
 
     @property
     def copied_on_one_rank(self) -> bool:
-        """With one rank FSDP copies a weight that is not already on the GPU in its compute dtype, then copies the copy."""
+        """With one rank FSDP copies a weight to the GPU or to its compute dtype, and then copies that copy."""
         return self.ranks == 1 and (self.offload or self.embedding_offload or self.full)
 
     # Activations, bytes
@@ -156,7 +158,7 @@ class Setup:
 
     @property
     def down_input(self) -> float:
-        """What down_proj keeps for its backward pass: its input, or LoRA's dropped-out copy [T, i] and a mask byte each."""
+        """What down_proj keeps for its backward pass: its input, or LoRA's dropped-out copy and its mask [T, i]."""
         if self.full or ("down_proj" in self.lora_targets and not self.lora_dropout):
             return self.inner_state
         return self.inner_state * (1 + 1 / self.compute) if "down_proj" in self.lora_targets else 0.0
@@ -171,7 +173,7 @@ class Setup:
         return attention + bias + mlp + self._inputs_of_trained_linears() + self.down_input
 
     def _inputs_of_trained_linears(self) -> float:
-        """down_proj left out. LoRA with dropout keeps a copy and a mask byte per linear; without, linears share inputs."""
+        """All but down_proj. LoRA with dropout keeps a copy and a mask per linear; else linears share their input."""
         attention = {"q_proj", "k_proj", "v_proj"} & self.lora_targets
         mlp = {"gate_proj", "up_proj"} & self.lora_targets
         if self.full:
@@ -183,7 +185,7 @@ class Setup:
 
     @property
     def layer_backward(self) -> float:
-        """Peak while one layer is recomputed and goes backward, above its gathered weights and its output's gradient."""
+        """Peak while a layer is recomputed and goes backward, beside its gathered weights and output gradient."""
         h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
         down = self.shape.linears["down_proj"][0] * self.shape.linears["down_proj"][1] * self.compute
         if self.full:
@@ -193,7 +195,8 @@ class Setup:
                 saved - 2 * i + 2 * h + mlp_gradients,  # gate's: down's and up's activations are gone
                 self.gathered_layer + 2 * h,  # the end: all gradients of the layer
             )
-        recomputing = saved + i + 3 * h  # down_proj's input, its output, LoRA's, their sum
+        keeps_input = "down_proj" in self.lora_targets and not self.lora_dropout  # LoRA keeps down_proj's input itself
+        recomputing = saved + 3 * h + (0.0 if keeps_input else i)  # down_proj's output, LoRA's, their sum; its input
         if self.method == "qlora":
             recomputing = max(recomputing, saved - self.down_input + 2 * i + down)  # backward: the dequantised weight
         return recomputing
@@ -221,7 +224,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "gather buffers": (s.gathered_head + s.gathered_layer) if several else s.gathered_head * s.copied_on_one_rank,
     }
     prefetched_layer = s.gathered_layer if several else 0.0
-    prefetched_embedding = s.gathered_head if several else 0.0  # FSDP fetches it for a backward pass that has no use for it
+    prefetched_embedding = s.gathered_head if several else 0.0  # FSDP's prefetch; the backward pass has no use for it
     layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.gathered_layer}
     head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
@@ -263,7 +266,7 @@ def _resident(s: Setup, *, gradients: bool, optimizer: bool = True) -> dict[str,
         "embedding and head": embeddings,
         "quantisation statistics": s.statistics,
         "LoRA weights": 0.0 if s.full else mine * FP32,
-        "optimizer state": mine * ADAM_STATE * optimizer,
+        "optimizer state": mine * s.optimizer_state * optimizer,
         "gradients": mine * FP32 * gradients,
     }
 
@@ -297,7 +300,7 @@ def gpu_peak(s: Setup) -> GpuPeak:
     moments = gpu_moments(s)
     phases = {phase: sum(parts.values()) for phase, parts in moments.items()}
     phase = max(phases, key=phases.get)
-    freed_layers = s.gathered_layer * (2 if s.ranks > 1 else 1)  # holes a gathered layer leaves, on each of FSDP's streams
+    freed_layers = s.gathered_layer * (2 if s.ranks > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
     slack = MEASURED.fragmentation * phases[phase] + freed_layers
     outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
     components = {name: size for name, size in (moments[phase] | outside).items() if size}
@@ -310,12 +313,14 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     several = s.ranks > 1
     locked = _offloaded_weights(s) / s.machines
     trainable = s.trainable / s.machines
-    state = {"LoRA, gradients, optimizer state": trainable * (ADAM_STATE + (FP32 if s.full else 2 * FP32))} if s.offload else {}
+    own_weight = 0 if s.full else FP32  # method full's weights are the offloaded ones
+    state_per_parameter = s.optimizer_state + FP32 + own_weight
+    state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
     always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
     nccl = MEASURED.nccl_host * several
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint's tensors are all copied to host RAM before the first is written
-    copies = trainable * (FP32 + ADAM_STATE) if s.saves and not s.offload else 0.0
+    copies = trainable * (FP32 + s.optimizer_state) if s.saves and not s.offload else 0.0
     # method full ends with gathering the largest tensor on one rank: the parts, the whole, and the whole rounded
     gathered = s.embedding * 2.5 if s.full else 0.0
     if not s.on_gpu:
@@ -329,7 +334,7 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
 
 
 def _offloaded_weights(s: Setup) -> float:
-    """Base weights in page-locked host RAM, all ranks together; a LoRA run's adapters lie there too, not page-locked."""
+    """Base weights in page-locked host RAM, all ranks together."""
     embeddings = 2 * s.embedding
     if s.offload:
         return s.shape.layers * s.layer_weights + embeddings
@@ -342,7 +347,7 @@ def _power_of_two(size: float) -> float:
 
 
 def _on_cpu(s: Setup, copies: dict[str, float], gathered: float) -> dict[str, dict[str, float]]:
-    """Without GPUs everything that a GPU would hold is host RAM, once per rank (an estimate: plain kernels take more)."""
+    """Without GPUs all that a GPU would hold is host RAM, once per rank. An estimate: plain kernels take more."""
     processes = {"processes": MEASURED.launcher + s.ranks * MEASURED.cpu_process}
     moments = gpu_moments(s)
     peak = max(moments.values(), key=lambda parts: sum(parts.values()))
@@ -365,9 +370,9 @@ def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
     weights = s.shape.layers * s.shape.layer_linear_weights
     quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
     result = s.trainable * (BF16 if s.full else FP32)
-    one_checkpoint = s.trainable * (FP32 + ADAM_STATE) + (0 if s.full else result)
+    one_checkpoint = s.trainable * (FP32 + s.optimizer_state) + (0 if s.full else result)
     return {
-        "base model": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
+        "download": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
         "checkpoints": one_checkpoint * (kept_checkpoints + 1) if kept_checkpoints else 0.0,
         "result": result,
         "quantised copy (optional)": quantised if s.method == "qlora" and not s.shape.nf4_on_disk else 0.0,

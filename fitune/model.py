@@ -1,4 +1,4 @@
-"""The model's skeleton on the meta device: architecture, quantised linears, adapter, kernels. No weight is read here."""
+"""The model's skeleton on the meta device: architecture, quantised linears, adapter, kernels. Reads no weight."""
 
 import logging
 from pathlib import Path
@@ -55,7 +55,9 @@ def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
         )
     if config.tie_word_embeddings:
         if recipe.method == "full":
-            raise UsageError(f"{folder}: embedding and head are one tensor (tie_word_embeddings); use method lora or qlora")
+            raise UsageError(
+                f"{folder}: embedding and head are one tensor (tie_word_embeddings); use method lora or qlora"
+            )
         config.tie_word_embeddings = False  # both are frozen: `fitune.weights` reads the head from the embedding
 
 

@@ -109,14 +109,25 @@ def _family_name(model: str) -> str:
     return name
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+
+
 def cached_config(model: str, revision: str | None) -> Path | None:
     """config.json of a Hub id in huggingface_hub's cache, found by its documented layout: no import, no network."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    repository = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}"
+    repository = hub_cache() / f"models--{model.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision or ""
     file = repository / "snapshots" / commit / "config.json"
     return file if commit and file.is_file() else None
+
+
+def has_weights(model: str, revision: str | None = None) -> bool:
+    """Whether `model` is a folder, or its weights are in the Hub's cache, at least in part."""
+    cached = cached_config(model, revision)
+    return Path(model).expanduser().is_dir() or (cached is not None and any(cached.parent.glob("*.safetensors")))
 
 
 def read_config(file: Path) -> ModelShape:

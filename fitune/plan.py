@@ -10,11 +10,19 @@ from fitune import run as runs
 from fitune.config import AccelerateConfig, Profile, Recipe, Run
 from fitune.errors import UsageError, nearest
 from fitune.hardware import MACHINE_NETWORK_GB_S, GpuModel, Machine, likely_model, step_seconds
-from fitune.memory import FP32, GIB, GpuPeak, Setup, disk, gpu_peak, host_moments, merge_host
-from fitune.model_shapes import ModelShape, find_shape
+from fitune.memory import ADAM_STATE, BF16, FP32, GIB, GpuPeak, Setup, disk, gpu_peak, host_moments, merge_host
+from fitune.model_shapes import ModelShape, find_shape, has_weights
 
+GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
+ERROR = 0.05
+"Of a predicted GPU peak, at most: what the tests allow against measured runs."
 SAVES_WITHOUT_LIMIT = 3
 "Checkpoints that pile up where neither save_total_limit nor the number of steps is known."
+OPTIMIZER_STATE = {
+    "sgd": 0, "adafactor": 0.01, "lion_32bit": FP32, "adagrad": FP32, "rmsprop": FP32,
+    "adamw_bnb_8bit": 2 + 2 * FP32 / 256, "adamw_8bit": 2 + 2 * FP32 / 256, "lion_8bit": 1 + FP32 / 256,
+}  # fmt: skip
+"""Bytes per trained parameter by `training.optim`; any other is taken for AdamW's two float32 moments."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class Limits:
     "Per machine."
     gpus: int
     disk: float | None = None
+    "For the run's folder."
+    download_disk: float | None = None
+    "For the Hub's cache."
 
 
 @dataclass(frozen=True)
@@ -34,16 +45,22 @@ class Verdict:
     resource: str
     needs: float
     has: float
-    unit: str = "GiB"
 
     @property
     def fits(self) -> bool:
         return self.needs <= self.has
 
     def __str__(self) -> str:
+        if self.resource == GPU_COUNT:
+            return f"{self.resource}: needs {self.needs:.0f}, has {self.has:.0f}"
+        if math.isinf(self.has):
+            return f"{self.resource}: needs {self.needs:.1f} GiB"
         difference = abs(self.has - self.needs)
-        text = f"needs {self.needs:.1f} of {self.has:.1f} {self.unit}"
-        return f"{text}: fits with {difference:.1f} to spare" if self.fits else f"{text}: {difference:.1f} too little"
+        text = f"{self.resource}: needs {self.needs:.1f} GiB of {self.has:.1f}"
+        if not self.fits:
+            return f"{text}, {difference:.1f} too little"
+        tight = self.resource == GPU_MEMORY and difference < ERROR * self.needs
+        return f"{text}, {difference:.1f} to spare" + (", less than the prediction may be off" if tight else "")
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,8 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, *, search: 
     peak = gpu_peak(setup) if setup.on_gpu else None
     host = host_moments(setup)
     space = disk(setup, kept_checkpoints(run))
+    if has_weights(run.recipe.base.model, run.recipe.base.revision):
+        space["download"] = 0.0
     plan = Plan(
         run=run, setup=setup, limits=limits, gpu=peak, host=host, disk=space, verdicts=verdicts(setup, limits, space),
         time=_time(run, setup, gpu, **options) if setup.on_gpu else None,
@@ -134,7 +153,8 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         max_length=recipe.max_length,
         accumulation=run.gradient_accumulation_steps,
         packing=recipe.packing,
-        compute=2 if accelerate.mixed_precision == "bf16" else FP32,
+        compute=BF16 if accelerate.mixed_precision == "bf16" else FP32,
+        optimizer_state=OPTIMIZER_STATE.get(str(recipe.training.get("optim")), ADAM_STATE),
         **_lora(recipe, shape),
         offload=accelerate.offload_params,
         embedding_offload=profile.embedding_offload,
@@ -166,19 +186,21 @@ def verdicts(setup: Setup, limits: Limits, space: dict[str, float] | None = None
     found = []
     if setup.on_gpu:
         if setup.ranks / setup.machines > limits.gpus:
-            found.append(Verdict("number of GPUs", setup.ranks // setup.machines, limits.gpus, ""))
-        if limits.gpu is not None:
-            found.append(Verdict("GPU memory", gpu_peak(setup).total / GIB, limits.gpu))
+            found.append(Verdict(GPU_COUNT, setup.ranks // setup.machines, limits.gpus))
+        if limits.gpu is not None and limits.gpus:
+            found.append(Verdict(GPU_MEMORY, gpu_peak(setup).total / GIB, limits.gpu))
     host = max(sum(parts.values()) for parts in host_moments(setup).values())
     found.append(Verdict("host RAM", host / GIB, limits.host))
     if limits.disk is not None and space:
-        found.append(Verdict("disk", needed_disk(space) / GIB, limits.disk))
+        found.append(Verdict("disk for the run", (space["checkpoints"] + space["result"]) / GIB, limits.disk))
+    if limits.download_disk is not None and space:
+        found.append(Verdict("disk for the download", space["download"] / GIB, limits.download_disk))
     return found
 
 
 def needed_disk(space: dict[str, float]) -> float:
     """Of training itself: no optional copy, no merge."""
-    return sum(space[name] for name in ("base model", "checkpoints", "result"))
+    return sum(space[name] for name in ("download", "checkpoints", "result"))
 
 
 def kept_checkpoints(run: Run) -> int:
@@ -187,8 +209,8 @@ def kept_checkpoints(run: Run) -> int:
         return 0
     if training.get("save_total_limit"):
         return training["save_total_limit"]
-    steps = steps_of(run)
-    return math.ceil(steps / training["save_steps"]) if steps and training.get("save_steps", 0) >= 1 else SAVES_WITHOUT_LIMIT
+    steps, every = steps_of(run), training.get("save_steps", 0)
+    return math.ceil(steps / every) if steps and every >= 1 else SAVES_WITHOUT_LIMIT
 
 
 def limits_of(run: Run) -> Limits:
@@ -197,8 +219,9 @@ def limits_of(run: Run) -> Limits:
     return Limits(profile.gpu_memory_gib, profile.host_memory_gib, profile.num_gpus // machines)
 
 
-def limits_here(machine: Machine, run: Run | None = None, disk_gib: float | None = None) -> Limits:
-    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus), disk_gib)
+def limits_here(machine: Machine) -> Limits:
+    """What is free on a machine."""
+    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus))
 
 
 def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
@@ -231,7 +254,7 @@ def run_on(machine: Machine, recipe_name: str, sets: tuple[str, ...]) -> Run:
     )  # fmt: skip
 
 
-def _time(run: Run, setup: Setup, gpu: GpuModel | None, price: float | None = None, network: float | None = None) -> Time:
+def _time(run: Run, setup: Setup, gpu: GpuModel | None, *, price: float | None = None, network: float | None = None):
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
     parts = step_seconds(setup, gpu, network or MACHINE_NETWORK_GB_S)
     tokens = setup.tokens * setup.accumulation * setup.ranks
@@ -280,8 +303,8 @@ def as_json(plan: Plan) -> dict:
         "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
         "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
         "merge_host_gib": round(merge_host(plan.setup) / GIB, 3),
-        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "has": None if math.isinf(v.has) else round(v.has, 3),
-                      "fits": v.fits} for v in plan.verdicts],
+        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "fits": v.fits,
+                      "has": None if math.isinf(v.has) else round(v.has, 3)} for v in plan.verdicts],
         "changes": plan.changes,
         "estimate": None if time is None else {
             "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),

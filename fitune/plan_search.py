@@ -1,5 +1,7 @@
 """Searches over plans: the nearest change that fits, the largest batch, the best profile, the matrix of all tiers."""
 
+import math
+import os
 from dataclasses import replace
 from itertools import combinations
 
@@ -7,9 +9,10 @@ from fitune import run as runs
 from fitune.accelerate_config import read_accelerate_config
 from fitune.config import Lora, Recipe, Run
 from fitune.errors import UsageError
-from fitune.hardware import GpuModel, Machine, likely_model
-from fitune.memory import GIB, Setup, gpu_peak
-from fitune.plan import Limits, Plan, limits_here, limits_of, make_plan, verdicts
+from fitune.hardware import GpuModel, Machine, free_disk_gib, likely_model, this_machine
+from fitune.memory import GIB, MEASURED, Setup, gpu_peak
+from fitune.model_shapes import hub_cache
+from fitune.plan import GPU_COUNT, Limits, Plan, limits_here, limits_of, make_plan, verdicts
 
 MAX_MICRO_BATCH = 1024
 SEQUENCE_STEP = 64  # tokens
@@ -29,7 +32,11 @@ def longest_sequence(setup: Setup, limits: Limits) -> int:
     """max_length that fits with one row per pass, within the model's positions; 0 if none does."""
     most = setup.shape.max_positions // SEQUENCE_STEP
     with_one_row = replace(setup, micro_batch=1)
-    return SEQUENCE_STEP * _largest(most, lambda count: fits(replace(with_one_row, max_length=count * SEQUENCE_STEP), limits))
+
+    def does_fit(steps: int) -> bool:
+        return fits(replace(with_one_row, max_length=steps * SEQUENCE_STEP), limits)
+
+    return SEQUENCE_STEP * _largest(most, does_fit)
 
 
 def _largest(most: int, is_good) -> int:
@@ -84,10 +91,10 @@ def _profiles_that_fit(plan: Plan) -> list[str]:
     return [f"--profile {name}" for _, name in sorted(found, reverse=True)]
 
 
-def _runs_of(recipe_name: str, recipe: Recipe, *, any_method: bool = False):
+def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False):
     """(profile name, run) of a recipe with every shipped profile that is meant for it."""
     for name in runs.names(runs.PROFILES):
-        profile = runs.load_profile(name)
+        profile = runs.load_profile(name, overrides)
         if any_method or runs.goes_with(recipe_name, recipe, profile):
             config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
             accelerate = read_accelerate_config(config)
@@ -105,26 +112,36 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
     stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
     gpu = gpu or (likely_model(machine.gpus[0].total_gib, machine.gpus[0].name) if machine.gpus else None)
     plans = []
-    for name, run in _runs_of(stem, recipe):
-        profile = run.profile.model_copy(update=profile_overrides)
+    for _, run in _runs_of(stem, recipe, profile_overrides):
         if run.accelerate.num_machines == 1:
-            plans.append((name, make_plan(run.model_copy(update={"profile": profile}), limits_here(machine), gpu, search=False)))
+            plans.append(make_plan(run, limits_here(machine), gpu, search=False))
     if not plans:
         raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
-    fitting = [plan for _, plan in plans if plan.fits]
+    fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return max(fitting, key=lambda plan: plan.time.tokens_per_second if plan.time else 0.0)
-    name, closest = min(plans, key=lambda entry: max(v.needs - v.has for v in entry[1].verdicts))
-    raise UsageError(f"no profile of {stem} fits {_described(machine)}; nearest: {name}, {_shortfall(closest)}")
+    closest = min(plans, key=_distance)
+    raise UsageError(
+        f"no profile of {stem} fits {_described(machine)}; nearest: {closest.run.profile_name}, {_shortfall(closest)}"
+    )
+
+
+def _distance(plan: Plan) -> tuple[float, float]:
+    """How far a plan is from fitting: GPUs first, then the worst share of a resource."""
+    short = [verdict for verdict in plan.verdicts if not verdict.fits]
+    missing = sum(verdict.needs - verdict.has for verdict in short if verdict.resource == GPU_COUNT)
+    return missing, max((v.needs / max(v.has, 1e-9) for v in short if v.resource != GPU_COUNT), default=0.0)
 
 
 def _described(machine: Machine) -> str:
-    gpus = f"{len(machine.gpus)} GPUs with {machine.gpu_memory_gib:.1f} GiB free" if machine.gpus else "a machine without GPUs"
-    return f"{gpus} and {machine.host_available_gib:.1f} GiB of free RAM"
+    count = len(machine.gpus)
+    gpus = f"{count} GPU{'s' * (count > 1)} with {machine.gpu_memory_gib:.1f} GiB free" if count else "no GPU"
+    host = "" if math.isinf(machine.host_available_gib) else f" and {machine.host_available_gib:.1f} GiB of free RAM"
+    return gpus + host
 
 
 def _shortfall(plan: Plan) -> str:
-    return "; ".join(f"{verdict.resource} {verdict}" for verdict in plan.verdicts if not verdict.fits)
+    return "; ".join(str(verdict) for verdict in plan.verdicts if not verdict.fits)
 
 
 def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
@@ -154,5 +171,28 @@ def refusal(plan: Plan) -> str | None:
     """Why a run cannot fit, in one line that ends with what would; None if it does."""
     if plan.fits:
         return None
-    changes = f"; nearest change that fits: {' or '.join(plan.changes)}" if plan.changes else "; no single change makes it fit"
-    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {_shortfall(plan)}{changes}"
+    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {_shortfall(plan)}; {way_out(plan)}"
+
+
+def way_out(plan: Plan) -> str:
+    if plan.changes:
+        return f"nearest change that fits: {'   or   '.join(plan.changes)}"
+    return "no change of one or two settings makes it fit, nor does another profile"
+
+
+def limits_for_training(run: Run) -> Limits:
+    """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download.
+
+    With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
+    """
+    limits = limits_here(this_machine())
+    cap = os.environ.get("FITUNE_GPU_CAP_GIB")
+    if cap:
+        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=float(cap) + MEASURED.outside_allocator / GIB)
+    return replace(limits, disk=free_disk_gib(run.folder), download_disk=free_disk_gib(hub_cache()))
+
+
+def plan_with_changes(run: Run, limits: Limits) -> Plan:
+    """A plan that looks for the nearest change only where it is needed."""
+    plan = make_plan(run, limits, search=False)
+    return plan if plan.fits else replace(plan, changes=nearest_changes(plan))

@@ -8,13 +8,24 @@ from fitune.errors import UsageError
 from fitune.hub import local_config
 
 
-def check_before_training(run: Run) -> None:
-    """Raises UsageError for what would fail minutes later: missing data, unreachable base model."""
+def check_before_training(run: Run, *, force: bool = False) -> None:
+    """Raises UsageError for what would fail minutes later: missing data, unreachable base model, too little memory."""
     for split in ("train", "test"):
         file = Path(run.recipe.data.prepared) / f"{split}.jsonl"
         if not file.is_file():
             raise UsageError(f"{file}: no such file; run: python cli.py prepare {run.recipe_name}")
     local_config(run.recipe.base.model, run.recipe.base.revision)
+    if not force:
+        check_fits(run)
+
+
+def check_fits(run: Run) -> None:
+    """Raises UsageError if the run needs more than this machine has free, in the words of `plan`."""
+    from fitune.plan_search import limits_for_training, plan_with_changes, refusal
+
+    reason = refusal(plan_with_changes(run, limits_for_training(run)))
+    if reason:
+        raise UsageError(f"{reason}; --force trains anyway")
 
 
 def open_run_folder(run: Run, resume: bool) -> None:
@@ -35,7 +46,9 @@ def _refuse_another_run(old: Run, new: Run) -> None:
     for key in ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed"):
         before, now = getattr(old.recipe, key), getattr(new.recipe, key)
         if before != now:
-            raise UsageError(f"{old.folder} was started with {key} {_plain(before)}, not {_plain(now)}: not the same run")
+            raise UsageError(
+                f"{old.folder} was started with {key} {_plain(before)}, not {_plain(now)}: not the same run"
+            )
 
 
 def _plain(value):

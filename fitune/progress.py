@@ -13,8 +13,13 @@ from fitune.distributed import is_main_process
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar of `total` steps; call what it yields after each."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not is_main_process()) as progress:
         task = progress.add_task(description, total=total)
         yield lambda *_: progress.advance(task)

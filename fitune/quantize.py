@@ -1,7 +1,7 @@
 """Writes a model once in bitsandbytes' NF4 format, so that later starts read a quarter of the bytes.
 
-The output is what transformers' `save_pretrained` writes for a 4-bit model with double quantisation: any tool that reads
-those can read it. Linears of the decoder layers are quantised, everything else is copied in its own dtype.
+The output is what transformers' `save_pretrained` writes for a 4-bit model with double quantisation: any tool that
+reads those can read it. Linears of the decoder layers are quantised, everything else is copied in its own dtype.
 """
 
 import json
@@ -47,7 +47,9 @@ def quantize(model: Path, output: Path, device: torch.device) -> Path:
                     writer.write(key, value)
                 advance()
         writer.close()
-        for file in matching(model, [*TOKENIZER_FILES, *LICENCE_FILES, "chat_template.jinja", "generation_config.json"]):
+        for file in matching(
+            model, [*TOKENIZER_FILES, *LICENCE_FILES, "chat_template.jinja", "generation_config.json"]
+        ):
             copy_file(file, folder)
         config = read_json(model / "config.json", "give a model's folder")
         config["quantization_config"] = QUANTIZATION_CONFIG

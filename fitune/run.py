@@ -54,7 +54,10 @@ def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
             if not isinstance(target, dict):
                 raise UsageError(f"--set {item}: '{parent}' already has a value")
         target[last] = value
-    return overrides, overrides.pop("profile", {})
+    profile = overrides.pop("profile", {})
+    if not isinstance(profile, dict):
+        raise UsageError(f"--set profile={profile}: name a key of the profile, as in profile.micro_batch=2")
+    return overrides, profile
 
 
 def _merged(data: dict, overrides: dict) -> dict:
@@ -117,20 +120,30 @@ def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, acc
             f"{accelerate.num_processes}: make them equal"
         )
     if profile.embedding_offload and recipe.method == "full":
-        raise UsageError(f"profile {profile_name}: embedding_offload is for a frozen base, recipe {recipe_name} is full")
+        raise UsageError(
+            f"profile {profile_name}: embedding_offload is for a frozen base, recipe {recipe_name} is full"
+        )
     if bool(profile.num_gpus) == accelerate.use_cpu:
-        raise UsageError(f"profile {profile_name} has num_gpus {profile.num_gpus}, but {accelerate.path} "
-                         f"has use_cpu: {str(accelerate.use_cpu).lower()}")  # fmt: skip
+        raise UsageError(
+            f"profile {profile_name} has num_gpus {profile.num_gpus}, but {accelerate.path} "
+            f"has use_cpu: {str(accelerate.use_cpu).lower()}"
+        )
 
 
 def _gradient_accumulation(recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> int:
     per_pass = profile.micro_batch * accelerate.num_processes
     steps, rest = divmod(recipe.global_batch_size, per_pass)
     if rest or not steps:
-        fitting = [m for m in range(1, recipe.global_batch_size + 1)
-                   if recipe.global_batch_size % (m * accelerate.num_processes) == 0]  # fmt: skip
-        hint = f"micro_batch {', '.join(map(str, fitting))} would be" if fitting else (
-            f"set global_batch_size to a multiple of {accelerate.num_processes}")  # fmt: skip
+        fitting = [
+            m
+            for m in range(1, recipe.global_batch_size + 1)
+            if recipe.global_batch_size % (m * accelerate.num_processes) == 0
+        ]
+        hint = (
+            f"micro_batch {', '.join(map(str, fitting))} would be"
+            if fitting
+            else (f"set global_batch_size to a multiple of {accelerate.num_processes}")
+        )
         raise UsageError(
             f"global_batch_size {recipe.global_batch_size} is not a multiple of micro_batch {profile.micro_batch} x "
             f"{accelerate.num_processes} processes; {hint}{' exact' if fitting else ''}"

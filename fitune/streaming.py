@@ -54,7 +54,7 @@ def stream(checkpoint: Checkpoint, reads: Iterable[Read], pin_memory: bool) -> N
 
 
 def pin_in_place(tensors: Iterable[torch.Tensor]) -> None:
-    """Page-locks the large CPU tensors among `tensors` where they are, so that FSDP copies them to the GPU asynchronously.
+    """Page-locks the large CPU tensors among `tensors` in place, so that FSDP copies them to the GPU asynchronously.
 
     `Tensor.pin_memory()` would copy each into an allocation rounded up to a power of two: 12 % more host RAM for the
     70B model. Small tensors may share a page with a neighbour; FSDP pins those in its own way.

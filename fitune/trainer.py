@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fitune.base_identity import BaseRecord
 from fitune.config import Run
+from fitune.data.dataset import with_filler_rows
 from fitune.output_folder import rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
@@ -53,6 +54,8 @@ class ShardedSFTTrainer(SFTTrainer):
     def __init__(self, run: Run, base_record: BaseRecord | None = None, **kwargs):
         self.run, self.base_record = run, base_record
         super().__init__(args=training_arguments(run), **kwargs)
+        batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
+        self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
 
     def steps_left(self, checkpoint: Path) -> int:
         """Optimizer steps between a checkpoint and the end of training."""
@@ -88,18 +91,14 @@ class ShardedSFTTrainer(SFTTrainer):
         dist.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        load_trainable_weights(
-            Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size
-        )
+        load_trainable_weights(Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
             return
         self._total_train_tokens = self.state.num_input_tokens_seen
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
-        load_optimizer_state(
-            Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size
-        )
+        load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 

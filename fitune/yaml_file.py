@@ -18,6 +18,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping_of_unique_keys(loader, node, deep=False):
     seen = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
         if key_node.value in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key '{key_node.value}' is given twice", key_node.start_mark
@@ -57,7 +59,8 @@ def parse(model: type[Model], data: dict, source: str) -> Model:
 
 
 def _describe(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    first = error.errors()[0]
+    # a misspelt key is also a missing one: the spelling is the better thing to say
+    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

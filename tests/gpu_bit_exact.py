@@ -52,8 +52,11 @@ def main() -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
         after = changed_bytes(model, checkpoint)
-    print(f"rank {mesh.get_rank()}/{mesh.size()} offload={run.accelerate.offload_params}: changed bytes before "
-          f"{before[0]} after {after[0]} of {after[1]}; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)  # fmt: skip
+    print(
+        f"rank {mesh.get_rank()}/{mesh.size()}, offload {run.accelerate.offload_params}: changed bytes before "
+        f"{before[0]} after {after[0]} of {after[1]}; loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+        flush=True,
+    )
     total = torch.tensor([before[0] + after[0]])
     dist.all_reduce(total)
     leave()

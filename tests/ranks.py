@@ -113,8 +113,11 @@ def _wait_for(processes: list, timeout: float) -> None:
 
 def _failure(process, path: Path) -> str:
     ending = "did not finish" if process.exitcode is None else f"exit code {process.exitcode}"
-    shown = [file.read_text(errors="replace") for suffix in (".output", ".error")
-             if (file := path.with_suffix(suffix)).exists()]  # fmt: skip
+    shown = [
+        file.read_text(errors="replace")
+        for suffix in (".output", ".error")
+        if (file := path.with_suffix(suffix)).exists()
+    ]
     return f"{process.name}: {ending}\n{''.join(shown)[-8000:]}"
 
 

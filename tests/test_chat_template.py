@@ -89,7 +89,7 @@ def test_tools_equal_those_of_transformers(new_tokenizer):
         assert text == tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
         assert text.count("<|start_header_id|>system") == 1
         assert '"name": "weather"' in text.split("<|eot_id|>")[0]
-        assert "<|start_header_id|>ipython<|end_header_id|>\n\n{\"rain\": true}<|eot_id|>" in text  # fmt: skip
+        assert '<|start_header_id|>ipython<|end_header_id|>\n\n{"rain": true}<|eot_id|>' in text
         start, end = spans[0]
         assert text[start:end] == '{"name": "weather", "parameters": {"city": "Bonn"}}<|eot_id|>'
 

@@ -24,9 +24,12 @@ def cli(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["show", "tiny_qlora", "--profile", "cpu_2proc"]])
 def test_light_commands_import_nothing_heavy(arguments):
-    code = "import sys, runpy; sys.argv[0] = 'cli.py'\ntry: runpy.run_path('cli.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    code = "import sys, runpy, contextlib; sys.argv[0] = 'cli.py'\n"
+    code += "with contextlib.suppress(SystemExit): runpy.run_path('cli.py', run_name='__main__')\n"
     code += f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "HEAVY []" in done.stdout
 
 
@@ -45,9 +48,10 @@ def test_every_command_has_an_example(cli):
 
     for name, command in group.commands.items():
         assert command.epilog.startswith("Example:"), name
-        assert command.epilog in " ".join(cli(name, "--help").output.split()).replace("  ", " ") or "Example:" in cli(
-            name, "--help"
-        ).output
+        assert (
+            command.epilog in " ".join(cli(name, "--help").output.split()).replace("  ", " ")
+            or "Example:" in cli(name, "--help").output
+        )
 
 
 def test_show_gives_run_yaml_and_the_launch_line(cli):
@@ -65,13 +69,20 @@ BAD = {
     "profile of another method": (["show", "llama3_70b_full", "--profile", "fsdp_4x24gb"], "fsdp_full_16x80gb"),
     "set without value": (["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "seed"], "expected key=value"),
     "set of a wrong type": (["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "seed=x"], "seed"),
-    "set of an unknown key": (["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "sede=1"], "did you mean 'seed'"),
+    "set of an unknown key": (
+        ["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "sede=1"],
+        "did you mean 'seed'",
+    ),
     "field owned elsewhere": (
-        ["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "training.bf16=true"], "mixed_precision"),
+        ["show", "tiny_qlora", "--profile", "cpu_2proc", "--set", "training.bf16=true"],
+        "mixed_precision",
+    ),
     "broken recipe file": (["show", "broken.yaml", "--profile", "cpu_2proc"], "broken.yaml:2"),
     "data not prepared": (["train", "tiny_qlora", "--profile", "cpu_2proc"], "run: python cli.py prepare tiny_qlora"),
     "resume of nothing": (
-        ["train", "tiny_qlora", "--profile", "cpu_2proc", "--output", "empty", "--resume"], "prepare|resume"),
+        ["train", "tiny_qlora", "--profile", "cpu_2proc", "--output", "empty", "--resume"],
+        "prepare|resume",
+    ),
     "eval of no run": (["eval", "nowhere"], "nowhere"),
     "generate of no run": (["generate", "nowhere", "--prompt", "x"], "nowhere"),
     "generate without a question": (["generate", "nowhere"], "--prompt"),
@@ -79,7 +90,7 @@ BAD = {
     "prepare of nothing": (["prepare"], "--dataset"),
     "prepare of a missing file": (["prepare", "--dataset", "rows.jsonl", "--output", "out"], "rows.jsonl"),
     "missing option": (["show", "tiny_qlora"], "--profile"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("arguments, expected", BAD.values(), ids=BAD.keys())

@@ -91,8 +91,11 @@ def test_files_resolve_to_a_run(write, tmp_path):
     assert (changed.recipe.lora.r, changed.recipe.lora.target_modules) == (4, ["q_proj", "v_proj"])
     assert (changed.recipe.seed, changed.profile.micro_batch, changed.gradient_accumulation_steps) == (7, 4, 2)
 
-    (tmp_path / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
-    assert runs.load(tmp_path) == runs.load(tmp_path / "run.yaml") == run
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    assert runs.load(run.folder) == runs.load(run.folder / "run.yaml") == run
+    moved = run.folder.rename(tmp_path / "moved")
+    assert runs.load(moved) == run.model_copy(update={"output_dir": str(moved)})
 
 
 MISTAKES = {
@@ -127,14 +130,24 @@ MISTAKES = {
     "processes as text": ("accelerate", "num_processes: 2", "num_processes: two", ["num_processes", "'two'"]),
     "not FSDP": ("accelerate", "type: FSDP", "type: MULTI_GPU", ["distributed_type", "FSDP", "MULTI_GPU"]),
     "FSDP version 1": ("accelerate", "fsdp_version: 2", "fsdp_version: 1", ["fsdp_config.fsdp_version must be 2"]),
-    "fsdp_config as text": ("accelerate", "fsdp_config:\n  fsdp_version: 2\n  fsdp_offload_params: true",
-                            "fsdp_config: fast", ["fsdp_config"]),
+    "fsdp_config as text": (
+        "accelerate",
+        "fsdp_config:\n  fsdp_version: 2\n  fsdp_offload_params: true",
+        "fsdp_config: fast",
+        ["fsdp_config"],
+    ),
     "fsdp_config without effect": (
-        "accelerate", "fsdp_offload_params: true", "fsdp_activation_checkpointing: true",
+        "accelerate",
+        "fsdp_offload_params: true",
+        "fsdp_activation_checkpointing: true",
         ["fsdp_config.fsdp_activation_checkpointing", "activation_checkpointing in the memory profile"],
     ),
-    "other state dict": ("accelerate", "fsdp_offload_params: true", "fsdp_state_dict_type: FULL_STATE_DICT",
-                         ["fsdp_config.fsdp_state_dict_type", "SHARDED_STATE_DICT"]),
+    "other state dict": (
+        "accelerate",
+        "fsdp_offload_params: true",
+        "fsdp_state_dict_type: FULL_STATE_DICT",
+        ["fsdp_config.fsdp_state_dict_type", "SHARDED_STATE_DICT"],
+    ),
     "key given twice": ("recipe", "max_length: 512", "max_length: 512\nmax_length: 256", ["'max_length' is given"]),
     "key twice in a block": ("recipe", "  r: 8", "  r: 8\n  r: 16", ["'r' is given twice", ":10"]),
     "broken YAML": ("recipe", "method: qlora", "method: [qlora", ["not valid YAML"]),
@@ -146,13 +159,21 @@ MISTAKES = {
     "a tag": ("recipe", "some/model", "!!python/object/apply:os.getcwd []", ["not valid YAML"]),
     "a list": ("recipe", RECIPE, "- a\n- b\n", ["expected 'key: value' lines", "list"]),
     "an empty file": ("recipe", RECIPE, "", ["expected 'key: value' lines"]),
-    "unknown training field": ("recipe", "learning_rate", "learning_rat",
-                               ["training.learning_rat ", "did you mean 'learning_rate'?"]),
-    "training field of a wrong type": ("recipe", "learning_rate: 2e-4", "learning_rate: fast",
-                                       ["training.learning_rate", "'fast'", "float"]),
+    "unknown training field": (
+        "recipe",
+        "learning_rate",
+        "learning_rat",
+        ["training.learning_rat ", "did you mean 'learning_rate'?"],
+    ),
+    "training field of a wrong type": (
+        "recipe",
+        "learning_rate: 2e-4",
+        "learning_rate: fast",
+        ["training.learning_rate", "'fast'", "float"],
+    ),
     "training as a list": ("recipe", "  learning_rate: 2e-4\n  num_train_epochs: 1", "  - learning_rate", ["training"]),
     "a number in training": ("recipe", "num_train_epochs", "1", ["training", "1"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -99,8 +99,9 @@ def test_answers_equal_plain_generation(runs, processes):
             entry["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         for label, model in (("base", base), ("tuned", tuned)):
-            output = model.generate(**inputs, max_new_tokens=12, do_sample=False,
-                                    eos_token_id=end_of_turn_ids(tokenizer, "llama3"))  # fmt: skip
+            output = model.generate(
+                **inputs, max_new_tokens=12, do_sample=False, eos_token_id=end_of_turn_ids(tokenizer, "llama3")
+            )
             text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             assert entry[label] == text
     assert any(entry["base"] != entry["tuned"] for entry in answers)

@@ -38,8 +38,13 @@ def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path
     ranks = run.accelerate.num_processes
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29511"]
     environment = os.environ | {"FITUNE_GPU_CAP_GIB": "8", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([*command, ROOT / "tests" / "gpu_bit_exact.py", tmp_path / "run.yaml"],
-                          env=environment, capture_output=True, text=True, timeout=180)  # fmt: skip
+    done = subprocess.run(
+        [*command, ROOT / "tests" / "gpu_bit_exact.py", tmp_path / "run.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("changed bytes before 0 after 0") == ranks

@@ -1,4 +1,4 @@
-"""The three ways to start a run give the same run: cli.py, accelerate launch, torchrun. Real processes, real commands."""
+"""The three ways to start a run give the same run: cli.py, accelerate launch, torchrun. Real commands."""
 
 import json
 import os
@@ -18,16 +18,30 @@ RANKS = 2
 @pytest.fixture(scope="module")
 def options(tiny_base, prepared) -> list[str]:
     """A recipe and profile on this test's own model and rows: four steps, a checkpoint after each."""
-    sets = {"base.model": tiny_base, "data.prepared": prepared, "training.max_steps": 4, "training.save_steps": 1,
-            "training.logging_steps": 1, "training.report_to": "none", "lora.r": 4}  # fmt: skip
+    sets = {
+        "base.model": tiny_base,
+        "data.prepared": prepared,
+        "training.max_steps": 4,
+        "training.save_steps": 1,
+        "training.logging_steps": 1,
+        "training.report_to": "none",
+        "lora.r": 4,
+    }
     flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
     return ["train", "tiny_qlora", "--profile", "cpu_2proc", *flags]
 
 
 def start(command: list, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=200, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **options,
+    )
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -72,9 +86,14 @@ def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_pat
 
 def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
     folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "cli.py", *options, "--output", folder], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "cli.py", *options, "--output", folder],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "checkpoint-2").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -91,6 +110,17 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
 def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
     text = (finished / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
-    done = start(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS, "-m", "fitune.train", tmp_path / "run.yaml"])
+    done = start(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            RANKS,
+            "-m",
+            "fitune.train",
+            tmp_path / "run.yaml",
+        ]
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]

@@ -112,13 +112,15 @@ def _packed(run) -> dict:
             noise = torch.randint(0, 250, (len(row["input_ids"]),), generator=generator)
             noise[segment] = torch.tensor(row["input_ids"][segment])
             alone = _alone(row, segment)
-            report["cases"].append({
-                "packed": packed[segment],
-                "alone": logits([alone]),
-                "other neighbours": logits([row | {"input_ids": noise.tolist()}])[segment],
-                "two rows": logits([row, rows[2]])[segment],
-                "leaking": logits([row], attention_mask=mask)[segment] if segment.start else None,
-            })  # fmt: skip
+            report["cases"].append(
+                {
+                    "packed": packed[segment],
+                    "alone": logits([alone]),
+                    "other neighbours": logits([row | {"input_ids": noise.tolist()}])[segment],
+                    "two rows": logits([row, rows[2]])[segment],
+                    "leaking": logits([row], attention_mask=mask)[segment] if segment.start else None,
+                }
+            )
             learned.append(sum(label != IGNORED for label in alone["labels"]))
             losses.append(loss(alone))
         report["cases"][-1]["loss"] = loss(row).item()

@@ -17,12 +17,12 @@ import yaml
 from rich.console import Console
 from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
+from fitune.config import Data, Source
 from fitune.data import conversations, file_formats, reading
 from fitune.data.chat_template import apply_chat_template_choice
-from fitune.config import Data, Source
 from fitune.data.data_report import check_prepared
-from fitune.errors import UsageError
 from fitune.data.prepare import prepare
+from fitune.errors import UsageError
 from fitune.yaml_file import parse
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "instructions" / "instructions.jsonl"
@@ -90,7 +90,7 @@ FORMATS = {
         {"prompt": [SYSTEM, QUESTION], "completion": [ANSWER]},
         [SYSTEM, QUESTION, ANSWER],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -238,7 +238,7 @@ NASTY = [
     ("untrained_turn", {"messages": [QUESTION, ANSWER | {"weight": 0}]}, "'weight: 0'"),
     ("wrong_type", {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {}}]}]}, "function with a 'name'"),
     ("wrong_type", {"messages": [QUESTION, ANSWER], "tools": "x"}, "expected a list"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("with_tokenizer", [False, True])
@@ -336,7 +336,7 @@ def test_jsonl_that_calls_itself_json(tmp_path):
     ("name", "content", "expected"),
     [
         ("a.jsonl", b"\xff\xfe{\x00", "not UTF-8 but UTF-16"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9999)[:-20], "truncated or damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9999, mtime=0)[:-20], "truncated or damaged gzip file"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("a.csv", b'instruction,output\n"never closed,x\n', "a.csv:2: not valid CSV"),
         ("a.xlsx", b"x", "unknown kind of file; allowed: .jsonl, .ndjson, .json, .parquet, .csv, .tsv"),
@@ -528,7 +528,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     source = tmp_path / "pipe.jsonl"
     write(source, *[chat(n, "word " * 500) for n in range(8000)])
     program = (
-        "import sys; from pathlib import Path; from fitune.config import Data; from fitune.data import prepare, reading\n"
+        "import sys; from pathlib import Path; from fitune.config import Data\nfrom fitune.data import prepare, reading\n"
         "add = reading.Tally.add\n"
         "def slow(*given): print('reading', flush=True); import time; time.sleep(0.5); add(*given)\n"
         "reading.Tally.add = slow\n"
@@ -638,9 +638,9 @@ def test_parquet_beside_jsonl(tmp_path):
     path = write(tmp_path / "a.jsonl", *map(chat, range(4)))
     run(path, tmp_path, parquet=True)
     table = pyarrow.parquet.read_table(tmp_path / "out" / "train.parquet").to_pylist()
-    assert [
-        [{key: message[key] for key in ("role", "content")} for message in row["messages"]] for row in table
-    ] == [row["messages"] for row in rows(tmp_path)]  # fmt: skip
+    assert [[{key: message[key] for key in ("role", "content")} for message in row["messages"]] for row in table] == [
+        row["messages"] for row in rows(tmp_path)
+    ]
 
 
 def test_the_output_loads_as_a_dataset(tmp_path):
@@ -655,7 +655,7 @@ def test_the_output_loads_as_a_dataset(tmp_path):
 
 def test_prepare_does_not_import_torch(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from fitune.config import Data; from fitune.data.prepare import prepare\n"
+        "import sys; from pathlib import Path; from fitune.config import Data\nfrom fitune.data.prepare import prepare\n"
         f"prepare(Data(dataset={str(EXAMPLES)!r}, prepared='x'), Path({str(tmp_path / 'out')!r}))\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import errors
 
 from fitune.config import Data
-from fitune.errors import FituneError, UsageError
 from fitune.data.prepare import prepare
+from fitune.errors import FituneError, UsageError
 
 COMMIT = "e6f9a4ac5c08faea2a6ad6ea0ee2d5a9b2a3ae35"
 

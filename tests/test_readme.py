@@ -1,5 +1,6 @@
 """Every path and command that the README and the docs name exists."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -36,17 +37,21 @@ def test_every_command_parses(line):
     words = [word.strip('"') for word in words if not word.startswith(">")]
     name, *rest = words
     assert name in cli.commands, line
-    try:
+    with contextlib.suppress(Exit):
         cli.commands[name].make_context(name, rest, parent=Context(cli))
-    except Exit:
-        pass
 
 
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+):", makefile, flags=re.M))
-    named = {word for page in PAGES for word in re.findall(r"`?make ([a-z][a-z0-9-]*)", "\n".join(
-        [*code(page), *re.findall(r"`(make [a-z0-9-]+)", page.read_text(encoding="utf-8"))]))}  # fmt: skip
+    named = {
+        word
+        for page in PAGES
+        for word in re.findall(
+            r"`?make ([a-z][a-z0-9-]*)",
+            "\n".join([*code(page), *re.findall(r"`(make [a-z0-9-]+)", page.read_text(encoding="utf-8"))]),
+        )
+    }
     assert named and named <= targets
 
 
@@ -67,15 +72,21 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
     for path in named:
         assert (ROOT / path).exists(), path
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fitune").rglob("*.py") if path.name != "__init__.py"}
-    covered = {module for module in modules for path in named if module == path or (path.endswith("/") and
-               path != "fitune/" and module.startswith(path))}  # fmt: skip
+    covered = {
+        module
+        for module in modules
+        for path in named
+        if module == path or (path.endswith("/") and path != "fitune/" and module.startswith(path))
+    }
     assert modules == covered
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_linked_or_quoted_path_exists(page):
     text = page.read_text(encoding="utf-8")
-    links = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target and not target.startswith("#")]
+    links = [
+        target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target and not target.startswith("#")
+    ]
     quoted = [word for word in re.findall(r"`([\w./*-]+/[\w./*-]*)`", text) if (ROOT / word.split("/")[0]).exists()]
     for target in links:
         assert (page.parent / target.split("#")[0]).exists(), target
@@ -84,5 +95,7 @@ def test_every_linked_or_quoted_path_exists(page):
 
 
 def test_tables_are_generated_from_the_results():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ def _randomise_lora_b(model) -> None:
 
 def _is_saved_whole(parameter: DTensor) -> bool | None:
     expected, whole = parameter.full_tensor(), gather_rows(parameter)
-    return None if whole is None else torch.equal(whole, expected)
+    return None if whole is None else torch.equal(whole.view(torch.uint8), expected.view(torch.uint8))
 
 
 def _report(runs: dict) -> dict:
@@ -161,17 +161,22 @@ def _gathers(run) -> dict:
     result = {"layers": [], "numel": [], "bytes": []}
     for layer in layers:
         result["numel"].append(
-            sum(-(-p.shape[0] // run.accelerate.num_processes) * p[0].numel() * p.dtype.itemsize
-                for p in sharding.group_parameters(layer))
-        )  # fmt: skip
+            sum(
+                -(-p.shape[0] // run.accelerate.num_processes) * p[0].numel() * p.dtype.itemsize
+                for p in sharding.group_parameters(layer)
+            )
+        )
         gathered.clear()
         copied.clear()
         layer.unshard()
         result["layers"].append((list(gathered), list(copied)))
-        result["bytes"].append({
-            name: module.weight.detach().view(torch.uint8).view(-1).clone()
-            for name, module in layer.named_modules() if isinstance(module, NF4Linear)
-        })  # fmt: skip
+        result["bytes"].append(
+            {
+                name: module.weight.detach().view(torch.uint8).view(-1).clone()
+                for name, module in layer.named_modules()
+                if isinstance(module, NF4Linear)
+            }
+        )
         layer.reshard()
     gathered.clear()
     model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()

@@ -116,8 +116,13 @@ def _load_both(run, folder, dtypes, chunk_bytes: int) -> dict:
     model, count = _count_bytes(run)
     lora = {name: parameter.full_tensor() for name, parameter in model.named_parameters() if parameter.requires_grad}
     norms = {name: p.full_tensor() for name, p in model.named_parameters() if "norm" in name}
-    return {"model": _quantised(model), "bytes": count, "lora": lora, "norms": norms,
-            "shapes": _quantise_shapes(folder, dtypes)}  # fmt: skip
+    return {
+        "model": _quantised(model),
+        "bytes": count,
+        "lora": lora,
+        "norms": norms,
+        "shapes": _quantise_shapes(folder, dtypes),
+    }
 
 
 def _touched_bytes(checkpoint: Checkpoint, quantised: set[str], world_size: int) -> int:
@@ -248,10 +253,15 @@ def test_checkpoint_in_nf4_format_gives_the_same_bytes(world_size, nf4_bases, un
             assert len(report[case]["model"]) == 14
             for name, entry in report[case]["model"].items():
                 assert torch.equal(entry["bytes"], checkpoint.read(name).view(torch.uint8).view(-1)), (case, name)
-                parts = {n.removeprefix(f"{name}."): checkpoint.read(n) for n in checkpoint.tensors
-                         if n.startswith(f"{name}.")}  # fmt: skip
-                assert _same({k: v for k, v in entry.items() if k != "bytes"},
-                             _statistics(QuantState.from_dict(parts, device=CPU))), (case, name)  # fmt: skip
+                parts = {
+                    n.removeprefix(f"{name}."): checkpoint.read(n)
+                    for n in checkpoint.tensors
+                    if n.startswith(f"{name}.")
+                }
+                assert _same(
+                    {k: v for k, v in entry.items() if k != "bytes"},
+                    _statistics(QuantState.from_dict(parts, device=CPU)),
+                ), (case, name)
             if case != "single":
                 streamed = report["quantised while loading"]
                 assert _same(report[case]["model"], streamed["model"]), case

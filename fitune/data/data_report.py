@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from fitune.data.chat_template import template_hash, tokenizer_hash
-from fitune.errors import UsageError
 from fitune.data.reading import Tally
 from fitune.data.row_checks import Rules
 from fitune.data.row_store import RowStore, Selection
 from fitune.data.sources import SourceFile
 from fitune.data.token_report import histogram_chart, packing_report, token_statistics
+from fitune.errors import UsageError
 
 REPORT_VERSION = 1
 

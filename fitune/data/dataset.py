@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fitune.data.chat_template import apply_chat_template_choice
 from fitune.config import Recipe
+from fitune.data.chat_template import apply_chat_template_choice
 from fitune.errors import UsageError
 
 
@@ -23,3 +23,17 @@ def load_split(recipe: Recipe, split: str, cache: Path) -> Dataset:
     if not file.is_file():
         raise UsageError(f"{file}: no such file; run `python cli.py prepare RECIPE` first, or set data.prepared")
     return load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
+
+
+def with_filler_rows(rows: Dataset, multiple: int, token_id: int) -> Dataset:
+    """Tokenised `rows` filled up to a multiple of the global batch with rows that have no labels, so count nothing.
+
+    Otherwise accelerate repeats rows of the epoch's start in its last batch, how many depending on the processes.
+    """
+    missing = -len(rows) % multiple
+    if not missing:
+        return rows
+    filler = rows[0] | {"input_ids": [token_id] * 2, "labels": [-100] * 2}
+    if "seq_lengths" in filler:
+        filler["seq_lengths"] = [2]
+    return concatenate_datasets([rows, Dataset.from_list([filler] * missing, features=rows.features)])

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fitune.errors import FituneError, UsageError, nearest
 from fitune.data.file_formats import ROWS_PER_TABLE, Table, first_line
+from fitune.errors import FituneError, UsageError, nearest
 
 TIMEOUT_SECONDS = 20
 

@@ -12,7 +12,6 @@ from multiprocessing import get_context
 
 from fitune.data import conversations
 from fitune.data.conversations import FORMATS, RowError
-from fitune.errors import FituneError, UsageError
 from fitune.data.row_checks import (
     EXAMPLES_PER_REASON,
     Checker,
@@ -25,6 +24,7 @@ from fitune.data.row_checks import (
 )
 from fitune.data.row_store import RowStore
 from fitune.data.sources import SourceFile, file_sha256
+from fitune.errors import FituneError, UsageError
 
 SERIAL_BYTES = 4 << 20
 "Below this, starting processes costs more than they save."

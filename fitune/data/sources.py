@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fitune.errors import UsageError, nearest
 from fitune.data.file_formats import (
     ROWS_PER_TABLE,
     Chunk,
@@ -20,6 +19,7 @@ from fitune.data.file_formats import (
     first_line,
 )
 from fitune.data.hub_dataset import Splits, open_hub_dataset
+from fitune.errors import UsageError, nearest
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}
 COMPRESSED = (".gz", ".zst", ".zstd")

@@ -120,9 +120,8 @@ def _piece_pattern(tokenizer):
     if type(model).__name__ != "BPE" or model.dropout or tokenizer.normalizer is not None or splitter is None:
         return None
     if any(
-        token.lstrip or token.rstrip or token.single_word
-        for token in tokenizer.get_added_tokens_decoder().values()
-    ):  # fmt: skip
+        token.lstrip or token.rstrip or token.single_word for token in tokenizer.get_added_tokens_decoder().values()
+    ):
         return None
     steps = json.loads(splitter.__getstate__()).get("pretokenizers", ())
     if [step["type"] for step in steps] != ["Split", "ByteLevel"]:

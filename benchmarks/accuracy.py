@@ -1,0 +1,111 @@
+"""Writes benchmarks/README.md: what fitune/memory.py predicts for every measured run, and how far off it is.
+
+    python benchmarks/accuracy.py [--check]
+"""
+
+import json
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fitune import run as runs
+from fitune.memory import GIB, MEASURED, Setup, gpu_moments, gpu_peak, host_moments
+from fitune.model_shapes import find_shape
+from fitune.plan import setup_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "benchmarks" / "README.md"
+FAKE = ROOT / "benchmarks" / "fake_memory.json"
+
+
+def measured_runs() -> list[dict]:
+    """Every measured run in benchmarks/results/ that ended well."""
+    found = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        found += [entry for entry in (data if isinstance(data, list) else [data]) if isinstance(entry, dict)]
+    return [entry for entry in found if entry.get("profile") and entry.get("ok")]
+
+
+def setup_of_measured(entry: dict) -> Setup:
+    """The run as its command line describes it, but for the checkpoint's and the data's folders."""
+    sets = [value for flag, value in pairwise(entry["command"].split()) if flag == "--set"]
+    sets = tuple(item for item in sets if not item.startswith(("base.model=", "data.prepared=")))
+    run = runs.resolve(entry["recipe"], entry["profile"], sets)
+    as_measured = ("micro_batch", "activation_checkpointing", "activation_offload")
+    profile = run.profile.model_copy(update={key: entry[key] for key in as_measured})
+    return setup_of(run.model_copy(update={"profile": profile}), find_shape(run.recipe.base.model))
+
+
+def predicted_host_gib(setup: Setup) -> float:
+    return max(sum(parts.values()) for parts in host_moments(setup).values()) / GIB
+
+
+def predicted_phases(entry: dict) -> dict[str, float]:
+    """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
+    run = runs.resolve(entry["recipe"], entry["profile"])
+    setup = setup_of(run, find_shape(run.recipe.base.model))
+    setup = replace(setup, shape=replace(setup.shape, layers=entry["layers"]), accumulation=1)
+    assert (setup.tokens, setup.ranks) == (entry["tokens"], entry["ranks"])
+    moments = gpu_moments(setup)
+    return {phase: (sum(parts.values()) - MEASURED.cublas_workspace) / GIB for phase, parts in moments.items()}
+
+
+def page() -> str:
+    parts = [
+        "# Does `plan` tell the truth?",
+        "Written by `python benchmarks/accuracy.py`; the tests check both tables. Predictions come from "
+        "[`fitune/memory.py`](../fitune/memory.py).",
+        "## Measured runs",
+        "The run's own command, on one big GPU whose ranks are each held to their tier's card (`benchmarks/tiers.py`). "
+        "The few constants in `MEASURED` were read off the first of these runs, so those rows show that one set of "
+        "constants holds for all of them; every later row is a prediction.",
+        _measured_table(),
+        "## Tiers that were not measured",
+        "Two training steps of one rank on fake tensors, fitune's own model code and sharding under PyTorch's "
+        "MemTracker (`benchmarks/fake_memory.py`): torch's allocator only, GiB.",
+        _fake_table(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured_table() -> str:
+    lines = ["| recipe | profile | GPU GiB, predicted | measured | off | host GiB, predicted | measured | off |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for entry in measured_runs():
+        setup = setup_of_measured(entry)
+        gpu, host = gpu_peak(setup).total / GIB, predicted_host_gib(setup)
+        lines.append(
+            f"| `{entry['recipe']}` | `{entry['profile']}` | {gpu:.1f} | {entry['peak_gpu_gib']:.1f} "
+            f"| {gpu / entry['peak_gpu_gib'] - 1:+.1%} | {host:.1f} | {entry['peak_host_gib']:.1f} "
+            f"| {host / entry['peak_host_gib'] - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _fake_table() -> str:
+    lines = ["| recipe | profile | phase | predicted | fake tensors | off |", "|---|---|---|---|---|---|"]
+    for entry in json.loads(FAKE.read_text(encoding="utf-8")):
+        for phase, predicted in predicted_phases(entry).items():
+            if phase in entry["phases"]:
+                found = entry["phases"][phase]
+                lines.append(
+                    f"| `{entry['recipe']}` | `{entry['profile']}` | {phase} | {predicted:.2f} | {found:.2f} "
+                    f"| {predicted / found - 1:+.1%} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    new = page()
+    if "--check" in sys.argv:
+        old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        sys.exit(0 if old == new else f"{PAGE} is out of date; run: python benchmarks/accuracy.py")
+    PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

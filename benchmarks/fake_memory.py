@@ -1,0 +1,237 @@
+"""A second opinion on fitune/memory.py that shares no formula with it: one rank of a tier, run on fake tensors.
+
+    python benchmarks/fake_memory.py OUTPUT.json RECIPE PROFILE [--layers N]
+
+fitune's own model code and sharding run two real training steps at the model's true shape, on fake tensors (shapes
+without data) and a process group that only pretends, while PyTorch's MemTracker counts every storage alive. GPU kernels
+that this CPU lacks are replaced by functions that allocate and keep the same tensors (`_pretend_gpu_kernels`).
+What it cannot see: memory outside torch's allocator, holes inside it, library workspaces.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama as llama
+import trl.kernels.chunked_logprob as chunked_logprob
+from bitsandbytes.functional import QuantState
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from trl.trainer.utils import add_fused_lm_head
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.random_checkpoint import config
+from fitune import run as runs
+from fitune.model import build_skeleton, decoder
+from fitune.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
+from fitune.sharding import shard
+
+GIB = 2**30
+HOOKS = ("pre_forward", "pre_backward")
+
+
+class Tracker(MemTracker):
+    """Total bytes alive, and the largest total of each phase."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase = "start"
+        self.peaks: dict[str, int] = {}
+
+    def _update_peak_stats(self, peak_state) -> None:
+        now = self._curr_mem_snap.get(torch.device("cpu"), {}).get("Total", 0)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), now)
+
+    def _pre_fw_hook(self, *_) -> None:
+        """MemTracker's account by module is not wanted; it also fails on parameters without gradients."""
+
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+    def track(self, tensors) -> None:
+        for tensor in tensors:
+            self._update_and_maybe_create_winfos(tensor, _MemRefType.PARAM)
+
+
+def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
+    """Peaks of the second optimizer step of rank 0 in GiB, by phase."""
+    run = runs.resolve(recipe, profile)
+    size = next(part for part in recipe.split("_") if part in ("1b", "8b", "70b"))
+    layers = layers or config(size, None)["num_hidden_layers"]
+    ranks = run.accelerate.num_processes
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    model = _sharded_skeleton(run, config(size, layers), init_device_mesh("cpu", (ranks,)))
+    tracker = Tracker()
+    _follow_phases(tracker, layers)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        statistics = _allocate(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False, fused=True)
+        batch = _batch(run.profile.micro_batch * run.recipe.max_length)
+        tracker.track([*model.parameters(), *statistics, *batch.values()])
+        with tracker:
+            for _ in range(2):
+                tracker.peaks.clear()
+                _step(model, optimizer, batch, tracker)
+    dist.destroy_process_group()
+    peaks = {phase: round(size / GIB, 3) for phase, size in tracker.peaks.items() if phase != "start"}
+    return {
+        "recipe": recipe, "profile": profile, "layers": layers, "ranks": ranks,
+        "tokens": run.profile.micro_batch * run.recipe.max_length, "peak_allocated_gib": max(peaks.values()),
+        "phases": peaks, "torch": torch.__version__.split("+")[0],
+    }  # fmt: skip
+
+
+def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
+    _pretend_gpu_kernels()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
+        tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict, convert_tokens_to_ids=list)
+        model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu")
+    add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
+    shard(model, mesh, run, torch.bfloat16)
+    if run.profile.activation_checkpointing:
+        decoder(model).activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _allocate(model: nn.Module) -> list[torch.Tensor]:
+    """Fake memory for the weights, as `fitune.weights` takes real memory; returns NF4's statistics."""
+    model.to_empty(device="cpu")
+    backbone = decoder(model).model
+    backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
+    found = []
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            blocks = module.in_features * module.out_features // BLOCK
+            nested = QuantState(absmax=torch.empty(-(-blocks // NESTED_BLOCK)), code=torch.empty(256),
+                                blocksize=NESTED_BLOCK, dtype=torch.float32)  # fmt: skip
+            module.quant_state = QuantState(
+                absmax=torch.empty(blocks, dtype=torch.uint8), code=torch.empty(16), blocksize=BLOCK, quant_type="nf4",
+                shape=torch.Size((module.out_features, module.in_features)), dtype=torch.bfloat16,
+                offset=torch.empty(()), state2=nested,
+            )  # fmt: skip
+            found += [module.quant_state.absmax, nested.absmax]
+    return found
+
+
+def _batch(tokens: int) -> dict[str, torch.Tensor]:
+    """One packed row, every token an answer."""
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    positions = torch.arange(tokens).unsqueeze(0) % (tokens // 2)
+    return {"input_ids": ids, "position_ids": positions, "labels": torch.zeros_like(ids)}
+
+
+def _step(model: nn.Module, optimizer, batch: dict, tracker: Tracker) -> None:
+    tracker.phase = "forward"
+    loss = model(**batch, fused_lm_head=True).loss
+    tracker.phase = "backward, loss"
+    loss.backward()
+    tracker.phase = "optimizer step"
+    optimizer.step()
+    optimizer.zero_grad()
+    tracker.phase = "start"
+
+
+def _follow_phases(tracker: Tracker, layers: int) -> None:
+    """Names phases as fitune.memory does, by the parameter group whose hook runs."""
+    after = {
+        ("pre_forward", "head"): "forward, loss",
+        ("pre_backward", str(layers - 1)): "backward, last layer",
+        ("pre_backward", str(layers - 2)): "backward, between",
+        ("pre_backward", "0"): "backward, first layer",
+        ("pre_backward", "embed_tokens"): "backward, embedding",
+    }
+
+    def followed(name: str):
+        original = getattr(FSDPParamGroup, name)
+
+        def hook(group, *args, **kwargs):
+            unit = "head" if "lm_head" in group._module_fqn else group._module_fqn.rsplit(".", 1)[-1]
+            if (name, unit) == ("pre_forward", "head"):
+                tracker.phase = "forward, gathering the head"
+            result = original(group, *args, **kwargs)
+            tracker.phase = after.get((name, unit), tracker.phase)
+            return result
+
+        return hook
+
+    for name in HOOKS:
+        setattr(FSDPParamGroup, name, followed(name))
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Liger's: keeps its input and one number per token; the gradient overwrites the incoming one."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight = ctx.saved_tensors[1]
+        return gradient.contiguous(), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Liger's: keeps both inputs and writes their gradients over them."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors
+
+
+class _Rope(torch.autograd.Function):
+    """Liger's: in place where the layout allows it."""
+
+    @staticmethod
+    def forward(ctx, query, key):
+        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
+
+
+def _pretend_gpu_kernels() -> None:
+    """Liger's kernels, CUDA's dropout (a mask of one byte each) and TRL's Triton kernels, which allocate nothing."""
+    llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
+    llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+    llama.apply_rotary_pos_emb = lambda query, key, cos, sin, unsqueeze_dim=1: _Rope.apply(query, key)
+    nn.Dropout.forward = lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
+    chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *args, **kwargs: None
+    chunked_logprob._addmm_fp32 = lambda total, a, b: None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("profile")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to be quick")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe, profile = options.recipe, options.profile
+    result = measure(recipe, profile, options.layers)
+    kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
+    kept = [entry for entry in kept if (entry["recipe"], entry["profile"]) != (recipe, profile)]
+    options.output.write_text(json.dumps([*kept, result], indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

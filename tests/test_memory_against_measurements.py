@@ -1,0 +1,42 @@
+"""Every measured run in benchmarks/results/ is a test of fitune/memory.py: GPU within 5 %, host RAM within 10 %."""
+
+import pytest
+
+from benchmarks import accuracy
+from fitune.memory import GIB, gpu_peak
+
+GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
+MEASURED_RUNS = accuracy.measured_runs()
+
+
+def name(entry: dict) -> str:
+    return f"{entry['recipe']}-{entry['profile']}-{entry['date']}"
+
+
+def test_there_are_measured_runs():
+    assert len(MEASURED_RUNS) >= 3
+
+
+@pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
+def test_the_setup_is_the_measured_one(entry):
+    setup = accuracy.setup_of_measured(entry)
+    assert (setup.ranks, setup.offload, setup.method) == (entry["num_gpus"], entry["offload"], entry["method"])
+    assert (setup.shape.layers, setup.max_length) == (entry["layers"], entry["max_length"])
+    assert setup.accumulation == entry["gradient_accumulation_steps"]
+
+
+@pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
+def test_gpu_peak_is_predicted(entry):
+    peak = gpu_peak(accuracy.setup_of_measured(entry))
+    assert peak.total / GIB == pytest.approx(entry["peak_gpu_gib"], rel=GPU_TOLERANCE)
+    assert peak.allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=GPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
+def test_host_peak_is_predicted(entry):
+    predicted = accuracy.predicted_host_gib(accuracy.setup_of_measured(entry))
+    assert predicted == pytest.approx(entry["peak_host_gib"], rel=HOST_TOLERANCE)
+
+
+def test_the_published_errors_are_these():
+    assert accuracy.PAGE.read_text(encoding="utf-8") == accuracy.page(), "run: python benchmarks/accuracy.py"
