@@ -1,6 +1,6 @@
 """Writes benchmarks/README.md: what fitune/memory.py predicts for every measured run, and how far off it is.
 
-    python benchmarks/accuracy.py [--check]
+python benchmarks/accuracy.py [--check]
 """
 
 import json

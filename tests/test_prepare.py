@@ -528,7 +528,8 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     source = tmp_path / "pipe.jsonl"
     write(source, *[chat(n, "word " * 500) for n in range(8000)])
     program = (
-        "import sys; from pathlib import Path; from fitune.config import Data\nfrom fitune.data import prepare, reading\n"
+        "import sys; from pathlib import Path; from fitune.config import Data\n"
+        "from fitune.data import prepare, reading\n"
         "add = reading.Tally.add\n"
         "def slow(*given): print('reading', flush=True); import time; time.sleep(0.5); add(*given)\n"
         "reading.Tally.add = slow\n"
@@ -655,7 +656,8 @@ def test_the_output_loads_as_a_dataset(tmp_path):
 
 def test_prepare_does_not_import_torch(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from fitune.config import Data\nfrom fitune.data.prepare import prepare\n"
+        "import sys; from pathlib import Path; from fitune.config import Data\n"
+        "from fitune.data.prepare import prepare\n"
         f"prepare(Data(dataset={str(EXAMPLES)!r}, prepared='x'), Path({str(tmp_path / 'out')!r}))\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
