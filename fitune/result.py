@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fitune.base_identity import BaseRecord, write_base_record
 from fitune.checkpoint import CheckpointWriter, TensorSpec
 from fitune.config import Run
+from fitune.data.chat_template import end_of_turn_ids
 from fitune.model import decoder
 from fitune.output_folder import new_folder
 from fitune.sharding import local_rows
@@ -77,6 +78,7 @@ def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorS
 def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord | None) -> None:
     tokenizer.save_pretrained(folder)
     causal_lm = decoder(model)
+    causal_lm.generation_config.eos_token_id = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
     causal_lm.generation_config.save_pretrained(folder)
     if isinstance(model, PeftModel):
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")

@@ -27,6 +27,7 @@ from fitune.progress import loading_bar
 from fitune.sharding import kept_in_host_ram, shard
 from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints
 from fitune.training_state import load_trainable_weights
+from fitune.untrained_tokens import refuse_untrained_control_tokens
 from fitune.weights import Placement, load_weights
 
 
@@ -36,6 +37,7 @@ def train(run: Run) -> None:
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     check_prepared(Path(run.recipe.data.prepared), tokenizer)
+    refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
     started = time.perf_counter()
     model = load_sharded_model(run, base_folder, tokenizer, mesh)
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
