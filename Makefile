@@ -44,6 +44,7 @@ gpu-test: $(DEV_INSTALLED)  ## run the tests that need a GPU
 
 bench: setup  ## regenerate the tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/accuracy.py
 
 train-8b-qlora-1x24gb: setup  ## Llama 3 8B, QLoRA, one 24 GB GPU
 	$(BIN)/python cli.py train llama3_8b_qlora --profile single_gpu

@@ -31,7 +31,17 @@ class Finding:
 
 def doctor(model: str | None) -> bool:
     """Prints all findings; False if training cannot work here at all."""
-    findings = [_python(), *_packages(), _torch(), _gpus(), _host_memory(), _disk(), _login(), _base_model(model)]
+    findings = [
+        _python(),
+        *_packages(),
+        _torch(),
+        _gpus(),
+        _host_memory(),
+        _disk(),
+        _login(),
+        _base_model(model),
+        *_profiles(),
+    ]
     marks = {True: click.style("ok  ", fg="green"), False: click.style("bad ", fg="red"), None: "--  "}
     for finding in findings:
         click.echo(f"{marks[finding.good]} {finding.name:14} {finding.text}")
@@ -132,3 +142,19 @@ def _base_model(model: str | None) -> Finding:
     except FituneError as error:
         return Finding("base model", None, str(error))
     return Finding("base model", True, f"{model} can be read")
+
+
+def _profiles() -> list[Finding]:
+    """The fastest profile for 8B and for 70B that fits this machine's GPUs and RAM."""
+    from fitune.hardware import this_machine
+    from fitune.plan_search import find_profile
+
+    findings = []
+    for recipe in ("llama3_8b_qlora", "llama3_70b_qlora"):
+        try:
+            profile = find_profile(recipe, (), this_machine()).run.profile_name
+            found = Finding("best profile", True, f"{recipe}: --profile {profile}")
+        except FituneError as error:
+            found = Finding("best profile", None, f"{recipe}: {error}")
+        findings.append(found)
+    return findings

@@ -126,3 +126,14 @@ def test_an_existing_run_folder_is_never_overwritten(cli, tmp_path):
 def test_completion_scripts(cli):
     for shell in ("bash", "zsh", "fish"):
         assert "_CLI_PY_COMPLETE" in cli("completion", shell).output
+
+
+def test_doctor_names_every_finding_and_what_to_do(cli, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    result = cli("doctor", "--model", "./nowhere")
+    lines = result.output.splitlines()
+    for name in ("python", "packages", "torch", "GPUs", "host RAM", "disk", "login", "base model", "best profile"):
+        assert any(line.startswith(("ok", "bad", "--")) and f" {name} " in line for line in lines), name
+    assert "./nowhere: no such folder" in result.output
+    assert result.exit_code in (0, 1) and "Traceback" not in result.output
