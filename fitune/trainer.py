@@ -1,12 +1,14 @@
 """TRL's SFTTrainer over an already sharded model: what is saved, what is resumed, what is logged."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
@@ -14,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from fitune.base_identity import BaseRecord
 from fitune.config import Run
 from fitune.data.dataset import with_filler_rows
+from fitune.errors import FituneError
 from fitune.output_folder import rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
@@ -56,6 +59,29 @@ class ShardedSFTTrainer(SFTTrainer):
         super().__init__(args=training_arguments(run), **kwargs)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        self.last_loss = super().training_step(*args, **kwargs)
+        return self.last_loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(norm):
+            self._stop_before_a_bad_step(float(norm))
+        return norm
+
+    def _stop_before_a_bad_step(self, norm: float) -> None:
+        """Raises FituneError on all ranks with each rank's loss; weights and checkpoints stay as they were."""
+        losses = [None] * self.args.world_size
+        dist.all_gather_object(losses, float(self.last_loss))
+        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        where = f"loss is not finite on rank {', '.join(map(str, bad))}" if bad else "the losses are finite"
+        raise FituneError(
+            f"step {self.state.global_step + 1}: the gradient's norm is {norm}, {where}; stopped before the weights "
+            f"changed: resume from the last checkpoint with a lower learning rate, or look at this step's rows"
+        )
 
     def steps_left(self, checkpoint: Path) -> int:
         """Optimizer steps between a checkpoint and the end of training."""
