@@ -41,6 +41,11 @@ profile_option = click.option(
     help="Memory profile (see `list`) or a .yaml file.",
     shell_complete=completed_from(runs.PROFILES),
 )
+fitting_profile_option = click.option(
+    "--profile",
+    help="Memory profile. [default: the fastest that fits this machine]",
+    shell_complete=completed_from(runs.PROFILES),
+)
 set_option = click.option(
     "--set",
     "sets",
@@ -80,11 +85,7 @@ def show(recipe, profile, sets, output):
 
 @cli.command(epilog="Example:  python cli.py plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
 @recipe_argument
-@click.option(
-    "--profile",
-    help="Memory profile. [default: the fastest that fits this machine]",
-    shell_complete=completed_from(runs.PROFILES),
-)
+@fitting_profile_option
 @click.option("--gpus", type=int, help="Number of GPUs, instead of this machine.")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
 @click.option("--host-memory", type=float, metavar="GIB", help="RAM. [default: not checked]")
@@ -170,11 +171,7 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
 
 @cli.command(epilog="Example:  python cli.py train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
 @recipe_argument
-@click.option(
-    "--profile",
-    help="Memory profile. [default: the fastest that fits this machine]",
-    shell_complete=completed_from(runs.PROFILES),
-)
+@fitting_profile_option
 @set_option
 @output_option
 @click.option("--resume", is_flag=True, help="Continue the run in --output from its newest checkpoint.")

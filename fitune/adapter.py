@@ -39,6 +39,11 @@ NEUTRAL_LORA_KEYS = {
 "Keys of adapter_config.json that are read here, or that say nothing about how the adapter is applied."
 
 
+def saved_name(parameter: str) -> str:
+    """A PeftModel parameter's name in adapter_model.safetensors: PEFT leaves out the adapter's own name."""
+    return parameter.replace(".default", "")
+
+
 class AdapterFile(Checkpoint):
     """The tensors of a PEFT folder, with its adapter_config.json as `config`."""
 

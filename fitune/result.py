@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from fitune.adapter import saved_name
 from fitune.base_identity import BaseRecord, write_base_record
 from fitune.checkpoint import CheckpointWriter, TensorSpec
 from fitune.config import Run
@@ -69,7 +70,7 @@ def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorS
         dtype = decoder(model).config.dtype
         return [(p, TensorSpec(name, dtype, tuple(p.shape))) for name, p in model.named_parameters()]
     return [
-        (p, TensorSpec(name.replace(".default", ""), p.dtype, tuple(p.shape)))
+        (p, TensorSpec(saved_name(name), p.dtype, tuple(p.shape)))
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
@@ -78,11 +79,12 @@ def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorS
 def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord | None) -> None:
     tokenizer.save_pretrained(folder)
     causal_lm = decoder(model)
-    causal_lm.generation_config.eos_token_id = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
-    causal_lm.generation_config.save_pretrained(folder)
+    generation_config = copy.deepcopy(causal_lm.generation_config)
+    generation_config.eos_token_id = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
+    generation_config.save_pretrained(folder)
     if isinstance(model, PeftModel):
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-        config = model.peft_config["default"]
+        config = copy.deepcopy(model.peft_config["default"])
         config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
         config.inference_mode = True
         config.save_pretrained(folder)

@@ -60,10 +60,6 @@ class ShardedSFTTrainer(SFTTrainer):
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        self.last_loss = super().training_step(*args, **kwargs)
-        return self.last_loss
-
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -73,9 +69,9 @@ class ShardedSFTTrainer(SFTTrainer):
         return norm
 
     def _stop_before_a_bad_step(self, norm: float) -> None:
-        """Raises FituneError on all ranks with each rank's loss; weights and checkpoints stay as they were."""
+        """Raises FituneError on all ranks, naming those with a bad loss; weights and checkpoints stay as they were."""
         losses = [None] * self.args.world_size
-        dist.all_gather_object(losses, float(self.last_loss))
+        dist.all_gather_object(losses, float(self._tr_loss))  # summed over micro batches; earlier steps were finite
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         where = f"loss is not finite on rank {', '.join(map(str, bad))}" if bad else "the losses are finite"
         raise FituneError(

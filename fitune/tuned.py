@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fitune.adapter import AdapterFile
+from fitune.adapter import AdapterFile, saved_name
 from fitune.base_identity import base_fingerprint, base_mismatch, read_base_record
 from fitune.checkpoint import Checkpoint
 from fitune.config import Run
@@ -46,4 +46,4 @@ def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 start, stop = local_rows(parameter.shape[0], mesh.get_rank(), mesh.size())
-                parameter.to_local().copy_(adapter.read_rows(name.replace(".default", ""), start, stop))
+                parameter.to_local().copy_(adapter.read_rows(saved_name(name), start, stop))
