@@ -31,6 +31,7 @@ from trl.trainer.utils import add_fused_lm_head
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
+from fitune import attention
 from fitune import run as runs
 from fitune.model import build_skeleton, decoder
 from fitune.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
@@ -77,7 +78,7 @@ def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False, fused=True)
         # the first step makes the optimizer's state; it is short since fake tensors keep its hidden states alive
         batches = [_batch(64), _batch(run.profile.micro_batch * run.recipe.max_length)]
-        tracker.track([*model.parameters(), *statistics, *batches[1].values()])
+        tracker.track([*model.parameters(), *statistics, batches[1]["input_ids"], batches[1]["labels"]])
         with tracker:
             for batch in batches:
                 tracker.peaks.clear()
@@ -97,6 +98,7 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
         (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
         tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict, convert_tokens_to_ids=list)
         model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu")
+    decoder(model).set_attn_implementation(attention.PACKED_ATTENTION)
     add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
     shard(model, mesh, run, torch.bfloat16)
     if run.profile.activation_checkpointing:
@@ -128,7 +130,9 @@ def _batch(tokens: int) -> dict[str, torch.Tensor]:
     """One packed row, every token an answer."""
     ids = torch.zeros(1, tokens, dtype=torch.long)
     positions = torch.arange(tokens).unsqueeze(0) % (tokens // 2)
-    return {"input_ids": ids, "position_ids": positions, "labels": torch.zeros_like(ids)}
+    bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+    packing = {"position_ids": positions, "cu_seq_lens_q": bounds, "max_length_q": tokens // 2}
+    return {"input_ids": ids, "labels": torch.zeros_like(ids), **packing}
 
 
 def _step(model: nn.Module, optimizer, batch: dict, tracker: Tracker) -> None:
@@ -146,10 +150,10 @@ def _follow_phases(tracker: Tracker, layers: int) -> None:
     """Names phases as fitune.memory does, by the parameter group whose hook runs."""
     after = {
         ("pre_forward", "head"): "forward, loss",
-        ("pre_backward", str(layers - 1)): "backward, last layer",
         ("pre_backward", str(layers - 2)): "backward, between",
+        ("pre_backward", "1"): "backward, second layer",
         ("pre_backward", "0"): "backward, first layer",
-        ("pre_backward", "embed_tokens"): "backward, embedding",
+        ("pre_backward", str(layers - 1)): "backward, last layer",
     }
 
     def followed(name: str):
@@ -196,6 +200,20 @@ class _SwiGlu(torch.autograd.Function):
         return ctx.saved_tensors
 
 
+class _Attention(torch.autograd.Function):
+    """FlashAttention: keeps its inputs, its output and one float32 per query and head."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:2], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
 class _Rope(torch.autograd.Function):
     """Liger's: in place where the layout allows it."""
 
@@ -209,7 +227,8 @@ class _Rope(torch.autograd.Function):
 
 
 def _pretend_gpu_kernels() -> None:
-    """Liger's kernels, CUDA's dropout (a mask of one byte each) and TRL's Triton kernels, which allocate nothing."""
+    """Flash attention, Liger's kernels, CUDA's dropout (a mask of one byte each); TRL's Triton kernels allocate nothing."""
+    attention.varlen_attn = lambda query, key, value, *args, **kwargs: _Attention.apply(query, key, value)
     llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
     llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
     llama.apply_rotary_pos_emb = lambda query, key, cos, sin, unsqueeze_dim=1: _Rope.apply(query, key)

@@ -4,6 +4,7 @@
 
 PLAN.json is a list of runs: {"profile", "recipe", "checkpoint", "cap_gib", "steps", "set": [...], "resume": true}.
 Each goes through `cli.py train` itself: a few steps, a checkpoint, and if asked a resume. One JSON object per run.
+With "cold" the checkpoint is read from the disk twice, by a plain sequential read and by the run that loads it.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def run_tier(plan: dict, work: Path) -> dict:
     command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"], "--output", str(output)]
     command += [part for item in sets for part in ("--set", item)]
     environment = os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"])}
+    plain_read = _read_cold(Path(plan["checkpoint"])) if plan.get("cold") else {}
     watcher = Watcher()
     watcher.start()
     started = time.time()
@@ -91,10 +93,28 @@ def run_tier(plan: dict, work: Path) -> dict:
     }
     if code:
         return result | {"error": tail[-1500:]}
-    result |= _described(output, plan, watcher)
+    result |= _described(output, plan, watcher) | plain_read
     if plan.get("resume"):
         result["resume"] = _resumed(command, environment, output, plan)
     return result
+
+
+def _read_cold(checkpoint: Path) -> dict[str, float]:
+    """Seconds for one sequential read of all weights; before and after it the page cache is emptied (as root)."""
+    _drop_page_cache()
+    buffer, started, total = memoryview(bytearray(64 * 2**20)), time.time(), 0
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                total += count
+    seconds = time.time() - started
+    _drop_page_cache()
+    return {"plain_read_seconds": round(seconds, 2), "checkpoint_gib": round(total / GIB, 2)}
+
+
+def _drop_page_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, str]:
@@ -197,6 +217,7 @@ def main() -> None:
             "peak_gpu_gib",
             "peak_host_gib",
             "load_seconds",
+            "plain_read_seconds",
             "step_seconds",
             "tokens_per_second_per_gpu",
             "losses",

@@ -135,9 +135,28 @@ class Setup:
         return self.shape.embedding_weights * self.compute
 
     @property
-    def copied_on_one_rank(self) -> bool:
-        """With one rank FSDP copies a weight to the GPU or to its compute dtype, and then copies that copy."""
-        return self.ranks == 1 and (self.offload or self.embedding_offload or self.full)
+    def unsharded_layer(self) -> float:
+        """What a gathered layer takes beside this rank's share. One rank uses what lies on the GPU where it is."""
+        return 0.0 if self._in_place and not self.offload else self.gathered_layer
+
+    @property
+    def unsharded_head(self) -> float:
+        return 0.0 if self._in_place and not (self.offload or self.embedding_offload) else self.gathered_head
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether a weight that lies on the GPU is one to compute with: whole, and not in need of a cast."""
+        return self.ranks == 1 and not (self.full and self.compute != FP32)
+
+    @property
+    def gradients(self) -> float:
+        """This rank's, bytes."""
+        return self.trainable / self.ranks * FP32
+
+    @property
+    def accumulated_on_gpu(self) -> bool:
+        """Whether gradients wait there for the next micro batch: one rank keeps an adapter's even if it offloads."""
+        return self.accumulation > 1 and (not self.offload or (self.ranks == 1 and not self.full))
 
     # Activations, bytes
 
@@ -152,9 +171,16 @@ class Setup:
         return self.tokens * self.shape.intermediate * self.compute
 
     @property
+    def shared_heads(self) -> float:
+        """Keys, or values [T, kv_heads x head_dim]."""
+        return self.tokens * self.shape.kv_heads * self.shape.head_dim * self.compute
+
+    @property
     def mask_positions(self) -> int:
-        """Pairs of tokens: packed rows are one long row with a block mask; without packing each row has its own."""
-        return self.tokens**2 if self.packing else self.micro_batch * self.max_length**2
+        """Pairs of tokens that sdpa has a mask for. On GPUs packed rows need none: see `fitune.attention`."""
+        if self.packing:
+            return 0 if self.on_gpu else self.tokens**2
+        return self.micro_batch * self.max_length**2
 
     @property
     def down_input(self) -> float:
@@ -167,7 +193,11 @@ class Setup:
     def saved_by_layer(self) -> float:
         """What one layer keeps for its backward pass with Liger's kernels, its input left out."""
         h, i = self.hidden_state, self.inner_state
-        attention = 4 * h  # query, keys and values repeated for all heads (a masked sdpa wants that), output
+        if self.mask_positions:
+            attention = 4 * h  # query, keys and values repeated for all heads (a masked sdpa wants that), output
+        else:
+            softmax_sums = self.tokens * self.shape.heads * FP32
+            attention = 2 * h + 2 * self.shared_heads + softmax_sums
         bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
         mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
         return attention + bias + mlp + self._inputs_of_trained_linears() + self.down_input
@@ -220,44 +250,43 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     mask = s.mask_positions * 1  # the boolean mask, shared by all layers
     # gathering needs FSDP's all-gather buffer beside the result, and it still holds the previous layer's buffer
     gathering = {
-        "unsharded head": s.gathered_head,
-        "gather buffers": (s.gathered_head + s.gathered_layer) if several else s.gathered_head * s.copied_on_one_rank,
+        "unsharded head": s.unsharded_head,
+        "gather buffers": (s.gathered_head + s.gathered_layer) if several else 0.0,
     }
-    prefetched_layer = s.gathered_layer if several else 0.0
-    prefetched_embedding = s.gathered_head if several else 0.0  # FSDP's prefetch; the backward pass has no use for it
-    layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.gathered_layer}
+    prefetched_layer = s.unsharded_layer
+    layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
     head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
     recompute = s.layer_backward - (0.0 if s.checkpointing else s.saved_by_layer)
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
-    before = {**_resident(s, gradients=s.accumulation > 1), **fixed}
-    after = {**_resident(s, gradients=True), **fixed}
+    before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
+    after = {**_resident(s), "gradients": s.gradients * (s.accumulated_on_gpu or not s.offload), **fixed}
+    stepping = {**_resident(s), "gradients": s.gradients * (not s.offload), **fixed}
     return {
-        "load": {**_resident(s, gradients=False, optimizer=False), "read buffers": READ_BUFFERS},
+        "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS},
         "forward, gathering the head": {
             **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
         "forward, loss": {
-            **before, **layers_in_forward, "unsharded head": s.gathered_head,
-            "gather buffers": s.gathered_head if several else 0.0, "kept activations": kept,
+            **before, **layers_in_forward, "unsharded head": s.unsharded_head, "kept activations": kept,
             "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},
         "backward, loss": {
-            **before, **layers_in_forward, "unsharded head": s.gathered_head, "gather buffers": prefetched_layer,
+            **before, **layers_in_forward, "unsharded head": s.unsharded_head, "gather buffers": prefetched_layer,
             "kept activations": kept, "hidden states": 2 * s.hidden_state, "loss workspace": _loss_backward(s)},
         "backward, last layer": {
-            **before, "unsharded layers": s.gathered_layer if s.reshard else s.shape.layers * s.gathered_layer,
+            **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
             "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
             "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": head_reduction},
-        "backward, first layer": {
-            **after, "unsharded layers": s.gathered_layer, "gather buffers": prefetched_embedding,
-            "kept activations": kept / s.shape.layers, "hidden states": s.hidden_state,
+        "backward, second layer": {
+            **after, "unsharded layers": s.unsharded_layer, "gather buffers": prefetched_layer,
+            "kept activations": 2 * kept / s.shape.layers, "hidden states": s.hidden_state,
             "one layer's backward": recompute, "gradient reduction": layer_reduction},
-        "optimizer step": after,
-        "save": _resident(s, gradients=False),
+        "optimizer step": stepping,
+        "save": _resident(s),
     }  # fmt: skip
 
 
-def _resident(s: Setup, *, gradients: bool, optimizer: bool = True) -> dict[str, float]:
-    """On the GPU all the time: this rank's share of weights, gradients and optimizer state."""
+def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
+    """On the GPU all the time: this rank's share of weights and optimizer state."""
     layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.ranks
     embeddings = 0.0 if s.offload or s.embedding_offload else 2 * s.embedding / s.ranks
     mine = 0.0 if s.offload else s.trainable / s.ranks
@@ -267,7 +296,6 @@ def _resident(s: Setup, *, gradients: bool, optimizer: bool = True) -> dict[str,
         "quantisation statistics": s.statistics,
         "LoRA weights": 0.0 if s.full else mine * FP32,
         "optimizer state": mine * s.optimizer_state * optimizer,
-        "gradients": mine * FP32 * gradients,
     }
 
 
@@ -300,7 +328,7 @@ def gpu_peak(s: Setup) -> GpuPeak:
     moments = gpu_moments(s)
     phases = {phase: sum(parts.values()) for phase, parts in moments.items()}
     phase = max(phases, key=phases.get)
-    freed_layers = s.gathered_layer * (2 if s.ranks > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
+    freed_layers = s.unsharded_layer * (2 if s.ranks > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
     slack = MEASURED.fragmentation * phases[phase] + freed_layers
     outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
     components = {name: size for name, size in (moments[phase] | outside).items() if size}

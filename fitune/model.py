@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from fitune.attention import PACKED_ATTENTION
 from fitune.config import Lora, Recipe
 from fitune.errors import UsageError
 from fitune.nf4 import NF4Linear
@@ -27,9 +28,10 @@ def build_skeleton(
     config = AutoConfig.from_pretrained(base_folder)
     _check_architecture(config, base_folder, recipe)
     stored_dtype = config.dtype or torch.bfloat16
+    attention = PACKED_ATTENTION if recipe.packing and device_type == "cuda" else "sdpa"
     with torch.device("meta"):
         dtype = torch.float32 if recipe.method == "full" else compute_dtype
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.config.dtype = stored_dtype  # what a fully trained model is saved in
     model.generation_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if device_type == "cuda":

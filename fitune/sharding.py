@@ -10,6 +10,7 @@ from fitune.config import Run
 from fitune.errors import FituneError
 from fitune.model import decoder
 from fitune.nf4 import NF4Linear
+from fitune.one_rank import prefetch_in_order, use_weights_in_place
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
@@ -26,13 +27,19 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
         fully_shard(
             layer, reshard_after_forward=run.accelerate.reshard_after_forward, offload_policy=everything, **options
         )
-    # 2 GiB at 70B and needed once per forward: its own unit, freed at once.
+    # 2 GiB at 70B and needed once per forward: its own unit, freed at once, not gathered for its gradient.
     fully_shard(causal_lm.model.embed_tokens, reshard_after_forward=True, offload_policy=embeddings, **options)
+    causal_lm.model.embed_tokens.set_unshard_in_backward(False)
     # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
     # the weights stay until the backward pass, which starts with them.
     head = [causal_lm.model.norm, causal_lm.lm_head]
     fully_shard(head, reshard_after_forward=False, offload_policy=embeddings, **options)
+    # Nothing follows it that the gather could overlap with, and a synchronous one keeps its buffer through the loss.
+    causal_lm.model.norm._set_unshard_async_op(True)
     fully_shard(model, offload_policy=everything, **options)
+    if mesh.size() == 1:
+        use_weights_in_place(model)
+        prefetch_in_order(causal_lm.model.layers)
     _check_gathered_as_bytes(model)
     _tell_transformers(causal_lm)
 

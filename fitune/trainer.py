@@ -42,7 +42,8 @@ def training_arguments(run: Run) -> SFTConfig:
         bf16=False,  # the model computes in bf16 by itself; no autocast around it
         activation_checkpointing=profile.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False, "offload": profile.activation_offload},
-        # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows
+        # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows;
+        # for one rank see training_step
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
         save_only_model=True,  # Trainer's own way to save optimizers doesn't know this sharding; see _save_checkpoint
     )
@@ -59,6 +60,15 @@ class ShardedSFTTrainer(SFTTrainer):
         super().__init__(args=training_arguments(run), **kwargs)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
+
+    def training_step(self, model, *args, **kwargs):
+        """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.
+
+        Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by layer.
+        """
+        if self.args.world_size == 1 and self.run.recipe.method != "full":
+            model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        return super().training_step(model, *args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""

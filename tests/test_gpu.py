@@ -48,3 +48,27 @@ def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("changed bytes before 0 after 0") == ranks
+
+
+def test_packed_attention_is_sdpa_with_a_block_mask():
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from fitune.attention import packed_attention
+
+    lengths = [700, 1, 130, 193]
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool().cuda()
+    shapes = [(1, heads, sum(lengths), 128) for heads in (8, 2, 2)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    grouped = [exact[0], *(x.repeat_interleave(4, dim=1) for x in exact[1:])]
+
+    output, _ = packed_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=max(lengths))
+    expected = scaled_dot_product_attention(*grouped, attn_mask=mask).transpose(1, 2)
+    weight = torch.randn_like(expected)
+    (output * weight.to(output.dtype)).sum().backward()
+    (expected * weight).sum().backward()
+
+    for ours, reference in [(output, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]:
+        assert ours.shape == reference.shape
+        assert (ours - reference).norm() < 0.01 * reference.norm()

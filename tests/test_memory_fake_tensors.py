@@ -14,7 +14,7 @@ TIERS = {("llama3_70b_lora", "fsdp_lora_8x80gb"), ("llama3_70b_full", "fsdp_full
 "Too large to be measured on one GPU."
 TOLERANCE = 0.10
 PHASES = ("forward, gathering the head", "forward, loss", "backward, loss", "backward, last layer",
-          "backward, first layer", "optimizer step")  # fmt: skip
+          "backward, second layer", "optimizer step")  # fmt: skip
 RESULTS = json.loads(FAKE.read_text(encoding="utf-8"))
 
 
@@ -29,11 +29,11 @@ def test_phases_agree(entry):
     assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.02)
 
 
-def test_phases_agree_in_a_run_of_two_layers(tmp_path):
+def test_phases_agree_in_a_run_of_three_layers(tmp_path):
     """The model's code as it is now: a change to it that takes more memory is noticed."""
     output = tmp_path / "fake.json"
     command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, "llama3_70b_qlora", "fsdp_4x24gb"]
-    subprocess.run([*command, "--layers", "2"], check=True, capture_output=True)
+    subprocess.run([*command, "--layers", "3"], check=True, capture_output=True)
     [entry] = json.loads(output.read_text(encoding="utf-8"))
     assert agree(entry)
 

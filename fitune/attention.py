@@ -1,0 +1,50 @@
+"""Attention over packed rows: each example attends to itself alone, by the FlashAttention kernel that PyTorch brings.
+
+`sdpa` knows nothing of packing. It computes all pairs of a row's tokens, with a mask of that size, and throws those
+between two examples away.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+PACKED_ATTENTION = "fitune_packed"
+"""Its name as a transformers `attn_implementation`."""
+# torch 2.11 lets several query heads share a key and value head without being asked
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Query [1, heads, T, head_dim], key and value with fewer heads if they are shared -> ([1, T, heads, head_dim], -).
+
+    Example n of the row is tokens [cu_seq_lens_q[n], cu_seq_lens_q[n + 1]), at most `max_length_q` of them, as TRL's
+    collator describes a packed row. Rows that are not packed, as in generation, go to sdpa; they must not be padded.
+    """
+    if attention_mask is not None:
+        raise ValueError("packed attention knows no padding: set packing: true, or one row at a time")
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    bounds, longest = cu_seq_lens_q, max_length_q
+    causal = (-1, 0)  # tokens to the left, all; to the right, none
+    output = varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=causal, **GROUPED)
+    return output.unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, flash_attention_mask)

@@ -1,0 +1,88 @@
+"""FSDP with one rank: weights on the GPU are used where they are, the others travel there while a layer computes.
+
+With several ranks FSDP2 gathers the next layer on a stream of its own. With one it copies each weight when it is used,
+on the stream that computes, and copies even those that already lie on the GPU (torch 2.11 to 2.13,
+`FSDPParamGroup.wait_for_unshard`). To be removed when FSDP2 does for one rank what it does for several.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, TrainingState
+
+
+def use_weights_in_place(model: nn.Module) -> None:
+    """Gives every FSDP unit of `model`, sharded over one rank, the parameter group below."""
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if group is not None:
+            group.__class__ = OneRankParamGroup
+
+
+def prefetch_in_order(layers: nn.ModuleList) -> None:
+    """Each layer's forward starts the next one's copies; backward, FSDP asks for the layer before by itself."""
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+
+
+class OneRankParamGroup(FSDPParamGroup):
+    """A unit's parameters when one rank holds all of them. Overrides how they become whole, nothing else."""
+
+    def unshard(self, async_op: bool = False) -> None:
+        """Starts the copies that are needed, straight into the tensors that will be used."""
+        skipped = not self.unshard_in_backward and self._training_state == TrainingState.PRE_BACKWARD
+        if self._all_gather_result is not None or self.is_unsharded or skipped:
+            return
+        stream = self.comm_ctx.all_gather_copy_in_stream
+        copied = [parameter for parameter in self.fsdp_params if not _use_in_place(parameter)]
+        for parameter in copied:
+            _allocate(parameter, self.device)
+        # the memory just taken may still be read by kernels that were queued before
+        stream.wait_stream(self.device_handle.current_stream())
+        with self.device_handle.stream(stream):
+            for parameter in copied:
+                _copy(parameter)
+            copies_done = self.device_handle.Event()
+            copies_done.record()
+        self._all_gather_result = AllGatherResult(None, copies_done, None, [], [], [])
+
+    def wait_for_unshard(self) -> None:
+        """Lets the computing stream, not the CPU, wait for the copies."""
+        if self._all_gather_result is None:
+            return
+        self.device_handle.current_stream().wait_event(self._all_gather_result.all_gather_event)
+        for parameter in self.fsdp_params:
+            parameter.init_unsharded_param()
+        self._to_unsharded()
+        self._all_gather_result = None
+
+
+def _use_in_place(parameter: FSDPParam) -> bool:
+    """Whether the stored weight is the one to compute with; then it is made so, once."""
+    if parameter.offload_to_cpu or parameter.param_dtype not in (None, parameter.orig_dtype):
+        return False
+    if not hasattr(parameter, "_unsharded_param"):
+        parameter.all_gather_outputs = [parameter._sharded_param_data]
+        parameter.init_unsharded_param()
+        parameter.all_gather_outputs = []  # FSDP frees what stands here after use
+    return True
+
+
+def _allocate(parameter: FSDPParam, device: torch.device) -> None:
+    if not parameter.all_gather_outputs:
+        stored = parameter._sharded_param_data
+        dtype = parameter.param_dtype or stored.dtype
+        parameter.all_gather_outputs = [torch.empty(stored.shape, dtype=dtype, device=device)]
+    alloc_storage(parameter.all_gather_outputs[0])
+
+
+def _copy(parameter: FSDPParam) -> None:
+    stored, target = parameter._sharded_param_data, parameter.all_gather_outputs[0]
+    if stored.dtype != target.dtype:
+        stored = stored.to(target.device, non_blocking=True)  # cast on the GPU
+    with torch.autograd._unsafe_preserve_version_counter(target):
+        target.copy_(stored, non_blocking=True)
