@@ -227,7 +227,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _pretend_gpu_kernels() -> None:
-    """Flash attention, Liger's kernels, CUDA's dropout (a mask of one byte each); TRL's Triton kernels allocate nothing."""
+    """Flash attention, Liger's kernels, CUDA's dropout (a mask of a byte each), TRL's Triton kernels (nothing)."""
     attention.varlen_attn = lambda query, key, value, *args, **kwargs: _Attention.apply(query, key, value)
     llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
     llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
