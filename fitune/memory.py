@@ -347,8 +347,8 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
     nccl = MEASURED.nccl_host * several
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
-    # a checkpoint's tensors are all copied to host RAM before the first is written
-    copies = trainable * (FP32 + s.optimizer_state) if s.saves and not s.offload else 0.0
+    # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
+    copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0
     # method full ends with gathering the largest tensor on one rank: the parts, the whole, and the whole rounded
     gathered = s.embedding * 2.5 if s.full else 0.0
     if not s.on_gpu:

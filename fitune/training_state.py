@@ -23,7 +23,10 @@ SEPARATOR = "::"
 def save_training_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
 ) -> None:
-    """Writes this rank's rows of every trainable parameter and of its optimizer state. Call on all ranks."""
+    """Writes this rank's rows of every trainable parameter and of its optimizer state. Call on all ranks.
+
+    One tensor at a time passes through host RAM.
+    """
     names = {parameter: name for name, parameter in _trainable(model)}
     tensors = {name: _local(parameter) for parameter, name in names.items()}
     for parameter, state in optimizer.state.items():
@@ -83,7 +86,7 @@ def _trainable(model: nn.Module):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 class _SavedState:
