@@ -22,12 +22,12 @@ FAKE = ROOT / "benchmarks" / "fake_memory.json"
 
 
 def measured_runs() -> list[dict]:
-    """Every measured run in benchmarks/results/ that ended well."""
+    """Every measured run in benchmarks/results/ that ended well, but for those of code that took more memory."""
     found = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
         found += [entry for entry in (data if isinstance(data, list) else [data]) if isinstance(entry, dict)]
-    return [entry for entry in found if entry.get("profile") and entry.get("ok")]
+    return [entry for entry in found if entry.get("profile") and entry.get("ok") and "superseded" not in entry]
 
 
 def setup_of_measured(entry: dict) -> Setup:
@@ -61,8 +61,8 @@ def page() -> str:
         "[`fitune/memory.py`](../fitune/memory.py).",
         "## Measured runs",
         "The run's own command, on one big GPU whose ranks are each held to their tier's card (`benchmarks/tiers.py`). "
-        "The few constants in `MEASURED` were read off the first of these runs, so those rows show that one set of "
-        "constants holds for all of them; every later row is a prediction.",
+        "The constants in `MEASURED` for host RAM were read off these runs, so that column shows that one set of them "
+        "holds for all; those for the GPU are from the runs of the day before, so that column is a prediction.",
         _measured_table(),
         "## Tiers that were not measured",
         "Two training steps of one rank on fake tensors, fitune's own model code and sharding under PyTorch's "

@@ -23,26 +23,24 @@ LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplie
 
 @dataclass(frozen=True)
 class Measured:
-    """What no formula gives. NVIDIA H200, torch 2.11, 2026-11-23; benchmarks/results/ and tests hold the runs."""
+    """What no formula gives. NVIDIA H200, torch 2.11, 2026-11-24; benchmarks/results/ and tests hold the runs."""
 
     cublas_workspace: float = 2 * 32 * 2**20
     "Bytes in torch's allocator: 32 MiB on Hopper (8 MiB before it) for the forward's and the backward's thread each."
     fragmentation: float = 0.01
-    "Share of what is allocated that lies in holes: 0.25 to 1.0 GiB in four runs, with `freed_layers` on top."
+    "Share of what is allocated that lies in holes: 0.8 to 1.1 GiB in five runs, with `freed_layers` on top."
     outside_allocator: float = 1.3 * GIB
-    "Per process: CUDA context, kernels, NCCL. 1.30, 1.30, 1.36 with one rank, 1.14 with four (NCCL over loopback)."
-    loading: float = 2.55 * GIB
-    "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.51 and 2.58."
-    training: float = 2.05 * GIB
-    "The same during training, at most: the 8B run copied 0.47 GiB for a checkpoint within its loading peak."
-    nccl_host: float = 0.3 * GIB
-    "More host RAM per process with several ranks: 2.93 in all with four, 0.58 of it a checkpoint's copies."
+    "Per process: CUDA context, kernels, NCCL. 1.28 to 1.35 with one rank, 1.14 with four (NCCL over loopback)."
+    loading: float = 2.3 * GIB
+    "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.3 with 1, 2, 4."
+    training: float = 2.2 * GIB
+    "The same during training: 2.1 to 2.45 in the four runs that offload."
     page_lock: float = 0.028
     "The driver's own pages per page-locked byte: 1.1 GiB for the 38.9 GiB of fsdp_offload_1x12gb."
-    cpu_process: float = 0.75 * GIB
-    "Host RAM of one process that trains on the CPU: 0.70 to 0.77 in two runs of cpu_2proc with a tiny model."
-    launcher: float = 0.5 * GIB
-    "accelerate launch and its helper; part of `loading` on GPUs."
+    cpu_process: float = 0.9 * GIB
+    "Host RAM of one process that trains on the CPU: 0.85 to 0.92 in two runs of cpu_2proc with a tiny model."
+    launcher: float = 0.2 * GIB
+    "accelerate launch and its helper, once per machine."
 
 
 MEASURED = Measured()
@@ -338,14 +336,12 @@ def gpu_peak(s: Setup) -> GpuPeak:
 def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     """Phase -> what one machine's RAM holds for all its ranks then, in bytes."""
     ranks = s.ranks / s.machines
-    several = s.ranks > 1
     locked = _offloaded_weights(s) / s.machines
     trainable = s.trainable / s.machines
     own_weight = 0 if s.full else FP32  # method full's weights are the offloaded ones
     state_per_parameter = s.optimizer_state + FP32 + own_weight
     state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
     always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
-    nccl = MEASURED.nccl_host * several
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
     copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0
@@ -353,12 +349,12 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     gathered = s.embedding * 2.5 if s.full else 0.0
     if not s.on_gpu:
         return _on_cpu(s, {"checkpoint copies": copies}, gathered)
+    loading, training = (MEASURED.launcher + ranks * process for process in (MEASURED.loading, MEASURED.training))
     return {
-        "load": {"processes": ranks * (MEASURED.loading + nccl), **always},
-        "step": {"processes": ranks * (MEASURED.training + nccl), **always, **state, "kept activations": activations},
-        "save": {"processes": ranks * (MEASURED.training + nccl), **always, **state,
-                 "checkpoint copies": max(copies, gathered)},
-    }  # fmt: skip
+        "load": {"processes": loading, **always},
+        "step": {"processes": training, **always, **state, "kept activations": activations},
+        "save": {"processes": training, **always, **state, "checkpoint copies": max(copies, gathered)},
+    }
 
 
 def _offloaded_weights(s: Setup) -> float:

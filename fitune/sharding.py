@@ -28,14 +28,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
             layer, reshard_after_forward=run.accelerate.reshard_after_forward, offload_policy=everything, **options
         )
     # 2 GiB at 70B and needed once per forward: its own unit, freed at once, not gathered for its gradient.
-    fully_shard(causal_lm.model.embed_tokens, reshard_after_forward=True, offload_policy=embeddings, **options)
-    causal_lm.model.embed_tokens.set_unshard_in_backward(False)
+    embedding = causal_lm.model.embed_tokens
+    fully_shard(embedding, reshard_after_forward=True, offload_policy=embeddings, **options)
+    embedding.set_unshard_in_backward(False)
     # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
     # the weights stay until the backward pass, which starts with them.
     head = [causal_lm.model.norm, causal_lm.lm_head]
     fully_shard(head, reshard_after_forward=False, offload_policy=embeddings, **options)
-    # Nothing follows it that the gather could overlap with, and a synchronous one keeps its buffer through the loss.
-    causal_lm.model.norm._set_unshard_async_op(True)
+    for unit in (embedding, causal_lm.model.norm):
+        # Gathered with nothing to overlap with. Else their buffers would come from another stream's memory, which
+        # computing can't reuse, and FSDP would keep the head's through the loss.
+        unit._set_unshard_async_op(True)
     fully_shard(model, offload_policy=everything, **options)
     if mesh.size() == 1:
         use_weights_in_place(model)
