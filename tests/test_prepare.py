@@ -65,7 +65,7 @@ def refused(source, tmp_path, data=None, **options) -> str:
 QUESTION = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
-PARTS = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "value": "y?"}]}
 TURNS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
 FORMATS = {
     "messages": ({"messages": [SYSTEM, QUESTION, ANSWER]}, [SYSTEM, QUESTION, ANSWER]),
@@ -236,6 +236,9 @@ NASTY = [
         "already rendered",
     ),
     ("untrained_turn", {"messages": [QUESTION, ANSWER | {"weight": 0}]}, "'weight: 0'"),
+    ("untrained_turn", {"messages": [QUESTION, ANSWER | {"loss_weight": 0.0}]}, "'loss_weight: 0'"),
+    ("wrong_type", {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "text"}]}]}, "has no 'text'"),
+    ("wrong_type", {"messages": [QUESTION, ANSWER], "images": ["a.png"]}, "'images' holds 1"),
     ("wrong_type", {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {}}]}]}, "function with a 'name'"),
     ("wrong_type", {"messages": [QUESTION, ANSWER], "tools": "x"}, "expected a list"),
 ]

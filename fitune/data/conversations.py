@@ -17,6 +17,7 @@ OPTIONAL_COLUMNS = {
     "alpaca": ("input", "system", "history"),
     "prompt_completion": ("system",),
 }
+MEDIA_COLUMNS = ("images", "videos", "audios")
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -80,6 +81,9 @@ def to_conversation(row: dict, format: str, system_message: str | None = None) -
             raise RowError("missing_field", f"no '{column}'; the row has {', '.join(map(repr, row)) or 'nothing'}")
         if row[column] is None:
             raise RowError("null_content", f"'{column}' is null")
+    for column in MEDIA_COLUMNS:
+        if isinstance(row.get(column), list) and row[column]:
+            raise RowError("wrong_type", f"only text can be trained on, '{column}' holds {len(row[column])}")
     messages = [_message(turn, where) for where, turn in _CONVERTERS[format](row)]
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
     if system_message and (not messages or messages[0]["role"] != "system"):
@@ -211,8 +215,9 @@ def _message(turn, where: str) -> dict:
         turn["tool_calls"] = turn["tool_calls"] if isinstance(turn["tool_calls"], list) else [turn["tool_calls"]]
         role = "assistant"
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    if turn.get("weight") == 0:
-        raise RowError("untrained_turn", f"{where}: 'weight: 0' (an answer not to be trained on) is not supported")
+    for key in ("weight", "loss_weight"):
+        if role == "assistant" and turn.get(key) == 0:
+            raise RowError("untrained_turn", f"{where}: '{key}: 0' (an answer not to be trained on) is not supported")
     message = {"role": role, "content": _content(turn, where, optional=bool(calls))}
     if calls:
         message["tool_calls"] = [_tool_call(call, where) for call in _list(calls, where)]
@@ -249,8 +254,11 @@ def _content(turn: dict, where: str, optional: bool) -> str:
 
 
 def _text_part(part, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    if isinstance(part, dict) and part.get("type") == "text":
+        text = part.get("text", part.get("value"))
+        if isinstance(text, str):
+            return text
+        raise RowError("wrong_type", f"{where}: a part of type 'text' has no 'text'")
     kind = part.get("type") if isinstance(part, dict) else _kind(part)
     raise RowError("wrong_type", f"{where}: only text can be trained on, found a part of type {_quote(str(kind))}")
 
