@@ -26,12 +26,12 @@ def save_result(
     run: Run,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    base_record: BaseRecord | None,
+    base_record: BaseRecord,
 ) -> None:
     """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
 
     Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
-    `base_record` is of the adapter's base; only rank 0 needs it.
+    `base_record` is what an adapter remembers of its base.
     """
     main = dist.get_rank() == 0
     with new_folder(folder, replace=True) if main else nullcontext() as unfinished:
@@ -76,7 +76,7 @@ def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorS
     ]
 
 
-def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord | None) -> None:
+def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord) -> None:
     tokenizer.save_pretrained(folder)
     causal_lm = decoder(model)
     generation_config = copy.deepcopy(causal_lm.generation_config)
@@ -88,8 +88,7 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
         config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
         config.inference_mode = True
         config.save_pretrained(folder)
-        if base_record:
-            write_base_record(folder, base_record)
+        write_base_record(folder, base_record)
     else:
         config = copy.deepcopy(causal_lm.config)
         config.use_cache = True  # off while training

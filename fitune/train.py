@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers.utils import logging
 
 from fitune import run as runs
@@ -21,6 +22,7 @@ from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.errors import FituneError, UsageError
 from fitune.hub import local_folder
+from fitune.manifest import Identity, find_damage, identify, refuse_another_identity
 from fitune.measure import Measurements
 from fitune.model import build_skeleton
 from fitune.progress import loading_bar
@@ -38,12 +40,15 @@ def train(run: Run) -> None:
     tokenizer = load_tokenizer(run.recipe, base_folder)
     check_prepared(Path(run.recipe.data.prepared), tokenizer)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
+    base_record, identity = _identify(run, base_folder, tokenizer)
+    checkpoint = _checkpoint_to_resume(run, identity)
     started = time.perf_counter()
     model = load_sharded_model(run, base_folder, tokenizer, mesh)
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
     trainer = ShardedSFTTrainer(
         run,
-        base_record=_base_record(run, base_folder),
+        base_record=base_record,
+        identity=identity,
         model=model,
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
@@ -51,7 +56,6 @@ def train(run: Run) -> None:
         callbacks=[MetricsFile(run.folder), measurements],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
-    checkpoint = _checkpoint_to_resume(run)
     if checkpoint and not trainer.steps_left(checkpoint):
         load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())  # interrupted while it saved the result
     else:
@@ -74,11 +78,14 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn
     return model
 
 
-def _base_record(run: Run, base_folder: Path) -> BaseRecord | None:
-    """What the trained adapter will remember of its base. Rank 0 writes it, so only rank 0 reads the base for it."""
-    if run.recipe.method == "full" or not is_main_process():
-        return None
-    return identify_base(run.recipe.base, base_folder)
+def _identify(run: Run, base_folder: Path, tokenizer) -> tuple[BaseRecord, Identity]:
+    """What adapter and checkpoints will remember of their origin. Rank 0 reads base and data for it."""
+    found = [None]
+    if is_main_process():
+        record = identify_base(run.recipe.base, base_folder)
+        found = [(record, identify(run, record, tokenizer))]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _eval_dataset(run: Run):
@@ -87,13 +94,18 @@ def _eval_dataset(run: Run):
     return load_split(run.recipe, "test", run.folder / "cache")
 
 
-def _checkpoint_to_resume(run: Run) -> Path | None:
+def _checkpoint_to_resume(run: Run, identity: Identity) -> Path | None:
+    """The newest whole checkpoint of a run that is resumed; says which it skipped and why. Call on all ranks."""
     if not run.resume:
         return None
-    found = checkpoints(run.folder / "checkpoints")
-    if not found:
-        raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train without --resume")
-    return found[-1]
+    for checkpoint in reversed(checkpoints(run.folder / "checkpoints")):
+        damage = find_damage(checkpoint)
+        if not damage:
+            refuse_another_identity(checkpoint, identity)
+            return checkpoint
+        if is_main_process():
+            print(f"{checkpoint}: skipped: {damage}", file=sys.stderr)
+    raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train into another --output")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from fitune.base_identity import BaseRecord
 from fitune.config import Run
 from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
+from fitune.manifest import Identity, find_damage, write_manifest
 from fitune.output_folder import rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
@@ -52,11 +53,11 @@ def training_arguments(run: Run) -> SFTConfig:
 class ShardedSFTTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
-    `base_record` is what a trained adapter remembers of its base; only rank 0 needs it.
+    `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does.
     """
 
-    def __init__(self, run: Run, base_record: BaseRecord | None = None, **kwargs):
-        self.run, self.base_record = run, base_record
+    def __init__(self, run: Run, base_record: BaseRecord, identity: Identity, **kwargs):
+        self.run, self.base_record, self.identity = run, base_record, identity
         super().__init__(args=training_arguments(run), **kwargs)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
@@ -100,7 +101,10 @@ class ShardedSFTTrainer(SFTTrainer):
         save_result(folder, self.run, self.model, self.processing_class, self.base_record)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """checkpoints/checkpoint-N: result, sharded state, scheduler, RNG, position; renamed when whole."""
+        """checkpoints/checkpoint-N: result, sharded state, scheduler, RNG, position, manifest; renamed when whole.
+
+        Older ones go when the new one has been read back. Call on all ranks.
+        """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f".{folder.name}.partial")
         if self.args.should_save:
@@ -117,8 +121,13 @@ class ShardedSFTTrainer(SFTTrainer):
             self.state.stateful_callbacks["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         dist.barrier()
+        write_manifest(partial, self.state.global_step, self.run, self.identity)
         if self.args.should_save:
             rename_when_whole(partial, folder, replace=True)
+        dist.barrier()
+        if damage := find_damage(folder):
+            raise FituneError(f"{folder}: read back, {damage}; older checkpoints are kept, look at the disk")
+        if self.args.should_save:
             _remove_old(folder.parent, self.args.save_total_limit)
         dist.barrier()
 
@@ -135,13 +144,14 @@ class ShardedSFTTrainer(SFTTrainer):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under a run's checkpoints/ folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    """What bears a checkpoint's name under a run's checkpoints/ folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _remove_old(folder: Path, limit: int | None) -> None:
-    for path in checkpoints(folder)[: -limit if limit else 0]:
+    """Keeps `save_total_limit` checkpoints, but never fewer than two."""
+    for path in checkpoints(folder)[: -max(2, limit) if limit else 0]:
         shutil.rmtree(path)
 
 
