@@ -175,13 +175,29 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
 @set_option
 @output_option
 @click.option("--resume", is_flag=True, help="Continue the run in --output from its newest checkpoint.")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=0, help="Resume by itself after so many crashes.")
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
 @click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines.")
 @click.option("--main-process-ip", help="Address of machine 0.")
 @click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0.")
-def train(recipe, profile, sets, output, resume, dry_run, force, machine_rank, main_process_ip, main_process_port):
-    """Write run.yaml, then start the processes with accelerate launch."""
+def train(
+    recipe,
+    profile,
+    sets,
+    output,
+    resume,
+    max_restarts,
+    dry_run,
+    force,
+    machine_rank,
+    main_process_ip,
+    main_process_port,
+):
+    """Write run.yaml, then start the processes with accelerate launch.
+
+    SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
+    """
     profile = profile or _profile_for_this_machine(recipe, sets)
     run = runs.resolve(recipe, profile, sets, output)
     if dry_run:
@@ -199,7 +215,10 @@ def train(recipe, profile, sets, output, resume, dry_run, force, machine_rank, m
         "--main_process_port": main_process_port,
     }
     given = tuple(str(part) for flag, value in flags.items() if value is not None for part in (flag, value))
-    _launch(run, "fitune.train", *(["--resume"] if resume else []), accelerate_flags=given)
+    from fitune.launch import train_with_restarts
+
+    if code := train_with_restarts(run, resume=resume, max_restarts=max_restarts, accelerate_flags=given):
+        sys.exit(code)
     click.echo(
         f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: python cli.py eval {run.folder}"
     )

@@ -1,6 +1,8 @@
 """Joins this process to the others: device, process group, device mesh."""
 
+import ctypes
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -58,6 +60,13 @@ def _own_gpu() -> torch.device:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap_gib) * 2**30 / total), device)
     return device
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this rank when its launcher is killed: ranks run in sessions of their own (Linux prctl)."""
+    set_parent_death_signal = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def leave() -> None:

@@ -2,11 +2,22 @@
 
 from difflib import get_close_matches
 
+CRASHED = 70
+"A rank's exit code for what nobody expected; `cli.py train` may start again after it, and ends with 1."
+INTERRUPTED = 75
+"Exit code of a run that was told to stop and has saved what it did."
+
 
 class FituneError(Exception):
     """A run that cannot go on. `cli.py` prints the message without a traceback and exits with `exit_code`."""
 
     exit_code = 1
+
+
+class Interrupted(FituneError):
+    """A run that was told to stop and did."""
+
+    exit_code = INTERRUPTED
 
 
 class UsageError(FituneError):

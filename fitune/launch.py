@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from fitune.config import Run
-from fitune.errors import FituneError
+from fitune.errors import CRASHED, FituneError
 from fitune.run import ROOT
 
 
@@ -16,10 +19,51 @@ def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
     return [*config, "-m", module, _short(str(run.folder / "run.yaml")), *arguments]
 
 
-def launch(run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, ...] = ()) -> int:
+def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate_flags: tuple[str, ...]) -> int:
+    """Trains, and after a crash goes on from the newest checkpoint, at most `max_restarts` times; the exit code.
+
+    A crash is a rank that died, hung or raised what fitune did not expect; an error that fitune explains would only
+    come again.
+    """
+    for restart in range(max_restarts + 1):
+        code, told_to_stop = _train_once(run, resume, accelerate_flags)
+        if code != CRASHED or told_to_stop or restart == max_restarts:
+            break
+        resume = any((run.folder / "checkpoints").glob("checkpoint-*"))
+        start = "the newest checkpoint" if resume else "the beginning, there is no checkpoint yet"
+        print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
+    return 1 if code == CRASHED else code
+
+
+def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tuple[int, bool]:
+    """(exit code, whether a signal told the run to stop), with all ranks of this machine watched."""
+    from fitune.heartbeat import FOLDER, Watch
+
+    arguments = ["--resume"] if resume else []
+    with tempfile.TemporaryDirectory(prefix="fitune-") as folder, _signals_go_to_the_ranks() as received:
+        os.environ[FOLDER] = folder
+        watch = Watch(Path(folder))
+        watch.start()
+        # torch's own way with signals would give the ranks 30 s to save
+        flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
+        code = launch(run, "fitune.train", *arguments, **flags)
+        watch.stop()
+    if watch.verdict:
+        print(f"error: {watch.verdict}", file=sys.stderr)
+    return code, bool(received)
+
+
+def launch(
+    run: Run,
+    module: str,
+    *arguments: str,
+    accelerate_flags: tuple[str, ...] = (),
+    signals_to_handle: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
-    `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). What went wrong is printed by then.
+    `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). What went wrong is printed by then. A
+    process that was killed counts as CRASHED. `signals_to_handle` end all processes.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -27,18 +71,47 @@ def launch(run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, 
     _set_environment(run)
     flags = ["--config_file", run.accelerate.path, *accelerate_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(run.folder / "run.yaml"), *arguments])
+    parsed.signals_to_handle = signals_to_handle
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(parsed)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {failure.global_rank} was ended by signal {-failure.exitcode}", file=sys.stderr)
-            return 1
-        return failure.exitcode
+        return _first_failure(error.failures.values())
     except ValueError as error:
         raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
     return 0
+
+
+def _first_failure(failures) -> int:
+    """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
+    first = min(failures, key=lambda failure: (failure.exitcode >= 0, failure.timestamp))
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        print(f"error: rank {first.global_rank} (pid {first.pid}) was ended by {name}", file=sys.stderr)
+        return CRASHED
+    return first.exitcode
+
+
+@contextmanager
+def _signals_go_to_the_ranks():
+    """SIGTERM and Ctrl-C ask the ranks to save and leave, which may take minutes; a second one ends them at once."""
+    import psutil
+
+    received = []
+
+    def forward(number, frame) -> None:
+        received.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        said = "finishing the step and saving it; once more to stop at once" if len(received) == 1 else "stopped"
+        print(f"{signal.Signals(number).name}: {said}", file=sys.stderr)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _set_environment(run: Run) -> None:

@@ -6,6 +6,7 @@ from fitune import run as runs
 from fitune.config import Run
 from fitune.errors import UsageError
 from fitune.hub import local_config
+from fitune.run_lock import LOCK, RunLock
 
 
 def check_before_training(run: Run, *, force: bool = False) -> None:
@@ -31,6 +32,8 @@ def check_fits(run: Run) -> None:
 def open_run_folder(run: Run, resume: bool) -> None:
     """Writes run.yaml into a new folder; with `resume` the folder must hold the same run."""
     file = run.folder / "run.yaml"
+    if (run.folder / LOCK).exists():
+        RunLock(run.folder).release()
     if resume:
         if not file.is_file():
             raise UsageError(f"{run.folder}: nothing to resume, run.yaml is missing; train without --resume")

@@ -4,8 +4,10 @@ torchrun works in the same way, and so does plain python for a single process.
 """
 
 import argparse
+import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -19,13 +21,17 @@ from fitune.checkpoint import Checkpoint
 from fitune.config import Run
 from fitune.data.data_report import check_prepared
 from fitune.data.dataset import load_split, load_tokenizer
-from fitune.distributed import compute_device, is_main_process, join, leave
-from fitune.errors import FituneError, UsageError
+from fitune.distributed import compute_device, end_with_launcher, is_main_process, join, leave
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError
+from fitune.heartbeat import Heartbeat
 from fitune.hub import local_folder
+from fitune.interruption import Interruption
 from fitune.manifest import Identity, find_damage, identify, refuse_another_identity
 from fitune.measure import Measurements
-from fitune.model import build_skeleton
+from fitune.model import build_skeleton, decoder
+from fitune.out_of_memory import explain_out_of_memory
 from fitune.progress import loading_bar
+from fitune.run_lock import RunLock
 from fitune.sharding import kept_in_host_ram, shard
 from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints
 from fitune.training_state import load_trainable_weights
@@ -35,6 +41,9 @@ from fitune.weights import Placement, load_weights
 
 def train(run: Run) -> None:
     """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
+    end_with_launcher()
+    interruption = Interruption()
+    lock = RunLock(run.folder) if is_main_process() else None
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -53,15 +62,18 @@ def train(run: Run) -> None:
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
         eval_dataset=_eval_dataset(run),
-        callbacks=[MetricsFile(run.folder), measurements],
+        callbacks=[MetricsFile(run.folder), measurements, interruption, Heartbeat(decoder(model).model.layers)],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     if checkpoint and not trainer.steps_left(checkpoint):
         load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())  # interrupted while it saved the result
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        interruption.leave_if_told(trainer.state)
     trainer.save_model()
     leave()
+    if lock:
+        lock.release()
 
 
 def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn.Module:
@@ -125,8 +137,14 @@ def run_stage(path: Path, stage, **changes) -> None:
         stage(run.model_copy(update={key: value for key, value in changes.items() if value}))
     except FituneError as error:
         if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}", file=sys.stderr)
+        sys.exit(FituneError.exit_code)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(CRASHED)
 
 
 if __name__ == "__main__":

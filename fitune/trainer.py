@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from fitune.bad_rows import name_rows
 from fitune.base_identity import BaseRecord
 from fitune.config import Run
 from fitune.data.dataset import with_filler_rows
@@ -58,18 +59,21 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def __init__(self, run: Run, base_record: BaseRecord, identity: Identity, **kwargs):
         self.run, self.base_record, self.identity = run, base_record, identity
+        self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
         super().__init__(args=training_arguments(run), **kwargs)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
 
-    def training_step(self, model, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.
 
         Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by layer.
         """
         if self.args.world_size == 1 and self.run.recipe.method != "full":
             model.set_requires_gradient_sync(self.accelerator.sync_gradients)
-        return super().training_step(model, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step.append((inputs, loss))
+        return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
@@ -77,17 +81,25 @@ class ShardedSFTTrainer(SFTTrainer):
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(norm):
             self._stop_before_a_bad_step(float(norm))
+        self._step.clear()
         return norm
 
     def _stop_before_a_bad_step(self, norm: float) -> None:
-        """Raises FituneError on all ranks, naming those with a bad loss; weights and checkpoints stay as they were."""
-        losses = [None] * self.args.world_size
-        dist.all_gather_object(losses, float(self._tr_loss))  # summed over micro batches; earlier steps were finite
-        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        where = f"loss is not finite on rank {', '.join(map(str, bad))}" if bad else "the losses are finite"
+        """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet."""
+        bad = [inputs for inputs, loss in self._step if not math.isfinite(loss)]
+        batches = bad or [inputs for inputs, _ in self._step]
+        rows = name_rows(batches, self.processing_class, Path(self.run.recipe.data.prepared) / "train.jsonl")
+        ranks = [None] * self.args.world_size
+        dist.all_gather_object(ranks, (bool(bad), rows))
+        if any(is_bad for is_bad, _ in ranks):
+            where = "; ".join(
+                f"loss is not finite on rank {r}: {rows}" for r, (is_bad, rows) in enumerate(ranks) if is_bad
+            )
+        else:
+            where = "all losses are finite: " + ", ".join(rows for _, rows in ranks)
         raise FituneError(
-            f"step {self.state.global_step + 1}: the gradient's norm is {norm}, {where}; stopped before the weights "
-            f"changed: resume from the last checkpoint with a lower learning rate, or look at this step's rows"
+            f"step {self.state.global_step + 1}: the gradient's norm is {norm}; {where}; stopped before the weights "
+            f"changed: look at these rows, or resume from the last checkpoint with a lower learning rate"
         )
 
     def steps_left(self, checkpoint: Path) -> int:

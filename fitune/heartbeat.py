@@ -1,0 +1,93 @@
+"""Each rank counts the layers it begins where the launcher can see it, so that a rank that hangs is found by name.
+
+While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
+begun the fewest layers. Only the steps after the first are watched: loading, compiling, saving and evaluating may take
+as long as they need. A launcher sees the ranks of its own machine.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from transformers import TrainerCallback
+
+FOLDER = "FITUNE_HEARTBEATS"
+"The environment variable by which a launcher tells its ranks where to count."
+PATIENCE_SECONDS = float(os.environ.get("FITUNE_HUNG_AFTER_SECONDS", 45))
+PID, WATCHED, LAYERS = range(3)
+
+
+class Heartbeat(TrainerCallback):
+    """The counting side: three numbers in a memory-mapped file, no system call per layer."""
+
+    def __init__(self, layers):
+        folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
+        shape = (3,)
+        self.numbers = np.memmap(Path(folder) / rank, np.int64, "w+", shape=shape) if folder else np.zeros(shape)
+        self.numbers[PID] = os.getpid()
+        self.steps = 0
+        for layer in layers:
+            layer.register_forward_pre_hook(self._count)
+
+    def _count(self, *_) -> None:
+        self.numbers[LAYERS] += 1
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.numbers[WATCHED] = self.steps > 0
+        self.steps += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.numbers[WATCHED] = 0
+
+
+class Watch(threading.Thread):
+    """The launcher's side: kills all ranks of this machine once one of them hangs, or died while others wait.
+
+    `verdict` then says which.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(daemon=True)
+        self.folder = folder
+        self.verdict: str | None = None
+        self._over = threading.Event()
+        self._seen: dict[int, tuple[tuple, float]] = {}
+
+    def run(self) -> None:
+        while not self._over.wait(1):
+            ranks = {int(file.name): np.fromfile(file, np.int64) for file in self.folder.iterdir()}
+            ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 3}
+            self.verdict = self._judge(ranks)
+            if self.verdict:
+                for numbers in ranks.values():
+                    _kill(int(numbers[PID]))
+                return
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def _judge(self, ranks: dict[int, np.ndarray]) -> str | None:
+        stuck = [rank for rank, numbers in ranks.items() if self._seconds_still(rank, numbers) > PATIENCE_SECONDS]
+        if not stuck:
+            return None
+        fewest = min(ranks[rank][LAYERS] for rank in stuck)
+        guilty = [rank for rank in stuck if ranks[rank][LAYERS] == fewest]
+        names = ", ".join(f"{rank} (pid {ranks[rank][PID]} on {socket.gethostname()})" for rank in guilty)
+        return f"rank {names}: no progress for {PATIENCE_SECONDS:.0f} s within a step; all ranks were stopped"
+
+    def _seconds_still(self, rank: int, numbers: np.ndarray) -> float:
+        now, state = time.monotonic(), tuple(numbers)
+        if not numbers[WATCHED] or self._seen.get(rank, (None,))[0] != state:
+            self._seen[rank] = state, now
+        return now - self._seen[rank][1]
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
