@@ -7,7 +7,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format gpu-test bench
+.PHONY: help setup demo test soak lint format gpu-test bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: setup  ## prepare, train, eval, merge and generate a tiny model on the CPU
 
 test: $(DEV_INSTALLED)  ## run the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments: it must end as if nobody had (about 20 min)
+	$(BIN)/python tests/faults/soak.py
 
 lint: $(DEV_INSTALLED)  ## check style
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Each rank counts the layers it begins where the launcher can see it, so that a rank that hangs is found by name.
 
 While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
-begun the fewest layers. Only the steps after the first are watched: loading, compiling, saving and evaluating may take
-as long as they need. A launcher sees the ranks of its own machine.
+begun the fewest layers. Only the steps after the first are watched for that: loading, compiling, saving and evaluating
+may take as long as they need. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
 """
 
 import os
@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 from transformers import TrainerCallback
 
 FOLDER = "FITUNE_HEARTBEATS"
@@ -76,16 +77,25 @@ class Watch(threading.Thread):
         stuck = [rank for rank, numbers in ranks.items() if self._seconds_still(rank, numbers) > PATIENCE_SECONDS]
         if not stuck:
             return None
+        stopped = [rank for rank in stuck if _is_stopped(ranks[rank][PID])]
         fewest = min(ranks[rank][LAYERS] for rank in stuck)
-        guilty = [rank for rank in stuck if ranks[rank][LAYERS] == fewest]
+        guilty = stopped or [rank for rank in stuck if ranks[rank][LAYERS] == fewest]
         names = ", ".join(f"{rank} (pid {ranks[rank][PID]} on {socket.gethostname()})" for rank in guilty)
-        return f"rank {names}: no progress for {PATIENCE_SECONDS:.0f} s within a step; all ranks were stopped"
+        return f"rank {names}: no progress for {PATIENCE_SECONDS:.0f} s; all ranks were ended"
 
     def _seconds_still(self, rank: int, numbers: np.ndarray) -> float:
         now, state = time.monotonic(), tuple(numbers)
-        if not numbers[WATCHED] or self._seen.get(rank, (None,))[0] != state:
+        may_rest = not numbers[WATCHED] and not _is_stopped(numbers[PID])
+        if may_rest or self._seen.get(rank, (None,))[0] != state:
             self._seen[rank] = state, now
         return now - self._seen[rank][1]
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether the process got SIGSTOP, from a debugger or a job control."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(int(pid)).status() == psutil.STATUS_STOPPED
+    return False
 
 
 def _kill(pid: int) -> None:

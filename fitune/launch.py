@@ -76,18 +76,23 @@ def launch(
     try:
         launch_command(parsed)
     except ChildFailedError as error:
-        return _first_failure(error.failures.values())
+        return _first_failure(error.failures)
     except ValueError as error:
         raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
     return 0
 
 
-def _first_failure(failures) -> int:
+def _first_failure(failures: dict) -> int:
     """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
-    first = min(failures, key=lambda failure: (failure.exitcode >= 0, failure.timestamp))
+
+    def order(item):
+        code = item[1].exitcode
+        return code == -signal.SIGTERM, code >= 0, item[1].timestamp  # torch's launcher sends SIGTERM to the others
+
+    rank, first = min(failures.items(), key=order)
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
-        print(f"error: rank {first.global_rank} (pid {first.pid}) was ended by {name}", file=sys.stderr)
+        print(f"error: rank {rank} (pid {first.pid}) was ended by {name}", file=sys.stderr)
         return CRASHED
     return first.exitcode
 

@@ -36,12 +36,16 @@ def prepared(tmp_path_factory) -> Path:
     """What `prepare` leaves: train.jsonl (48 conversations) and test.jsonl (8)."""
     folder = tmp_path_factory.mktemp("prepared")
     for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
-        lines = [json.dumps(row) + "\n" for row in conversations(count, seed)]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_split(folder, split, count, seed)
     return folder
 
 
-def _build_base(folder: Path, **options) -> Path:
+def write_split(folder: Path, split: str, count: int, seed: int) -> None:
+    lines = [json.dumps(row) + "\n" for row in conversations(count, seed)]
+    (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def build_base(folder: Path, **options) -> Path:
     from fitune.tiny import build_tiny_base
 
     texts = [message["content"] for row in conversations(48, 1) for message in row["messages"]]
@@ -54,7 +58,7 @@ def tiny_base(tmp_path_factory) -> Path:
     import torch
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    return _build_base(folder, vocab_size=512, hidden_size=64, intermediate_size=176, dtype=torch.float32)
+    return build_base(folder, vocab_size=512, hidden_size=64, intermediate_size=176, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +68,7 @@ def uneven_base(tmp_path_factory) -> Path:
     Borders between ranks fall inside NF4 blocks of 64 weights, and the last block of some tensors is not full.
     """
     folder = tmp_path_factory.mktemp("models") / "uneven"
-    return _build_base(folder, vocab_size=509, hidden_size=72, intermediate_size=347, max_shard_bytes=100_000)
+    return build_base(folder, vocab_size=509, hidden_size=72, intermediate_size=347, max_shard_bytes=100_000)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,93 @@
+"""Signals, dead and hung ranks, a second run: real commands, two ranks, one run through all of it.
+
+At the end the run that suffered has the losses and the adapter, byte for byte, of one that nobody disturbed.
+"""
+
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from commands import ADAPTER, Running, losses, saved_steps, train_command
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_base, prepared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("life")
+    running = Running(train_command(tiny_base, prepared, folder / "run", STEPS), folder / "log")
+    assert running.wait() == 0, running.log.read_text()[-3000:]
+    return folder / "run"
+
+
+def test_a_run_survives_what_happens_to_it(undisturbed, tiny_base, prepared, tmp_path):
+    folder = tmp_path / "run"
+    command = train_command(tiny_base, prepared, folder, STEPS)
+
+    def after_step(step: int, *flags: str, **environment) -> Running:
+        running = Running([*command, *flags], tmp_path / f"log-{step}", **environment)
+        running.wait_for(lambda: (folder / f"checkpoints/checkpoint-{step}").exists())
+        return running
+
+    running = after_step(1)
+    second = Running([*command, "--resume"], tmp_path / "log-second")
+    assert second.wait() == 2
+    rank_0 = running.ranks()[0].pid
+    assert re.search(rf"process {rank_0} on \S+ trains here; wait for it or stop it", second.log.read_text())
+    running.process.send_signal(signal.SIGTERM)
+    assert running.wait() == 75
+    text = running.log.read_text()
+    step = saved_steps(folder)[-1]
+    assert f"stopped: interrupted after step {step} of {STEPS}, which is saved" in text
+    assert "Traceback" not in text
+
+    running = after_step(step + 1, "--resume")
+    running.ranks()[1].send_signal(signal.SIGTERM)  # one rank; the other hears of it
+    assert running.wait() == 75
+    step = saved_steps(folder)[-1]
+    assert f"stopped: interrupted after step {step} of {STEPS}" in running.log.read_text()
+
+    running = after_step(step + 2, "--resume", FITUNE_HUNG_AFTER_SECONDS="4")
+    hung = running.ranks()[1]
+    hung.suspend()
+    assert running.wait(60) == 1
+    text = running.log.read_text()
+    assert f"rank 1 (pid {hung.pid} on {socket.gethostname()}): no progress for 4 s; all ranks were ended" in text
+    assert not hung.is_running() or hung.status() == "zombie"
+
+    step = saved_steps(folder)[-1]
+    assert step < STEPS - 1, "the run was over before it could be disturbed"
+    running = after_step(step + 1, "--resume", "--max-restarts", "1")
+    killed = running.ranks()[1]
+    killed.kill()
+    assert running.wait() == 0, running.log.read_text()[-3000:]
+    text = running.log.read_text()
+    assert f"error: rank 1 (pid {killed.pid}) was ended by SIGKILL" in text
+    assert "restart 1 of 1, from the newest checkpoint" in text
+
+    assert losses(folder) == losses(undisturbed)
+    assert (folder / ADAPTER).read_bytes() == (undisturbed / ADAPTER).read_bytes()
+
+
+def test_a_killed_launcher_takes_its_ranks_along_and_a_dead_runs_lock_is_reclaimed(
+    undisturbed, tiny_base, prepared, tmp_path
+):
+    folder = tmp_path / "run"
+    command = train_command(tiny_base, prepared, folder, STEPS)
+    running = Running(command, tmp_path / "log")
+    running.wait_for(lambda: (folder / "checkpoints/checkpoint-2").exists())
+    ranks = running.ranks()
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.wait()
+    for rank in ranks.values():
+        rank.wait(10)
+    resumed = Running([*command, "--resume"], tmp_path / "log-resumed")
+    assert resumed.wait() == 0, resumed.log.read_text()[-3000:]
+    assert losses(folder) == losses(undisturbed)
