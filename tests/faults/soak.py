@@ -63,7 +63,7 @@ def soak(folder: Path, kills: int, draw: random.Random) -> None:
         running = Running([*command(run), *resume], folder / "log")
         if done == kills:
             break
-        code = disturb(running, draw)
+        code = disturb(running, run, draw)
         done += 1
         reached = max(saved_steps(run), default=0) if (run / "checkpoints").is_dir() else 0
         print(f"kill {done}: exit code {code}, newest checkpoint {reached} of {steps}", flush=True)
@@ -74,9 +74,13 @@ def soak(folder: Path, kills: int, draw: random.Random) -> None:
     print(f"the same {steps} losses and the same adapter, byte for byte, after {done} kills")
 
 
-def disturb(running: Running, draw: random.Random) -> int:
+def disturb(running: Running, run: Path, draw: random.Random) -> int:
     """Waits a random while, does one random thing to the run; its exit code, -9 or -15 for a launcher that died."""
-    time.sleep(draw.uniform(3, 17))
+    began, log = time.time(), run / "metrics.jsonl"
+    if draw.random() < 0.8:  # else while it starts
+        while running.process.poll() is None and not (log.exists() and log.stat().st_mtime > began + 2):
+            time.sleep(0.1)
+    time.sleep(draw.uniform(0, 4))
     target = draw.choice(["launcher", "rank"])
     for number in draw.choice([[signal.SIGKILL], [signal.SIGKILL], [signal.SIGTERM], [signal.SIGTERM, signal.SIGKILL]]):
         ranks = running.ranks() if running.process.poll() is None else {}

@@ -1,0 +1,182 @@
+"""A save cut off at any stage, files damaged afterwards, a run that changed: what resume makes of it."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks, train_here
+
+from fitune import manifest, trainer
+from fitune.errors import UsageError
+from fitune.manifest import Identity, find_damage, read_manifest, refuse_another_identity
+from fitune.trainer import checkpoints
+
+STEPS = 4
+TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+STAGES = {
+    "before the state is written": (trainer, "save_training_state", "before"),
+    "before the manifest": (trainer, "write_manifest", "before"),
+    "within the manifest": (manifest.Path, "write_text", "before"),
+    "before the rename": (trainer, "rename_when_whole", "before"),
+    "after the rename": (trainer, "rename_when_whole", "after"),
+    "before an old one is removed": (trainer.shutil, "rmtree", "before"),
+    "while an old one is removed": (trainer.shutil, "rmtree", "half"),
+}
+
+
+def _killed_in(stage: str, run) -> None:
+    """Trains, and is killed with SIGKILL at that stage of the save after step 3."""
+    owner, name, moment = STAGES[stage]
+    original = getattr(owner, name)
+
+    def cut_off(path, *args, **kwargs):
+        of_this_save = Path(path).name == "checkpoint-1" if name == "rmtree" else "checkpoint-3" in str(path)
+        if not of_this_save:
+            return original(path, *args, **kwargs)
+        if moment == "after":
+            original(path, *args, **kwargs)
+        if moment == "half":
+            next(Path(path).rglob("*.safetensors")).unlink()
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, cut_off)
+    train_here(run)
+
+
+def _damages(folders: list[Path]) -> list[str | None]:
+    torch.distributed.init_process_group("gloo")
+    return [find_damage(folder) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, make_run, tmp_path_factory):
+    """A run of 4 steps that was told to keep one checkpoint."""
+    run = make_run(tiny_base, tmp_path_factory.mktemp("saves") / "run", "lora", training=TRAINING)
+    run_ranks(train_here, 1, run)
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_save_cut_off_at_any_stage_costs_no_checkpoint(stage, finished, tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path / "run", "lora", training=TRAINING)
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        run_ranks(_killed_in, 1, stage, run)
+    left = checkpoints(run.folder / "checkpoints")
+    whole = [path.name for path, damage in zip(left, run_ranks(_damages, 1, left)[0], strict=True) if not damage]
+    expected = ["checkpoint-2", "checkpoint-3"] if "rename" in stage and "after" in stage else ["checkpoint-2"]
+    assert set(expected) <= set(whole)
+    run_ranks(train_here, 1, run.model_copy(update={"resume": True}))
+    adapter = "adapter_model.safetensors"
+    assert (run.result_folder / adapter).read_bytes() == (finished.result_folder / adapter).read_bytes()
+    left = [path.name for path in checkpoints(run.folder / "checkpoints")]
+    assert left == ["checkpoint-3", "checkpoint-4"], "two are kept, whatever save_total_limit says"
+
+
+def test_every_damage_is_named(finished, tmp_path):
+    whole = finished.folder / f"checkpoints/checkpoint-{STEPS}"
+    saved = read_manifest(whole)
+    assert (saved.step, saved.samples) == (STEPS, STEPS * finished.recipe.global_batch_size)
+    assert {"torch", "transformers", "peft"} <= set(saved.versions)
+    assert set(saved.files) == {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert "training_args.bin" not in {Path(name).name for name in saved.files}
+    state = "state/rank-00000-of-00001/model.safetensors"
+
+    def truncate(folder):
+        os.truncate(folder / state, 1000)
+
+    def flip(folder):
+        data = bytearray((folder / state).read_bytes())
+        data[-5] ^= 1
+        (folder / state).write_bytes(data)
+
+    kinds = {
+        f"{state} has 1000 bytes, not {saved.files[state].bytes}": truncate,
+        f"{state} has other contents than were written": flip,
+        "adapter/adapter_config.json is missing": lambda folder: (folder / "adapter/adapter_config.json").unlink(),
+        "no manifest.json: not written by fitune, or never finished": lambda f: (f / "manifest.json").unlink(),
+        "manifest.json: Invalid JSON: ": lambda folder: (folder / "manifest.json").write_text("{"),
+    }
+    folders = [tmp_path / str(number) for number in range(len(kinds))]
+    for folder, damage in zip(folders, kinds.values(), strict=True):
+        shutil.copytree(whole, folder)
+        damage(folder)
+    found = run_ranks(_damages, 1, [whole, *folders])[0]
+    assert found[0] is None
+    for words, expected in zip(found[1:], kinds, strict=True):
+        assert words.startswith(expected), words
+
+
+def _output_of_resume(run) -> str:
+    """What resuming prints to stderr, or the error it ends with."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            train_here(run)
+        except UsageError as error:
+            return f"{printed.getvalue()}{error}"
+    return printed.getvalue()
+
+
+def test_resume_says_what_it_skips_and_loads_no_pickle(finished, tmp_path):
+    """The newest checkpoint's random state is a pickle that would run a command; its hash tells that it was swapped."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    newest = tmp_path / f"run/checkpoints/checkpoint-{STEPS}"
+    (newest / "rng_state.pth").write_bytes(pickle.dumps(Command()))
+    run = finished.model_copy(update={"output_dir": str(tmp_path / "run"), "resume": True})
+    printed = run_ranks(_output_of_resume, 1, run)[0]
+    assert f"{newest}: skipped: rng_state.pth has" in printed
+    assert not (tmp_path / "executed").exists()
+    assert (run.result_folder / "adapter_config.json").is_file()
+
+    older = tmp_path / f"run/checkpoints/checkpoint-{STEPS - 1}"  # now one whose manifest was forged to fit
+    shutil.rmtree(newest)
+    (older / "rng_state.pth").write_bytes(pickle.dumps(Command()))
+    forged = json.loads((older / "manifest.json").read_text())
+    forged["files"]["rng_state.pth"] = manifest._saved_file(older / "rng_state.pth").model_dump()
+    (older / "manifest.json").write_text(json.dumps(forged))
+    with pytest.raises(RuntimeError, match="Weights only load failed"):
+        run_ranks(train_here, 1, run)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_changed_data_is_refused(finished, prepared, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.copytree(prepared, tmp_path / "data")
+    with (tmp_path / "data/train.jsonl").open("a") as stream:
+        stream.write((prepared / "test.jsonl").read_text().splitlines()[0] + "\n")
+    data = finished.recipe.data.model_copy(update={"prepared": str(tmp_path / "data")})
+    recipe = finished.recipe.model_copy(update={"data": data})
+    run = finished.model_copy(update={"recipe": recipe, "output_dir": str(tmp_path / "run"), "resume": True})
+    assert "trained with data " in run_ranks(_output_of_resume, 1, run)[0]
+
+
+@pytest.mark.parametrize("key", [key for key in Identity.model_fields])
+def test_another_identity_is_refused_with_old_and_new(key, finished):
+    checkpoint = finished.folder / f"checkpoints/checkpoint-{STEPS}"
+    identity = read_manifest(checkpoint).identity
+    refuse_another_identity(checkpoint, identity)
+    new = {"seed": 77, "base_fingerprint": identity.base_fingerprint | {"sample": "f" * 64}}.get(key, "f" * 64)
+    with pytest.raises(UsageError) as caught:
+        refuse_another_identity(checkpoint, identity.model_copy(update={key: new}))
+    old = getattr(identity, key)
+    for value in (old, new):
+        shown = str(list(value.values())[-1] if isinstance(value, dict) else value)
+        assert (shown[:12] if len(shown) == 64 else shown) in str(caught.value)
+    assert f"trained with {key} " in str(caught.value)
+
+
+def test_the_samplers_state_is_not_a_pickle(finished):
+    checkpoint = finished.folder / f"checkpoints/checkpoint-{STEPS}"
+    assert torch.load(checkpoint / "scheduler.pt", weights_only=True)["last_epoch"] == STEPS
