@@ -1,0 +1,99 @@
+"""No secret is written, logged or passed on; nothing foreign is executed; nothing outside the output folder changes."""
+
+import ast
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from fitune import yaml_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from commands import ROOT, train_command
+
+CANARY = "hf_canaryCanaryCanaryCanaryCanary12"
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Every file under `folder`, links not followed, with a hash of its contents; what git ignores is left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not {".git", "__pycache__", ".venv", ".pytest_cache", ".ruff_cache"} & set(path.parts):
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _run(command: list[str], environment: dict) -> tuple[str, set[str]]:
+    """(what a command printed, the arguments of all processes below it)."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    arguments, over = set(), threading.Event()
+
+    def watch():
+        while not over.wait(0.1):
+            try:
+                for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                    arguments.update(child.cmdline())
+            except psutil.Error:
+                continue
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    printed, _ = process.communicate(timeout=120)
+    over.set()
+    thread.join()
+    assert process.returncode == 0, printed[-3000:]
+    return printed, arguments
+
+
+def test_a_whole_run_leaks_no_token_and_writes_only_where_it_was_told(tiny_base, prepared, tmp_path):
+    for name in ("home", "tmp", "elsewhere", "mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere/precious").write_text("1")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "mine/out").symlink_to(tmp_path / "elsewhere")
+    environment = os.environ | {
+        "HF_TOKEN": CANARY, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    before = {folder: _files(folder) for folder in (ROOT, tiny_base, prepared, tmp_path / "elsewhere")}
+    data, run = tmp_path / "link/data", tmp_path / "mine/../link/run"
+    python = [sys.executable, "cli.py"]
+    rows = ["--dataset", str(prepared / "train.jsonl"), "--tokenizer", str(tiny_base), "--template", "llama3"]
+    commands = [
+        [*python, "prepare", *rows, "--output", str(data), "--max-length", "256"],
+        train_command(tiny_base, data, run, 2),
+        [*python, "merge", str(run), "--output", str(tmp_path / "link/merged")],
+    ]
+    for command in commands:
+        printed, arguments = _run(command, environment)
+        assert CANARY not in printed
+        assert len(arguments) > 3 and not any(CANARY in argument for argument in arguments)
+    written = _files(tmp_path)
+    assert {"mine/run/adapter/adapter_model.safetensors", "mine/merged/model.safetensors"} <= set(written)
+    assert not [name for name in written if CANARY.encode() in (tmp_path / name).read_bytes()]
+    for folder, files in before.items():
+        assert _files(folder) == files, folder
+    strangers = [name for name in written if not name.startswith(("mine/", "home/.cache/", "elsewhere/precious"))]
+    assert not strangers
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("fitune/**/*.py"), ROOT / "cli.py"]), ids=lambda p: p.name)
+def test_no_code_and_no_pickle_of_strangers_is_loaded(path):
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert "trust_remote_code" not in keywords
+        assert not name.startswith(("pickle.", "cloudpickle.", "joblib.")) and name not in ("eval", "exec")
+        assert name not in ("yaml.unsafe_load", "yaml.full_load")
+        if name == "yaml.load":
+            assert issubclass(getattr(yaml_file, keywords["Loader"]), yaml.SafeLoader)
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", f"{path}:{call.lineno}"
