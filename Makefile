@@ -7,7 +7,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint format gpu-test bench
+.PHONY: help setup demo test soak audit lint format gpu-test bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ lint: $(DEV_INSTALLED)  ## check style
 format: $(DEV_INSTALLED)  ## apply style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: setup  ## check the packages' files against requirements.lock, and them for known vulnerabilities
+	$(PIP) --dry-run --ignore-installed --no-deps --require-hashes -r requirements.lock
+	$(PIP) pip-audit==2.10.1
+	$(BIN)/pip-audit --disable-pip --require-hashes -r requirements.lock
 
 gpu-test: $(DEV_INSTALLED)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu -s tests/test_gpu.py

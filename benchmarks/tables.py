@@ -25,13 +25,13 @@ def results() -> list[dict]:
 def tier_table() -> str:
     newest = {(run["recipe"], run["profile"]): run for run in results()}
     lines = [
-        "| recipe | profile | GPUs | GiB per GPU, all included | host GiB, whole machine | load, s | 2024 |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | profile | GPUs | micro batch | GiB per GPU, all of it | host GiB, machine | load, s | 2024 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (recipe, profile), run in sorted(newest.items(), key=lambda item: (item[0][0], item[1]["peak_gpu_gib"])):
         lines.append(
-            f"| `{recipe}` | `{profile}` | {run['num_gpus']} | {run['peak_gpu_gib']:.1f} | {run['peak_host_gib']:.1f} "
-            f"| {run['load_seconds']:.0f} | {TIERS_OF_2024.get(profile, '')} |"
+            f"| `{recipe}` | `{profile}` | {run['num_gpus']} | {run['micro_batch']} "
+            f"| {run['peak_gpu_gib']:.1f} | {run['peak_host_gib']:.1f} | {run['load_seconds']:.0f} | {TIERS_OF_2024.get(profile, '')} |"
         )
     about = sorted({f"{run['gpu_name']}, torch {run['versions']['torch']}, {run['date']}" for run in newest.values()})
     return "\n".join(

@@ -142,8 +142,11 @@ def run_stage(path: Path, stage, **changes) -> None:
     except torch.OutOfMemoryError as error:
         print(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}", file=sys.stderr)
         sys.exit(FituneError.exit_code)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if "Connection closed by peer" in str(error):  # gloo's words; the rank that is gone has said why
+            print(f"rank {os.environ.get('RANK', 0)}: another rank is gone", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.exit(CRASHED)
 
 

@@ -113,9 +113,19 @@ class ShardedSFTTrainer(SFTTrainer):
         save_result(folder, self.run, self.model, self.processing_class, self.base_record)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """checkpoints/checkpoint-N: result, sharded state, scheduler, RNG, position, manifest; renamed when whole.
+        """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
+        try:
+            self._write_checkpoint()
+        except (OSError, FituneError) as error:
+            raise FituneError(
+                f"step {self.state.global_step} was not saved: {error}; the checkpoints before it are whole: "
+                f"make room, then go on with the same command and --resume"
+            ) from error
 
-        Older ones go when the new one has been read back. Call on all ranks.
+    def _write_checkpoint(self) -> None:
+        """Result, sharded state, scheduler, RNG, position, manifest; renamed when whole.
+
+        Older ones go when the new one has been read back.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f".{folder.name}.partial")
@@ -138,7 +148,7 @@ class ShardedSFTTrainer(SFTTrainer):
             rename_when_whole(partial, folder, replace=True)
         dist.barrier()
         if damage := find_damage(folder):
-            raise FituneError(f"{folder}: read back, {damage}; older checkpoints are kept, look at the disk")
+            raise FituneError(f"{folder}: read back from the disk, {damage}")
         if self.args.should_save:
             _remove_old(folder.parent, self.args.save_total_limit)
         dist.barrier()

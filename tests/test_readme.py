@@ -94,6 +94,13 @@ def test_every_linked_or_quoted_path_exists(page):
         assert word.startswith(MADE_LATER) or list(ROOT.glob(word.rstrip("/"))), word
 
 
+def test_every_promise_has_its_test():
+    promised = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(promised) > 10
+    for file, test in promised:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
+
+
 def test_tables_are_generated_from_the_results():
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False

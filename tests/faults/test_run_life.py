@@ -76,9 +76,7 @@ def test_a_run_survives_what_happens_to_it(undisturbed, tiny_base, prepared, tmp
     assert (folder / ADAPTER).read_bytes() == (undisturbed / ADAPTER).read_bytes()
 
 
-def test_a_killed_launcher_takes_its_ranks_along_and_a_dead_runs_lock_is_reclaimed(
-    undisturbed, tiny_base, prepared, tmp_path
-):
+def test_a_killed_launcher_takes_its_ranks_along(undisturbed, tiny_base, prepared, tmp_path):
     folder = tmp_path / "run"
     command = train_command(tiny_base, prepared, folder, STEPS)
     running = Running(command, tmp_path / "log")
