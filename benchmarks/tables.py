@@ -29,10 +29,11 @@ def tier_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (recipe, profile), run in sorted(newest.items(), key=lambda item: (item[0][0], item[1]["peak_gpu_gib"])):
-        lines.append(
-            f"| `{recipe}` | `{profile}` | {run['num_gpus']} | {run['micro_batch']} "
-            f"| {run['peak_gpu_gib']:.1f} | {run['peak_host_gib']:.1f} | {run['load_seconds']:.0f} | {TIERS_OF_2024.get(profile, '')} |"
-        )
+        cells = [
+            f"`{recipe}`", f"`{profile}`", run["num_gpus"], run["micro_batch"], f"{run['peak_gpu_gib']:.1f}",
+            f"{run['peak_host_gib']:.1f}", f"{run['load_seconds']:.0f}", TIERS_OF_2024.get(profile, ""),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     about = sorted({f"{run['gpu_name']}, torch {run['versions']['torch']}, {run['date']}" for run in newest.values()})
     return "\n".join(
         [*lines, "", f"Measured on {'; '.join(about)}: every rank a real process held to its card's share."]

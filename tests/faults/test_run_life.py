@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def test_a_killed_launcher_takes_its_ranks_along(undisturbed, tiny_base, prepare
     running.wait()
     for rank in ranks.values():
         rank.wait(10)
+    impatient = Running([*command, "--resume"], tmp_path / "log-impatient")
+    impatient.wait_for(lambda: (folder / "checkpoints/checkpoint-4").exists())
+    for _ in range(2):  # the second signal ends a run at once, even while it saves
+        impatient.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert impatient.wait(20) in (1, 75)
     resumed = Running([*command, "--resume"], tmp_path / "log-resumed")
     assert resumed.wait() == 0, resumed.log.read_text()[-3000:]
     assert losses(folder) == losses(undisturbed)
