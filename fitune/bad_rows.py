@@ -16,9 +16,6 @@ def name_rows(batches: list[dict[str, torch.Tensor]], tokenizer: PreTrainedToken
     `batches` hold `input_ids` [rows, T] with an `attention_mask`, or [1, T] of packed examples with `position_ids`.
     """
     wanted = [tokenizer.decode(ids) for batch in batches for ids in _examples(batch)]
-    wanted = [
-        text for text in wanted if len(text) > len(tokenizer.bos_token or "") * 2
-    ]  # rows that only fill up a batch
     found = []
     with train_file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):

@@ -8,6 +8,7 @@ may take as long as they need. A stopped process is noticed at any time. A launc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -47,15 +48,11 @@ class Heartbeat(TrainerCallback):
 
 
 class Watch(threading.Thread):
-    """The launcher's side: kills all ranks of this machine once one of them hangs, or died while others wait.
-
-    `verdict` then says which.
-    """
+    """The launcher's side: kills all ranks of this machine once one of them hangs, and says which."""
 
     def __init__(self, folder: Path):
         super().__init__(daemon=True)
         self.folder = folder
-        self.verdict: str | None = None
         self._over = threading.Event()
         self._seen: dict[int, tuple[tuple, float]] = {}
 
@@ -63,8 +60,8 @@ class Watch(threading.Thread):
         while not self._over.wait(1):
             ranks = {int(file.name): np.fromfile(file, np.int64) for file in self.folder.iterdir()}
             ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 3}
-            self.verdict = self._judge(ranks)
-            if self.verdict:
+            if verdict := self._judge(ranks):
+                print(f"error: {verdict}", file=sys.stderr, flush=True)
                 for numbers in ranks.values():
                     _kill(int(numbers[PID]))
                 return

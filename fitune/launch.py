@@ -48,8 +48,6 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
         flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
         code = launch(run, "fitune.train", *arguments, **flags)
         watch.stop()
-    if watch.verdict:
-        print(f"error: {watch.verdict}", file=sys.stderr)
     return code, bool(received)
 
 
@@ -87,7 +85,8 @@ def _first_failure(failures: dict) -> int:
 
     def order(item):
         code = item[1].exitcode
-        return code == -signal.SIGTERM, code >= 0, item[1].timestamp  # torch's launcher sends SIGTERM to the others
+        # torch's launcher sends SIGTERM to the others, and a rank whose neighbour is gone crashes
+        return code == -signal.SIGTERM, code >= 0, code == CRASHED, item[1].timestamp
 
     rank, first = min(failures.items(), key=order)
     if first.exitcode < 0:
@@ -99,7 +98,10 @@ def _first_failure(failures: dict) -> int:
 
 @contextmanager
 def _signals_go_to_the_ranks():
-    """SIGTERM and Ctrl-C ask the ranks to save and leave, which may take minutes; a second one ends them at once."""
+    """SIGTERM, Ctrl-C, a closed terminal: the ranks save and leave, which may take minutes. A second ends them at once.
+
+    What is ignored, as SIGHUP under nohup, stays ignored. Yields the signals received.
+    """
     import psutil
 
     received = []
@@ -111,7 +113,8 @@ def _signals_go_to_the_ranks():
         said = "finishing the step and saving it; once more to stop at once" if len(received) == 1 else "stopped"
         print(f"{signal.Signals(number).name}: {said}", file=sys.stderr)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield received
     finally:

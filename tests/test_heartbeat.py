@@ -1,0 +1,65 @@
+"""The launcher's watch: which rank it takes for the one that hangs. Real hangs are in tests/faults."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from fitune import heartbeat
+from fitune.heartbeat import LAYERS, PID, WATCHED, Watch
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Numbers of two sleeping processes that are within a step; patience is short."""
+    monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.05)
+    processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    numbers = {rank: np.array([process.pid, 1, 10]) for rank, process in enumerate(processes)}
+    yield numbers
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def judge_twice(watch: Watch, ranks: dict, between=lambda: None) -> str | None:
+    assert watch._judge(ranks) is None
+    time.sleep(0.1)
+    between()
+    return watch._judge(ranks)
+
+
+def test_the_rank_with_the_fewest_layers_hangs_the_others_wait_for_it(ranks, tmp_path):
+    ranks[1][LAYERS] = 7
+    verdict = judge_twice(Watch(tmp_path), ranks)
+    assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]} on ") and "rank 0" not in verdict
+
+
+def test_nobody_is_singled_out_without_a_reason(ranks, tmp_path):
+    verdict = judge_twice(Watch(tmp_path), ranks)
+    assert f"rank 0 (pid {ranks[0][PID]}" in verdict and f", 1 (pid {ranks[1][PID]}" in verdict
+
+
+def test_progress_and_rest_are_no_hang(ranks, tmp_path):
+    def advance():
+        for numbers in ranks.values():
+            numbers[LAYERS] += 1
+
+    assert judge_twice(Watch(tmp_path), ranks, advance) is None
+    for numbers in ranks.values():
+        numbers[WATCHED] = 0
+    assert judge_twice(Watch(tmp_path), ranks) is None
+
+
+def test_all_ranks_are_killed_and_the_verdict_is_printed(ranks, tmp_path, capsys):
+    for rank, numbers in ranks.items():
+        numbers.tofile(tmp_path / str(rank))
+    watch = Watch(tmp_path)
+    watch.start()
+    watch.join(10)
+    assert not watch.is_alive()
+    assert "no progress for 0 s; all ranks were ended" in capsys.readouterr().err
+    for numbers in ranks.values():
+        assert psutil.Process(int(numbers[PID])).wait(10) == -9
