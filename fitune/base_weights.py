@@ -60,14 +60,14 @@ class BaseWeights:
         first, last = start * width, stop * width
         part = QuantState(
             absmax=state.absmax[first // state.blocksize : -(-last // state.blocksize)],
-            shape=torch.Size((stop - start, width)),
+            shape=_as_rows_of_whole_blocks(last - first, state.blocksize),
             dtype=state.dtype,
             blocksize=state.blocksize,
             code=state.code,
             quant_type=state.quant_type,
         )
         packed = self.checkpoint.read_bytes(name, first // 2, -(-last // 2))
-        return dequantize_4bit(packed.view(-1, 1), part)
+        return dequantize_4bit(packed.view(-1, 1), part).view(stop - start, width)
 
     def _is_packed(self, name: str) -> bool:
         return any(f"{name}.quant_state.bitsandbytes__{kind}" in self.checkpoint for kind in ("nf4", "fp4"))
@@ -86,6 +86,14 @@ class BaseWeights:
                 raise FituneError(f"{self.checkpoint[name].file}: tensor {name}: broken quant state: {error}") from None
             self._state_name, self._state = name, state
         return self._state
+
+
+def _as_rows_of_whole_blocks(numel: int, blocksize: int) -> torch.Size:
+    """A shape of `numel` weights that bitsandbytes 0.50.2 dequantises rightly on CPUs with AVX-512.
+
+    There its kernel takes every row to begin a block, whatever the row's length.
+    """
+    return torch.Size((1, numel) if numel % blocksize else (numel // blocksize, blocksize))
 
 
 def unpacked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from fitune.attention import PACKED_ATTENTION
 from fitune.config import Lora, Recipe
 from fitune.errors import UsageError
-from fitune.nf4 import NF4Linear
+from fitune.nf4 import BLOCK, NF4Linear
 
 
 def build_skeleton(
@@ -76,10 +76,18 @@ def _use_liger_kernels(model: PreTrainedModel) -> None:
 
 
 def _quantise_linears(model: PreTrainedModel) -> None:
-    """NF4 for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314)."""
+    """NF4 for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
+
+    Their rows must be whole blocks: on CPUs with AVX-512, bitsandbytes 0.50.2 multiplies as if every row began one.
+    """
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
+                if module.in_features % BLOCK:
+                    raise UsageError(
+                        f"{name} has {module.in_features} inputs; method qlora needs a multiple of {BLOCK}, "
+                        f"method lora does not"
+                    )
                 parent, _, child = name.rpartition(".")
                 quantised = NF4Linear(module.in_features, module.out_features, device="meta")
                 setattr(layer.get_submodule(parent), child, quantised)

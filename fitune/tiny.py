@@ -47,7 +47,7 @@ def build_tiny_base(
     texts: Iterable[str] | None = None,
     vocab_size: int = 2048,
     hidden_size: int = 128,
-    intermediate_size: int = 352,
+    intermediate_size: int = 384,
     num_layers: int = 4,
     num_heads: int = 8,
     num_kv_heads: int = 4,

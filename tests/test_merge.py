@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -148,6 +149,20 @@ def test_nf4_base_equals_peft_on_the_quantised_model(nf4_base, adapter, tmp_path
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
     assert _relative(_logits(out), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (5, 96), (3, 33)], ids=str)
+def test_nf4_rows_that_are_not_whole_blocks_are_dequantised(shape, tmp_path):
+    """As the format says: the code's value times its block's absmax, in bf16."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    parts = {"w": packed} | {f"w.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(parts, tmp_path / "model.safetensors")
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=1).view(-1)[: weight.numel()]
+    expected = state.code[codes.long()] * state.absmax.repeat_interleave(64)[: weight.numel()]
+    with Checkpoint(tmp_path) as checkpoint:
+        found = base_weights.BaseWeights(checkpoint).rows("w", 0, shape[0])
+    assert torch.equal(found, expected.view(shape).bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])

@@ -11,7 +11,7 @@ from fitune.tiny import build_tiny_base
 CPU = torch.device("cpu")
 
 
-def test_bytes_equal_bitsandbytes_and_transformers_reads_them(tmp_path):
+def test_bytes_equal_bitsandbytes_and_transformers_reads_them(plain_linear4bit, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = build_tiny_base(tmp_path / "base", num_layers=2)

@@ -1,5 +1,6 @@
 """The sharded model against the unsharded one: same parameters, same logits, and only its share on each rank."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,11 +12,11 @@ from ranks import run_ranks, sharded_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fitune import sharding
-from fitune.errors import FituneError
-from fitune.model import decoder
+from fitune.errors import FituneError, UsageError
+from fitune.model import build_skeleton, decoder
 from fitune.nf4 import NF4Linear
 from fitune.result import gather_rows
 
@@ -104,7 +105,7 @@ def _replace_by_linear4bit(model, source, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_rank_holds_its_share_and_the_logits_are_the_unsharded_models(
-    world_size, uneven_base, make_run, tmp_path
+    world_size, uneven_base, make_run, plain_linear4bit, tmp_path
 ):
     runs = {case: make_run(uneven_base, tmp_path, processes=world_size, **options) for case, options in CASES.items()}
     reports = run_ranks(_report, world_size, runs)
@@ -240,6 +241,16 @@ def test_uniform_dtype_group_is_refused_on_a_gpu(uneven_base, make_run, tmp_path
     run = make_run(uneven_base, tmp_path, mixed_precision="bf16")
     for dtypes in run_ranks(_unit_dtypes, 1, run)[0]:
         assert dtypes == {torch.float32, torch.bfloat16}
+
+
+def test_qlora_refuses_rows_that_are_not_whole_blocks(uneven_base, make_run, tmp_path):
+    config = json.loads((uneven_base / "config.json").read_text()) | {"intermediate_size": 347}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipes = {method: make_run(tmp_path, tmp_path, method).recipe for method in ("lora", "qlora")}
+    tokenizer = AutoTokenizer.from_pretrained(uneven_base)
+    build_skeleton(recipes["lora"], tmp_path, tokenizer, torch.float32, "cpu")
+    with pytest.raises(UsageError, match=r"mlp\.down_proj has 347 inputs; method qlora needs a multiple of 64"):
+        build_skeleton(recipes["qlora"], tmp_path, tokenizer, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])

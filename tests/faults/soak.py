@@ -40,7 +40,7 @@ def main() -> None:
 
 def soak(folder: Path, kills: int, draw: random.Random) -> None:
     base, prepared = folder / "base", folder / "prepared"
-    conftest.build_base(base, vocab_size=512, hidden_size=64, intermediate_size=176)
+    conftest.build_base(base, vocab_size=512, hidden_size=64, intermediate_size=192)
     prepared.mkdir()
     for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
         conftest.write_split(prepared, split, count, seed)
