@@ -83,6 +83,16 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_first_to_fail() -> bool:
+    """Whether no other rank has asked before: what one rank or all of them met is told once, by the first."""
+    if not dist.is_initialized():
+        return is_main_process()
+    try:
+        return dist.distributed_c10d._get_default_store().add("fitune/failures", 1) == 1
+    except dist.DistNetworkError:
+        return True
+
+
 def take_over_from_accelerate() -> None:
     """`accelerate launch` announces FSDP and mixed precision in the environment; fitune has applied both itself.
 

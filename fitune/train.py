@@ -21,7 +21,7 @@ from fitune.checkpoint import Checkpoint
 from fitune.config import Run
 from fitune.data.data_report import check_prepared
 from fitune.data.dataset import load_split, load_tokenizer
-from fitune.distributed import compute_device, end_with_launcher, is_main_process, join, leave
+from fitune.distributed import compute_device, end_with_launcher, is_first_to_fail, is_main_process, join, leave
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError
 from fitune.heartbeat import Heartbeat
 from fitune.hub import local_folder
@@ -129,14 +129,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_stage(path: Path, stage, **changes) -> None:
-    """Runs `stage` on a run.yaml; an expected error becomes one line from the main process and its exit code."""
+    """Runs `stage` on a run.yaml; an expected error becomes one line, on however many ranks, and its exit code."""
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between trl, peft and transformers, not ours to mend
     try:
         run = runs.load(path)
         stage(run.model_copy(update={key: value for key, value in changes.items() if value}))
     except FituneError as error:
-        if is_main_process():
+        if is_first_to_fail():
             print(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:

@@ -1,9 +1,11 @@
 """TRL's SFTTrainer over an already sharded model: what is saved, what is resumed, what is logged."""
 
+import errno
 import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -137,12 +139,7 @@ class ShardedSFTTrainer(SFTTrainer):
         if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
             self.save_model(str(partial / self.run.result_folder.name))
         save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
-        self._save_rng_state(str(partial))
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), partial / SCHEDULER_NAME)
-            self.state.num_input_tokens_seen = int(self._total_train_tokens)
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
-            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self._save_position(partial)
         dist.barrier()
         write_manifest(partial, self.state.global_step, self.run, self.identity)
         if self.args.should_save:
@@ -154,6 +151,17 @@ class ShardedSFTTrainer(SFTTrainer):
             _remove_old(folder.parent, self.args.save_total_limit)
         dist.barrier()
 
+    def _save_position(self, folder: Path) -> None:
+        """Each rank's random state; the scheduler, step and counters, which are the same on all."""
+        with _disk_errors_named(folder):
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        if self.args.should_save:
+            self.state.num_input_tokens_seen = int(self._total_train_tokens)
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_trainable_weights(Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size)
 
@@ -164,6 +172,16 @@ class ShardedSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+@contextmanager
+def _disk_errors_named(folder: Path):
+    """OSError where torch.save, on a disk that is full or broken, says only that its archive is."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
