@@ -57,6 +57,12 @@ bench: setup  ## regenerate the tables from benchmarks/results
 train-8b-qlora-1x24gb: setup  ## Llama 3 8B, QLoRA, one 24 GB GPU
 	$(BIN)/python cli.py train llama3_8b_qlora --profile single_gpu
 
+train-8b-qlora-1x8gb: setup  ## Llama 3 8B, QLoRA, one 8 GB GPU
+	$(BIN)/python cli.py train llama3_8b_qlora --profile single_gpu_8gb
+
+train-8b-full-2x80gb: setup  ## Llama 3 8B, every weight, two 80 GB GPUs
+	$(BIN)/python cli.py train llama3_8b_full --profile fsdp_2x80gb
+
 train-70b-qlora-1x12gb: setup  ## Llama 3 70B, QLoRA, one 12 GB GPU and 64 GB of RAM
 	$(BIN)/python cli.py train llama3_70b_qlora --profile fsdp_offload_1x12gb
 

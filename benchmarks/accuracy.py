@@ -37,7 +37,8 @@ def setup_of_measured(entry: dict) -> Setup:
     run = runs.resolve(entry["recipe"], entry["profile"], sets)
     as_measured = ("micro_batch", "activation_checkpointing", "activation_offload")
     profile = run.profile.model_copy(update={key: entry[key] for key in as_measured})
-    return setup_of(run.model_copy(update={"profile": profile}), find_shape(run.recipe.base.model))
+    shape = replace(find_shape(run.recipe.base.model), layers=entry["layers"])
+    return setup_of(run.model_copy(update={"profile": profile}), shape)
 
 
 def predicted_host_gib(setup: Setup) -> float:
@@ -73,15 +74,18 @@ def page() -> str:
 
 
 def _measured_table() -> str:
-    lines = ["| recipe | profile | GPU GiB, predicted | measured | off | host GiB, predicted | measured | off |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| recipe | profile | layers | GPU GiB, predicted | measured | off | host GiB, predicted | measured | off |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for entry in measured_runs():
         setup = setup_of_measured(entry)
         gpu, host = gpu_peak(setup).total / GIB, predicted_host_gib(setup)
+        gpu_off, host_off = gpu / entry["peak_gpu_gib"] - 1, host / entry["peak_host_gib"] - 1
         lines.append(
-            f"| `{entry['recipe']}` | `{entry['profile']}` | {gpu:.1f} | {entry['peak_gpu_gib']:.1f} "
-            f"| {gpu / entry['peak_gpu_gib'] - 1:+.1%} | {host:.1f} | {entry['peak_host_gib']:.1f} "
-            f"| {host / entry['peak_host_gib'] - 1:+.1%} |"
+            f"| `{entry['recipe']}` | `{entry['profile']}` | {entry['layers']} "
+            f"| {gpu:.1f} | {entry['peak_gpu_gib']:.1f} | {gpu_off:+.1%} "
+            f"| {host:.1f} | {entry['peak_host_gib']:.1f} | {host_off:+.1%} |"
         )
     return "\n".join(lines)
 

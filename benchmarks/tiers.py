@@ -1,10 +1,11 @@
 """Runs memory profiles on one big GPU, with as many ranks as the tier has, each held to the tier's card.
 
-    python benchmarks/tiers.py PLAN.json OUTPUT_FOLDER
+    python benchmarks/tiers.py PLAN.json OUTPUT_FOLDER          (or all of it: benchmarks/measure.sh)
 
-PLAN.json is a list of runs: {"profile", "recipe", "checkpoint", "cap_gib", "steps", "set": [...], "resume": true}.
-Each goes through `cli.py train` itself: a few steps, a checkpoint, and if asked a resume. One JSON object per run.
-With "cold" the checkpoint is read from the disk twice, by a plain sequential read and by the run that loads it.
+PLAN.json, as in benchmarks/plans/, is a list of runs: {"profile", "recipe", "checkpoint", "data", "cap_gib", "steps",
+"set": [...], "resume": true}. Each goes through `cli.py train` itself: a few steps, a checkpoint, and if asked a
+resume. One JSON object per run. With "cold" the checkpoint is read from the disk twice, by a plain sequential read and
+by the run that loads it.
 """
 
 import argparse
@@ -186,8 +187,21 @@ def _resumed(command: list[str], environment: dict, output: Path, plan: dict) ->
     )
 
 
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def about(commit: str) -> dict:
+    """What every published number says of its origin."""
+    return {
+        "gpu_name": torch.cuda.get_device_name() if torch.cuda.is_available() else "none, CPU",
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # liger-kernel, on a machine without a GPU
 
 
 def main() -> None:
@@ -198,15 +212,9 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    about = {
-        "gpu_name": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": options.commit,
-        "date": datetime.date.today().isoformat(),
-    }
     results = []
     for plan in json.loads(options.plan.read_text()):
-        result = run_tier(plan, options.work) | about
+        result = run_tier(plan, options.work) | about(options.commit)
         results.append(result)
         (options.output / "tiers.json").write_text(json.dumps(results, indent=2) + "\n")
         shown = (

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# One part of the measurements, on a machine with a GPU (or several, which the ranks then share out):
+#
+#     bash benchmarks/measure.sh PART OUTPUT_FOLDER LLAMA3_TOKENIZER_FOLDER COMMIT
+#
+# tests         every test that needs a GPU                                            (1 GPU)
+# 70b           tiers of 70B QLoRA, load speed from a cold disk                        (1 GPU of 80 GB)
+# 8b            tiers of 8B QLoRA and LoRA                                             (1 GPU of 80 GB)
+# 8b-full       8B, every weight, on 2 and 4 ranks                                     (2 GPUs of 80 GB)
+# 70b-fewer-layers   70B LoRA and full at full width, for the bytes of a layer         (2 GPUs of 80 GB)
+# same-losses   8B on 1 and 4 ranks, offloaded or not: the same losses                 (1 GPU of 80 GB)
+#
+# Each takes less than ten minutes. The checkpoints are random, of the true shape, and stay in /tmp for the next part.
+set -euo pipefail
+part=$1 output=$2 tokenizer=$3 commit=$4
+cd "$(dirname "$0")/.."
+export FITUNE_LLAMA3_TOKENIZER=$tokenizer NCCL_SOCKET_NTHREADS=4 NCCL_NSOCKS_PERTHREAD=4
+
+checkpoint() {  # FOLDER SHAPE FORMAT [LAYERS]
+  [ -e "$1/config.json" ] || python3 benchmarks/random_checkpoint.py "$1" --shape "$2" --format "$3" \
+    --tokenizer "$tokenizer" ${4:+--layers "$4"}
+}
+
+[ -e /tmp/data/report.json ] || python3 cli.py prepare --dataset examples/instructions/instructions.jsonl \
+  --tokenizer "$tokenizer" --template plain --max-length 3072 --output /tmp/data >/dev/null
+case $part in
+  tests) python3 -m pytest -m gpu -q -s -p no:cacheprovider tests/test_gpu.py; exit ;;
+  70b) checkpoint /tmp/70b-nf4 70b nf4 ;;
+  8b) checkpoint /tmp/8b-nf4 8b nf4; checkpoint /tmp/8b-bf16 8b bf16 ;;
+  8b-full) checkpoint /tmp/8b-bf16 8b bf16 ;;
+  70b-fewer-layers)
+    for layers in 2 3 6 12; do checkpoint /tmp/70b-bf16-$layers 70b bf16 $layers; done ;;
+  same-losses)
+    checkpoint /tmp/8b-nf4 8b nf4
+    python3 benchmarks/same_losses.py "$output/same-losses.json" --commit "$commit" --recipe llama3_8b_qlora \
+      --reference single_gpu --compare fsdp_offload_1x24gb fsdp_4x24gb fsdp_offload_4gpu --cap-gib 19 \
+      --set base.model=/tmp/8b-nf4 --set data.prepared=/tmp/data --set max_length=1024
+    exit ;;
+  *) sed -n '2,13p' "$0" >&2; exit 2 ;;
+esac
+python3 benchmarks/tiers.py "benchmarks/plans/$part.json" "$output" --commit "$commit"

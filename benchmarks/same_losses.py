@@ -1,0 +1,74 @@
+"""Trains the same steps on other numbers of ranks, offloaded or not, and compares losses and gradient norms.
+
+    python benchmarks/same_losses.py OUTPUT.json --recipe llama3_8b_qlora --reference single_gpu \
+        --compare fsdp_offload_1x24gb fsdp_4x24gb fsdp_offload_4gpu --set base.model=FOLDER --set data.prepared=FOLDER
+
+The reference runs twice: how far these two are apart is the noise that the others are held against. Dropout is off, it
+draws other numbers on other ranks. On one big GPU, --cap-gib lets the ranks share it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tiers import about
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ("loss", "grad_norm")
+
+
+def train(options, profile: str, output: Path) -> list[dict[str, float]]:
+    """Loss and gradient norm of every step of one run of `cli.py train`."""
+    sets = {
+        "training.max_steps": options.steps, "training.logging_steps": 1, "training.save_strategy": "'no'",
+        "training.report_to": "none", "lora.dropout": 0, "global_batch_size": options.global_batch_size,
+        "profile.micro_batch": 1,
+    }  # fmt: skip
+    items = [*(f"{key}={value}" for key, value in sets.items()), *options.set]
+    command = [sys.executable, "cli.py", "train", options.recipe, "--profile", profile, "--output", str(output)]
+    command += [part for item in items for part in ("--set", item)]
+    cap = {"FITUNE_GPU_CAP_GIB": str(options.cap_gib)} if options.cap_gib else {}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | cap, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{profile}: {done.stdout[-1000:]}{done.stderr[-3000:]}")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: line[key] for key in METRICS} for line in lines if "loss" in line]
+
+
+def furthest(curve: list[dict], reference: list[dict]) -> dict[str, float]:
+    """The largest relative difference of each metric over all steps."""
+    pairs = list(zip(curve, reference, strict=True))
+    return {key: max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs) for key in METRICS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--reference", required=True, metavar="PROFILE")
+    parser.add_argument("--compare", nargs="+", required=True, metavar="PROFILE")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--global-batch-size", type=int, default=4)
+    parser.add_argument("--cap-gib", type=float, help="torch's memory per rank, where ranks share one GPU")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    result = {"benchmark": "same losses", "recipe": options.recipe, "steps": options.steps, "runs": {}}
+    result |= about(options.commit) | {"command": " ".join(["python", *sys.argv])}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {"reference": options.reference, "repeated": options.reference}
+        runs |= {profile: profile for profile in options.compare if profile not in runs}
+        for label, profile in runs.items():
+            curve = train(options, profile, Path(folder) / label)
+            result["runs"][label] = {"profile": profile, "curve": curve}
+            result["runs"][label]["furthest"] = furthest(curve, result["runs"]["reference"]["curve"])
+            print(label, profile, result["runs"][label]["furthest"], curve[0], curve[-1], flush=True)
+            options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
