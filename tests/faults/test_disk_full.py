@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is saved: a small tmpfs, where one may be mounted."""
+"""A disk that fills up while a checkpoint is saved, or a model merged: a small tmpfs, where one may be mounted."""
 
 import shutil
 import subprocess
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fitune import merge
+from fitune.errors import FituneError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,7 +32,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_costs_no_checkpoint_and_no_steps(small_disk, tiny_base, prepared, tmp_path):
+def test_a_full_disk_costs_no_checkpoint_and_no_steps(small_disk, tiny_base, prepared, tmp_path, monkeypatch):
     disk, resize = small_disk
     command = train_command(tiny_base, prepared, disk / "run", 40, **{"training.save_total_limit": 40})
     running = Running([*command, "--force"], tmp_path / "log")
@@ -47,4 +50,14 @@ def test_a_full_disk_costs_no_checkpoint_and_no_steps(small_disk, tiny_base, pre
     assert resumed.wait() == 75
     assert "skipped" not in resumed.log.read_text()
     assert [step for step, *_ in losses(disk / "run")] == list(range(1, saved_steps(disk / "run")[-1] + 1))
+    adapter = shutil.copytree(disk / f"run/checkpoints/checkpoint-{saved[-1]}/adapter", tmp_path / "adapter")
     shutil.rmtree(disk / "run")
+
+    resize("256k")  # less than the model takes, as when another program fills the disk after merge looked at it
+    monkeypatch.setattr(merge, "check_disk_space", lambda output, nbytes: None)
+    (disk / "precious").write_text("1")
+    with pytest.raises(FituneError, match=r"merged: not written: .*No space left on device; nothing was left behind"):
+        merge.merge_adapter(tiny_base, adapter, disk / "merged", progress=False)
+    assert [path.name for path in disk.iterdir()] == ["precious"]
+    resize("64m")
+    merge.merge_adapter(tiny_base, adapter, disk / "merged", progress=False)
