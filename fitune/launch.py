@@ -71,12 +71,13 @@ def launch(
     parsed = launch_command_parser().parse_args([*flags, str(run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = signals_to_handle
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        launch_command(parsed)
-    except ChildFailedError as error:
-        return _first_failure(error.failures)
-    except ValueError as error:
-        raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
+    with tempfile.TemporaryDirectory(prefix="fitune-") as parsed.log_dir:  # torch would leave a folder of its own
+        try:
+            launch_command(parsed)
+        except ChildFailedError as error:
+            return _first_failure(error.failures)
+        except ValueError as error:
+            raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
     return 0
 
 

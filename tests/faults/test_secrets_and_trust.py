@@ -83,6 +83,7 @@ def test_a_whole_run_leaks_no_token_and_writes_only_where_it_was_told(tiny_base,
         assert _files(folder) == files, folder
     strangers = [name for name in written if not name.startswith(("mine/", "home/.cache/", "elsewhere/precious"))]
     assert not strangers
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("fitune/**/*.py"), ROOT / "cli.py"]), ids=lambda p: p.name)
