@@ -102,7 +102,7 @@ class Setup:
         """Parameters."""
         if self.full:
             return self.shape.parameters
-        return self.shape.layers * self.lora_per_layer + self.trained_tokens * self.shape.hidden
+        return self.shape.layers * self.lora_per_layer + 2 * self.trained_tokens * self.shape.hidden
 
     @property
     def layer_weights(self) -> float:
@@ -140,6 +140,11 @@ class Setup:
     @property
     def unsharded_head(self) -> float:
         return 0.0 if self._in_place and not (self.offload or self.embedding_offload) else self.gathered_head
+
+    @property
+    def head_copy(self) -> float:
+        """The head with its trained rows in place, for the loss."""
+        return self.gathered_head if self.trained_tokens else 0.0
 
     @property
     def _in_place(self) -> bool:
@@ -265,11 +270,12 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "forward, gathering the head": {
             **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
         "forward, loss": {
-            **before, **layers_in_forward, "unsharded head": s.unsharded_head, "kept activations": kept,
+            **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy, "kept activations": kept,
             "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},
         "backward, loss": {
-            **before, **layers_in_forward, "unsharded head": s.unsharded_head, "gather buffers": prefetched_layer,
-            "kept activations": kept, "hidden states": 2 * s.hidden_state, "loss workspace": _loss_backward(s)},
+            **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy,
+            "gather buffers": prefetched_layer, "kept activations": kept, "hidden states": 2 * s.hidden_state,
+            "loss workspace": _loss_backward(s)},
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
             "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
@@ -298,9 +304,9 @@ def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
 
 
 def _loss_backward(s: Setup) -> float:
-    """A tile of logits, the hidden states' gradient in float32 and rounded; for method full the head's likewise."""
+    """A tile of logits, the hidden states' gradient in float32 and rounded; a trained head's likewise."""
     hidden = s.tokens * s.shape.hidden
-    head = s.shape.embedding_weights if s.full else 0
+    head = s.shape.embedding_weights if s.full or s.trained_tokens else 0
     return s.loss_tile + (hidden + head) * (FP32 + s.compute)
 
 

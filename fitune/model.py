@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +61,11 @@ def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
             raise UsageError(
                 f"{folder}: embedding and head are one tensor (tie_word_embeddings); use method lora or qlora"
             )
+        if recipe.lora.trainable_tokens:
+            raise UsageError(
+                f"{folder}: lora.trainable_tokens needs an embedding and a head of their own, here they are one tensor "
+                f"(tie_word_embeddings); use chat_template plain"
+            )
         config.tie_word_embeddings = False  # both are frozen: `fitune.weights` reads the head from the embedding
 
 
@@ -100,7 +106,7 @@ def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizer
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        trainable_token_indices={"embed_tokens": token_ids} if token_ids else None,
+        trainable_token_indices={"embed_tokens": token_ids, "lm_head": token_ids} if token_ids else None,
         task_type="CAUSAL_LM",
     )
     for parameter in model.parameters():
@@ -114,6 +120,8 @@ def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizer
             _cast_lora_while_computing(module)
         elif isinstance(module, TrainableTokensLayer):
             module.__class__ = _TrainableTokens
+        elif isinstance(module, TrainableTokensWrapper):
+            module.bias = None  # TRL's fused loss asks the head for it
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -141,14 +149,20 @@ def _cast_lora_while_computing(module: LoraLayer) -> None:
 
 
 class _TrainableTokens(TrainableTokensLayer):
-    """PEFT's layer without its copy of the whole embedding matrix per forward (2 GiB at 70B): only the looked-up rows
-    of trained tokens are replaced."""
+    """PEFT's layer without its copy of the whole embedding or head per forward (2 GiB at 70B).
+
+    Only the looked-up rows, or the logits, of trained tokens are replaced. TRL's fused loss asks for the head's weight,
+    though, and gets a copy.
+    """
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         output = self.base_layer(x)
         if self.disable_adapters or not self.active_adapters:
             return output
         [adapter] = self.active_adapters
-        for row, token_id in zip(self.trainable_tokens_delta[adapter], self.token_indices[adapter], strict=True):
-            output = torch.where((x == token_id).unsqueeze(-1), row.to(output.dtype), output)
+        rows, token_ids = self.trainable_tokens_delta[adapter].to(output.dtype), self.token_indices[adapter]
+        if isinstance(self.base_layer, nn.Linear):
+            return output.index_copy(-1, torch.tensor(token_ids, device=output.device), F.linear(x, rows))
+        for row, token_id in zip(rows, token_ids, strict=True):
+            output = torch.where((x == token_id).unsqueeze(-1), row, output)
         return output

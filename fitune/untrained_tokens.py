@@ -10,7 +10,7 @@ from fitune.config import Recipe
 from fitune.data.chat_template import control_tokens_of_template
 from fitune.errors import UsageError
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAMPLES = 256
 "Ordinary tokens whose embeddings give the usual norm."
 UNTRAINED_BELOW = 0.1
@@ -20,7 +20,8 @@ UNTRAINED_BELOW = 0.1
 def refuse_untrained_control_tokens(recipe: Recipe, base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UsageError if the template uses tokens with untrained embeddings that this run would leave as they are.
 
-    The model could neither read nor write them: a frozen base never learns where a turn ends.
+    The model could neither read nor write them: a frozen base never learns where a turn ends. Their rows of the head
+    are no better: all were pushed away from every text, so that none can be told from the others.
     """
     if recipe.method == "full":
         return
@@ -30,12 +31,13 @@ def refuse_untrained_control_tokens(recipe: Recipe, base_folder: Path, tokenizer
             checkpoint, torch.linspace(0, checkpoint[EMBEDDING].shape[0] - 1, SAMPLES).long().tolist()
         ).median()
         norms = _norms(checkpoint, tokenizer.convert_tokens_to_ids(tokens))
+        can_be_trained = HEAD in checkpoint  # where the head is the embedding, `fitune.model` refuses
     untrained = [token for token, norm in zip(tokens, norms, strict=True) if norm < UNTRAINED_BELOW * usual]
     if untrained:
         raise UsageError(
             f"{recipe.base.model} has untrained embeddings for {', '.join(untrained)}, which chat_template "
-            f"{recipe.data.chat_template} needs; use --set data.chat_template=plain, or train those rows: "
-            f"--set 'lora.trainable_tokens={untrained}'"
+            f"{recipe.data.chat_template} needs; use --set data.chat_template=plain"
+            + (f", or train those rows: --set 'lora.trainable_tokens={untrained}'" if can_be_trained else "")
         )
 
 

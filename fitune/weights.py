@@ -186,7 +186,7 @@ class _Loader:
     def _initial_adapter(self, name: str, shape: torch.Size) -> torch.Tensor:
         """LoRA's start (A as in PEFT, B zero), the same on any number of ranks; a trained token starts as it was."""
         if "trainable_tokens_delta" in name:
-            source = "model.embed_tokens.weight"
+            source = "lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"
             return torch.cat([self.checkpoint.read_rows(source, i, i + 1) for i in self.token_ids[name]])
         if "lora_B" in name:
             return torch.zeros(shape)

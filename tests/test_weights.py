@@ -10,7 +10,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from ranks import run_ranks, sharded_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
@@ -387,11 +387,17 @@ def _logits_and_tokens(runs: dict, tokens) -> dict:
         ids = tokenizer.convert_tokens_to_ids(TRAINED)
         deltas = {n: p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}
         report[case] = {"logits": model(tokens).logits.detach(), "ids": ids}
-        for delta in deltas.values():
-            report[case]["start"] = delta.full_tensor().detach().clone()
-            delta.data.mul_(-1)
+        if deltas:
+            report[case]["start"] = {_layer_of(n): delta.full_tensor().detach().clone() for n, delta in deltas.items()}
+            model.apply(lambda module: module.reshard() if isinstance(module, FSDPModule) else None)
+            for delta in deltas.values():
+                delta.data.mul_(-1)
             report[case]["changed"] = model(tokens).logits.detach()
     return report
+
+
+def _layer_of(delta: str) -> str:
+    return "lm_head" if "lm_head" in delta else "model.embed_tokens"
 
 
 def test_tied_embeddings_and_trained_tokens(tied_base, uneven_base, make_run, tmp_path):
@@ -410,15 +416,19 @@ def test_tied_embeddings_and_trained_tokens(tied_base, uneven_base, make_run, tm
             plain = LlamaForCausalLM.from_pretrained(uneven_base, dtype=torch.float32)
             found = report["tokens"]
             assert set(found["ids"]) <= set(tokens.view(-1).tolist())
-            assert torch.equal(found["start"], plain.model.embed_tokens.weight[found["ids"]])
-            assert torch.equal(found["logits"], plain(tokens).logits)
+            assert set(found["start"]) == {"model.embed_tokens", "lm_head"}
+            for name, rows in found["start"].items():
+                assert torch.equal(rows, plain.get_submodule(name).weight[found["ids"]])
+            torch.testing.assert_close(found["logits"], plain(tokens).logits, rtol=1e-5, atol=1e-6)
             with torch.no_grad():
-                plain.model.embed_tokens.weight[found["ids"]] *= -1
-            assert torch.equal(found["changed"], plain(tokens).logits)
+                for name in found["start"]:
+                    plain.get_submodule(name).weight[found["ids"]] *= -1
+            torch.testing.assert_close(found["changed"], plain(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_full_fine_tune_of_tied_embeddings_is_refused(tied_base, make_run, tmp_path):
-    run = make_run(tied_base, tmp_path, "full")
+@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora", "lora": {"trainable_tokens": TRAINED}}])
+def test_training_a_part_of_tied_embeddings_is_refused(options, tied_base, make_run, tmp_path):
+    run = make_run(tied_base, tmp_path, **options)
     with pytest.raises(UsageError, match="tie_word_embeddings"):
         build_skeleton(run.recipe, tied_base, load_tokenizer(run.recipe, tied_base), torch.float32, "cpu")
 
