@@ -53,6 +53,7 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
 )
+force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 
 
@@ -204,10 +205,10 @@ def train(
         click.echo(runs.dump(run), nl=False)
         click.echo("\n# " + _launch_line(run, "fitune.train"))
         return
-    from fitune.preflight import check_before_training, open_run_folder
+    from fitune.launch import train_with_restarts
+    from fitune.preflight import check_before_training, open_run_folder, wait_for_run_folder
 
     check_before_training(run, force=force)
-    open_run_folder(run, resume)
     click.echo(_launch_line(run, "fitune.train"))
     flags = {
         "--machine_rank": machine_rank,
@@ -215,9 +216,9 @@ def train(
         "--main_process_port": main_process_port,
     }
     given = tuple(str(part) for flag, value in flags.items() if value is not None for part in (flag, value))
-    from fitune.launch import train_with_restarts
-
-    if code := train_with_restarts(run, resume=resume, max_restarts=max_restarts, accelerate_flags=given):
+    with wait_for_run_folder(run) if machine_rank else open_run_folder(run, resume):
+        code = train_with_restarts(run, resume=resume, max_restarts=max_restarts, accelerate_flags=given)
+    if code:
         sys.exit(code)
     click.echo(
         f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: python cli.py eval {run.folder}"
@@ -226,9 +227,10 @@ def train(
 
 @cli.command("eval", epilog="Example:  python cli.py eval runs/tiny_qlora-cpu_2proc")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-def eval_command(run_folder):
+@force_option
+def eval_command(run_folder, force):
     """Loss, perplexity and token accuracy on the test split, base against tuned."""
-    _launch(_finished_run(run_folder), "fitune.evaluate")
+    _launch(_finished_run(run_folder), "fitune.evaluate", *(["--force"] if force else []))
 
 
 @cli.command(epilog='Example:  python cli.py generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
@@ -239,7 +241,8 @@ def eval_command(run_folder):
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
-def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file):
+@force_option
+def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file, force):
     """Answers from base and tuned model side by side, or from a merged model."""
     is_model = not (run_or_model / "run.yaml").is_file() and (run_or_model / "config.json").is_file()
     if not (prompt or test or chat):
@@ -253,6 +256,7 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         "--temperature",
         str(temperature),
         *(["--chat"] if chat else []),
+        *(["--force"] if force else []),
         *(["--test", str(test)] if test else []),
         *(["--json", str(json_file)] if json_file else []),
     ]
@@ -296,7 +300,7 @@ def doctor(model):
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @click.option("--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force).")
-@click.option("--force", is_flag=True, help="Merge even if the base may not be the adapter's own.")
+@force_option
 def merge(run_folder, output, base, force):
     """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
     run, result = _run_and_result(run_folder)
@@ -332,6 +336,10 @@ def _run_and_result(folder: Path):
     if not result.is_dir():
         whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
         raise UsageError(f"{result}: no such folder; give a run folder or a whole checkpoint of it{whole_model}")
+    from fitune.manifest import find_damage
+
+    if damage := find_damage(folder):
+        raise UsageError(f"{folder}: {damage}; merge another checkpoint, or the run's result")
     return run, result
 
 

@@ -112,6 +112,8 @@ def _scale(file: AdapterFile, module: str, prefix: str) -> float:
         r = _by_pattern(file.config.get("rank_pattern"), module, file.config["r"])
         alpha = _by_pattern(file.config.get("alpha_pattern"), module, file.config["lora_alpha"])
         scale = float(alpha) / (math.sqrt(r) if file.config.get("use_rslora") else r)
+        if not math.isfinite(scale):
+            raise ValueError(f"alpha {alpha} / r {r} is not a number")
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError, re.error) as error:
         raise UsageError(f"{where}: r, lora_alpha or their patterns are unusable: {error!r}") from None
     a, b = file[f"{prefix}A.weight"], file[f"{prefix}B.weight"]

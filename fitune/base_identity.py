@@ -87,6 +87,18 @@ def base_mismatch(record: BaseRecord, fingerprint: dict[str, str]) -> str | None
     return f"has the shapes but not the weights of the adapter's base {name}"
 
 
+def settle_doubt(base: Path, adapter: Path, doubt: str | None, *, recorded: bool, force: bool) -> str | None:
+    """What to tell the user before `adapter` is used on `base`, if anything. Raises UsageError for a doubt not forced.
+
+    `recorded`: whether the adapter has a record of its base, so that no doubt means that there is none.
+    """
+    if doubt and not force:
+        raise UsageError(f"{base}: {doubt}; give the adapter's own base, or --force if you know that they fit")
+    if doubt:
+        return f"warning: {base}: {doubt}; going on all the same (--force), unknown whether they fit"
+    return None if recorded else f"note: {adapter}: no record of its base; only names and shapes were compared"
+
+
 def _sample_places(nbytes: int) -> list[int]:
     return sorted({0, max(0, nbytes // 2 - SAMPLE_BYTES // 2), max(0, nbytes - SAMPLE_BYTES)})
 

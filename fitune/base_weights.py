@@ -21,6 +21,8 @@ def read_base_config(base: Path) -> dict:
     """The base's config.json; UsageError for weights quantised in a way that cannot be read."""
     config = read_json(base / "config.json", "give a folder with config.json and *.safetensors")
     quantised = config.get("quantization_config")
+    if quantised and not isinstance(quantised, dict):
+        raise UsageError(f"{base / 'config.json'}: quantization_config is not an object")
     if quantised and not (quantised.get("quant_method") == "bitsandbytes" and quantised.get("load_in_4bit")):
         method = quantised.get("quant_method")
         raise UsageError(f"{base}: quantised with {method!r}; merge reads bf16, fp16, fp32 and bitsandbytes 4-bit")

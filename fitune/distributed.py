@@ -83,6 +83,15 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def from_rank_0(value):
+    """Rank 0's value on all ranks: what another machine sees of a shared folder may be a moment old."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def is_first_to_fail() -> bool:
     """Whether no other rank has asked before: what one rank or all of them met is told once, by the first."""
     if not dist.is_initialized():

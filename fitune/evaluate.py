@@ -24,14 +24,17 @@ from fitune.trainer import ShardedSFTTrainer
 from fitune.tuned import load_tuned_weights, tuned_base_folder
 
 
-def evaluate(run: Run) -> None:
-    """Writes eval.json to the run's folder: {"base": metrics, "tuned": metrics, "rows": held-out rows}."""
+def evaluate(run: Run, force: bool = False) -> None:
+    """Writes eval.json to the run's folder: {"base": metrics, "tuned": metrics, "rows": held-out rows}.
+
+    `force` evaluates also on a base that may not be the adapter's own.
+    """
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     rows = load_split(run.recipe, "test", run.folder / "cache")
     results = {}
-    for label, folder in (("base", base_folder), ("tuned", tuned_base_folder(run, base_folder))):
+    for label, folder in (("base", base_folder), ("tuned", tuned_base_folder(run, base_folder, force))):
         if label == "base" or folder != base_folder:  # an adapter is switched off and on; a full model is loaded anew
             model = load_sharded_model(run, folder, tokenizer, mesh)
             load_tuned_weights(run, model, mesh)
@@ -97,7 +100,9 @@ def _table(report: dict) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fitune.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
-    run_stage(parser.parse_args(arguments).run, evaluate)
+    parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
+    options = parser.parse_args(arguments)
+    run_stage(options.run, lambda run: evaluate(run, options.force))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fitune.config import Run
-from fitune.data.chat_template import end_of_turn_ids
+from fitune.data.chat_template import end_of_turn_ids, read_tokenizer
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.distributed import compute_device, is_main_process, join, leave
+from fitune.errors import UsageError
 from fitune.hub import local_folder
 from fitune.train import load_sharded_model, run_stage
 from fitune.tuned import load_tuned_weights, tuned_base_folder
@@ -58,7 +59,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     stop_ids = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
-    tuned_folder = tuned_base_folder(run, base_folder)
+    tuned_folder = tuned_base_folder(run, base_folder, options.force)
 
     def load(folder: Path) -> Answerer:
         model = load_sharded_model(run, folder, tokenizer, mesh)
@@ -95,11 +96,16 @@ def _conversations(run: Run, options: argparse.Namespace) -> list[list[dict]]:
 
 def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     """Answers from a merged (or any chat) model folder, loaded by transformers on one device."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device)
+    tokenizer = read_tokenizer(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
+        raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
     stop_ids = model.generation_config.eos_token_id
     answerer = Answerer(model, tokenizer, stop_ids, device, options.max_new_tokens, options.temperature)
     if options.chat:
@@ -155,6 +161,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
     parser.add_argument("--json", type=Path, help="also write the answers to this file")
     return parser.parse_args(arguments)
 

@@ -1,11 +1,13 @@
 """SIGTERM and Ctrl-C: all ranks finish the optimizer step, save it, and leave with exit code 75."""
 
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from fitune.distributed import is_main_process
 from fitune.errors import INTERRUPTED, Interrupted
 
 
@@ -23,6 +25,8 @@ class Interruption(TrainerCallback):
 
     def _note(self, number, frame) -> None:
         if not self.training:
+            if is_main_process():
+                print("stopped: before the first step, with nothing to save", file=sys.stderr)
             raise SystemExit(INTERRUPTED)
         self.told = True
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fitune.config import Run
-from fitune.errors import CRASHED, FituneError
+from fitune.errors import CRASHED, INTERRUPTED, FituneError
 from fitune.run import ROOT
 
 
@@ -26,17 +26,20 @@ def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate
     come again.
     """
     for restart in range(max_restarts + 1):
-        code, told_to_stop = _train_once(run, resume, accelerate_flags)
-        if code != CRASHED or told_to_stop or restart == max_restarts:
+        code, signals = _train_once(run, resume, accelerate_flags)
+        if signals == 1 and code == CRASHED:  # told to stop while the ranks were starting
+            return INTERRUPTED
+        if code != CRASHED or signals or restart == max_restarts:
             break
-        resume = any((run.folder / "checkpoints").glob("checkpoint-*"))
-        start = "the newest checkpoint" if resume else "the beginning, there is no checkpoint yet"
+        resume = True
+        saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
+        start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
         print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
     return 1 if code == CRASHED else code
 
 
-def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tuple[int, bool]:
-    """(exit code, whether a signal told the run to stop), with all ranks of this machine watched."""
+def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tuple[int, int]:
+    """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
     from fitune.heartbeat import FOLDER, Watch
 
     arguments = ["--resume"] if resume else []
@@ -48,7 +51,7 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
         flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
         code = launch(run, "fitune.train", *arguments, **flags)
         watch.stop()
-    return code, bool(received)
+    return code, len(received)
 
 
 def launch(
@@ -83,11 +86,13 @@ def launch(
 
 def _first_failure(failures: dict) -> int:
     """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
+    began = min(failure.timestamp for failure in failures.values())
 
     def order(item):
-        code = item[1].exitcode
-        # torch's launcher sends SIGTERM to the others, and a rank whose neighbour is gone crashes
-        return code == -signal.SIGTERM, code >= 0, code == CRASHED, item[1].timestamp
+        code, when = item[1].exitcode, item[1].timestamp
+        # torch's launcher sends SIGTERM to the others and half a minute later SIGKILL, and a rank whose neighbour is
+        # gone crashes
+        return when - began > 10, code == -signal.SIGTERM, code >= 0, code == CRASHED, when
 
     rank, first = min(failures.items(), key=order)
     if first.exitcode < 0:

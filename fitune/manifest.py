@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fitune.base_identity import BaseRecord
 from fitune.config import Run, Strict
 from fitune.data.chat_template import template_hash, tokenizer_hash
+from fitune.distributed import from_rank_0, is_main_process
 from fitune.errors import UsageError
 
 MANIFEST = "manifest.json"
@@ -82,9 +83,9 @@ def identify(run: Run, base: BaseRecord, tokenizer) -> Identity:
 
 def write_manifest(folder: Path, step: int, run: Run, identity: Identity) -> None:
     """Call on all ranks once all files are written: each reads its share of them, rank 0 writes."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = from_rank_0(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
     files = {name: saved for part in _on_all_ranks(_describe, folder, names) for name, saved in part.items()}
-    if dist.get_rank() == 0:
+    if is_main_process():
         manifest = Manifest(
             step=step,
             samples=step * run.recipe.global_batch_size,
@@ -116,9 +117,12 @@ def read_manifest(folder: Path) -> Manifest:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`, None if it is whole. Call on all ranks: they share the reading."""
     try:
-        manifest = read_manifest(folder)
-    except ValueError as error:
-        return str(error)
+        manifest, error = read_manifest(folder), None
+    except ValueError as problem:
+        manifest, error = None, str(problem)
+    manifest, error = from_rank_0((manifest, error))
+    if error:
+        return error
     found = [damage for part in _on_all_ranks(_compare, folder, list(manifest.files.items())) for damage in part]
     return min(found, default=None)
 
@@ -136,6 +140,8 @@ def refuse_another_identity(checkpoint: Path, identity: Identity) -> None:
 
 def _on_all_ranks(work, folder: Path, items: list) -> list:
     """`work(folder, share)` of every rank, where rank r's share is every world_size-th item from r on."""
+    if not dist.is_initialized():
+        return [work(folder, items)]
     results = [None] * dist.get_world_size()
     dist.all_gather_object(results, work(folder, items[dist.get_rank() :: dist.get_world_size()]))
     return results

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fitune.adapter import AdapterFile, Lora, read_adapter
-from fitune.base_identity import base_fingerprint, base_mismatch, read_base_record
+from fitune.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.base_weights import BaseWeights, read_base_config
 from fitune.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from fitune.config import Run
@@ -55,6 +55,7 @@ def merge_adapter(
     with Checkpoint(base) as checkpoint, AdapterFile(adapter) as adapter_file:
         weights = BaseWeights(checkpoint)
         lora = read_adapter(adapter_file)
+        _refuse_missing_tensors(weights, config)
         _check_targets(lora, adapter_file, weights)
         _check_identity(adapter, weights, lora, adapter_file.config, force)
         specs = _output_specs(weights, dtype)
@@ -138,6 +139,25 @@ def _check_targets(lora: Lora, file: AdapterFile, weights: BaseWeights) -> None:
             raise UsageError(f"{where}: {name}: the adapter is for shape {given}, {base} has {needed}; wrong base?")
 
 
+def _refuse_missing_tensors(weights: BaseWeights, config: dict) -> None:
+    """FituneError if the base lacks a tensor of the Llama that its config.json describes, or has another shape."""
+    if config.get("model_type") != "llama":
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"}))
+    base, tied = weights.checkpoint.folder, config.get("tie_word_embeddings")
+    for name, tensor in model.state_dict().items():
+        found = weights.shapes.get(name)
+        if found is None and not (tied and name == "lm_head.weight"):
+            raise FituneError(f"{base}: tensor {name} is missing, which its config.json asks for")
+        if found is not None and tuple(found) != tuple(tensor.shape):
+            raise FituneError(
+                f"{base}: tensor {name} has shape {found}, its config.json asks for {tuple(tensor.shape)}"
+            )
+
+
 def _check_identity(adapter: Path, weights: BaseWeights, lora: Lora, config: dict, force: bool) -> None:
     """Refuses a base that is not the adapter's own, as far as names, shapes and the adapter's record tell."""
     record, base = read_base_record(adapter), weights.checkpoint.folder
@@ -145,12 +165,8 @@ def _check_identity(adapter: Path, weights: BaseWeights, lora: Lora, config: dic
         doubt = base_mismatch(record, base_fingerprint(weights.checkpoint))
     else:
         doubt = _unadapted(weights, lora, config)
-    if doubt and not force:
-        raise UsageError(f"{base}: {doubt}; give the adapter's own base, or --force if you know that they fit")
-    if doubt:
-        print(f"warning: {base}: {doubt}; merging all the same (--force), unknown whether they fit", file=sys.stderr)
-    elif record is None:
-        print(f"note: {adapter}: no record of its base; only names and shapes were compared", file=sys.stderr)
+    if said := settle_doubt(base, adapter, doubt, recorded=record is not None, force=force):
+        print(said, file=sys.stderr)
 
 
 def _unadapted(weights: BaseWeights, lora: Lora, config: dict) -> str | None:

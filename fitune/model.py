@@ -26,13 +26,15 @@ def build_skeleton(
     Frozen weights have `compute_dtype` (or packed NF4), trainable ones float32: their optimizer needs the precision,
     and FSDP or `_LoraLinear` casts them for the computation. Raises UsageError for a model that is not a Llama.
     """
-    config = AutoConfig.from_pretrained(base_folder)
+    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     _check_architecture(config, base_folder, recipe)
     stored_dtype = config.dtype or torch.bfloat16
     attention = PACKED_ATTENTION if recipe.packing and device_type == "cuda" else "sdpa"
     with torch.device("meta"):
         dtype = torch.float32 if recipe.method == "full" else compute_dtype
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     model.config.dtype = stored_dtype  # what a fully trained model is saved in
     model.generation_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if device_type == "cuda":

@@ -43,7 +43,7 @@ def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise FituneError(f"{output}: not written: {error}; nothing was left behind") from error
     finally:
-        _remove(unfinished)
+        remove(unfinished)
         os.close(lock)
 
 
@@ -81,7 +81,7 @@ def rename_when_whole(unfinished: Path, output: Path, *, replace: bool) -> None:
             replaced.rename(output)
         raise
     _flush(output.parent)
-    _remove(replaced)
+    remove(replaced)
 
 
 def _temporary(output: Path) -> Path:
@@ -115,14 +115,15 @@ def _remove_if_unlocked(folder: Path) -> None:
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(folder)
+        remove(folder)
     except BlockingIOError:
         pass
     finally:
         os.close(lock)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A folder with all in it, a file, or a link; nothing if there is nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -175,6 +175,8 @@ def refusal(plan: Plan) -> str | None:
 
 
 def way_out(plan: Plan) -> str:
+    if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
+        return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
     if plan.changes:
         return f"nearest change that fits: {'   or   '.join(plan.changes)}"
     return "no change of one or two settings makes it fit, nor does another profile"
@@ -189,7 +191,10 @@ def limits_for_training(run: Run) -> Limits:
     cap = os.environ.get("FITUNE_GPU_CAP_GIB")
     if cap:
         limits = replace(limits, gpus=run.accelerate.num_processes, gpu=float(cap) + MEASURED.outside_allocator / GIB)
-    return replace(limits, disk=free_disk_gib(run.folder), download_disk=free_disk_gib(hub_cache()))
+    saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
+    return replace(
+        limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
+    )  # a resumed run's checkpoints are there already
 
 
 def plan_with_changes(run: Run, limits: Limits) -> Plan:

@@ -1,5 +1,7 @@
 """What can be checked before a process is started, and the run folder's opening."""
 
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fitune import run as runs
@@ -7,6 +9,10 @@ from fitune.config import Run
 from fitune.errors import UsageError
 from fitune.hub import local_config
 from fitune.run_lock import LOCK, RunLock
+
+SHARED_FOLDER_SECONDS = 600
+KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+"Fields of `training:` that a checkpoint holds beside the optimizer's state; changed, they would not take effect."
 
 
 def check_before_training(run: Run, *, force: bool = False) -> None:
@@ -29,19 +35,47 @@ def check_fits(run: Run) -> None:
         raise UsageError(f"{reason}; --force trains anyway")
 
 
-def open_run_folder(run: Run, resume: bool) -> None:
-    """Writes run.yaml into a new folder; with `resume` the folder must hold the same run."""
+def open_run_folder(run: Run, resume: bool) -> RunLock:
+    """Writes run.yaml into a new folder; with `resume` the folder must hold the same run. Returns the folder's lock."""
     file = run.folder / "run.yaml"
-    if (run.folder / LOCK).exists():
-        RunLock(run.folder).release()
-    if resume:
-        if not file.is_file():
+    try:
+        if resume and not file.is_file():
             raise UsageError(f"{run.folder}: nothing to resume, run.yaml is missing; train without --resume")
-        _refuse_another_run(runs.load(file), run)
-    elif run.folder.exists() and any(run.folder.iterdir()):
-        raise UsageError(f"{run.folder} exists; add --resume to continue it, or choose another --output")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(runs.dump(run), encoding="utf-8")
+        if not resume and run.folder.exists() and any(run.folder.iterdir()):
+            if (run.folder / LOCK).exists():
+                RunLock(run.folder).release()  # says who trains there, if someone does
+            raise UsageError(f"{run.folder} exists; add --resume to continue it, or choose another --output")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run.folder)
+        try:
+            if resume:
+                _refuse_another_run(runs.load(file), run)
+            _write(file, runs.dump(run))
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise UsageError(f"{run.folder}: cannot be written: {error.strerror}; give another --output") from None
+    return lock
+
+
+def wait_for_run_folder(run: Run) -> AbstractContextManager:
+    """On machine 1 and up: until machine 0, which has the lock, wrote the same run.yaml to the folder they share."""
+    file, deadline = run.folder / "run.yaml", time.monotonic() + SHARED_FOLDER_SECONDS
+    while not file.is_file() or file.read_text(encoding="utf-8") != runs.dump(run):
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{file}: not there, or of other settings, after {SHARED_FOLDER_SECONDS} s; give machine 0 the same "
+                f"recipe, profile, --set and --output, in a folder that all machines share"
+            )
+        time.sleep(1)
+    return nullcontext()
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def _refuse_another_run(old: Run, new: Run) -> None:
@@ -52,6 +86,10 @@ def _refuse_another_run(old: Run, new: Run) -> None:
             raise UsageError(
                 f"{old.folder} was started with {key} {_plain(before)}, not {_plain(now)}: not the same run"
             )
+    for key in KEPT_WITH_THE_OPTIMIZER:
+        before, now = old.recipe.training.get(key), new.recipe.training.get(key)
+        if before != now:
+            raise UsageError(f"{old.folder} was started with training.{key} {before}, not {now}: not the same run")
 
 
 def _plain(value):

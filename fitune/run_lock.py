@@ -1,4 +1,4 @@
-"""run.lock: one run at a time in a run's folder. Held by rank 0 for as long as it lives."""
+"""run.lock: one run at a time in a folder. Held by `cli.py train`, or by rank 0 where another launcher is used."""
 
 import fcntl
 import json
@@ -9,10 +9,19 @@ from pathlib import Path
 from fitune.errors import UsageError
 
 LOCK = "run.lock"
+HELD = "FITUNE_RUN_LOCK_HELD"
+"The environment variable by which `cli.py train` tells its ranks that it holds the lock."
+
+
+def is_held_by_launcher() -> bool:
+    return HELD in os.environ
 
 
 class RunLock:
-    """An flock on FOLDER/run.lock, which names its holder. The kernel releases it when the process ends, however."""
+    """An flock on FOLDER/run.lock, which names its holder. The kernel releases it when the process ends, however.
+
+    As a context manager it is a launcher's, and released at the end.
+    """
 
     def __init__(self, folder: Path):
         """Raises UsageError if another process holds it, or one on another host may, where the kernel cannot tell."""
@@ -28,6 +37,14 @@ class RunLock:
                 f"{folder}: {_named(holder)} may train here; if it is gone, delete {self.file} and try again"
             )
         self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+
+    def __enter__(self):
+        os.environ[HELD] = str(os.getpid())
+        return self
+
+    def __exit__(self, *_):
+        del os.environ[HELD]
+        self.release()
 
     def release(self) -> None:
         self._write("")

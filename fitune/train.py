@@ -5,6 +5,7 @@ torchrun works in the same way, and so does plain python for a single process.
 
 import argparse
 import os
+import re
 import sys
 import time
 import traceback
@@ -12,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers.utils import logging
 
 from fitune import run as runs
@@ -21,7 +21,15 @@ from fitune.checkpoint import Checkpoint
 from fitune.config import Run
 from fitune.data.data_report import check_prepared
 from fitune.data.dataset import load_split, load_tokenizer
-from fitune.distributed import compute_device, end_with_launcher, is_first_to_fail, is_main_process, join, leave
+from fitune.distributed import (
+    compute_device,
+    end_with_launcher,
+    from_rank_0,
+    is_first_to_fail,
+    is_main_process,
+    join,
+    leave,
+)
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError
 from fitune.heartbeat import Heartbeat
 from fitune.hub import local_folder
@@ -31,9 +39,9 @@ from fitune.measure import Measurements
 from fitune.model import build_skeleton, decoder
 from fitune.out_of_memory import explain_out_of_memory
 from fitune.progress import loading_bar
-from fitune.run_lock import RunLock
+from fitune.run_lock import RunLock, is_held_by_launcher
 from fitune.sharding import kept_in_host_ram, shard
-from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints
+from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints, set_aside
 from fitune.training_state import load_trainable_weights
 from fitune.untrained_tokens import refuse_untrained_control_tokens
 from fitune.weights import Placement, load_weights
@@ -42,8 +50,8 @@ from fitune.weights import Placement, load_weights
 def train(run: Run) -> None:
     """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
     end_with_launcher()
-    interruption = Interruption()
-    lock = RunLock(run.folder) if is_main_process() else None
+    heartbeat, interruption = Heartbeat(), Interruption()
+    lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -53,6 +61,7 @@ def train(run: Run) -> None:
     checkpoint = _checkpoint_to_resume(run, identity)
     started = time.perf_counter()
     model = load_sharded_model(run, base_folder, tokenizer, mesh)
+    heartbeat.count(decoder(model).model.layers)
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
     trainer = ShardedSFTTrainer(
         run,
@@ -62,7 +71,7 @@ def train(run: Run) -> None:
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
         eval_dataset=_eval_dataset(run),
-        callbacks=[MetricsFile(run.folder), measurements, interruption, Heartbeat(decoder(model).model.layers)],
+        callbacks=[MetricsFile(run.folder), measurements, interruption, heartbeat],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     if checkpoint and not trainer.steps_left(checkpoint):
@@ -92,12 +101,11 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn
 
 def _identify(run: Run, base_folder: Path, tokenizer) -> tuple[BaseRecord, Identity]:
     """What adapter and checkpoints will remember of their origin. Rank 0 reads base and data for it."""
-    found = [None]
+    found = None
     if is_main_process():
         record = identify_base(run.recipe.base, base_folder)
-        found = [(record, identify(run, record, tokenizer))]
-    dist.broadcast_object_list(found)
-    return found[0]
+        found = record, identify(run, record, tokenizer)
+    return from_rank_0(found)
 
 
 def _eval_dataset(run: Run):
@@ -107,14 +115,22 @@ def _eval_dataset(run: Run):
 
 
 def _checkpoint_to_resume(run: Run, identity: Identity) -> Path | None:
-    """The newest whole checkpoint of a run that is resumed; says which it skipped and why. Call on all ranks."""
-    if not run.resume:
+    """The newest whole checkpoint of a run that is resumed, None if it was ended before the first was written.
+
+    Says which it skipped and why, and sets those aside. Call on all ranks.
+    """
+    found = from_rank_0(checkpoints(run.folder / "checkpoints") if run.resume else [])
+    if not found:
         return None
-    for checkpoint in reversed(checkpoints(run.folder / "checkpoints")):
+    skipped = []
+    for checkpoint in reversed(found):
         damage = find_damage(checkpoint)
         if not damage:
             refuse_another_identity(checkpoint, identity)
+            if is_main_process():
+                set_aside(checkpoint.parent, skipped)
             return checkpoint
+        skipped.append(checkpoint)
         if is_main_process():
             print(f"{checkpoint}: skipped: {damage}", file=sys.stderr)
     raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train into another --output")
@@ -143,7 +159,7 @@ def run_stage(path: Path, stage, **changes) -> None:
         print(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}", file=sys.stderr)
         sys.exit(FituneError.exit_code)
     except Exception as error:
-        if "Connection closed by peer" in str(error):  # gloo's words; the rank that is gone has said why
+        if re.search("Connection (closed|reset) by peer", str(error)):  # gloo's words; the rank that is gone said why
             print(f"rank {os.environ.get('RANK', 0)}: another rank is gone", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -5,12 +5,13 @@ import json
 import math
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
@@ -21,7 +22,7 @@ from fitune.config import Run
 from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
 from fitune.manifest import Identity, find_damage, write_manifest
-from fitune.output_folder import rename_when_whole
+from fitune.output_folder import remove, rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
 
@@ -82,7 +83,9 @@ class ShardedSFTTrainer(SFTTrainer):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not math.isfinite(norm):
+        bad = torch.tensor([not (math.isfinite(norm) and all(math.isfinite(loss) for _, loss in self._step))]).int()
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad.item():
             self._stop_before_a_bad_step(float(norm))
         self._step.clear()
         return norm
@@ -124,12 +127,12 @@ class ShardedSFTTrainer(SFTTrainer):
                 f"step {self.state.global_step} was not saved in {self.args.output_dir}: {error}; the checkpoints "
                 f"before it are whole: make room, then go on with the same command and --resume"
             ) from error
+        if self.args.should_save:
+            _remove_old(Path(self.args.output_dir), self.args.save_total_limit)
+        dist.barrier()
 
     def _write_checkpoint(self) -> None:
-        """Result, sharded state, scheduler, RNG, position, manifest; renamed when whole.
-
-        Older ones go when the new one has been read back.
-        """
+        """Result, sharded state, scheduler, RNG, position, manifest; renamed when whole, then read back."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f".{folder.name}.partial")
         if self.args.should_save:
@@ -147,9 +150,6 @@ class ShardedSFTTrainer(SFTTrainer):
         dist.barrier()
         if damage := find_damage(folder):
             raise FituneError(f"{folder}: read back from the disk, {damage}")
-        if self.args.should_save:
-            _remove_old(folder.parent, self.args.save_total_limit)
-        dist.barrier()
 
     def _save_position(self, folder: Path) -> None:
         """Each rank's random state; the scheduler, step and counters, which are the same on all."""
@@ -172,6 +172,16 @@ class ShardedSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self._follow_this_runs_schedule()
+
+    def _follow_this_runs_schedule(self) -> None:
+        """Checkpoints hold the last learning rate and the one it came from; a resumed run may have another schedule."""
+        scheduler, rate = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 @contextmanager
@@ -190,10 +200,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def set_aside(folder: Path, damaged: list[Path]) -> None:
+    """Renames what a run that resumes has skipped: it must not be counted among the checkpoints that are kept.
+
+    Removes what interrupted saves left in `folder`. Main process only.
+    """
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        remove(aside)
+        path.rename(aside)
+    for partial in folder.glob(".checkpoint-*.partial*"):
+        remove(partial)
+
+
 def _remove_old(folder: Path, limit: int | None) -> None:
     """Keeps `save_total_limit` checkpoints, but never fewer than two."""
     for path in checkpoints(folder)[: -max(2, limit) if limit else 0]:
-        shutil.rmtree(path)
+        remove(path)
 
 
 class MetricsFile(TrainerCallback):
@@ -207,7 +230,9 @@ class MetricsFile(TrainerCallback):
         """Forgets what an interrupted run logged after the checkpoint that is resumed."""
         if state.is_world_process_zero and self.path.exists():
             kept = [line for line in self._lines() if line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            rewritten = self.path.with_suffix(".partial")
+            rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            rewritten.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -219,7 +244,12 @@ class MetricsFile(TrainerCallback):
             draw_loss(self._lines(), self.picture)
 
     def _lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        """But for one that a power cut left half written."""
+        lines = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
 
 
 def draw_loss(lines: list[dict], picture: Path) -> None:

@@ -1,5 +1,6 @@
 """Loads a finished run's result back into its sharded model."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,35 +8,36 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fitune.adapter import AdapterFile, saved_name
-from fitune.base_identity import base_fingerprint, base_mismatch, read_base_record
+from fitune.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.checkpoint import Checkpoint
 from fitune.config import Run
+from fitune.distributed import is_main_process
 from fitune.errors import UsageError
 from fitune.sharding import local_rows
 
 
-def tuned_base_folder(run: Run, base_folder: Path) -> Path:
+def tuned_base_folder(run: Run, base_folder: Path, force: bool = False) -> Path:
     """The checkpoint under the tuned model: the base for an adapter, the result itself for method full.
 
-    Raises UsageError for an unfinished run, and for a base other than the one its adapter was trained on.
+    Raises UsageError for an unfinished run, and unless `force` for a base that its adapter was not trained on.
     """
     result = run.result_folder
     if not result.is_dir():
         raise UsageError(f"{result}: no such folder; the run has not finished: `train {run.recipe_name} ... --resume`")
     if run.recipe.method == "full":
         return result
-    _refuse_another_base(result, base_folder)
+    _check_base(result, base_folder, force)
     return base_folder
 
 
-def _refuse_another_base(adapter: Path, base_folder: Path) -> None:
-    record = read_base_record(adapter)
-    if record is None:
-        return
-    with Checkpoint(base_folder) as checkpoint:
-        difference = base_mismatch(record, base_fingerprint(checkpoint))
-    if difference:
-        raise UsageError(f"{base_folder}: {difference}; the adapter in {adapter} works on that base only")
+def _check_base(adapter: Path, base_folder: Path, force: bool) -> None:
+    record, doubt = read_base_record(adapter), None
+    if record is not None:
+        with Checkpoint(base_folder) as checkpoint:
+            doubt = base_mismatch(record, base_fingerprint(checkpoint))
+    said = settle_doubt(base_folder, adapter, doubt, recorded=record is not None, force=force)
+    if said and is_main_process():
+        print(said, file=sys.stderr)
 
 
 def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:

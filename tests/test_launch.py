@@ -124,3 +124,22 @@ def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "failures, expected",
+    [
+        ({0: (70, 5), 1: (-9, 5)}, 70),  # killed from outside: a crash, and rank 1 is named
+        ({0: (-9, 36), 1: (1, 5)}, 1),  # explained by rank 1; torch killed rank 0 half a minute later
+        ({0: (-15, 5), 1: (75, 5)}, 75),
+        ({0: (70, 5), 1: (1, 5)}, 1),
+    ],
+)
+def test_the_failure_that_ended_a_run_is_found(failures, expected, capsys):
+    from types import SimpleNamespace
+
+    from fitune.launch import _first_failure
+
+    found = {r: SimpleNamespace(exitcode=code, timestamp=when, pid=r) for r, (code, when) in failures.items()}
+    assert _first_failure(found) == expected
+    assert ("rank 1 (pid 1) was ended by SIGKILL" in capsys.readouterr().err) == (failures[1][0] == -9)

@@ -290,7 +290,7 @@ def _drop_tensor(folder):
         (_truncate_shard, "truncated"),
         (_remove_shard, "no such file"),
         (_escape, r"'\.\./lm_head\.safetensors' leaves the model's folder"),
-        (_drop_tensor, r"adapts model\.layers\.1\.mlp\.up_proj\.weight"),
+        (_drop_tensor, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"),
     ],
 )
 def test_a_damaged_base_is_refused_before_anything_is_written(own_base, adapter, tmp_path, damage, said):
@@ -345,6 +345,25 @@ def test_nan_in_the_adapter_is_refused(base, own_adapter, tmp_path):
     _refused(
         r"model\.layers\.1\.mlp\.up_proj\.weight: not finite", base, own_adapter, tmp_path / "out", kind=FituneError
     )
+
+
+def test_a_base_without_one_of_its_tensors_is_refused(own_base, own_adapter, tmp_path):
+    for file in own_base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop("model.norm.weight", None) is not None:
+            save_file(tensors, file)
+    index = json.loads((own_base / INDEX_NAME).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (own_base / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(FituneError, match=r"tensor model\.norm\.weight is missing"):
+        merge_adapter(own_base, own_adapter, tmp_path / "out", progress=False, force=True)
+
+
+def test_a_scale_that_is_no_number_is_refused(base, own_adapter, tmp_path):
+    file = own_adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": float("nan")}))
+    with pytest.raises(UsageError, match="alpha nan"):
+        merge_adapter(base, own_adapter, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from cli import cli
 from fitune import run as runs
 from fitune.base_identity import identify_base, write_base_record
+from fitune.data.dataset import load_tokenizer
+from fitune.manifest import identify, write_manifest
 
 IDS = torch.tensor([[5, 77, 300, 9, 1, 80]])
 
@@ -51,7 +53,10 @@ def run(tiny_base, make_run, tmp_path):
     run = make_run(tiny_base, tmp_path / "run", "qlora")
     _write_run(run)
     _make_adapter(run, run.result_folder)
-    _make_adapter(run, run.folder / "checkpoints" / "checkpoint-5" / "adapter", scale=0.1)
+    checkpoint = run.folder / "checkpoints" / "checkpoint-5"
+    _make_adapter(run, checkpoint / "adapter", scale=0.1)
+    base = identify_base(run.recipe.base, tiny_base)
+    write_manifest(checkpoint, 5, run, identify(run, base, load_tokenizer(run.recipe, tiny_base)))
     return run
 
 

@@ -83,8 +83,11 @@ def test_resumed_run_equals_the_uninterrupted_one(method, tiny_base, make_run, t
         for found, expected in zip(_metrics(alone), metrics, strict=True):
             for key in ("loss", "grad_norm", "learning_rate", "epoch"):
                 assert found[key] == pytest.approx(expected[key], rel=1e-4), (key, found["step"])
+        elsewhere = resumed.model_copy(update={"output_dir": str(tmp_path / "elsewhere")})
+        assert _checkpoint_to_resume(elsewhere, None) is None
+        (elsewhere.folder / "checkpoints/checkpoint-3").mkdir(parents=True)
         with pytest.raises(UsageError, match="no whole checkpoint to resume from"):
-            _checkpoint_to_resume(resumed.model_copy(update={"output_dir": str(tmp_path / "elsewhere")}), None)
+            _checkpoint_to_resume(elsewhere, None)
 
 
 def _optimizer(model, lr: float) -> torch.optim.Optimizer:

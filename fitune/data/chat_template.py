@@ -25,6 +25,17 @@ PROBE = [
 ]
 
 
+def read_tokenizer(folder: Path | str):
+    """The transformers tokenizer of a model folder; code that lies beside it is not run. Raises UsageError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"tokenizer {folder}: cannot be loaded: {first_line}") from None
+
+
 def apply_chat_template_choice(tokenizer, choice: str) -> None:
     """Give a transformers tokenizer the training template named by `choice` and a pad token that is never eos or bos.
 

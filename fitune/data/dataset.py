@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fitune.config import Recipe
-from fitune.data.chat_template import apply_chat_template_choice
+from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
 from fitune.errors import UsageError
 
 
 def load_tokenizer(recipe: Recipe, base_folder: Path) -> PreTrainedTokenizerBase:
     """The base's tokenizer with the recipe's chat template and a pad token that is never eos."""
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = read_tokenizer(base_folder)
     apply_chat_template_choice(tokenizer, recipe.data.chat_template)
     return tokenizer
 

@@ -113,14 +113,7 @@ def _load_tokenizer(tokenizer, choice: str):
     if tokenizer is None:
         return None
     if isinstance(tokenizer, (str, Path)):
-        from transformers import AutoTokenizer
-
-        given = tokenizer
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(given))
-        except (OSError, ValueError, KeyError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"tokenizer {given}: cannot be loaded: {first_line}") from None
+        tokenizer = chat_template.read_tokenizer(tokenizer)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UsageError("tokenizer: a fast tokenizer (with a tokenizer.json) is needed")
     chat_template.apply_chat_template_choice(tokenizer, choice)

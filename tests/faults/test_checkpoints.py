@@ -12,8 +12,10 @@ import torch
 from ranks import run_ranks, train_here
 
 from fitune import manifest, trainer
+from fitune import run as runs
 from fitune.errors import UsageError
 from fitune.manifest import Identity, find_damage, read_manifest, refuse_another_identity
+from fitune.preflight import open_run_folder
 from fitune.trainer import checkpoints
 
 STEPS = 4
@@ -149,6 +151,76 @@ def test_resume_says_what_it_skips_and_loads_no_pickle(finished, tmp_path):
     with pytest.raises(RuntimeError, match="Weights only load failed"):
         run_ranks(train_here, 1, run)
     assert not (tmp_path / "executed").exists()
+
+
+def _copy(finished, folder: Path, **training):
+    """The finished run in another folder, to be resumed with other `training:` fields."""
+    shutil.copytree(finished.folder, folder)
+    recipe = finished.recipe.model_copy(update={"training": finished.recipe.training | training})
+    return finished.model_copy(update={"recipe": recipe, "output_dir": str(folder), "resume": True})
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(finished, tmp_path):
+    """Two newer ones are damaged and two are kept: the one resumed from and the new one, whatever their numbers."""
+    run = _copy(finished, tmp_path / "run", max_steps=STEPS + 1)
+    shutil.rmtree(run.result_folder)
+    folder = run.folder / "checkpoints"
+    for number in (7, 8):
+        shutil.copytree(folder / f"checkpoint-{STEPS}", folder / f"checkpoint-{number}")
+        (folder / f"checkpoint-{number}/trainer_state.json").write_text("{}")
+    (folder / ".checkpoint-9.partial").mkdir()
+    run_ranks(train_here, 1, run)
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{STEPS}", f"checkpoint-{STEPS + 1}"]
+    assert not list(folder.glob(".checkpoint-*"))
+    assert {p.name for p in folder.glob("damaged-*")} == {"damaged-checkpoint-7", "damaged-checkpoint-8"}
+
+
+def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(finished, tmp_path):
+    run = _copy(finished, tmp_path / "run", max_steps=STEPS + 1)
+    with (run.folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    run_ranks(train_here, 1, run)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_resumed_run_takes_a_lower_learning_rate(finished, tmp_path):
+    """And what a checkpoint holds with the optimizer's state may not change."""
+    rates = {}
+    for rate in (2e-5, 1e-7):
+        run = _copy(
+            finished, tmp_path / str(rate), max_steps=STEPS + 1, learning_rate=rate, lr_scheduler_type="constant"
+        )
+        run_ranks(train_here, 1, run)
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        rates[rate] = [line["learning_rate"] for line in lines if "loss" in line][-1]
+    assert rates == {rate: pytest.approx(rate, rel=1e-6) for rate in rates}
+    changed = _copy(finished, tmp_path / "sgd", optim="sgd")
+    (changed.folder / "run.yaml").write_text(runs.dump(finished))
+    with pytest.raises(UsageError, match=r"started with training\.optim None, not sgd"):
+        open_run_folder(changed, resume=True)
+
+
+def test_a_run_ended_before_its_first_checkpoint_begins_again(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path / "run", "lora", training=TRAINING | {"max_steps": 1})
+    run_ranks(train_here, 1, run.model_copy(update={"resume": True}))
+    assert (run.result_folder / "adapter_config.json").is_file()
+
+
+def test_a_damaged_checkpoint_is_not_merged(finished, tmp_path):
+    from click.testing import CliRunner
+
+    from cli import cli
+
+    run = _copy(finished, tmp_path / "run")
+    (run.folder / "run.yaml").write_text(runs.dump(finished))
+    checkpoint = run.folder / f"checkpoints/checkpoint-{STEPS}"
+    with (checkpoint / "adapter/adapter_model.safetensors").open("r+b") as stream:
+        stream.seek(-3, os.SEEK_END)
+        stream.write(b"x")
+    outcome = CliRunner().invoke(cli, ["merge", str(checkpoint), "--output", str(tmp_path / "out")])
+    assert outcome.exit_code == 2 and "adapter_model.safetensors has other contents" in outcome.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_changed_data_is_refused(finished, prepared, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import ADAPTER, Running, losses, saved_steps, train_command
+from commands import ADAPTER, ROOT, Running, losses, saved_steps, train_command
 
 STEPS = 12
 
@@ -40,14 +40,16 @@ def test_a_run_survives_what_happens_to_it(undisturbed, tiny_base, prepared, tmp
     running = after_step(1)
     second = Running([*command, "--resume"], tmp_path / "log-second")
     assert second.wait() == 2
-    rank_0 = running.ranks()[0].pid
-    assert re.search(rf"process {rank_0} on \S+ trains here; wait for it or stop it", second.log.read_text())
+    assert re.search(
+        rf"process {running.process.pid} on \S+ trains here; wait for it or stop it", second.log.read_text()
+    )
     running.process.send_signal(signal.SIGTERM)
     assert running.wait() == 75
     text = running.log.read_text()
     step = saved_steps(folder)[-1]
     assert f"stopped: interrupted after step {step} of {STEPS}, which is saved" in text
     assert "Traceback" not in text
+    assert (folder / "run.lock").read_text() == "", "another host may go on"
 
     running = after_step(step + 1, "--resume")
     running.ranks()[1].send_signal(signal.SIGTERM)  # one rank; the other hears of it
@@ -96,3 +98,42 @@ def test_a_killed_launcher_takes_its_ranks_along(undisturbed, tiny_base, prepare
     resumed = Running([*command, "--resume"], tmp_path / "log-resumed")
     assert resumed.wait() == 0, resumed.log.read_text()[-3000:]
     assert losses(folder) == losses(undisturbed)
+
+
+def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_base, prepared, tmp_path):
+    """Whether the signal finds the ranks importing or loading, and for a rank that stands still while it starts."""
+    folder = tmp_path / "run"
+    command = train_command(tiny_base, prepared, folder, STEPS)
+    stopped = Running(command, tmp_path / "log")
+    stopped.wait_for(lambda: len(stopped.ranks()) == 2)
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 75, stopped.log.read_text()[-2000:]
+
+    hung = Running([*command, "--resume"], tmp_path / "log-hung", FITUNE_HUNG_AFTER_SECONDS="3")
+    hung.wait_for(lambda: "loading weights" in hung.log.read_text())
+    hung.ranks()[1].suspend()
+    assert hung.wait(60) == 1
+    assert "no progress for 3 s; all ranks were ended" in hung.log.read_text()
+
+    resumed = Running([*command, "--resume"], tmp_path / "log-resumed")
+    assert resumed.wait() == 0, resumed.log.read_text()[-3000:]
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_two_machines_share_a_run(undisturbed, tiny_base, prepared, tmp_path):
+    """Two launchers with one rank each, as on two machines that share the run's folder."""
+    accelerate = tmp_path / "two_machines.yaml"
+    text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = text.replace("main_process_port: 0", f"main_process_port: {port}")
+    accelerate.write_text(text + "num_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
+    sets = {"profile.accelerate_config": accelerate}
+    folder = tmp_path / "run"
+    command = train_command(tiny_base, prepared, folder, STEPS, **sets)
+    machines = [Running([*command, "--machine-rank", str(n)], tmp_path / f"log-{n}") for n in (1, 0)]
+    for machine in machines:
+        assert machine.wait(180) == 0, machine.log.read_text()[-3000:]
+    assert losses(folder) == losses(undisturbed)
+    assert (folder / ADAPTER).read_bytes() == (undisturbed / ADAPTER).read_bytes()
