@@ -32,7 +32,7 @@ STAGES = {
 
 
 def _killed_in(stage: str, run) -> None:
-    """Trains, and is killed with SIGKILL at that stage of the save after step 3."""
+    """Trains; rank 0 is killed with SIGKILL at that stage of the save after step 3."""
     owner, name, moment = STAGES[stage]
     original = getattr(owner, name)
 
@@ -46,7 +46,8 @@ def _killed_in(stage: str, run) -> None:
             next(Path(path).rglob("*.safetensors")).unlink()
         return os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(owner, name, cut_off)
+    if os.environ["RANK"] == "0":
+        setattr(owner, name, cut_off)
     train_here(run)
 
 
@@ -63,18 +64,25 @@ def finished(tiny_base, make_run, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished_by_two(tiny_base, make_run, tmp_path_factory):
+    run = make_run(tiny_base, tmp_path_factory.mktemp("two") / "run", "lora", processes=2, training=TRAINING)
+    run_ranks(train_here, 2, run)
+    return run
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_save_cut_off_at_any_stage_costs_no_checkpoint(stage, finished, tiny_base, make_run, tmp_path):
-    run = make_run(tiny_base, tmp_path / "run", "lora", training=TRAINING)
+def test_a_save_cut_off_at_any_stage_costs_no_checkpoint(stage, finished_by_two, tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, training=TRAINING)
     with pytest.raises(RuntimeError, match="exit code -9"):
-        run_ranks(_killed_in, 1, stage, run)
+        run_ranks(_killed_in, 2, stage, run)
     left = checkpoints(run.folder / "checkpoints")
     whole = [path.name for path, damage in zip(left, run_ranks(_damages, 1, left)[0], strict=True) if not damage]
     expected = ["checkpoint-2", "checkpoint-3"] if "rename" in stage and "after" in stage else ["checkpoint-2"]
     assert set(expected) <= set(whole)
-    run_ranks(train_here, 1, run.model_copy(update={"resume": True}))
+    run_ranks(train_here, 2, run.model_copy(update={"resume": True}))
     adapter = "adapter_model.safetensors"
-    assert (run.result_folder / adapter).read_bytes() == (finished.result_folder / adapter).read_bytes()
+    assert (run.result_folder / adapter).read_bytes() == (finished_by_two.result_folder / adapter).read_bytes()
     left = [path.name for path in checkpoints(run.folder / "checkpoints")]
     assert left == ["checkpoint-3", "checkpoint-4"], "two are kept, whatever save_total_limit says"
 
