@@ -91,8 +91,9 @@ def _first_failure(failures: dict) -> int:
     def order(item):
         code, when = item[1].exitcode, item[1].timestamp
         # torch's launcher sends SIGTERM to the others and half a minute later SIGKILL, and a rank whose neighbour is
-        # gone crashes
-        return when - began > 10, code == -signal.SIGTERM, code >= 0, code == CRASHED, when
+        # gone crashes, or gloo aborts it
+        follows = code == CRASHED, code == -signal.SIGABRT
+        return when - began > 10, code == -signal.SIGTERM, code >= 0, *follows, when
 
     rank, first = min(failures.items(), key=order)
     if first.exitcode < 0:

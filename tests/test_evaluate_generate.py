@@ -33,7 +33,9 @@ def write_adapter(run) -> None:
 
 def ask(run) -> None:
     file = run.folder / f"answers-{run.accelerate.num_processes}.json"
-    generate(run, Namespace(prompt=PROMPTS, test=1, chat=False, max_new_tokens=12, temperature=0.0, json=file))
+    generate(
+        run, Namespace(prompt=PROMPTS, test=1, chat=False, max_new_tokens=12, temperature=0.0, json=file, force=False)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
         ({0: (-9, 36), 1: (1, 5)}, 1),  # explained by rank 1; torch killed rank 0 half a minute later
         ({0: (-15, 5), 1: (75, 5)}, 75),
         ({0: (70, 5), 1: (1, 5)}, 1),
+        ({0: (-6, 5), 1: (-9, 5)}, 70),  # gloo aborts a process whose neighbour is gone
     ],
 )
 def test_the_failure_that_ended_a_run_is_found(failures, expected, capsys):
