@@ -143,6 +143,7 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
     from fitune.config import Data
     from fitune.data.prepare import prepare as prepare_data
     from fitune.hub import local_config
+    from fitune.yaml_file import parse
 
     if recipe:
         resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
@@ -155,7 +156,11 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
             "seed": resolved.seed,
         }
     else:
-        data = Data(dataset=dataset, prepared=str(output))
+        changed = runs.parse_sets(sets)[0]
+        if others := [key for key in changed if key != "data"]:
+            raise UsageError(f"--set {others[0]}: with --dataset there is no recipe to change but its data: block")
+        values = {"dataset": dataset, "prepared": str(output), "chat_template": "plain"}
+        data = parse(Data, values | changed.get("data", {}), "--dataset with --set")
         folder, options["max_length"] = None, max_length
     if tokenizer and not no_tokens:
         folder = tokenizer if Path(tokenizer).is_dir() else local_config(tokenizer)

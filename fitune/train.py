@@ -55,7 +55,7 @@ def train(run: Run) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
-    check_prepared(Path(run.recipe.data.prepared), tokenizer)
+    _check_data(run, tokenizer)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
     base_record, identity = _identify(run, base_folder, tokenizer)
     checkpoint = _checkpoint_to_resume(run, identity)
@@ -97,6 +97,14 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
+
+
+def _check_data(run: Run, tokenizer) -> None:
+    recipe, folder = run.recipe, Path(run.recipe.data.prepared)
+    report = check_prepared(folder, tokenizer, recipe.data.chat_template, recipe.max_length)
+    if report and not report["tokens"] and is_main_process():
+        limit = f"max_length {recipe.max_length}"
+        print(f"note: {folder}: tokens were not counted; what is beyond {limit} will be cut off", file=sys.stderr)
 
 
 def _identify(run: Run, base_folder: Path, tokenizer) -> tuple[BaseRecord, Identity]:

@@ -1,5 +1,6 @@
 """Finds control tokens of the chat template that the base model never learned."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ def refuse_untrained_control_tokens(recipe: Recipe, base_folder: Path, tokenizer
         can_be_trained = HEAD in checkpoint  # where the head is the embedding, `fitune.model` refuses
     untrained = [token for token, norm in zip(tokens, norms, strict=True) if norm < UNTRAINED_BELOW * usual]
     if untrained:
+        rows = f", or train those rows: --set 'lora.trainable_tokens={json.dumps(untrained)}'" if can_be_trained else ""
         raise UsageError(
             f"{recipe.base.model} has untrained embeddings for {', '.join(untrained)}, which chat_template "
-            f"{recipe.data.chat_template} needs; use --set data.chat_template=plain"
-            + (f", or train those rows: --set 'lora.trainable_tokens={untrained}'" if can_be_trained else "")
+            f"{recipe.data.chat_template} needs; use --set data.chat_template=plain{rows}"
         )
 
 

@@ -215,6 +215,10 @@ def jinja_file(folder: Path, text: str) -> str:
         ("{{ message['content'] }}END", "does not mark the assistant's answers"),
         ("{% generation %}{{ message['content'] }}{% endgeneration %}END", "leaves the end of the turn out"),
         ("{% generation %}{{ message['role'] }}END{% endgeneration %}", "instead of the two answers"),
+        (
+            "{% generation %}{{ messages[loop.index0 - 1]['content'] }}:{{ message['content'] }}END{% endgeneration %}",
+            "which no assistant says",
+        ),
         ("{% generation %}{{ message['content'] }}END", "not a working template"),
         ("{{ raise_exception('no') }}", "not a working template: no"),
     ],

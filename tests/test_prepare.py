@@ -609,21 +609,62 @@ def test_data_prepared_with_another_tokenizer_or_template_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", *map(chat, range(4)))
     tokenizer = tiny_tokenizer()
     report = run(path, tmp_path, tokenizer=tokenizer)
-    assert check_prepared(tmp_path / "out", tokenizer) == report
+    assert check_prepared(tmp_path / "out", tokenizer, "llama3", 99) == report
+    with pytest.raises(UsageError, match=r"its longest row has \d+ tokens, max_length is 5"):
+        check_prepared(tmp_path / "out", tokenizer, "llama3", 5)
     plain = tiny_tokenizer()
     apply_chat_template_choice(plain, "plain")
-    with pytest.raises(UsageError, match=r"prepared with another chat template \(llama3\)"):
-        check_prepared(tmp_path / "out", plain)
+    with pytest.raises(UsageError, match=r"another chat template \(llama3, not plain\); .* --template plain"):
+        check_prepared(tmp_path / "out", plain, "plain", 99)
     other = tiny_tokenizer((*SPECIAL_TOKENS, "<|more|>"))
     apply_chat_template_choice(other, "llama3")
     with pytest.raises(UsageError, match="prepared with another tokenizer"):
-        check_prepared(tmp_path / "out", other)
+        check_prepared(tmp_path / "out", other, "llama3", 99)
     run(path, tmp_path, overwrite=True)
-    assert check_prepared(tmp_path / "out", other)["tokens"] is None
+    assert check_prepared(tmp_path / "out", other, "llama3", 99)["tokens"] is None
     (tmp_path / "out" / "report.json").write_text("{")
     with pytest.raises(UsageError, match="not a report of prepare"):
-        check_prepared(tmp_path / "out", other)
-    assert check_prepared(tmp_path, other) is None
+        check_prepared(tmp_path / "out", other, "llama3", 99)
+    assert check_prepared(tmp_path, other, "llama3", 99) is None
+
+
+def test_overwrite_deletes_nothing_that_prepare_did_not_write(tmp_path):
+    run(write(tmp_path / "a.jsonl", *map(chat, range(4))), tmp_path)
+    source = write(tmp_path / "out" / "raw.jsonl", *map(chat, range(4)))
+    with pytest.raises(UsageError, match=r"out: holds raw\.jsonl, which prepare did not write"):
+        run(source, tmp_path, overwrite=True)
+    assert source.exists()
+
+
+def test_a_first_row_of_no_format_is_one_bad_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "x"}, *map(chat, range(4)))
+    with pytest.raises(UsageError, match=r"a\.jsonl:1: no 'messages'; the row has 'text'"):
+        run(path, tmp_path)
+    assert run(path, tmp_path, drop_invalid=True)["rows_kept"] == 4
+
+
+def test_escaping_control_tokens_hides_no_rendered_text(tmp_path):
+    rendered = chat("<|start_header_id|>user<|end_header_id|>Hi<|eot_id|>")
+    path = write(tmp_path / "a.jsonl", *map(chat, range(4)), rendered)
+    with pytest.raises(UsageError, match=r"a\.jsonl:5: messages\[\d\]: already rendered"):
+        run(path, tmp_path, escape_control_tokens=True)
+
+
+def test_tool_calls_that_begin_late_are_loaded(tmp_path):
+    """The schema of a JSON file is otherwise guessed from its first 10 MB."""
+    from fitune.config import Recipe
+    from fitune.data.dataset import load_split
+
+    function = {"name": "f", "arguments": "{}"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    late = {"messages": [{"role": "user", "content": "?"}, call], "tools": "[]"}
+    with (tmp_path / "train.jsonl").open("w") as stream:
+        for number in range(13):
+            stream.write(json.dumps(chat(f"{number} " + "word " * 200_000)) + "\n")
+        stream.write(json.dumps(late) + "\n")
+    recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path)))
+    rows = load_split(recipe, "train", tmp_path / "cache")
+    assert len(rows) == 14 and rows[13]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
 
 
 def test_table_and_preview(tmp_path):

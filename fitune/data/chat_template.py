@@ -122,6 +122,9 @@ def check_marks_answers(template: str, special_tokens: dict[str, str], choice: s
         raise UsageError(f"chat_template: {choice}: it does not mark the assistant's answers; {advice}")
     if len(marked) != len(answers) or any(answer not in span for answer, span in zip(answers, marked, strict=True)):
         raise UsageError(f"chat_template: {choice}: it marks {marked!r} instead of the two answers; {advice}")
+    others = [message["content"] for message in PROBE if message["role"] != "assistant"]
+    if swallowed := next((text for text in others for span in marked if text in span), None):
+        raise UsageError(f"chat_template: {choice}: it marks {swallowed!r}, which no assistant says; {advice}")
     if any(span.rstrip().endswith(answer) for answer, span in zip(answers, marked, strict=True)):
         raise UsageError(f"chat_template: {choice}: it leaves the end of the turn out of the answer; {advice}")
 

@@ -111,11 +111,16 @@ def check_turns(messages: list[dict]) -> None:
         raise RowError("roles_out_of_order", f"the last turn is the {previous}'s, not the assistant's")
 
 
-def check_text(conversation: dict, control_tokens: re.Pattern) -> None:
-    """Raise RowError for text that would become control tokens, or that a template has already been applied to."""
+def check_not_rendered(conversation: dict) -> None:
+    """Raise RowError for text that a template has already been applied to."""
     for where, text in _texts(conversation):
         if _MAY_BE_RENDERED.search(text) and (rendered := RENDERED.search(text)):
             raise RowError("already_rendered", f"{where}: already rendered with a template: {_quote(rendered.group())}")
+
+
+def check_text(conversation: dict, control_tokens: re.Pattern) -> None:
+    """Raise RowError for text that would become control tokens."""
+    for where, text in _texts(conversation):
         if token := control_tokens.search(text):
             raise RowError("control_token", f"{where}: the text holds the control token {token.group()}")
         if surrogate := _SURROGATE.search(text):

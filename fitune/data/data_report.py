@@ -142,11 +142,12 @@ def _lines(report: dict):
         yield "steps per epoch", f"{report['steps_per_epoch']:,}"
 
 
-def check_prepared(folder: Path, tokenizer) -> dict | None:
+def check_prepared(folder: Path, tokenizer, choice: str, max_length: int) -> dict | None:
     """The report of prepared data; None for files that were put there by hand, without a report.json.
 
     `tokenizer` is a transformers tokenizer after `apply_chat_template_choice`. Raises UsageError if the data was
-    prepared for another tokenizer or chat template: its token counts, its cuts and its checks would not hold.
+    prepared for another tokenizer or chat template than `choice`, where its token counts, its cuts and its checks would
+    not hold, or if a row has more than `max_length` tokens: training would cut its last answer.
     """
     file = folder / "report.json"
     try:
@@ -161,6 +162,15 @@ def check_prepared(folder: Path, tokenizer) -> dict | None:
     used_now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_hash(tokenizer)}
     for name, before in prepared_with.items():
         if before is not None and before != used_now[name]:
-            what = "tokenizer" if name == "tokenizer" else f"chat template ({report['template']['choice']})"
-            raise UsageError(f"{folder}: prepared with another {what}; prepare the data again with --overwrite")
+            template = f"chat template ({report['template']['choice']}, not {choice})"
+            what = "tokenizer" if name == "tokenizer" else template
+            raise UsageError(
+                f"{folder}: prepared with another {what}; prepare the data again with --overwrite --template {choice}"
+            )
+    longest = report["tokens"]["max"] if report.get("tokens") else 0
+    if longest > max_length:
+        raise UsageError(
+            f"{folder}: its longest row has {longest:,} tokens, max_length is {max_length:,}; prepare the data again "
+            f"with --overwrite --max-length {max_length} and --long-rows drop or cut"
+        )
     return report

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from fitune.config import Recipe
 from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
+from fitune.data.file_formats import optional_keys, row_schema
 from fitune.errors import UsageError
 
 
@@ -22,7 +23,8 @@ def load_split(recipe: Recipe, split: str, cache: Path) -> Dataset:
     file = Path(recipe.data.prepared) / f"{split}.jsonl"
     if not file.is_file():
         raise UsageError(f"{file}: no such file; run `python cli.py prepare RECIPE` first, or set data.prepared")
-    return load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
+    features = Features.from_arrow_schema(row_schema(optional_keys(file)))  # the first tool call may come late
+    return load_dataset("json", data_files=str(file), features=features, split="train", cache_dir=str(cache))
 
 
 def with_filler_rows(rows: Dataset, multiple: int, token_id: int) -> Dataset:

@@ -23,6 +23,8 @@ from fitune.data.token_report import print_preview, progress_line
 from fitune.errors import UsageError, nearest
 from fitune.output_folder import new_folder
 
+WRITTEN = {"report.json", "train.jsonl", "test.jsonl", "train.parquet", "test.parquet"}
+
 
 def prepare(
     data: Data,
@@ -46,14 +48,14 @@ def prepare(
 ) -> dict:
     """Write `output`/train.jsonl, test.jsonl and report.json; return the report.
 
-    Flags of `cli.py prepare`, in its words:
+    Flags of `cli.py prepare`, in its words, and what it takes from the recipe:
 
     --tokenizer (`tokenizer`)          folder or Hub id, or a transformers tokenizer; None: tokens are not counted
     --template (`template_choice`)     instead of the recipe's `chat_template`
     --max-length (`max_length`)        tokens a row may have; longer rows follow `long_rows`
-    --packing/--no-packing             whether rows will be packed, for the steps per epoch
-    --global-batch-size                rows per optimizer step
-    --seed                             picks the test rows and those of fractional weights
+    `packing`                          whether rows will be packed, for the steps per epoch
+    `global_batch_size`                rows per optimizer step
+    `seed`                             picks the test rows and those of fractional weights
     --drop-invalid                     go on without the rows that cannot be used, as the recipe's `invalid_rows: drop`
     --escape-control-tokens            break up control tokens in texts with a space instead of refusing them
     --long-rows refuse|drop|cut        instead of the recipe's `long_rows`
@@ -106,6 +108,8 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output}: already exists; remove it, choose another folder, or pass --overwrite")
     if not (output / "report.json").is_file():
         raise UsageError(f"{output}: exists and was not written by prepare (no report.json); choose another folder")
+    if strangers := sorted(path.name for path in output.iterdir() if path.name not in WRITTEN):
+        raise UsageError(f"{output}: holds {strangers[0]}, which prepare did not write; choose another folder")
 
 
 def _load_tokenizer(tokenizer, choice: str):

@@ -138,21 +138,23 @@ def _checked(file, source, system_message, submit, window: int) -> Iterator[tupl
 
 
 def _find_format(chunk, source, name: str) -> str:
-    """The format of the first row that is an object; `messages` where there is none, so that each row is named."""
+    """The format of the first row that has one; `messages` where no row is an object, so that each is named."""
+    first = None
     for number, record in chunk.records():
         try:
             row = parse_record(record)
         except RowError:
             continue
-        found = conversations.detect_format(conversations.rename_columns(row, source.columns))
-        if found:
+        if found := conversations.detect_format(conversations.rename_columns(row, source.columns)):
             return found
-        formats = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
-        raise UsageError(
-            f"{name}:{number}: no known format has the columns {', '.join(map(repr, row)) or '(none)'}; "
-            f"formats: {formats}; map names in the recipe, such as data.columns: {{output: response}}"
-        )
-    return "messages"
+        first = first or (number, row)
+    if first is None:
+        return "messages"
+    formats = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
+    raise UsageError(
+        f"{name}:{first[0]}: no known format has the columns {', '.join(map(repr, first[1])) or '(none)'}; "
+        f"formats: {formats}; map names in the recipe, such as data.columns: {{output: response}}"
+    )
 
 
 @contextmanager
@@ -171,6 +173,10 @@ def _pool(rules: Rules, workers: int, files: list):
         raise FituneError(
             "a worker process died, most likely killed for want of memory; try fewer with --workers"
         ) from None
+    except BaseException:
+        for process in list(pool._processes.values()):  # else the chunks they have would be finished first
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

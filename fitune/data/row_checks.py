@@ -120,6 +120,7 @@ class Checker:
                 row = conversations.rename_columns(parse_record(record), shape.columns)
                 conversation = conversations.to_conversation(row, shape.format, shape.system_message)
                 conversations.check_turns(conversation["messages"])
+                conversations.check_not_rendered(conversation)
                 if self.rules.escape_control_tokens:
                     outcome.escaped += conversations.escape_control_tokens(conversation, self.rules.control_tokens)
                 conversations.check_text(conversation, self.rules.control_tokens)
@@ -131,7 +132,7 @@ class Checker:
         if self._renderer:
             try:
                 row.text, row.spans = self._renderer.render(*conversations.for_template(row.conversation))
-            except jinja2.TemplateError as error:
+            except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
                 raise RowError("template_refused", f"the chat template refuses it: {error}") from None
         return row
 
