@@ -628,6 +628,13 @@ def test_data_prepared_with_another_tokenizer_or_template_is_refused(tmp_path):
     assert check_prepared(tmp_path, other, "llama3", 99) is None
 
 
+def test_a_parquet_row_may_not_be_larger_either(tmp_path):
+    rows = [chat(number)["messages"] for number in range(4)] + [chat("x" * (11 << 20))["messages"]]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet:5: 11\.0 MiB is more than the 10 MiB"):
+        run(tmp_path / "a.parquet", tmp_path)
+
+
 def test_overwrite_deletes_nothing_that_prepare_did_not_write(tmp_path):
     run(write(tmp_path / "a.jsonl", *map(chat, range(4))), tmp_path)
     source = write(tmp_path / "out" / "raw.jsonl", *map(chat, range(4)))

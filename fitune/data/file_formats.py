@@ -190,7 +190,7 @@ def _length(line: bytes | int) -> int:
 def _decoded(line: bytes | int, offset: int) -> str | RowError:
     """The line's text; `offset` is its place in the file, in bytes."""
     if isinstance(line, int) or line == _OVERSIZED_LINE:
-        return _too_large(line if isinstance(line, int) else None)
+        return too_large(line if isinstance(line, int) else None)
     if offset == 0:
         line = line.removeprefix(BOM)
     try:
@@ -200,7 +200,7 @@ def _decoded(line: bytes | int, offset: int) -> str | RowError:
         return RowError("not_utf8", f"not UTF-8: byte 0x{line[error.start]:02x} at {place}")
 
 
-def _too_large(size: int | None) -> RowError:
+def too_large(size: int | None) -> RowError:
     given = f"{size / (1 << 20):.1f} MiB" if size else "a row"
     return RowError("too_large", f"{given} is more than the {MAX_ROW_BYTES >> 20} MiB a row may have")
 
@@ -231,7 +231,7 @@ def _csv_row(header: list[str], fields: list[str], bad_lines: list[int]) -> dict
         bad_lines.clear()
         return RowError("not_utf8", f"not UTF-8: byte offset {offset} of the file")
     if fields == ["\x00"]:
-        return _too_large(None)
+        return too_large(None)
     if len(fields) != len(header):
         return RowError("wrong_type", f"{len(fields)} fields where the header has {len(header)}")
     return dict(zip(header, fields, strict=True))
@@ -278,7 +278,7 @@ class _JsonList:
                     self._fail(error.msg.removesuffix(" at"))
         text = self._buffer[self._position : end]
         self._advance(end)
-        return text if len(text) <= MAX_ROW_BYTES else _too_large(len(text))
+        return text if len(text) <= MAX_ROW_BYTES else too_large(len(text))
 
     def _expect(self, character: str) -> None:
         found = self._next_character()

@@ -16,6 +16,7 @@ import numpy as np
 from fitune.data import conversations
 from fitune.data.chat_template import ChatRenderer
 from fitune.data.conversations import RowError
+from fitune.data.file_formats import MAX_ROW_BYTES, too_large
 from fitune.data.token_counter import TokenCounter
 
 EXAMPLES_PER_REASON = 20
@@ -100,7 +101,7 @@ class Checker:
         for batch in _batches(self._converted(chunk, shape, outcome), ROWS_PER_BATCH):
             if self.rules.counter is not None:
                 batch = self._counted(batch, outcome)
-            good += [(_json_line(row.conversation), row.tokens, row.trained) for row in batch]
+            good += self._written(batch, outcome)
         lines = [line for line, _, _ in good]
         outcome.text = b"".join(lines)
         outcome.sizes = np.fromiter(map(len, lines), np.uint32, len(lines))
@@ -108,6 +109,15 @@ class Checker:
         outcome.tokens = np.fromiter((tokens for _, tokens, _ in good), np.uint32, len(good))
         outcome.trained = np.fromiter((trained for _, _, trained in good), np.uint32, len(good))
         return outcome
+
+    def _written(self, batch: list[Row], outcome: Outcome) -> Iterator[tuple[bytes, int, int]]:
+        """Each row's line with its counts. Formats other than lines have no limit of their own on a row's size."""
+        for row in batch:
+            line = _json_line(row.conversation)
+            if len(line) > MAX_ROW_BYTES:
+                outcome.refuse(row.number, too_large(len(line)))
+            else:
+                yield line, row.tokens, row.trained
 
     def _converted(self, chunk, shape: Shape, outcome: Outcome) -> Iterator[Row]:
         """Rows that pass every check on their words; the others are noted in `outcome`."""
