@@ -635,6 +635,12 @@ def test_a_parquet_row_may_not_be_larger_either(tmp_path):
         run(tmp_path / "a.parquet", tmp_path)
 
 
+def test_a_csv_header_that_is_not_utf8_is_line_1(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"instruction,output,no\xff\na,b,c\n")
+    with pytest.raises(UsageError, match=r"a\.csv:1: the header is not UTF-8: byte offset 21"):
+        run(tmp_path / "a.csv", tmp_path)
+
+
 def test_overwrite_deletes_nothing_that_prepare_did_not_write(tmp_path):
     run(write(tmp_path / "a.jsonl", *map(chat, range(4))), tmp_path)
     source = write(tmp_path / "out" / "raw.jsonl", *map(chat, range(4)))

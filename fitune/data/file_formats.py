@@ -131,6 +131,8 @@ def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]
         if not fields:
             continue
         if header is None:
+            if bad_lines:
+                raise UsageError(f"{name}:{line}: the header is not UTF-8: byte offset {bad_lines[0]} of the file")
             header = _csv_header(fields, name)
             continue
         numbers.append(line)

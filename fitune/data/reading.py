@@ -173,10 +173,6 @@ def _pool(rules: Rules, workers: int, files: list):
         raise FituneError(
             "a worker process died, most likely killed for want of memory; try fewer with --workers"
         ) from None
-    except BaseException:
-        for process in list(pool._processes.values()):  # else the chunks they have would be finished first
-            process.terminate()
-        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
