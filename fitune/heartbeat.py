@@ -76,9 +76,10 @@ class Watch(threading.Thread):
         stuck = [rank for rank, numbers in ranks.items() if self._seconds_still(rank, numbers) > PATIENCE_SECONDS]
         if not stuck:
             return None
-        stopped = [rank for rank in stuck if _is_stopped(ranks[rank][PID])]
-        fewest = min(ranks[rank][LAYERS] for rank in stuck)
-        guilty = stopped or [rank for rank in stuck if ranks[rank][LAYERS] == fewest]
+        # of all ranks: the one that hangs may have moved a moment longer than those that wait for it
+        stopped = [rank for rank in ranks if _is_stopped(ranks[rank][PID])]
+        fewest = min(numbers[LAYERS] for numbers in ranks.values())
+        guilty = stopped or [rank for rank, numbers in ranks.items() if numbers[LAYERS] == fewest]
         names = ", ".join(f"{rank} (pid {ranks[rank][PID]} on {socket.gethostname()})" for rank in guilty)
         return f"rank {names}: no progress for {PATIENCE_SECONDS:.0f} s; all ranks were ended"
 

@@ -37,6 +37,15 @@ def test_the_rank_with_the_fewest_layers_hangs_the_others_wait_for_it(ranks, tmp
     assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]} on ") and "rank 0" not in verdict
 
 
+def test_the_rank_that_hangs_is_named_though_it_moved_last(ranks, tmp_path):
+    def move_once_more():
+        ranks[1][LAYERS] = 8
+
+    ranks[1][LAYERS] = 7
+    verdict = judge_twice(Watch(tmp_path), ranks, move_once_more)
+    assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]} on ") and "rank 0" not in verdict
+
+
 def test_nobody_is_singled_out_without_a_reason(ranks, tmp_path):
     verdict = judge_twice(Watch(tmp_path), ranks)
     assert f"rank 0 (pid {ranks[0][PID]}" in verdict and f", 1 (pid {ranks[1][PID]}" in verdict
