@@ -19,6 +19,7 @@ from rich.table import Table
 from fitune.config import Run
 from fitune.data.chat_template import end_of_turn_ids, read_tokenizer
 from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.file_formats import first_line
 from fitune.distributed import compute_device, is_main_process, join, leave
 from fitune.errors import UsageError
 from fitune.hub import local_folder
@@ -105,7 +106,7 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
             folder, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
-        raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{folder}: cannot be loaded: {first_line(error)}") from None
     stop_ids = model.generation_config.eos_token_id
     answerer = Answerer(model, tokenizer, stop_ids, device, options.max_new_tokens, options.temperature)
     if options.chat:

@@ -11,6 +11,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from fitune.data.file_formats import first_line
 from fitune.errors import UsageError
 
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
@@ -32,8 +33,7 @@ def read_tokenizer(folder: Path | str):
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"tokenizer {folder}: cannot be loaded: {first_line}") from None
+        raise UsageError(f"tokenizer {folder}: cannot be loaded: {first_line(error)}") from None
 
 
 def apply_chat_template_choice(tokenizer, choice: str) -> None:
