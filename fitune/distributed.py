@@ -46,14 +46,13 @@ def _own_gpu() -> torch.device:
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     cap_gib = os.environ.get("FITUNE_GPU_CAP_GIB")
-    if cap_gib:
+    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if ranks > gpus:
+        if not cap_gib:
+            raise UsageError(f"the run needs {ranks} GPUs here, torch sees {gpus}")
         os.environ["NCCL_HOSTID"] = f"rank-{os.environ['RANK']}"
-        local_rank %= torch.cuda.device_count()
+        local_rank %= gpus
         os.environ["LOCAL_RANK"] = str(local_rank)
-    elif local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"the run needs {os.environ['LOCAL_WORLD_SIZE']} GPUs here, torch sees {torch.cuda.device_count()}"
-        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     if cap_gib:

@@ -51,23 +51,57 @@ def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path
     assert done.stdout.count("changed bytes before 0 after 0") == ranks
 
 
-@pytest.mark.parametrize(("recipe", "profile"), [("tiny_qlora", "single_gpu"), ("tiny_lora", "fsdp_1x48gb")])
-def test_the_shipped_answers_are_learned_by_heart(recipe, profile, tmp_path):
+TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "profile", "extra"),
+    [
+        pytest.param("tiny_qlora", "single_gpu", [], id="qlora"),
+        pytest.param("tiny_lora", "fsdp_1x48gb", [], id="lora"),
+        pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
+        pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
+    ],
+)
+def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_path):
     """As in `make demo` on the CPU, where the training loss goes from 8 to 0.2."""
     base, data, run = (tmp_path / name for name in ("base", "data", "run"))
-    sets = [f"base.model={base}", f"data.prepared={data}", "training.logging_steps=1", "training.report_to=none"]
-    flags = [part for item in sets for part in ("--set", item)]
+    sets = [f"base.model={base}", f"data.prepared={data}", "training.logging_steps=1", *extra]
+    flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
     for command in (
         ["-m", "fitune.tiny", base],
         ["cli.py", "prepare", recipe, *flags],
         ["cli.py", "train", recipe, "--profile", profile, "--output", run, *flags],
     ):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        done = call(command, cap_gib=8)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    print(f"{recipe}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    print(f"{recipe} {profile} {extra}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
     assert losses[0] > 7 and losses[-1] < 0.5
+
+
+def test_out_of_memory_is_one_line_with_a_way_out(checkpoint, tmp_path):
+    data = tmp_path / "data"
+    rows = ["--dataset", "examples/instructions/instructions.jsonl", "--tokenizer", TOKENIZER, "--template", "plain"]
+    prepared = call(["cli.py", "prepare", *rows, "--output", data])
+    assert prepared.returncode == 0, prepared.stderr
+    sets = [f"base.model={checkpoint}", f"data.prepared={data}", "global_batch_size=2", "training.report_to=none"]
+    flags = [part for item in sets for part in ("--set", item)]
+    command = ["cli.py", "train", "llama3_8b_qlora", "--profile", "single_gpu", "--output", tmp_path / "run", *flags]
+    done = call([*command, "--force"], cap_gib=2.7)
+    print(done.stderr[-600:])
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if "GPU memory ran out" in line]
+    assert "rank 0" in line and "that `plan` says; try --set" in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def call(command: list, cap_gib: float | None = None) -> subprocess.CompletedProcess:
+    """Runs Python in the project's root, its ranks held to `cap_gib`."""
+    cap = {"FITUNE_GPU_CAP_GIB": str(cap_gib)} if cap_gib else {}
+    options = {"cwd": ROOT, "env": os.environ | cap, "capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run([sys.executable, *command], **options)
 
 
 def test_packed_attention_is_sdpa_with_a_block_mask():
