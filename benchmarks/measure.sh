@@ -34,7 +34,7 @@ case $part in
     checkpoint /tmp/8b-nf4 8b nf4
     python3 benchmarks/same_losses.py "$output/same-losses.json" --commit "$commit" --recipe llama3_8b_qlora \
       --reference single_gpu --compare fsdp_offload_1x24gb fsdp_4x24gb fsdp_offload_4gpu --cap-gib 19 \
-      --set base.model=/tmp/8b-nf4 --set data.prepared=/tmp/data --set max_length=1024
+      --set base.model=/tmp/8b-nf4 --set data.prepared=/tmp/data --set max_length=1536
     exit ;;
   *) sed -n '2,13p' "$0" >&2; exit 2 ;;
 esac
