@@ -4,7 +4,7 @@
         --compare fsdp_offload_1x24gb fsdp_4x24gb fsdp_offload_4gpu --set base.model=FOLDER --set data.prepared=FOLDER
 
 The reference runs twice: how far these two are apart is the noise that the others are held against. Dropout is off, it
-draws other numbers on other ranks. On one big GPU, --cap-gib lets the ranks share it.
+draws other numbers on other ranks. On few big GPUs, --cap-gib lets the ranks share them, and all runs train at once.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tiers import about
@@ -59,15 +60,16 @@ def main() -> None:
     options = parser.parse_args()
     result = {"benchmark": "same losses", "recipe": options.recipe, "steps": options.steps, "runs": {}}
     result |= about(options.commit) | {"command": " ".join(["python", *sys.argv])}
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {"reference": options.reference, "repeated": options.reference}
-        runs |= {profile: profile for profile in options.compare if profile not in runs}
-        for label, profile in runs.items():
-            curve = train(options, profile, Path(folder) / label)
-            result["runs"][label] = {"profile": profile, "curve": curve}
-            result["runs"][label]["furthest"] = furthest(curve, result["runs"]["reference"]["curve"])
-            print(label, profile, result["runs"][label]["furthest"], curve[0], curve[-1], flush=True)
-            options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    runs = {"reference": options.reference, "repeated": options.reference}
+    runs |= {profile: profile for profile in options.compare if profile not in runs}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(runs) if options.cap_gib else 1) as pool:
+        curves = {label: pool.submit(train, options, profile, Path(folder) / label) for label, profile in runs.items()}
+    reference = curves["reference"].result()
+    for label, profile in runs.items():
+        curve = curves[label].result()
+        result["runs"][label] = {"profile": profile, "furthest": furthest(curve, reference), "curve": curve}
+        print(label, profile, result["runs"][label]["furthest"], curve[0], curve[-1], flush=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -93,7 +94,7 @@ def run_tier(plan: dict, work: Path) -> dict:
         "command": " ".join(["python", *command[1:]]),
     }
     if code:
-        return result | {"error": tail[-1500:]}
+        return result | {"error": tail[-3000:]}
     result |= _described(output, plan, watcher) | plain_read
     if plan.get("resume"):
         result["resume"] = _resumed(command, environment, output, plan)
@@ -122,7 +123,7 @@ def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, s
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment | {"PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -133,7 +134,10 @@ def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, s
         out, _ = process.communicate(timeout=timeout)
         return process.returncode, out
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        for rank in psutil.Process(process.pid).children(recursive=True):
+            rank.send_signal(signal.SIGABRT)  # says where it stood
+        time.sleep(2)
+        process.kill()
         out, _ = process.communicate()
         return 124, out + "\ntimed out"
 
