@@ -1,8 +1,9 @@
-"""Each rank counts the layers it begins where the launcher can see it, so that a rank that hangs is found by name.
+"""Each rank counts what it has done where the launcher can see it, so that a rank that hangs is found by name.
 
 While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
-begun the fewest layers. Only the steps after the first are watched for that: loading, compiling, saving and evaluating
-may take as long as they need. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
+counted the least. A rank says how long it may take until it counts again: five minutes while it joins the others and in
+the first step, which compiles; less while weights are read and layers computed; as long as it needs while it downloads,
+prepares rows or saves. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
 """
 
 import os
@@ -11,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +22,66 @@ from transformers import TrainerCallback
 FOLDER = "FITUNE_HEARTBEATS"
 "The environment variable by which a launcher tells its ranks where to count."
 PATIENCE_SECONDS = float(os.environ.get("FITUNE_HUNG_AFTER_SECONDS", 45))
-PID, WATCHED, LAYERS = range(3)
+STARTING_SECONDS = max(300, PATIENCE_SECONDS)
+READS_AT_MOST = 1e9
+PID, PATIENCE, COUNT = range(3)
 
 
 class Heartbeat(TrainerCallback):
-    """The counting side: three numbers in a memory-mapped file, no system call per layer. Made before anything else."""
+    """The counting side: three numbers in a memory-mapped file, no system call per count. Made before anything else.
+
+    A patience of 0 seconds: the rank may rest.
+    """
 
     def __init__(self):
         folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
         shape = (3,)
-        self.numbers = np.memmap(Path(folder) / rank, np.int64, "w+", shape=shape) if folder else np.zeros(shape)
+        self.numbers = np.memmap(Path(folder) / rank, np.float64, "w+", shape=shape) if folder else np.zeros(shape)
         self.numbers[PID] = os.getpid()
         self.steps = 0
 
-    def count(self, layers) -> None:
-        for layer in layers:
-            layer.register_forward_pre_hook(self._count)
+    def begin(self, patience: float) -> None:
+        """Whoever watches may give this rank up when it has not counted for `patience` seconds."""
+        self.numbers[PATIENCE] = patience
 
-    def _count(self, *_) -> None:
-        self.numbers[LAYERS] += 1
+    def rest(self) -> None:
+        self.numbers[PATIENCE] = 0
+
+    @contextmanager
+    def starting(self):
+        """Of what should take seconds, but may wait for the slowest of many ranks."""
+        self.begin(STARTING_SECONDS)
+        yield
+        self.rest()
+
+    def count(self, *_) -> None:
+        self.numbers[COUNT] += 1
+
+    def count_read(self) -> None:
+        """While weights are loaded."""
+        self.begin(PATIENCE_SECONDS)
+        self.count()
+
+    def count_layers(self, layers) -> None:
+        """From now on; a rank that has come so far is ahead of one that still reads, whatever their shares."""
+        self.rest()
+        self.numbers[COUNT] = READS_AT_MOST
+        for layer in layers:
+            layer.register_forward_pre_hook(self.count)
+            layer.register_forward_hook(self.count)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.numbers[WATCHED] = self.steps > 0
+        self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
         self.steps += 1
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.numbers[WATCHED] = 0
+        self.rest()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.begin(PATIENCE_SECONDS)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.rest()
 
 
 class Watch(threading.Thread):
@@ -55,17 +90,20 @@ class Watch(threading.Thread):
     def __init__(self, folder: Path):
         super().__init__(daemon=True)
         self.folder = folder
+        self.ended: set[int] = set()
+        "Processes that were killed, and the reason printed."
         self._over = threading.Event()
         self._seen: dict[int, tuple[tuple, float]] = {}
 
     def run(self) -> None:
         while not self._over.wait(1):
-            ranks = {int(file.name): np.fromfile(file, np.int64) for file in self.folder.iterdir()}
+            ranks = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
             ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 3}
             if verdict := self._judge(ranks):
                 print(f"error: {verdict}", file=sys.stderr, flush=True)
-                for numbers in ranks.values():
-                    _kill(int(numbers[PID]))
+                self.ended.update(int(numbers[PID]) for numbers in ranks.values())
+                for pid in self.ended:
+                    _kill(pid)
                 return
 
     def stop(self) -> None:
@@ -73,20 +111,21 @@ class Watch(threading.Thread):
         self.join()
 
     def _judge(self, ranks: dict[int, np.ndarray]) -> str | None:
-        stuck = [rank for rank, numbers in ranks.items() if self._seconds_still(rank, numbers) > PATIENCE_SECONDS]
-        if not stuck:
+        still = {rank: self._seconds_still(rank, numbers) for rank, numbers in ranks.items()}
+        stopped = [rank for rank in ranks if _is_stopped(ranks[rank][PID])]
+        patience = {rank: PATIENCE_SECONDS if rank in stopped else ranks[rank][PATIENCE] for rank in ranks}
+        spent = [patience[rank] for rank in ranks if patience[rank] and still[rank] > patience[rank]]
+        if not spent:
             return None
         # of all ranks: the one that hangs may have moved a moment longer than those that wait for it
-        stopped = [rank for rank in ranks if _is_stopped(ranks[rank][PID])]
-        fewest = min(numbers[LAYERS] for numbers in ranks.values())
-        guilty = stopped or [rank for rank, numbers in ranks.items() if numbers[LAYERS] == fewest]
-        names = ", ".join(f"{rank} (pid {ranks[rank][PID]} on {socket.gethostname()})" for rank in guilty)
-        return f"rank {names}: no progress for {PATIENCE_SECONDS:.0f} s; all ranks were ended"
+        fewest = min(numbers[COUNT] for numbers in ranks.values())
+        guilty = stopped or [rank for rank, numbers in ranks.items() if numbers[COUNT] == fewest]
+        names = ", ".join(f"{rank} (pid {ranks[rank][PID]:.0f} on {socket.gethostname()})" for rank in guilty)
+        return f"rank {names}: no progress for {min(spent):.0f} s; all ranks were ended"
 
     def _seconds_still(self, rank: int, numbers: np.ndarray) -> float:
-        now, state = time.monotonic(), tuple(numbers)
-        may_rest = not numbers[WATCHED] and not _is_stopped(numbers[PID])
-        if may_rest or self._seen.get(rank, (None,))[0] != state:
+        now, state = time.monotonic(), (*numbers, _is_stopped(numbers[PID]))
+        if self._seen.get(rank, (None,))[0] != state:
             self._seen[rank] = state, now
         return now - self._seen[rank][1]
 

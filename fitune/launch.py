@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
         watch.start()
         # torch's own way with signals would give the ranks 30 s to save
         flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
-        code = launch(run, "fitune.train", *arguments, **flags)
+        code = launch(run, "fitune.train", *arguments, **flags, explained=watch.ended)
         watch.stop()
     return code, len(received)
 
@@ -60,11 +61,13 @@ def launch(
     *arguments: str,
     accelerate_flags: tuple[str, ...] = (),
     signals_to_handle: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+    explained: Collection[int] = (),
 ) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
     `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). What went wrong is printed by then. A
-    process that was killed counts as CRASHED. `signals_to_handle` end all processes.
+    process that was killed counts as CRASHED, and is named unless its pid is in `explained` by then.
+    `signals_to_handle` end all processes.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,13 +81,13 @@ def launch(
         try:
             launch_command(parsed)
         except ChildFailedError as error:
-            return _first_failure(error.failures)
+            return _first_failure(error.failures, explained)
         except ValueError as error:
             raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
     return 0
 
 
-def _first_failure(failures: dict) -> int:
+def _first_failure(failures: dict, explained: Collection[int]) -> int:
     """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
     began = min(failure.timestamp for failure in failures.values())
 
@@ -97,8 +100,9 @@ def _first_failure(failures: dict) -> int:
 
     rank, first = min(failures.items(), key=order)
     if first.exitcode < 0:
-        name = signal.Signals(-first.exitcode).name
-        print(f"error: rank {rank} (pid {first.pid}) was ended by {name}", file=sys.stderr)
+        if first.pid not in explained:
+            name = signal.Signals(-first.exitcode).name
+            print(f"error: rank {rank} (pid {first.pid}) was ended by {name}", file=sys.stderr)
         return CRASHED
     return first.exitcode
 

@@ -29,8 +29,10 @@ class Read:
     destination: torch.Tensor | None = None
 
 
-def stream(checkpoint: Checkpoint, reads: Iterable[Read], pin_memory: bool) -> None:
-    """Carries out `reads`. Pinned buffers let the copy to a GPU run at the link's speed."""
+def stream(
+    checkpoint: Checkpoint, reads: Iterable[Read], pin_memory: bool, on_read: Callable[[], None] = lambda: None
+) -> None:
+    """Carries out `reads`, `on_read` after each. Pinned buffers let the copy to a GPU run at the link's speed."""
     buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(THREADS)]
     in_flight: deque[tuple[Read, Future, torch.Tensor | None]] = deque()
 
@@ -40,6 +42,7 @@ def stream(checkpoint: Checkpoint, reads: Iterable[Read], pin_memory: bool) -> N
         if read.consume:
             read.consume(data)
             buffers.append(buffer)
+        on_read()
 
     with ThreadPoolExecutor(THREADS) as pool:
         for read in reads:
@@ -53,15 +56,13 @@ def stream(checkpoint: Checkpoint, reads: Iterable[Read], pin_memory: bool) -> N
             finish_oldest()
 
 
-def pin_in_place(tensors: Iterable[torch.Tensor]) -> None:
-    """Page-locks the large CPU tensors among `tensors` in place, so that FSDP copies them to the GPU asynchronously.
+def pin_in_place(tensor: torch.Tensor) -> None:
+    """Page-locks a large CPU tensor where it is, so that FSDP copies it to the GPU asynchronously.
 
-    `Tensor.pin_memory()` would copy each into an allocation rounded up to a power of two: 12 % more host RAM for the
-    70B model. Small tensors may share a page with a neighbour; FSDP pins those in its own way.
+    `Tensor.pin_memory()` would copy it into an allocation rounded up to a power of two: 12 % more host RAM for the 70B
+    model. Small tensors may share a page with a neighbour; FSDP pins those in its own way.
     """
-    runtime = torch.cuda.cudart()
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.nbytes >= PIN_FROM_BYTES and not tensor.is_pinned():
-            code = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-            if int(code) != 0:
-                raise RuntimeError(f"page-locking {tensor.nbytes} bytes of host RAM failed: {code}")
+    if tensor.device.type == "cpu" and tensor.nbytes >= PIN_FROM_BYTES and not tensor.is_pinned():
+        code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+        if int(code) != 0:
+            raise RuntimeError(f"page-locking {tensor.nbytes} bytes of host RAM failed: {code}")

@@ -52,21 +52,24 @@ def train(run: Run) -> None:
     end_with_launcher()
     heartbeat, interruption = Heartbeat(), Interruption()
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
-    mesh = join(run.accelerate)
+    with heartbeat.starting():
+        mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
-    tokenizer = load_tokenizer(run.recipe, base_folder)
-    _check_data(run, tokenizer)
-    refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
-    base_record, identity = _identify(run, base_folder, tokenizer)
+    with heartbeat.starting():
+        tokenizer = load_tokenizer(run.recipe, base_folder)
+        _check_data(run, tokenizer)
+        refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
+        base_record, identity = _identify(run, base_folder, tokenizer)
     checkpoint = _checkpoint_to_resume(run, identity)
     started = time.perf_counter()
-    model = load_sharded_model(run, base_folder, tokenizer, mesh)
-    heartbeat.count(decoder(model).model.layers)
+    model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count_read)
+    heartbeat.count_layers(decoder(model).model.layers)
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
     trainer = ShardedSFTTrainer(
         run,
         base_record=base_record,
         identity=identity,
+        may_rest=heartbeat.rest,
         model=model,
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
@@ -85,7 +88,7 @@ def train(run: Run) -> None:
         lock.release()
 
 
-def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn.Module:
+def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_read=lambda: None) -> torch.nn.Module:
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
@@ -93,7 +96,7 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh) -> torch.nn
     device = compute_device(mesh)
     placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
     with Checkpoint(base_folder) as checkpoint, loading_bar(model) as advance:
-        load_weights(model, checkpoint, placement, run.recipe.seed, advance)
+        load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_read=on_read)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model

@@ -58,11 +58,18 @@ class ShardedSFTTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
     `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does; a trainer that
-    saves nothing needs neither.
+    saves nothing needs neither. `may_rest` is called before work that may take long.
     """
 
-    def __init__(self, run: Run, base_record: BaseRecord | None = None, identity: Identity | None = None, **kwargs):
-        self.run, self.base_record, self.identity = run, base_record, identity
+    def __init__(
+        self,
+        run: Run,
+        base_record: BaseRecord | None = None,
+        identity: Identity | None = None,
+        may_rest=lambda: None,
+        **kwargs,
+    ):
+        self.run, self.base_record, self.identity, self._may_rest = run, base_record, identity, may_rest
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
         super().__init__(args=training_arguments(run), **kwargs)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
@@ -92,6 +99,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def _stop_before_a_bad_step(self, norm: float) -> None:
         """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet."""
+        self._may_rest()  # all of train.jsonl is read
         bad = [inputs for inputs, loss in self._step if not math.isfinite(loss)]
         batches = bad or [inputs for inputs, _ in self._step]
         rows = name_rows(batches, self.processing_class, Path(self.run.recipe.data.prepared) / "train.jsonl")

@@ -42,9 +42,16 @@ class Placement:
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, placement: Placement, seed: int, on_tensor: Callable[[str], None] = id
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    placement: Placement,
+    seed: int,
+    on_tensor: Callable[[str], None] = id,
+    on_read: Callable[[], None] = lambda: None,
 ) -> None:
-    """Allocates the sharded `model` (on meta until now) and fills it. `on_tensor` is called after each parameter.
+    """Allocates the sharded `model` (on meta until now) and fills it.
+
+    `on_tensor` is called after each parameter, `on_read` after each read of at most 64 MiB.
 
     Every tensor of model and checkpoint is accounted for before memory is taken: FituneError names the tensor and its
     file if one is missing, surplus or of another shape.
@@ -61,9 +68,11 @@ def load_weights(
             on_tensor(name)
 
     with torch.no_grad():
-        stream(checkpoint, reads(), pin_memory=placement.device.type == "cuda")
+        stream(checkpoint, reads(), placement.device.type == "cuda", on_read)
     if placement.device.type == "cuda":
-        pin_in_place(parameter.to_local() for parameter in model.parameters())
+        for parameter in model.parameters():
+            pin_in_place(parameter.to_local())
+            on_read()
 
 
 def account_for_every_tensor(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from fitune import heartbeat
-from fitune.heartbeat import LAYERS, PID, WATCHED, Watch
+from fitune.heartbeat import COUNT, PATIENCE, PID, Watch
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def ranks(monkeypatch):
     """Numbers of two sleeping processes that are within a step; patience is short."""
     monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.05)
     processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
-    numbers = {rank: np.array([process.pid, 1, 10]) for rank, process in enumerate(processes)}
+    numbers = {rank: np.array([process.pid, 0.05, 10]) for rank, process in enumerate(processes)}
     yield numbers
     for process in processes:
         process.kill()
@@ -32,34 +32,48 @@ def judge_twice(watch: Watch, ranks: dict, between=lambda: None) -> str | None:
 
 
 def test_the_rank_with_the_fewest_layers_hangs_the_others_wait_for_it(ranks, tmp_path):
-    ranks[1][LAYERS] = 7
+    ranks[1][COUNT] = 7
     verdict = judge_twice(Watch(tmp_path), ranks)
-    assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]} on ") and "rank 0" not in verdict
+    assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]:.0f} on ") and "rank 0" not in verdict
 
 
 def test_the_rank_that_hangs_is_named_though_it_moved_last(ranks, tmp_path):
     def move_once_more():
-        ranks[1][LAYERS] = 8
+        ranks[1][COUNT] = 8
 
-    ranks[1][LAYERS] = 7
+    ranks[1][COUNT] = 7
     verdict = judge_twice(Watch(tmp_path), ranks, move_once_more)
-    assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]} on ") and "rank 0" not in verdict
+    assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]:.0f} on ") and "rank 0" not in verdict
 
 
 def test_nobody_is_singled_out_without_a_reason(ranks, tmp_path):
     verdict = judge_twice(Watch(tmp_path), ranks)
-    assert f"rank 0 (pid {ranks[0][PID]}" in verdict and f", 1 (pid {ranks[1][PID]}" in verdict
+    assert f"rank 0 (pid {ranks[0][PID]:.0f}" in verdict and f", 1 (pid {ranks[1][PID]:.0f}" in verdict
 
 
 def test_progress_and_rest_are_no_hang(ranks, tmp_path):
     def advance():
         for numbers in ranks.values():
-            numbers[LAYERS] += 1
+            numbers[COUNT] += 1
 
     assert judge_twice(Watch(tmp_path), ranks, advance) is None
     for numbers in ranks.values():
-        numbers[WATCHED] = 0
+        numbers[PATIENCE] = 0
     assert judge_twice(Watch(tmp_path), ranks) is None
+
+
+def test_each_rank_has_the_patience_it_asked_for(ranks, tmp_path):
+    """The one in its first step may take longer, the one that rests as long as it likes; neither is named."""
+    ranks[0][PATIENCE], ranks[1][PATIENCE] = 60, 0
+    assert judge_twice(Watch(tmp_path), ranks) is None
+    ranks[0][PATIENCE], ranks[0][COUNT] = 0.05, 7
+    assert judge_twice(Watch(tmp_path), ranks).startswith("rank 0 (")
+
+
+def test_a_stopped_process_is_noticed_even_at_rest(ranks, tmp_path):
+    ranks[0][PATIENCE] = ranks[1][PATIENCE] = 0
+    psutil.Process(int(ranks[1][PID])).suspend()
+    assert judge_twice(Watch(tmp_path), ranks).startswith("rank 1 (")
 
 
 def test_all_ranks_are_killed_and_the_verdict_is_printed(ranks, tmp_path, capsys):

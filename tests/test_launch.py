@@ -142,5 +142,5 @@ def test_the_failure_that_ended_a_run_is_found(failures, expected, capsys):
     from fitune.launch import _first_failure
 
     found = {r: SimpleNamespace(exitcode=code, timestamp=when, pid=r) for r, (code, when) in failures.items()}
-    assert _first_failure(found) == expected
+    assert _first_failure(found, explained=()) == expected
     assert ("rank 1 (pid 1) was ended by SIGKILL" in capsys.readouterr().err) == (failures[1][0] == -9)

@@ -120,6 +120,42 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
     assert losses(folder) == losses(undisturbed)
 
 
+HANG = """
+import os, sys, time
+from importlib.abc import MetaPathFinder
+
+class Hang(MetaPathFinder):
+    '''Has rank 1 stand still, but not stopped, where the test says.'''
+
+    def find_spec(self, name, path, target=None):
+        if name == "fitune.trainer" and os.environ.get("RANK") == "1":
+            sys.meta_path.remove(self)
+            from fitune.weights import _Loader
+            from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+            owner, method, calls = {where}
+            original, counted = getattr(owner, method), iter(range(calls))
+            def sleepy(*args, **kwargs):
+                if next(counted, None) is None:
+                    time.sleep(600)
+                return original(*args, **kwargs)
+            setattr(owner, method, sleepy)
+
+sys.meta_path.insert(0, Hang())
+"""
+
+
+@pytest.mark.parametrize("where", ['_Loader, "reads", 5', 'LlamaDecoderLayer, "forward", 9'])
+def test_a_rank_that_hangs_is_named(where, tiny_base, prepared, tmp_path):
+    """While it reads weights, while it computes a later step."""
+    (tmp_path / "sitecustomize.py").write_text(HANG.replace("{where}", where))
+    command = train_command(tiny_base, prepared, tmp_path / "run", STEPS)
+    running = Running(command, tmp_path / "log", FITUNE_HUNG_AFTER_SECONDS="6", PYTHONPATH=str(tmp_path))
+    assert running.wait() == 1
+    text = running.log.read_text()
+    assert re.search(r"error: rank 1 \(pid \d+ on \S+\): no progress for 6 s; all ranks were ended", text), text[-2000:]
+
+
 def test_two_machines_share_a_run(undisturbed, tiny_base, prepared, tmp_path):
     """Two launchers with one rank each, as on two machines that share the run's folder."""
     accelerate = tmp_path / "two_machines.yaml"
