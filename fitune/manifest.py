@@ -5,6 +5,7 @@ It is written last, while the folder still has its temporary name. A checkpoint 
 
 import hashlib
 import importlib.metadata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -148,7 +149,8 @@ def _on_all_ranks(work, folder: Path, items: list) -> list:
 
 
 def _describe(folder: Path, names: list[str]) -> dict[str, SavedFile]:
-    return {name: _saved_file(folder / name) for name in names}
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(lambda name: _saved_file(folder / name), names), strict=True))
 
 
 def _saved_file(path: Path) -> SavedFile:
@@ -157,16 +159,17 @@ def _saved_file(path: Path) -> SavedFile:
 
 
 def _compare(folder: Path, files: list[tuple[str, SavedFile]]) -> list[str]:
-    damages = []
-    for name, saved in files:
-        path = folder / name
-        if not path.is_file():
-            damages.append(f"{name} is missing")
-        elif path.stat().st_size != saved.bytes:
-            damages.append(f"{name} has {path.stat().st_size} bytes, not {saved.bytes}")
-        elif _saved_file(path) != saved:
-            damages.append(f"{name} has other contents than were written")
-    return damages
+    with ThreadPoolExecutor() as threads:
+        return [damage for damage in threads.map(lambda file: _damage(folder, *file), files) if damage]
+
+
+def _damage(folder: Path, name: str, saved: SavedFile) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != saved.bytes:
+        return f"{name} has {path.stat().st_size} bytes, not {saved.bytes}"
+    return f"{name} has other contents than were written" if _saved_file(path) != saved else None
 
 
 def _short(value) -> str:

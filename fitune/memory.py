@@ -400,7 +400,7 @@ def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
     weights = s.shape.layers * s.shape.layer_linear_weights
     quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
     result = s.trainable * (BF16 if s.full else FP32)
-    one_checkpoint = s.trainable * (FP32 + s.optimizer_state) + (0 if s.full else result)
+    one_checkpoint = s.trainable * (FP32 + s.optimizer_state)  # weights in the adapter or beside the state
     return {
         "download": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
         "checkpoints": one_checkpoint * (kept_checkpoints + 1) if kept_checkpoints else 0.0,

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -82,6 +83,16 @@ def rename_when_whole(unfinished: Path, output: Path, *, replace: bool) -> None:
         raise
     _flush(output.parent)
     remove(replaced)
+
+
+@contextmanager
+def flushed_meanwhile(folder: Path) -> Iterator[None]:
+    """While the block runs, the disk writes what is in `folder`; raises OSError at the end if it could not."""
+    paths = list(folder.rglob("*"))
+    with ThreadPoolExecutor(1) as thread:
+        flushed = thread.submit(lambda: [_flush(path) for path in paths])
+        yield
+        flushed.result()
 
 
 def _temporary(output: Path) -> Path:

@@ -22,7 +22,7 @@ from fitune.config import Run
 from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
 from fitune.manifest import Identity, find_damage, write_manifest
-from fitune.output_folder import remove, rename_when_whole
+from fitune.output_folder import flushed_meanwhile, remove, rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
 
@@ -152,7 +152,9 @@ class ShardedSFTTrainer(SFTTrainer):
         save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
         self._save_position(partial)
         dist.barrier()
-        write_manifest(partial, self.state.global_step, self.run, self.identity)
+        with flushed_meanwhile(partial):
+            write_manifest(partial, self.state.global_step, self.run, self.identity)
+        dist.barrier()
         if self.args.should_save:
             rename_when_whole(partial, folder, replace=True)
         dist.barrier()

@@ -2,6 +2,7 @@
 
     checkpoint-N/state/layout.json                          world size, full shapes, optimizer hyperparameters
     checkpoint-N/state/rank-00000-of-00002/model.safetensors   that rank's rows: NAME, and NAME::exp_avg etc.
+    checkpoint-N/adapter/                                   in place of NAME, where an adapter is trained
 
 Nothing is gathered to save it, and because the layout is known it can be read back on another number of ranks.
 """
@@ -13,11 +14,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fitune.adapter import AdapterFile, saved_name
 from fitune.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
 from fitune.errors import FituneError
 from fitune.sharding import local_rows
 
 SEPARATOR = "::"
+ADAPTER = "adapter"
+"As a run's result is called."
 
 
 def save_training_state(
@@ -25,16 +29,19 @@ def save_training_state(
 ) -> None:
     """Writes this rank's rows of every trainable parameter and of its optimizer state. Call on all ranks.
 
-    One tensor at a time passes through host RAM.
+    Parameters are left out if `folder` holds the adapter that they make up. One tensor at a time passes through host
+    RAM. The disk may not have it all yet when this returns.
     """
     names = {parameter: name for name, parameter in _trainable(model)}
-    tensors = {name: _local(parameter) for parameter, name in names.items()}
+    has_adapter = (folder / ADAPTER).is_dir()
+    tensors = {} if has_adapter else {name: _local(parameter) for parameter, name in names.items()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{names[parameter]}{SEPARATOR}{key}"] = _local(torch.as_tensor(value))
     part = folder / "state" / f"rank-{rank:05d}-of-{world_size:05d}"
     part.mkdir(parents=True)
-    writer = CheckpointWriter(part, [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], 2**62)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, durable=False)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.close()
@@ -57,7 +64,7 @@ def load_trainable_weights(folder: Path, model: nn.Module, rank: int, world_size
         for name, parameter in _trainable(model):
             saved.check_shape(name, parameter)
             start, stop = local_rows(parameter.shape[0], rank, world_size)
-            parameter.to_local().copy_(saved.rows(name, name, start, stop))
+            parameter.to_local().copy_(saved.weight(name, start, stop))
 
 
 def load_optimizer_state(
@@ -100,6 +107,7 @@ class _SavedState:
             raise FituneError(f"{folder}: not a checkpoint of fitune: state/layout.json: {error}") from None
         world_size = self.layout["world_size"]
         self.parts = [Checkpoint(self.folder / f"rank-{r:05d}-of-{world_size:05d}") for r in range(world_size)]
+        self.adapter = AdapterFile(folder / ADAPTER) if (folder / ADAPTER).is_dir() else None
 
     def check_shape(self, name: str, parameter: torch.Tensor) -> None:
         saved = self.layout["shapes"].get(name)
@@ -109,6 +117,12 @@ class _SavedState:
     def optimizer_keys(self, name: str) -> list[str]:
         prefix = name + SEPARATOR
         return [key.removeprefix(prefix) for key in self.parts[0].tensors if key.startswith(prefix)]
+
+    def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of parameter `name`."""
+        if self.adapter:
+            return self.adapter.read_rows(saved_name(name), start, stop)
+        return self.rows(name, name, start, stop)
 
     def rows(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of tensor `key`, which is split like parameter `name`."""
@@ -139,5 +153,5 @@ class _SavedState:
         return self
 
     def __exit__(self, *_):
-        for part in self.parts:
+        for part in [*self.parts, *([self.adapter] if self.adapter else [])]:
             part.close()

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: sums in a fixed order, and ranks share few cores
 
 import pytest
