@@ -131,7 +131,7 @@ def test_more_of_anything_never_takes_less():
 
 def test_disk_holds_one_checkpoint_more_than_are_kept():
     lora = setup().trainable
-    assert disk(setup(), 2)["checkpoints"] == 3 * lora * 16
+    assert disk(setup(), 2)["checkpoints"] == 3 * lora * 12
     full = setup("llama3_70b_full", "fsdp_full_16x80gb")
     assert disk(full, 1)["checkpoints"] == 2 * full.trainable * 12
 
