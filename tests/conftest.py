@@ -6,10 +6,11 @@ import random
 import signal
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: sums in a fixed order, and ranks share few cores
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 
 WORDS = """river stone letter winter garden copper window morning silent paper harbour bread market candle orange
 travel answer question mountain simple colour number before after between because often seldom bright heavy"""
