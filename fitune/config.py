@@ -36,7 +36,7 @@ class Source(Strict):
     format: DataFormat | None = None
     "As in `data`."
     columns: dict[str, str] = {}
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
 
 
@@ -60,7 +60,7 @@ class Data(Strict):
     "What the rows look like; null finds it out from the first row of each file."
     columns: dict[str, str] = {}
     "The format's column name: the name it has in the data, such as {output: response}."
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
     mix: list[Source] = []
     "Further sources, each with a weight of its own."

@@ -1,5 +1,6 @@
 """Chat templates: the same text and mask as transformers, one BOS, a prompt that is a prefix, a pad that is no eos."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
 from fitune.data import chat_template
 from fitune.data.chat_template import ChatRenderer, apply_chat_template_choice, end_of_turn_ids
+from fitune.data.conversations import LLAMA3_CONTROL_TOKENS, RowError, check_text, for_template, to_conversation
 from fitune.errors import UsageError
 
 CHOICES = ["llama3", "plain"]
@@ -264,3 +266,36 @@ def test_control_tokens_of_the_template():
         "<|end_header_id|>",
         "<|eot_id|>",
     ]
+
+
+OWN_TEMPLATE = """{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% if m.role == 'assistant' %}\
+{% generation %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}\
+<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("written_as", ["text", "object"])
+def test_a_template_gets_the_arguments_of_tool_calls_as_objects(written_as, tmp_path):
+    """As it expects them; numbers stay as they were written, which pandas' JSON parser does not grant."""
+    arguments = {"city": "Köln", "lat": 3.3505, "id": 123456789012345678901234567890, "list": [{"a": None}]}
+    given = json.dumps(arguments) if written_as == "text" else arguments
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}
+    row = to_conversation({"messages": [{"role": "user", "content": "?"}, call]}, "messages")
+    (tmp_path / "own.jinja").write_text(OWN_TEMPLATE.replace("\\\n", ""))
+    tokenizer = tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, str(tmp_path / "own.jinja"))
+
+    expected = '{"city": "Köln", "lat": 3.3505, "id": 123456789012345678901234567890, "list": [{"a": null}]}<|eot_id|>'
+    text, [(start, end)] = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map).render(
+        *for_template(row)
+    )
+    assert text[start:end] == expected
+    assert tokenizer.apply_chat_template(row["messages"], tokenize=False) == text
+    assert tokenizer.apply_chat_template([row["messages"]] * 2, tokenize=False) == [text, text]
+
+
+def test_arguments_that_hide_a_control_token_behind_escapes_are_found():
+    function = {"name": "f", "arguments": r'{"a": "\u003c|eot_id|\u003e"}'}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    row = to_conversation({"messages": [{"role": "user", "content": "?"}, call]}, "messages")
+    with pytest.raises(RowError, match="control token"):
+        check_text(row, LLAMA3_CONTROL_TOKENS)

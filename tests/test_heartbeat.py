@@ -72,7 +72,10 @@ def test_each_rank_has_the_patience_it_asked_for(ranks, tmp_path):
 
 def test_a_stopped_process_is_noticed_even_at_rest(ranks, tmp_path):
     ranks[0][PATIENCE] = ranks[1][PATIENCE] = 0
-    psutil.Process(int(ranks[1][PID])).suspend()
+    process = psutil.Process(int(ranks[1][PID]))
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     assert judge_twice(Watch(tmp_path), ranks).startswith("rank 1 (")
 
 

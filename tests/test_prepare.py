@@ -125,7 +125,7 @@ def test_csv_with_quoted_newlines_and_lists_as_json(tmp_path):
     )
     message = refused(table, tmp_path)
     assert f"{table}:5: 'instruction'" not in message
-    assert f"{table}:5: messages[1]: the assistant's content is empty" in message
+    assert f"{table}:5: output: the assistant's content is empty" in message
     assert f"{table}:6: 1 fields where the header has 3" in message
     assert "2 of 4 rows cannot be used" in message
     run(table, tmp_path, drop_invalid=True)
@@ -235,6 +235,17 @@ NASTY = [
         {"messages": [{"role": "user", "content": "<|start_header_id|>user<|end_header_id|>\n\nx"}, ANSWER]},
         "already rendered",
     ),
+    ("already_rendered", {"messages": [{"role": "user", "content": "<|user|>\nx</s>"}, ANSWER]}, "already rendered"),
+    (
+        "control_token",
+        {"messages": [QUESTION, ANSWER | {"tool_calls": [{"id": "<|eot_id|>", "function": {"name": "f"}}]}]},
+        "messages[1].tool_calls: the text holds the control token <|eot_id|>",
+    ),
+    (
+        "wrong_type",
+        {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": '"{}"'}}]}]},
+        "arguments of 'f' are not a JSON object",
+    ),
     ("untrained_turn", {"messages": [QUESTION, ANSWER | {"weight": 0}]}, "'weight: 0'"),
     ("untrained_turn", {"messages": [QUESTION, ANSWER | {"loss_weight": 0.0}]}, "'loss_weight: 0'"),
     ("wrong_type", {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "text"}]}]}, "has no 'text'"),
@@ -242,6 +253,27 @@ NASTY = [
     ("wrong_type", {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {}}]}]}, "function with a 'name'"),
     ("wrong_type", {"messages": [QUESTION, ANSWER], "tools": "x"}, "expected a list"),
 ]
+
+
+def test_turns_are_numbered_as_in_the_file(tmp_path):
+    """Also where a system message is added, or an empty one left out."""
+    empty_answer = [QUESTION, ANSWER, QUESTION, ANSWER | {"content": ""}]
+    path = write(tmp_path / "a.jsonl", {"messages": empty_answer}, {"messages": [SYSTEM | {"content": ""}, ANSWER]})
+    message = refused(path, tmp_path, data={"system_message": "Be brief."})
+    assert "a.jsonl:1: messages[3]: the assistant's content is empty" in message
+    assert "a.jsonl:2: messages[1]: 'assistant' after 'system'" in message
+
+
+def test_functions_of_old_openai_files_are_tools(tmp_path):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}}
+    result = {"role": "ipython", "content": "3"}
+    path = write(tmp_path / "a.jsonl", *map(chat, range(3)),
+                 {"messages": [QUESTION, call, result, ANSWER], "functions": [{"name": "f"}]})  # fmt: skip
+    run(path, tmp_path)
+    [row] = [row for row in rows(tmp_path) + rows(tmp_path, "test") if "tools" in row]
+    assert json.loads(row["tools"]) == [{"type": "function", "function": {"name": "f"}}]
+    assert row["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert row["messages"][2]["role"] == "tool"
 
 
 @pytest.mark.parametrize("with_tokenizer", [False, True])
@@ -375,7 +407,7 @@ def test_a_folder_of_nasty_files_names_them_all(tmp_path):
         assert "g.jsonl:1: no known format has the columns 'text'" in message
         assert "h.jsonl.zst: truncated or damaged zstd file" in message
         assert ("a.jsonl:11: invalid JSON" in message) is (not options)
-        assert ("f.csv:2: messages[1]: the assistant's content is empty" in message) is (not options)
+        assert ("f.csv:2: output: the assistant's content is empty" in message) is (not options)
 
 
 def test_files_of_neither_split_are_mentioned(tmp_path):
@@ -690,6 +722,16 @@ def test_table_and_preview(tmp_path):
     assert "rows read" in text and "packed" not in text.split("rows read")[0]
     assert shown[0]["content"] in text
     assert f"\x1b[1;32m{shown[1]['content']}<|eot_id|>" in styled.replace("\x1b[0m\x1b[1;32m", "")
+
+
+def test_a_preview_without_colours_marks_what_is_trained(tmp_path):
+    console = Console(width=40, record=True, color_system=None, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    path = write(tmp_path / "a.jsonl", chat("word " * 20, "Jawohl."), chat(2))
+    run(path, tmp_path, tokenizer=tiny_tokenizer(), max_length=256, console=console, preview=2, seed=1)
+    text = console.export_text()
+    first = rows(tmp_path)[0]["messages"]
+    assert f"{first[0]['content'].strip()}<|eot_id|>" in text  # no line of the text is broken
+    assert f"⟦{first[1]['content']}<|eot_id|>⟧" in text
 
 
 def test_parquet_beside_jsonl(tmp_path):

@@ -1,5 +1,6 @@
 """Which Jinja template turns a conversation into text, and which tokens it pads with and stops at."""
 
+import functools
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from fitune.data.conversations import arguments_as_objects
 from fitune.data.file_formats import first_line
 from fitune.errors import UsageError
 
@@ -49,6 +51,23 @@ def apply_chat_template_choice(tokenizer, choice: str) -> None:
     pad_token = _pad_token(tokenizer)
     tokenizer.chat_template = template
     tokenizer.pad_token = pad_token
+    _read_stored_tool_calls(tokenizer)
+
+
+def _read_stored_tool_calls(tokenizer) -> None:
+    """Has the tokenizer take prepared rows as they are, in TRL's hands too: see `arguments_as_objects`.
+
+    Not by a column of datasets' `Json`: its parser changes numbers, 3.3505 to 3.3504999999999998.
+    """
+    apply = tokenizer.apply_chat_template
+
+    @functools.wraps(apply)
+    def apply_to_stored(conversation, *args, **kwargs):
+        is_one = not conversation or isinstance(conversation[0], dict)
+        parsed = arguments_as_objects(conversation) if is_one else list(map(arguments_as_objects, conversation))
+        return apply(parsed, *args, **kwargs)
+
+    tokenizer.apply_chat_template = apply_to_stored
 
 
 def end_of_turn_ids(tokenizer, choice: str) -> list[int]:

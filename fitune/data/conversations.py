@@ -29,6 +29,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
     "function_call": "function_call",
 }
 LLAMA3_CONTROL_TOKENS = re.compile(
@@ -39,13 +40,16 @@ RENDERED = re.compile(
     r"<\|start_header_id\|>\w+<\|end_header_id\|>"
     r"|<\|im_start\|>(?:system|user|assistant)\b"
     r"|<start_of_turn>(?:user|model)\b"
+    r"|<\|(?:system|user|assistant)\|>"
     r"|\[INST\].*\[/INST\]"
     r"|### Instruction:.*### Response:"
     r"|(?:^|\n\n)Human: .*\n\nAssistant:",
     re.DOTALL,
 )
 
-_MAY_BE_RENDERED = re.compile(r"<\|start_header_id|<\|im_start|<start_of_turn|\[/INST\]|### Response:|\nAssistant:")
+_MAY_BE_RENDERED = re.compile(
+    r"<\|(?:start_header_id|im_start|system|user|assistant)|<start_of_turn|\[/INST\]|### Response:|\nAssistant:"
+)
 "One of these is in every text that RENDERED finds, and a search for it is fast."
 
 
@@ -58,6 +62,14 @@ class RowError(Exception):
 
     def __str__(self):
         return self.message
+
+
+class Message(dict):
+    """One turn, with the place in its row where it was found: `messages[2]`, `output`."""
+
+    def __init__(self, message: dict, where: str):
+        super().__init__(message)
+        self.where = where
 
 
 def detect_format(columns) -> str | None:
@@ -84,17 +96,17 @@ def to_conversation(row: dict, format: str, system_message: str | None = None) -
     for column in MEDIA_COLUMNS:
         if isinstance(row.get(column), list) and row[column]:
             raise RowError("wrong_type", f"only text can be trained on, '{column}' holds {len(row[column])}")
-    messages = [_message(turn, where) for where, turn in _CONVERTERS[format](row)]
+    messages = [Message(_message(turn, where), where) for where, turn in _CONVERTERS[format](row)]
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
     if system_message and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": system_message})
+        messages.insert(0, Message({"role": "system", "content": system_message}, "system_message"))
     conversation = {"messages": messages}
-    if tools := _tools_as_text(row.get("tools")):
+    if tools := _tools_as_text(row.get("tools") or _old_functions(row.get("functions"))):
         conversation["tools"] = tools
     return conversation
 
 
-def check_turns(messages: list[dict]) -> None:
+def check_turns(messages: list[Message]) -> None:
     """Raise RowError unless the turns are: an optional system message, then user and assistant in turn."""
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no_assistant", "no turn of the assistant: nothing to learn from")
@@ -103,9 +115,9 @@ def check_turns(messages: list[dict]) -> None:
         role = message["role"]
         if not message["content"].strip() and not message.get("tool_calls"):
             reason = "empty_answer" if role == "assistant" else "empty_turn"
-            raise RowError(reason, f"messages[{number}]: the {role}'s content is empty")
+            raise RowError(reason, f"{message.where}: the {role}'s content is empty")
         if role not in _may_follow(previous, messages[number - 1] if number else {}):
-            raise RowError("roles_out_of_order", f"messages[{number}]: '{role}' after {_name(previous)}")
+            raise RowError("roles_out_of_order", f"{message.where}: '{role}' after {_name(previous)}")
         previous = role
     if previous != "assistant":
         raise RowError("roles_out_of_order", f"the last turn is the {previous}'s, not the assistant's")
@@ -143,8 +155,9 @@ def escape_control_tokens(conversation: dict, control_tokens: re.Pattern) -> int
             if key in message:
                 message[key] = escaped(message[key])
         for call in message.get("tool_calls", ()):
-            call["function"]["name"] = escaped(call["function"]["name"])
-            call["function"]["arguments"] = escaped(call["function"]["arguments"])
+            for owner, key in ((call, "id"), (call["function"], "name"), (call["function"], "arguments")):
+                if key in owner:
+                    owner[key] = escaped(owner[key])
     if "tools" in conversation:
         conversation["tools"] = escaped(conversation["tools"])
     return count
@@ -153,7 +166,22 @@ def escape_control_tokens(conversation: dict, control_tokens: re.Pattern) -> int
 def for_template(conversation: dict) -> tuple[list[dict], list | None]:
     """Messages and tools as a chat template takes them."""
     tools = conversation.get("tools")
-    return conversation["messages"], json.loads(tools) if tools else None
+    return arguments_as_objects(conversation["messages"]), json.loads(tools) if tools else None
+
+
+def arguments_as_objects(messages: list[dict]) -> list[dict]:
+    """Chat templates expect the arguments of tool calls as objects; stored rows have their JSON text."""
+    return [
+        message | {"tool_calls": list(map(_with_object, message["tool_calls"]))}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: dict) -> dict:
+    function, arguments = call["function"], call["function"]["arguments"]
+    return call | {"function": function | {"arguments": _json_value(arguments, "arguments")}}
 
 
 def _from_messages(row):
@@ -274,11 +302,11 @@ def _tool_call(call, where: str) -> dict:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("wrong_type", f"{where}: a tool call needs a function with a 'name'")
     arguments = function.get("arguments", function.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    elif not isinstance(_json_value(arguments, f"{where}: arguments of '{function['name']}'"), dict):
+    arguments = {} if arguments == "" else _json_value(arguments, f"{where}: arguments of '{function['name']}'")
+    if not isinstance(arguments, dict):
         raise RowError("wrong_type", f"{where}: arguments of '{function['name']}' are not a JSON object")
-    kept = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    text = json.dumps(arguments, ensure_ascii=False)  # as a template will write it, without escapes that hide a token
+    kept = {"type": "function", "function": {"name": function["name"], "arguments": text}}
     return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
 
 
@@ -289,6 +317,14 @@ def _tools_as_text(tools) -> str | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("wrong_type", f"'tools': expected a list of objects, found {_kind(tools)}")
     return json.dumps(tools, ensure_ascii=False)
+
+
+def _old_functions(functions) -> list | None:
+    """OpenAI's `functions`, as they were called before `tools`."""
+    functions = _json_value(functions, "functions")
+    if isinstance(functions, list):
+        return [{"type": "function", "function": function} for function in functions]
+    return functions
 
 
 def _json_value(value, where: str):
@@ -316,13 +352,15 @@ def _may_follow(previous: str | None, message: dict) -> tuple[str, ...]:
 
 
 def _texts(conversation: dict):
-    for number, message in enumerate(conversation["messages"]):
-        yield f"messages[{number}]", message["content"]
+    """(place in the row, text) of all that a template may write."""
+    for message in conversation["messages"]:
+        yield message.where, message["content"]
         for key in _NAMED_TEXTS:
             if key in message:
-                yield f"messages[{number}].{key}", message[key]
+                yield f"{message.where}.{key}", message[key]
         for call in message.get("tool_calls", ()):
-            yield f"messages[{number}].tool_calls", call["function"]["name"] + call["function"]["arguments"]
+            texts = call.get("id", ""), call["function"]["name"], call["function"]["arguments"]
+            yield f"{message.where}.tool_calls", "\n".join(texts)
     if "tools" in conversation:
         yield "tools", conversation["tools"]
 

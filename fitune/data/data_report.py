@@ -131,7 +131,12 @@ def _lines(report: dict):
     if report["escaped_control_tokens"]:
         yield "  escaped", f"{report['escaped_control_tokens']:,}  control tokens"
     yield "train / test", f"{report['train_rows']:,} / {report['test_rows']:,}"
-    yield "template", report["template"]["choice"] or "none"
+    for source in (report["source"], *report["mixed_in"]):
+        revision = f" at {source['revision']}" if source["revision"] else ""
+        yield "source", f"{source['dataset']}{revision}, SHA-256 of its {source['sha256_of']} {source['sha256'][:12]}"
+    template = report["template"]
+    sha256 = f", SHA-256 {template['sha256'][:12]}" if template["sha256"] else ""
+    yield "template", f"{template['choice'] or 'none'}{sha256}"
     if tokens := report["tokens"]:
         yield "tokens", f"{tokens['total']:,}, {tokens['trained_share']:.1%} trained"
         yield "tokens per row", f"p50 {tokens['p50']:,}  p95 {tokens['p95']:,}  max {tokens['max']:,}"

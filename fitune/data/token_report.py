@@ -81,7 +81,7 @@ def progress_line(console):
 
 
 def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, console) -> None:
-    """Rendered conversations with the tokens that are trained in green, the others dim.
+    """Rendered conversations with the tokens that are trained in green, the others dim; without colours, in ⟦ ⟧.
 
     `rows` holds `(text, spans)` of ChatRenderer.render; `tokenizer` a tokenizers.Tokenizer, which decides where a
     token begins: one that straddles the edge of a span shows in the colour it is trained with.
@@ -95,12 +95,14 @@ def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, cons
             first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
             trained[encoding.offsets[first][0] : encoding.offsets[last][1]] = True
         count = sum(encoding.char_to_token(end - 1) - encoding.char_to_token(start) + 1 for start, end in spans)
-        console.rule(f"row {number}: {len(encoding)} tokens, {count} of them trained (green)")
+        shown_as = "green" if console.color_system else "in ⟦ ⟧"
+        console.rule(f"row {number}: {len(encoding)} tokens, {count} of them trained ({shown_as})")
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(text)]
         shown = Text()
         for start, end in itertools.pairwise(edges):
-            shown.append(text[start:end], style="bold green" if trained[start] else "dim")
-        console.print(shown)
+            part = text[start:end] if console.color_system or not trained[start] else f"⟦{text[start:end]}⟧"
+            shown.append(part, style="bold green" if trained[start] else "dim")
+        console.print(shown, soft_wrap=True)  # line breaks of the text only
 
 
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
