@@ -410,12 +410,21 @@ def test_a_folder_of_nasty_files_names_them_all(tmp_path):
         assert ("f.csv:2: output: the assistant's content is empty" in message) is (not options)
 
 
-def test_files_of_neither_split_are_mentioned(tmp_path):
-    write(tmp_path / "in" / "train.jsonl", *map(chat, range(4)))
-    write(tmp_path / "in" / "validation.jsonl", *map(chat, range(4, 6)))
-    report = run(tmp_path / "in", tmp_path)
+def test_files_that_are_not_read_are_mentioned(tmp_path):
+    folder = tmp_path / "in"
+    write(folder / "train.jsonl", *map(chat, range(4)))
+    write(folder / "validation.jsonl", *map(chat, range(4, 6)))
+    (folder / "more.txt").write_text("hello")
+    report = run(folder, tmp_path)
     assert report["rows_in"] == 4
-    assert report["notes"][0] == f"neither train nor test, not read: {tmp_path / 'in' / 'validation.jsonl'}"
+    assert (
+        report["notes"][0] == f"not read, neither train nor test: {folder / 'more.txt'}, {folder / 'validation.jsonl'}"
+    )
+
+
+def test_a_file_of_both_splits_is_refused(tmp_path):
+    write(tmp_path / "in" / "train" / "test.jsonl", *map(chat, range(4)))
+    assert "its name says both 'train' and 'test'; rename" in refused(tmp_path / "in", tmp_path)
 
 
 def test_csv_rows_over_the_limit(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
             )
         if splits.ignored:
             names = ", ".join(splits.ignored[:5]) + (", ..." if len(splits.ignored) > 5 else "")
-            notes.append(f"neither train nor test, not read: {names}")
+            notes.append(f"not read, neither train nor test: {names}")
     if report["packed_rows"] and global_batch_size and report["packed_rows"] < global_batch_size:
         notes.append(
             f"packed, the training rows fill {report['packed_rows']:,} rows of {report['max_length']:,} tokens, "

@@ -87,20 +87,19 @@ def _source_file(path: Path) -> SourceFile:
 def _split_files(folder: Path, train_split: str, test_split: str | None) -> Splits:
     """Files whose name or parent folder begins with the split's name belong to it; without such names all are train."""
     names = (*SUFFIXES, *(suffix + packed for suffix in SUFFIXES for packed in COMPRESSED))
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name.lower().endswith(names) and not _hidden(path.relative_to(folder))
-    )
+    everything = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
+    paths = [path for path in everything if path.name.lower().endswith(names)]
     if not paths:
         raise UsageError(f"{folder}: no data files in this folder; allowed: {', '.join(SUFFIXES)}")
     test = [path for path in paths if test_split and _belongs(path.relative_to(folder), test_split)]
     train = [path for path in paths if _belongs(path.relative_to(folder), train_split)]
+    if both := [path for path in train if path in test]:
+        raise UsageError(f"{both[0]}: its name says both '{train_split}' and '{test_split}'; rename the file or folder")
     if not train:
-        train = [path for path in paths if path not in set(test)]
+        train = [path for path in paths if path not in test]
     if not train:
         raise UsageError(f"{folder}: every file belongs to the split '{test_split}', none to '{train_split}'")
-    ignored = [str(path) for path in paths if path not in {*train, *test}]
+    ignored = [str(path) for path in everything if path not in {*train, *test}]
     return Splits([_source_file(path) for path in train], [_source_file(path) for path in test], ignored=ignored)
 
 
