@@ -78,7 +78,7 @@ def run_tier(plan: dict, work: Path) -> dict:
     command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"], "--output", str(output)]
     command += [part for item in sets for part in ("--set", item)]
     environment = os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"])}
-    plain_read = _read_cold(Path(plan["checkpoint"])) if plan.get("cold") else {}
+    plain_read = read_cold(Path(plan["checkpoint"])) if plan.get("cold") else {}
     watcher = Watcher()
     watcher.start()
     started = time.time()
@@ -101,7 +101,7 @@ def run_tier(plan: dict, work: Path) -> dict:
     return result
 
 
-def _read_cold(checkpoint: Path) -> dict[str, float]:
+def read_cold(checkpoint: Path) -> dict[str, float]:
     """Seconds for one sequential read of all weights; before and after it they leave the page cache."""
     files = sorted(checkpoint.glob("*.safetensors"))
     _drop_from_page_cache(files)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fitune import run as runs
-from fitune.config import Run
+from fitune.config import Run, Strict
 from fitune.errors import UsageError
 from fitune.hub import local_config
 from fitune.run_lock import LOCK, RunLock
@@ -80,17 +80,19 @@ def _write(file: Path, text: str) -> None:
 
 def _refuse_another_run(old: Run, new: Run) -> None:
     """A resumed run may train longer or log differently, but on the same model, data and batches."""
-    for key in ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed"):
-        before, now = getattr(old.recipe, key), getattr(new.recipe, key)
+    fixed = ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed")
+    pairs = [(key, getattr(old.recipe, key), getattr(new.recipe, key)) for key in fixed]
+    training = old.recipe.training, new.recipe.training
+    pairs += [(f"training.{key}", *(block.get(key) for block in training)) for key in KEPT_WITH_THE_OPTIMIZER]
+    for pair in pairs:
+        key, before, now = _down_to_the_field(*pair)
         if before != now:
-            raise UsageError(
-                f"{old.folder} was started with {key} {_plain(before)}, not {_plain(now)}: not the same run"
-            )
-    for key in KEPT_WITH_THE_OPTIMIZER:
-        before, now = old.recipe.training.get(key), new.recipe.training.get(key)
-        if before != now:
-            raise UsageError(f"{old.folder} was started with training.{key} {before}, not {now}: not the same run")
+            raise UsageError(f"{old.folder} was started with {key} {before}, not {now}: not the same run")
 
 
-def _plain(value):
-    return value.model_dump() if hasattr(value, "model_dump") else value
+def _down_to_the_field(key: str, before, now) -> tuple:
+    """Of two blocks of a recipe, the first field that differs."""
+    if not (isinstance(before, Strict) and isinstance(now, Strict)):
+        return key, before, now
+    fields = [(f"{key}.{name}", getattr(before, name), getattr(now, name)) for name in type(before).model_fields]
+    return next(((name, a, b) for name, a, b in fields if a != b), (key, None, None))
