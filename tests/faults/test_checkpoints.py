@@ -209,6 +209,24 @@ def test_a_resumed_run_takes_a_lower_learning_rate(finished, tmp_path):
         open_run_folder(changed, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("block", "changed", "named"),
+    [
+        ("data", {"prepared": "elsewhere"}, r"with data\.prepared \S+, not elsewhere"),
+        ("lora", {"r": 5}, r"with lora\.r 4, not 5"),
+        (None, {"seed": 5}, r"with seed \d+, not 5"),
+        (None, {"lora": None, "method": "full"}, r"with method lora, not full"),
+    ],
+)
+def test_a_changed_recipe_names_the_field(block, changed, named, finished, tmp_path):
+    run = _copy(finished, tmp_path / "run")
+    (run.folder / "run.yaml").write_text(runs.dump(finished))
+    update = {block: getattr(run.recipe, block).model_copy(update=changed)} if block else changed
+    changed_run = run.model_copy(update={"recipe": run.recipe.model_copy(update=update)})
+    with pytest.raises(UsageError, match=named):
+        open_run_folder(changed_run, resume=True)
+
+
 def test_a_run_ended_before_its_first_checkpoint_begins_again(tiny_base, make_run, tmp_path):
     run = make_run(tiny_base, tmp_path / "run", "lora", training=TRAINING | {"max_steps": 1})
     run_ranks(train_here, 1, run.model_copy(update={"resume": True}))
