@@ -1,5 +1,6 @@
 """The errors a user is meant to read: one line that says what was given, what is allowed, what to type next."""
 
+import sys
 from difflib import get_close_matches
 
 CRASHED = 70
@@ -33,3 +34,8 @@ def nearest(given: str, allowed) -> str:
     if match:
         return f"; did you mean '{match[0]}'?"
     return f"; allowed: {', '.join(sorted(allowed))}" if len(allowed) <= 20 else ""
+
+
+def say_while_training(message: str) -> None:
+    """To stderr, on a line of its own: the progress bar leaves the cursor at the end of its line."""
+    print(f"\n{message}", file=sys.stderr, flush=True)

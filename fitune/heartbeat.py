@@ -9,7 +9,6 @@ prepares rows or saves. A stopped process is noticed at any time. A launcher see
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -18,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 from transformers import TrainerCallback
+
+from fitune.errors import say_while_training
 
 FOLDER = "FITUNE_HEARTBEATS"
 "The environment variable by which a launcher tells its ranks where to count."
@@ -100,7 +101,7 @@ class Watch(threading.Thread):
             ranks = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
             ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 3}
             if verdict := self._judge(ranks):
-                print(f"error: {verdict}", file=sys.stderr, flush=True)
+                say_while_training(f"error: {verdict}")
                 self.ended.update(int(numbers[PID]) for numbers in ranks.values())
                 for pid in self.ended:
                     _kill(pid)

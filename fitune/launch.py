@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fitune.config import Run
-from fitune.errors import CRASHED, INTERRUPTED, FituneError
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 from fitune.run import ROOT
 
 
@@ -102,7 +102,7 @@ def _first_failure(failures: dict, explained: Collection[int]) -> int:
     if first.exitcode < 0:
         if first.pid not in explained:
             name = signal.Signals(-first.exitcode).name
-            print(f"error: rank {rank} (pid {first.pid}) was ended by {name}", file=sys.stderr)
+            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}")
         return CRASHED
     return first.exitcode
 
@@ -122,7 +122,7 @@ def _signals_go_to_the_ranks():
         for child in psutil.Process().children():
             child.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
         said = "finishing the step and saving it; once more to stop at once" if len(received) == 1 else "stopped"
-        print(f"{signal.Signals(number).name}: {said}", file=sys.stderr)
+        say_while_training(f"{signal.Signals(number).name}: {said}")
 
     numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in numbers}

@@ -30,7 +30,7 @@ from fitune.distributed import (
     join,
     leave,
 )
-from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, say_while_training
 from fitune.heartbeat import Heartbeat
 from fitune.hub import local_folder
 from fitune.interruption import Interruption
@@ -164,14 +164,14 @@ def run_stage(path: Path, stage, **changes) -> None:
         stage(run.model_copy(update={key: value for key, value in changes.items() if value}))
     except FituneError as error:
         if is_first_to_fail():
-            print(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}", file=sys.stderr)
+            say_while_training(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}")
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:
-        print(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}", file=sys.stderr)
+        say_while_training(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}")
         sys.exit(FituneError.exit_code)
     except Exception as error:
         if re.search("Connection (closed|reset) by peer", str(error)):  # gloo's words; the rank that is gone said why
-            print(f"rank {os.environ.get('RANK', 0)}: another rank is gone", file=sys.stderr)
+            say_while_training(f"rank {os.environ.get('RANK', 0)}: another rank is gone")
         else:
             traceback.print_exc()
         sys.exit(CRASHED)
