@@ -12,9 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune import run as runs
-from fitune.memory import GIB, MEASURED, Setup, gpu_moments, gpu_peak, host_moments
+from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_moments
 from fitune.model_shapes import find_shape
 from fitune.plan import setup_of
+from fitune.sizes import GIB, Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"

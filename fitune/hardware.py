@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.errors import UsageError
-from fitune.memory import Setup
+from fitune.sizes import Setup
 
 GIB = 2**30
 

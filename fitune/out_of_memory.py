@@ -7,9 +7,9 @@ import torch
 
 from fitune.config import Run
 from fitune.errors import FituneError
-from fitune.memory import GIB
 from fitune.plan import limits_of
 from fitune.plan_search import nearest_changes, plan_with_changes
+from fitune.sizes import GIB
 
 
 def explain_out_of_memory(run: Run, rank: int, error: torch.OutOfMemoryError) -> FituneError:

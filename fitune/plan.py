@@ -10,8 +10,9 @@ from fitune import run as runs
 from fitune.config import AccelerateConfig, Profile, Recipe, Run
 from fitune.errors import UsageError, nearest
 from fitune.hardware import MACHINE_NETWORK_GB_S, GpuModel, Machine, likely_model, step_seconds
-from fitune.memory import ADAM_STATE, BF16, FP32, GIB, GpuPeak, Setup, disk, gpu_peak, host_moments, merge_host
+from fitune.memory import GpuPeak, disk, gpu_peak, host_moments, merge_host
 from fitune.model_shapes import ModelShape, find_shape, has_weights
+from fitune.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
 
 GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
 ERROR = 0.05

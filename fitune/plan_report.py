@@ -11,9 +11,10 @@ from rich.text import Text
 from fitune import run as runs
 from fitune.errors import UsageError
 from fitune.hardware import gpu_model, this_machine
-from fitune.memory import GIB, merge_host
+from fitune.memory import merge_host
 from fitune.plan import Plan, as_json, given_machine, limits_here, limits_of, make_plan, needed_disk, run_on
 from fitune.plan_search import METHODS, find_profile, matrix, way_out
+from fitune.sizes import GIB
 
 BAR = 32  # characters
 

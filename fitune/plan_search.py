@@ -10,9 +10,10 @@ from fitune.accelerate_config import read_accelerate_config
 from fitune.config import Lora, Recipe, Run
 from fitune.errors import UsageError
 from fitune.hardware import GpuModel, Machine, free_disk_gib, likely_model, this_machine
-from fitune.memory import GIB, MEASURED, Setup, gpu_peak
+from fitune.memory import MEASURED, gpu_peak
 from fitune.model_shapes import hub_cache
 from fitune.plan import GPU_COUNT, Limits, Plan, limits_here, limits_of, make_plan, verdicts
+from fitune.sizes import GIB, Setup
 
 MAX_MICRO_BATCH = 1024
 SEQUENCE_STEP = 64  # tokens

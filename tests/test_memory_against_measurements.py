@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import accuracy
-from fitune.memory import GIB, gpu_peak
+from fitune.memory import gpu_peak
+from fitune.sizes import GIB
 
 GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
 MEASURED_RUNS = accuracy.measured_runs()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fitune import run as runs
-from fitune.memory import GIB
 from fitune.out_of_memory import explain_out_of_memory
+from fitune.sizes import GIB
 
 TORCHS_WORDS = "CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has a total capacity of 23.53 GiB of which ..."
 

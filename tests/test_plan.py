@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from fitune import run as runs
 from fitune.errors import UsageError
 from fitune.hardware import GPU_MODELS, Gpu, Machine, _visible, gpu_model, likely_model, step_seconds
-from fitune.memory import GIB, disk, gpu_moments, gpu_peak, host_moments
+from fitune.memory import disk, gpu_moments, gpu_peak, host_moments
 from fitune.model_shapes import LLAMA_3_FAMILY, find_shape
 from fitune.plan import Limits, given_machine, limits_of, make_plan, setup_of, steps_of
 from fitune.plan_search import (
@@ -26,6 +26,7 @@ from fitune.plan_search import (
     nearest_changes,
     refusal,
 )
+from fitune.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "huggingface_hub")
