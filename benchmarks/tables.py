@@ -8,19 +8,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fitune import run as runs
+from fitune.model_shapes import find_shape
+
 README = ROOT / "README.md"
-LAYERS = {"8b": 32, "70b": 80}
 TIERS_OF_2024 = {"fsdp_offload_4gpu": "22 GB, 127 GB"}
 "What the 2024 tutorial reported for its 4x24GB tier: per GPU, host RAM."
 
 
 def results() -> list[dict]:
     """Every measured run of a whole model that ended well, newest file last."""
-    runs = []
+    found = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
-        runs += [entry for entry in (data if isinstance(data, list) else [data]) if entry.get("profile")]
-    return [run for run in runs if run.get("ok") and run["layers"] == LAYERS[run["recipe"].split("_")[1]]]
+        found += [entry for entry in (data if isinstance(data, list) else [data]) if entry.get("profile")]
+    return [entry for entry in found if entry.get("ok") and entry["layers"] == _all_layers(entry)]
+
+
+def _all_layers(entry: dict) -> int:
+    return find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model).layers
 
 
 def tier_table() -> str:
