@@ -7,12 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune import run as runs
 from fitune.model_shapes import find_shape
 
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TIERS_OF_2024 = {"fsdp_offload_4gpu": "22 GB, 127 GB"}
 "What the 2024 tutorial reported for its 4x24GB tier: per GPU, host RAM."
