@@ -20,7 +20,7 @@ from fitune.errors import UsageError
 OPTIONAL_KEYS = ("name", "tool_call_id", "reasoning_content", "tool_calls", "tools")
 "What a row that prepare writes may have beside roles and contents; the last one the row, the others a message."
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 10 << 20
 ROWS_PER_TABLE = 2048
 _MAX_ELEMENT_CHARACTERS = 64 << 20
