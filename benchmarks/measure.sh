@@ -28,7 +28,7 @@ checkpoint() {  # FOLDER SHAPE FORMAT [LAYERS]
 [ -e /tmp/data/report.json ] || python3 cli.py prepare --dataset examples/instructions/instructions.jsonl \
   --tokenizer "$tokenizer" --template plain --max-length 3072 --output /tmp/data >/dev/null
 case $part in
-  tests) python3 -m pytest -m gpu -q -s -p no:cacheprovider tests/test_gpu.py; exit ;;
+  tests) python3 -m pytest -m gpu -n 4 -q -rP -p no:cacheprovider tests/test_gpu.py; exit ;;
   load)
     checkpoint /tmp/70b-nf4 70b nf4
     python3 benchmarks/load.py /tmp/70b-nf4 "$output/load-70b.json" --commit "$commit" --recipe llama3_70b_qlora \

@@ -37,7 +37,7 @@ def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path
     run = runs.resolve("llama3_70b_qlora", profile, sets, str(tmp_path))
     (tmp_path / "run.yaml").write_text(runs.dump(run))
     ranks = run.accelerate.num_processes
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29511"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"FITUNE_GPU_CAP_GIB": "8", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [*command, ROOT / "tests" / "gpu_bit_exact.py", tmp_path / "run.yaml"],
