@@ -114,7 +114,8 @@ def _summary(console: Console, folder: Path, report: dict, seconds: float) -> No
     )
     console.print(
         "\non a real GPU (24 GB, after `hf auth login`):\n"
-        "  python cli.py prepare llama3_8b_qlora && python cli.py train llama3_8b_qlora --profile single_gpu"
+        "  python cli.py prepare llama3_8b_qlora && python cli.py train llama3_8b_qlora --profile single_gpu",
+        soft_wrap=True,
     )
 
 
