@@ -1,9 +1,10 @@
 """Each rank counts what it has done where the launcher can see it, so that a rank that hangs is found by name.
 
 While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
-counted the least. A rank says how long it may take until it counts again: five minutes while it joins the others and in
-the first step, which compiles; less while weights are read and layers computed; as long as it needs while it downloads,
-prepares rows or saves. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
+counted the least. A rank says how long it may take until it counts again: five minutes while it joins the others, in
+the first step, which compiles, and in the optimizer's; less while weights are read and layers computed; as long as it
+needs while it downloads, prepares rows or saves. A stopped process is noticed at any time. A launcher sees the ranks of
+its own machine.
 """
 
 import os
@@ -74,6 +75,12 @@ class Heartbeat(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
         self.steps += 1
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.begin(STARTING_SECONDS)  # no layer computes; offloaded, all parameters of a machine pass through its CPU
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.begin(PATIENCE_SECONDS)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rest()

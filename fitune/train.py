@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def train(run: Run) -> None:
     end_with_launcher()
     heartbeat, interruption = Heartbeat(), Interruption()
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
-    with heartbeat.starting():
+    with heartbeat.starting() if run.accelerate.num_machines == 1 else nullcontext():  # others are started by hand
         mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     with heartbeat.starting():

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from fitune import heartbeat
 from fitune.heartbeat import COUNT, PATIENCE, PID, Watch
@@ -89,3 +90,30 @@ def test_all_ranks_are_killed_and_the_verdict_is_printed(ranks, tmp_path, capsys
     assert "no progress for 0 s; all ranks were ended" in capsys.readouterr().err
     for numbers in ranks.values():
         assert psutil.Process(int(numbers[PID])).wait(10) == -9
+
+
+def test_a_rank_asks_for_patience_by_what_it_does():
+    rank = heartbeat.Heartbeat()
+    asked = []
+    events = ("step_begin", "pre_optimizer_step", "optimizer_step", "step_end")
+    for event in (*events, *events, "prediction_step", "evaluate"):
+        getattr(rank, f"on_{event}")(None, None, None)
+        asked.append(rank.numbers[PATIENCE])
+    long, short = heartbeat.STARTING_SECONDS, heartbeat.PATIENCE_SECONDS
+    assert asked == [long, long, short, 0, short, long, short, 0, short, 0]
+    with rank.starting():
+        assert rank.numbers[PATIENCE] == long
+    assert rank.numbers[PATIENCE] == 0
+
+
+def test_a_rank_whose_weights_are_loaded_is_ahead_of_one_that_reads():
+    rank = heartbeat.Heartbeat()
+    for _ in range(1000):
+        rank.count_read()
+    assert rank.numbers[PATIENCE] == heartbeat.PATIENCE_SECONDS
+    done = heartbeat.Heartbeat()
+    layer = torch.nn.Identity()
+    done.count_layers([layer])
+    assert done.numbers[PATIENCE] == 0 and done.numbers[COUNT] > rank.numbers[COUNT]
+    layer(torch.zeros(1))
+    assert done.numbers[COUNT] == heartbeat.READS_AT_MOST + 2
