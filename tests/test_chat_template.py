@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import jinja2
@@ -291,6 +292,8 @@ def test_a_template_gets_the_arguments_of_tool_calls_as_objects(written_as, tmp_
     assert text[start:end] == expected
     assert tokenizer.apply_chat_template(row["messages"], tokenize=False) == text
     assert tokenizer.apply_chat_template([row["messages"]] * 2, tokenize=False) == [text, text]
+    copied = pickle.loads(pickle.dumps(tokenizer))  # as a process that is spawned gets it
+    assert copied.apply_chat_template(row["messages"], tokenize=False) == text
 
 
 def test_arguments_that_hide_a_control_token_behind_escapes_are_found():

@@ -51,23 +51,17 @@ def apply_chat_template_choice(tokenizer, choice: str) -> None:
     pad_token = _pad_token(tokenizer)
     tokenizer.chat_template = template
     tokenizer.pad_token = pad_token
-    _read_stored_tool_calls(tokenizer)
+    tokenizer.apply_chat_template = functools.partial(_apply_to_stored_rows, tokenizer)
 
 
-def _read_stored_tool_calls(tokenizer) -> None:
+def _apply_to_stored_rows(tokenizer, conversation, *args, **kwargs):
     """Has the tokenizer take prepared rows as they are, in TRL's hands too: see `arguments_as_objects`.
 
     Not by a column of datasets' `Json`: its parser changes numbers, 3.3505 to 3.3504999999999998.
     """
-    apply = tokenizer.apply_chat_template
-
-    @functools.wraps(apply)
-    def apply_to_stored(conversation, *args, **kwargs):
-        is_one = not conversation or isinstance(conversation[0], dict)
-        parsed = arguments_as_objects(conversation) if is_one else list(map(arguments_as_objects, conversation))
-        return apply(parsed, *args, **kwargs)
-
-    tokenizer.apply_chat_template = apply_to_stored
+    is_one = not conversation or isinstance(conversation[0], dict)
+    parsed = arguments_as_objects(conversation) if is_one else list(map(arguments_as_objects, conversation))
+    return type(tokenizer).apply_chat_template(tokenizer, parsed, *args, **kwargs)
 
 
 def end_of_turn_ids(tokenizer, choice: str) -> list[int]:
