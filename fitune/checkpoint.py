@@ -247,6 +247,8 @@ class CheckpointWriter:
     def close(self) -> None:
         if self._pending:
             raise ValueError(f"{len(self._pending)} tensors were not written, first {self._pending[0][1].name}")
+        if self._open_shard is None:  # no tensors: a file all the same
+            self._start(next(iter(self._shards)))
         self._finish_shard()
         if len(self._shards) > 1:
             weight_map = {spec.name: shard for shard, specs in self._shards.items() for spec in specs}

@@ -46,7 +46,7 @@ def _own_gpu() -> torch.device:
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     cap_gib = os.environ.get("FITUNE_GPU_CAP_GIB")
-    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if ranks > gpus:
         if not cap_gib:
             raise UsageError(f"the run needs {ranks} GPUs here, torch sees {gpus}")

@@ -26,6 +26,8 @@ FOLDER = "FITUNE_HEARTBEATS"
 PATIENCE_SECONDS = float(os.environ.get("FITUNE_HUNG_AFTER_SECONDS", 45))
 STARTING_SECONDS = max(300, PATIENCE_SECONDS)
 READS_AT_MOST = 1e9
+PAUSE_SECONDS = 5
+"A launcher that slept so long between two looks was suspended, and its ranks with it."
 PID, PATIENCE, COUNT = range(3)
 
 
@@ -104,7 +106,11 @@ class Watch(threading.Thread):
         self._seen: dict[int, tuple[tuple, float]] = {}
 
     def run(self) -> None:
+        polled = time.monotonic()
         while not self._over.wait(1):
+            if time.monotonic() - polled > PAUSE_SECONDS:
+                self._seen.clear()
+            polled = time.monotonic()
             ranks = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
             ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 3}
             if verdict := self._judge(ranks):

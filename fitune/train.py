@@ -56,11 +56,10 @@ def train(run: Run) -> None:
     with heartbeat.starting() if run.accelerate.num_machines == 1 else nullcontext():  # others are started by hand
         mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
-    with heartbeat.starting():
-        tokenizer = load_tokenizer(run.recipe, base_folder)
-        _check_data(run, tokenizer)
-        refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
-        base_record, identity = _identify(run, base_folder, tokenizer)
+    tokenizer = load_tokenizer(run.recipe, base_folder)
+    _check_data(run, tokenizer)
+    refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
+    base_record, identity = _identify(run, base_folder, tokenizer)
     checkpoint = _checkpoint_to_resume(run, identity)
     started = time.perf_counter()
     model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count_read)

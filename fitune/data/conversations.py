@@ -101,7 +101,7 @@ def to_conversation(row: dict, format: str, system_message: str | None = None) -
     if system_message and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, Message({"role": "system", "content": system_message}, "system_message"))
     conversation = {"messages": messages}
-    if tools := _tools_as_text(row.get("tools") or _old_functions(row.get("functions"))):
+    if tools := _tools_as_text(row.get("tools") or (_old_functions(row) if format == "messages" else None)):
         conversation["tools"] = tools
     return conversation
 
@@ -301,8 +301,8 @@ def _tool_call(call, where: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("wrong_type", f"{where}: a tool call needs a function with a 'name'")
-    arguments = function.get("arguments", function.get("parameters", {}))
-    arguments = {} if arguments == "" else _json_value(arguments, f"{where}: arguments of '{function['name']}'")
+    given = next((function[key] for key in ("arguments", "parameters") if function.get(key) not in (None, "")), {})
+    arguments = _json_value(given, f"{where}: arguments of '{function['name']}'")
     if not isinstance(arguments, dict):
         raise RowError("wrong_type", f"{where}: arguments of '{function['name']}' are not a JSON object")
     text = json.dumps(arguments, ensure_ascii=False)  # as a template will write it, without escapes that hide a token
@@ -319,12 +319,15 @@ def _tools_as_text(tools) -> str | None:
     return json.dumps(tools, ensure_ascii=False)
 
 
-def _old_functions(functions) -> list | None:
-    """OpenAI's `functions`, as they were called before `tools`."""
-    functions = _json_value(functions, "functions")
-    if isinstance(functions, list):
+def _old_functions(row: dict) -> list | None:
+    """OpenAI's `functions`, as tools were called before; a column of that name with other contents is ignored."""
+    try:
+        functions = _json_value(row.get("functions"), "functions")
+    except RowError:
+        return None
+    if isinstance(functions, list) and all(isinstance(function, dict) for function in functions):
         return [{"type": "function", "function": function} for function in functions]
-    return functions
+    return None
 
 
 def _json_value(value, where: str):

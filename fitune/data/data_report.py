@@ -61,13 +61,14 @@ def describe(
 
 def print_report(report: dict, console) -> None:
     """The report as a table, on a rich Console."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     for name, value in _lines(report):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     if report["tokens"]:
         console.print(histogram_chart(report["tokens"]["histogram"]))

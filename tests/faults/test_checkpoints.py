@@ -227,6 +227,16 @@ def test_a_changed_recipe_names_the_field(block, changed, named, finished, tmp_p
         open_run_folder(changed_run, resume=True)
 
 
+def test_an_optimizer_without_state_is_resumed(tiny_base, make_run, tmp_path):
+    training = TRAINING | {"max_steps": 2, "optim": "sgd"}
+    run = make_run(tiny_base, tmp_path / "run", "lora", training=training)
+    run_ranks(train_here, 1, run)
+    shutil.rmtree(run.folder / "checkpoints/checkpoint-2")
+    shutil.rmtree(run.result_folder)
+    run_ranks(train_here, 1, run.model_copy(update={"resume": True}))
+    assert (run.result_folder / "adapter_config.json").is_file()
+
+
 def test_a_run_ended_before_its_first_checkpoint_begins_again(tiny_base, make_run, tmp_path):
     run = make_run(tiny_base, tmp_path / "run", "lora", training=TRAINING | {"max_steps": 1})
     run_ranks(train_here, 1, run.model_copy(update={"resume": True}))
