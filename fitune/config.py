@@ -9,6 +9,9 @@ Method = Literal["full", "lora", "qlora"]
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+RowWeight = Annotated[float, Field(gt=0, le=1000)]
+ADAPTER = "adapter"
+"The folder of a trained adapter, in a run and in its checkpoints."
 
 
 class Strict(BaseModel):
@@ -36,7 +39,7 @@ class Source(Strict):
     format: DataFormat | None = None
     "As in `data`."
     columns: dict[str, str] = {}
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    weight: RowWeight = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
 
 
@@ -60,7 +63,7 @@ class Data(Strict):
     "What the rows look like; null finds it out from the first row of each file."
     columns: dict[str, str] = {}
     "The format's column name: the name it has in the data, such as {output: response}."
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    weight: RowWeight = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
     mix: list[Source] = []
     "Further sources, each with a weight of its own."
@@ -191,4 +194,4 @@ class Run(Strict):
     @property
     def result_folder(self) -> Path:
         """Where training leaves its result: the adapter, or the whole model for method full."""
-        return self.folder / ("model" if self.recipe.method == "full" else "adapter")
+        return self.folder / ("model" if self.recipe.method == "full" else ADAPTER)

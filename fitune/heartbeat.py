@@ -125,8 +125,8 @@ class Watch(threading.Thread):
         self.join()
 
     def _judge(self, ranks: dict[int, np.ndarray]) -> str | None:
-        still = {rank: self._seconds_still(rank, numbers) for rank, numbers in ranks.items()}
-        stopped = [rank for rank in ranks if _is_stopped(ranks[rank][PID])]
+        stopped = [rank for rank, numbers in ranks.items() if _is_stopped(numbers[PID])]
+        still = {rank: self._seconds_still(rank, (*numbers, rank in stopped)) for rank, numbers in ranks.items()}
         patience = {rank: PATIENCE_SECONDS if rank in stopped else ranks[rank][PATIENCE] for rank in ranks}
         spent = [patience[rank] for rank in ranks if patience[rank] and still[rank] > patience[rank]]
         if not spent:
@@ -137,8 +137,8 @@ class Watch(threading.Thread):
         names = ", ".join(f"{rank} (pid {ranks[rank][PID]:.0f} on {socket.gethostname()})" for rank in guilty)
         return f"rank {names}: no progress for {min(spent):.0f} s; all ranks were ended"
 
-    def _seconds_still(self, rank: int, numbers: np.ndarray) -> float:
-        now, state = time.monotonic(), (*numbers, _is_stopped(numbers[PID]))
+    def _seconds_still(self, rank: int, state: tuple) -> float:
+        now = time.monotonic()
         if self._seen.get(rank, (None,))[0] != state:
             self._seen[rank] = state, now
         return now - self._seen[rank][1]

@@ -16,12 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from fitune.adapter import AdapterFile, saved_name
 from fitune.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
+from fitune.config import ADAPTER
 from fitune.errors import FituneError
 from fitune.sharding import local_rows
 
 SEPARATOR = "::"
-ADAPTER = "adapter"
-"As a run's result is called."
 
 
 def save_training_state(
@@ -153,5 +152,7 @@ class _SavedState:
         return self
 
     def __exit__(self, *_):
-        for part in [*self.parts, *([self.adapter] if self.adapter else [])]:
+        for part in self.parts:
             part.close()
+        if self.adapter:
+            self.adapter.close()

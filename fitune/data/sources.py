@@ -93,13 +93,15 @@ def _split_files(folder: Path, train_split: str, test_split: str | None) -> Spli
         raise UsageError(f"{folder}: no data files in this folder; allowed: {', '.join(SUFFIXES)}")
     test = [path for path in paths if test_split and _belongs(path.relative_to(folder), test_split)]
     train = [path for path in paths if _belongs(path.relative_to(folder), train_split)]
-    if both := [path for path in train if path in test]:
+    in_test = set(test)
+    if both := [path for path in train if path in in_test]:
         raise UsageError(f"{both[0]}: its name says both '{train_split}' and '{test_split}'; rename the file or folder")
     if not train:
-        train = [path for path in paths if path not in test]
+        train = [path for path in paths if path not in in_test]
     if not train:
         raise UsageError(f"{folder}: every file belongs to the split '{test_split}', none to '{train_split}'")
-    ignored = [str(path) for path in everything if path not in {*train, *test}]
+    read = in_test.union(train)
+    ignored = [str(path) for path in everything if path not in read]
     return Splits([_source_file(path) for path in train], [_source_file(path) for path in test], ignored=ignored)
 
 
