@@ -18,11 +18,24 @@ class Measurements(TrainerCallback):
     def __init__(self, folder: Path, load_seconds: float):
         self.file = folder / "measurements.json"
         self.load_seconds = load_seconds
-        self.marks: list[tuple[float, float]] = []  # (seconds, tokens so far) after each optimizer step
+        self.steps: list[tuple[float, float]] = []  # (seconds, tokens) of each optimizer step but the first
+        self.mark: tuple[float, float] | None = None  # (time, tokens so far) from where the next step counts
         self.tokens_so_far = lambda: 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.marks.append((time.perf_counter(), self.tokens_so_far()))
+        before = self.mark
+        self._count_from_here()
+        if before:
+            self.steps.append((self.mark[0] - before[0], self.mark[1] - before[1]))
+
+    def on_save(self, args, state, control, **kwargs):
+        self._count_from_here()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
+        self.mark = time.perf_counter(), self.tokens_so_far()
 
     def on_train_end(self, args, state, control, **kwargs):
         ranks = [None] * dist.get_world_size()
@@ -32,7 +45,7 @@ class Measurements(TrainerCallback):
                 "load_seconds": round(self.load_seconds, 2),
                 "tokens_per_second": self._tokens_per_second(),
                 "tokens_per_second_per_gpu": self._tokens_per_second() / len(ranks),
-                "step_seconds": [round(b - a, 3) for (a, _), (b, _) in zip(self.marks, self.marks[1:], strict=False)],
+                "step_seconds": [round(seconds, 3) for seconds, _ in self.steps],
                 "peak_allocated_gib": max(rank["peak_allocated_gib"] for rank in ranks),
                 "peak_reserved_gib": max(rank["peak_reserved_gib"] for rank in ranks),
                 "ranks": ranks,
@@ -40,11 +53,9 @@ class Measurements(TrainerCallback):
             self.file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def _tokens_per_second(self) -> float:
-        """Over all ranks, from the end of the first step (which compiles and warms up) to the end of the last."""
-        if len(self.marks) < 2:
-            return 0.0
-        (start, first), (stop, last) = self.marks[0], self.marks[-1]
-        return (last - first) / (stop - start)
+        """Over all ranks and all steps but the first, which compiles and warms up; saves and evaluations don't count."""
+        seconds = sum(seconds for seconds, _ in self.steps)
+        return sum(tokens for _, tokens in self.steps) / seconds if seconds else 0.0
 
 
 def process_peaks() -> dict[str, float]:
