@@ -8,7 +8,7 @@
 # 70b           tiers of 70B QLoRA on one rank                                         (1 GPU of 80 GB)
 # 70b-two-gpus  tiers of 70B QLoRA on two ranks                                        (2 GPUs of 40 GB)
 # 8b            tiers of 8B QLoRA and LoRA                                             (1 GPU of 80 GB)
-# 8b-full       8B, every weight, on 2 and 4 ranks                                     (2 GPUs of 80 GB)
+# 8b-full       8B, every weight, on 1 (offloaded), 2 and 4 ranks                     (2 GPUs of 80 GB)
 # 70b-fewer-layers   70B LoRA and full at full width, for the bytes of a layer         (2 GPUs of 80 GB)
 # same-losses   8B on 1 and 4 ranks, offloaded or not: the same losses                 (1 GPU of 80 GB)
 #
@@ -39,7 +39,7 @@ case $part in
   8b) checkpoint /tmp/8b-nf4 8b nf4; checkpoint /tmp/8b-bf16 8b bf16 ;;
   8b-full) checkpoint /tmp/8b-bf16 8b bf16 ;;
   70b-fewer-layers)
-    for layers in 2 3 6 12; do checkpoint /tmp/70b-bf16-$layers 70b bf16 $layers; done ;;
+    for layers in 2 3 4; do checkpoint /tmp/70b-bf16-$layers 70b bf16 $layers; done ;;
   same-losses)
     checkpoint /tmp/8b-nf4 8b nf4
     python3 benchmarks/same_losses.py "$output/same-losses.json" --commit "$commit" --recipe llama3_8b_qlora \

@@ -3,9 +3,8 @@
     python benchmarks/tiers.py PLAN.json OUTPUT_FOLDER          (or all of it: benchmarks/measure.sh)
 
 PLAN.json, as in benchmarks/plans/, is a list of runs: {"profile", "recipe", "checkpoint", "data", "cap_gib", "steps",
-"set": [...], "resume": true}. Each goes through `cli.py train` itself: a few steps, a checkpoint, and if asked a
-resume. One JSON object per run. With "cold" the checkpoint is read from the disk twice, by a plain sequential read and
-by the run that loads it.
+"set": [...], "resume": true}. Each goes through `cli.py train` itself, alone on the machine: a few steps and a
+checkpoint; those asked to resume do so at the end. One JSON object per run.
 """
 
 import argparse
@@ -26,6 +25,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
+SHOWN = (
+    "profile", "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
+    "tokens_per_second_per_gpu", "losses",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel")
 
 
@@ -65,24 +68,11 @@ class Watcher(threading.Thread):
 
 def run_tier(plan: dict, work: Path) -> dict:
     """One run of a plan: its measurements, or the error it ended with."""
-    output = work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run')}"
-    steps = plan.get("steps", 3)
-    sets = [
-        f"base.model={plan['checkpoint']}",
-        f"data.prepared={plan['data']}",
-        f"training.max_steps={steps}",
-        f"training.save_steps={max(1, steps - 1)}",
-        "training.logging_steps=1",
-        *plan.get("set", []),
-    ]
-    command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"], "--output", str(output)]
-    command += [part for item in sets for part in ("--set", item)]
-    environment = os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"])}
-    plain_read = read_cold(Path(plan["checkpoint"])) if plan.get("cold") else {}
+    output, command = output_folder(plan, work), train_command(plan, work)
     watcher = Watcher()
     watcher.start()
     started = time.time()
-    code, tail = _call(command, environment, plan.get("timeout", 300))
+    code, tail = _call(command, plan)
     seconds = time.time() - started
     watcher.stop()
     result = {
@@ -95,10 +85,25 @@ def run_tier(plan: dict, work: Path) -> dict:
     }
     if code:
         return result | {"error": tail[-3000:]}
-    result |= _described(output, plan, watcher) | plain_read
-    if plan.get("resume"):
-        result["resume"] = _resumed(command, environment, output, plan)
-    return result
+    return result | _described(output, plan, watcher)
+
+
+def output_folder(plan: dict, work: Path) -> Path:
+    return work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run')}"
+
+
+def train_command(plan: dict, work: Path) -> list[str]:
+    steps = plan.get("steps", 3)
+    sets = [
+        f"base.model={plan['checkpoint']}",
+        f"data.prepared={plan['data']}",
+        f"training.max_steps={steps}",
+        f"training.save_steps={max(1, steps - 1)}",
+        "training.logging_steps=1",
+        *plan.get("set", []),
+    ]
+    command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"]]
+    return [*command, "--output", str(output_folder(plan, work)), *(part for item in sets for part in ("--set", item))]
 
 
 def read_cold(checkpoint: Path) -> dict[str, float]:
@@ -122,11 +127,12 @@ def _drop_from_page_cache(files: list[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, str]:
+def _call(command: list[str], plan: dict) -> tuple[int, str]:
+    """The exit code and all that was printed; 124 after the plan's time limit."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment | {"PYTHONFAULTHANDLER": "1"},
+        env=os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"]), "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -134,7 +140,7 @@ def _call(command: list[str], environment: dict, timeout: float) -> tuple[int, s
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(timeout=timeout)
+        out, _ = process.communicate(timeout=plan.get("timeout", 300))
         return process.returncode, out
     except subprocess.TimeoutExpired:
         for rank in psutil.Process(process.pid).children(recursive=True):
@@ -177,8 +183,9 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
     }
 
 
-def _resumed(command: list[str], environment: dict, output: Path, plan: dict) -> dict:
+def resume(plan: dict, work: Path) -> dict:
     """Runs the last step again from the checkpoint before it, and compares its loss."""
+    output, command = output_folder(plan, work), train_command(plan, work)
 
     def last_loss():
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -186,12 +193,10 @@ def _resumed(command: list[str], environment: dict, output: Path, plan: dict) ->
 
     before = last_loss()
     shutil.rmtree(max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
-    code, tail = _call([*command, "--resume"], environment, plan.get("timeout", 300))
-    return (
-        {"ok": code == 0, "loss": before, "resumed_loss": last_loss()}
-        if code == 0
-        else {"ok": False, "error": tail[-800:]}
-    )
+    code, tail = _call([*command, "--resume"], plan)
+    if code:
+        return {"ok": False, "error": tail[-800:]}
+    return {"ok": True, "loss": before, "resumed_loss": last_loss()}
 
 
 def about(commit: str) -> dict:
@@ -219,26 +224,21 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    plans = json.loads(options.plan.read_text())
     results = []
-    for plan in json.loads(options.plan.read_text()):
-        result = run_tier(plan, options.work) | about(options.commit)
-        results.append(result)
+
+    def publish() -> None:
         (options.output / "tiers.json").write_text(json.dumps(results, indent=2) + "\n")
-        shown = (
-            "profile",
-            "ok",
-            "seconds",
-            "peak_allocated_gib",
-            "peak_gpu_gib",
-            "peak_host_gib",
-            "load_seconds",
-            "plain_read_seconds",
-            "step_seconds",
-            "tokens_per_second_per_gpu",
-            "losses",
-            "resume",
-        )
-        print({key: result[key] for key in shown if key in result}, result.get("error", ""), flush=True)
+
+    for plan in plans:
+        results.append(run_tier(plan, options.work) | about(options.commit))
+        publish()
+        print({key: results[-1][key] for key in SHOWN if key in results[-1]}, results[-1].get("error", ""), flush=True)
+    for plan, result in zip(plans, results, strict=True):
+        if plan.get("resume") and result["ok"]:
+            result["resume"] = resume(plan, options.work)
+            publish()
+            print(plan["recipe"], plan["profile"], result["resume"], flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _own_gpu() -> torch.device:
     if ranks > gpus:
         if not cap_gib:
             raise UsageError(f"the run needs {ranks} GPUs here, torch sees {gpus}")
-        os.environ["NCCL_HOSTID"] = f"rank-{os.environ['RANK']}"
+        os.environ["NCCL_HOSTID"] = f"host-{int(os.environ['RANK']) // gpus}"
         local_rank %= gpus
         os.environ["LOCAL_RANK"] = str(local_rank)
     device = torch.device("cuda", local_rank)

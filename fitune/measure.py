@@ -53,7 +53,7 @@ class Measurements(TrainerCallback):
             self.file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def _tokens_per_second(self) -> float:
-        """Over all ranks and all steps but the first, which compiles and warms up; saves and evaluations don't count."""
+        """Over all ranks and all steps but the first, which compiles; saves and evaluations don't count."""
         seconds = sum(seconds for seconds, _ in self.steps)
         return sum(tokens for _, tokens in self.steps) / seconds if seconds else 0.0
 

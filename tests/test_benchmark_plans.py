@@ -8,7 +8,7 @@ import pytest
 from fitune import run as runs
 
 PLANS = Path(__file__).resolve().parents[1] / "benchmarks" / "plans"
-KEYS = {"recipe", "profile", "checkpoint", "data", "cap_gib", "steps", "set", "resume", "label", "timeout", "cold"}
+KEYS = {"recipe", "profile", "checkpoint", "data", "cap_gib", "steps", "set", "resume", "label", "timeout"}
 ENTRIES = {f"{file.stem}-{number}": entry for file in sorted(PLANS.glob("*.json"))
            for number, entry in enumerate(json.loads(file.read_text()))}  # fmt: skip
 
