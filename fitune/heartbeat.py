@@ -1,10 +1,11 @@
 """Each rank counts what it has done where the launcher can see it, so that a rank that hangs is found by name.
 
 While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
-counted the least. A rank says how long it may take until it counts again: five minutes while it joins the others, in
-the first step, which compiles, and in the optimizer's; less while weights are read and layers computed; as long as it
-needs while it downloads, prepares rows or saves. A stopped process is noticed at any time. A launcher sees the ranks of
-its own machine.
+counted the least: ranks count what they do in step, layers and collectives. A rank says how long it may take until it
+counts again: five minutes while it joins the others, in the first step, which compiles, and in the optimizer's; less
+while layers are computed and files read or written; as long as it needs while it downloads and prepares rows. A rank
+that reads or writes files gets on as long as bytes move. A stopped process is noticed at any time. A launcher sees the
+ranks of its own machine.
 """
 
 import os
@@ -12,34 +13,39 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from transformers import TrainerCallback
 
 from fitune.errors import say_while_training
 
 FOLDER = "FITUNE_HEARTBEATS"
 "The environment variable by which a launcher tells its ranks where to count."
-PATIENCE_SECONDS = float(os.environ.get("FITUNE_HUNG_AFTER_SECONDS", 45))
+HUNG_AFTER = "FITUNE_HUNG_AFTER_SECONDS"
+"The environment variable for machines where a layer takes longer than the usual patience."
+PATIENCE_SECONDS = float(os.environ.get(HUNG_AFTER, 45))
 STARTING_SECONDS = max(300, PATIENCE_SECONDS)
 READS_AT_MOST = 1e9
 PAUSE_SECONDS = 5
 "A launcher that slept so long between two looks was suspended, and its ranks with it."
-PID, PATIENCE, COUNT = range(3)
+PID, PATIENCE, COUNT, FILES = range(4)
 
 
 class Heartbeat(TrainerCallback):
-    """The counting side: three numbers in a memory-mapped file, no system call per count. Made before anything else.
+    """The counting side: four numbers in a memory-mapped file, no system call per count. Made before anything else.
 
     A patience of 0 seconds: the rank may rest.
     """
 
     def __init__(self):
         folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
-        shape = (3,)
+        shape = (4,)
         self.numbers = np.memmap(Path(folder) / rank, np.float64, "w+", shape=shape) if folder else np.zeros(shape)
         self.numbers[PID] = os.getpid()
         self.steps = 0
@@ -58,21 +64,29 @@ class Heartbeat(TrainerCallback):
         yield
         self.rest()
 
+    @contextmanager
+    def using_files(self):
+        """While files are read or written: bytes that move are progress, and so is waiting for the disk."""
+        self.numbers[FILES] = True
+        self.begin(PATIENCE_SECONDS)
+        yield
+        self.rest()
+        self.numbers[FILES] = False
+
     def count(self, *_) -> None:
         self.numbers[COUNT] += 1
 
-    def count_read(self) -> None:
-        """While weights are loaded."""
-        self.begin(PATIENCE_SECONDS)
-        self.count()
-
     def count_layers(self, layers) -> None:
         """From now on; a rank that has come so far is ahead of one that still reads, whatever their shares."""
-        self.rest()
         self.numbers[COUNT] = READS_AT_MOST
+        count = self.count
+        if torch.cuda.is_initialized():
+            progress = GpuProgress(self.count)
+            progress.start()
+            count = progress.count_when_computed
         for layer in layers:
-            layer.register_forward_pre_hook(self.count)
-            layer.register_forward_hook(self.count)
+            layer.register_forward_pre_hook(count)
+            layer.register_forward_hook(count)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
@@ -87,11 +101,41 @@ class Heartbeat(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.rest()
 
-    def on_prediction_step(self, args, state, control, **kwargs):
-        self.begin(PATIENCE_SECONDS)
-
-    def on_evaluate(self, args, state, control, **kwargs):
+    @contextmanager
+    def evaluating(self):
+        self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
+        yield
         self.rest()
+
+
+class GpuProgress(threading.Thread):
+    """Counts layers once the GPU has computed them.
+
+    Python queues the work of many layers ahead, then waits for all of it, on slow machines for minutes. Meanwhile this
+    thread asks the GPU.
+    """
+
+    def __init__(self, count: Callable[[], None]):
+        super().__init__(daemon=True)
+        self.count, self.device = count, torch.cuda.current_device()
+        self.queued: deque[torch.cuda.Event] = deque()
+
+    def count_when_computed(self, *_) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self.queued.append(event)
+
+    def run(self) -> None:
+        torch.cuda.set_device(self.device)
+        with suppress(RuntimeError):  # the GPU failed, as the training thread will hear too
+            while True:
+                self.count_computed()
+                time.sleep(0.5)
+
+    def count_computed(self) -> None:
+        while self.queued and self.queued[0].query():
+            self.queued.popleft()
+            self.count()
 
 
 class Watch(threading.Thread):
@@ -112,12 +156,11 @@ class Watch(threading.Thread):
                 self._seen.clear()
             polled = time.monotonic()
             ranks = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
-            ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 3}
+            ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 4}
             if verdict := self._judge(ranks):
                 say_while_training(f"error: {verdict}")
-                self.ended.update(int(numbers[PID]) for numbers in ranks.values())
-                for pid in self.ended:
-                    _kill(pid)
+                for numbers in ranks.values():
+                    self._end(int(numbers[PID]))
                 return
 
     def stop(self) -> None:
@@ -126,22 +169,30 @@ class Watch(threading.Thread):
 
     def _judge(self, ranks: dict[int, np.ndarray]) -> str | None:
         stopped = [rank for rank, numbers in ranks.items() if _is_stopped(numbers[PID])]
-        still = {rank: self._seconds_still(rank, (*numbers, rank in stopped)) for rank, numbers in ranks.items()}
+        still = {rank: self._seconds_still(rank, numbers, rank in stopped) for rank, numbers in ranks.items()}
         patience = {rank: PATIENCE_SECONDS if rank in stopped else ranks[rank][PATIENCE] for rank in ranks}
-        spent = [patience[rank] for rank in ranks if patience[rank] and still[rank] > patience[rank]]
-        if not spent:
-            return None
-        # of all ranks: the one that hangs may have moved a moment longer than those that wait for it
+        spent = min((patience[rank] for rank in ranks if patience[rank] and still[rank] > patience[rank]), default=None)
+        if spent is None or (not stopped and any(seconds <= spent for seconds in still.values())):
+            return None  # while one rank gets on, the others may have to wait for it
         fewest = min(numbers[COUNT] for numbers in ranks.values())
         guilty = stopped or [rank for rank, numbers in ranks.items() if numbers[COUNT] == fewest]
         names = ", ".join(f"{rank} (pid {ranks[rank][PID]:.0f} on {socket.gethostname()})" for rank in guilty)
-        return f"rank {names}: no progress for {min(spent):.0f} s; all ranks were ended"
+        longer = "" if stopped else f" (if it is only slow: {HUNG_AFTER}={2 * spent:.0f})"
+        return f"rank {names}: no progress for {spent:.0f} s; all ranks were ended{longer}"
 
-    def _seconds_still(self, rank: int, state: tuple) -> float:
+    def _seconds_still(self, rank: int, numbers: np.ndarray, stopped: bool) -> float:
         now = time.monotonic()
-        if self._seen.get(rank, (None,))[0] != state:
+        bytes_moved = _bytes_moved(numbers[PID]) if numbers[FILES] else 0
+        state = (*numbers, stopped, bytes_moved)
+        waits_for_disk = numbers[FILES] and _waits_for_disk(numbers[PID])
+        if waits_for_disk or self._seen.get(rank, (None,))[0] != state:
             self._seen[rank] = state, now
         return now - self._seen[rank][1]
+
+    def _end(self, pid: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.ended.add(pid)
 
 
 def _is_stopped(pid: int) -> bool:
@@ -151,6 +202,18 @@ def _is_stopped(pid: int) -> bool:
     return False
 
 
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _bytes_moved(pid: int) -> int:
+    """Read and written since the process started; what it maps counts when it comes from the disk."""
+    with suppress(psutil.Error):
+        moved = psutil.Process(int(pid)).io_counters()
+        return moved.read_chars + moved.write_chars + moved.read_bytes
+    return 0
+
+
+def _waits_for_disk(pid: int) -> bool:
+    """Whether one of the process's threads is in uninterruptible sleep, as within fsync (Linux, proc(5))."""
+    for stat in Path(f"/proc/{pid:.0f}/task").glob("*/stat"):
+        with suppress(OSError):
+            if stat.read_text().rpartition(")")[2].split()[0] == "D":
+                return True
+    return False

@@ -50,8 +50,10 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
         watch.start()
         # torch's own way with signals would give the ranks 30 s to save
         flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
-        code = launch(run, "fitune.train", *arguments, **flags, explained=watch.ended)
-        watch.stop()
+        try:
+            code = launch(run, "fitune.train", *arguments, **flags, explained=watch.ended)
+        finally:
+            watch.stop()
     return code, len(received)
 
 

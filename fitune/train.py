@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -53,28 +52,29 @@ def train(run: Run) -> None:
     end_with_launcher()
     heartbeat, interruption = Heartbeat(), Interruption()
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
-    with heartbeat.starting() if run.accelerate.num_machines == 1 else nullcontext():  # others are started by hand
+    with heartbeat.starting():
         mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     _check_data(run, tokenizer)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
-    base_record, identity = _identify(run, base_folder, tokenizer)
-    checkpoint = _checkpoint_to_resume(run, identity)
-    started = time.perf_counter()
-    model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count_read)
+    with heartbeat.using_files():
+        base_record, identity = _identify(run, base_folder, tokenizer)
+        checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
+        started = time.perf_counter()
+        model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
     heartbeat.count_layers(decoder(model).model.layers)
     measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
     trainer = ShardedSFTTrainer(
         run,
         base_record=base_record,
         identity=identity,
-        may_rest=heartbeat.rest,
+        heartbeat=heartbeat,
         model=model,
         processing_class=tokenizer,
         train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
         eval_dataset=_eval_dataset(run),
-        callbacks=[MetricsFile(run.folder), measurements, interruption, heartbeat],
+        callbacks=[MetricsFile(run.folder), measurements, interruption],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     if checkpoint and not trainer.steps_left(checkpoint):
@@ -125,7 +125,7 @@ def _eval_dataset(run: Run):
     return load_split(run.recipe, "test", run.folder / "cache")
 
 
-def _checkpoint_to_resume(run: Run, identity: Identity) -> Path | None:
+def _checkpoint_to_resume(run: Run, identity: Identity, heartbeat: Heartbeat) -> Path | None:
     """The newest whole checkpoint of a run that is resumed, None if it was ended before the first was written.
 
     Says which it skipped and why, and sets those aside. Call on all ranks.
@@ -135,7 +135,7 @@ def _checkpoint_to_resume(run: Run, identity: Identity) -> Path | None:
         return None
     skipped = []
     for checkpoint in reversed(found):
-        damage = find_damage(checkpoint)
+        damage = find_damage(checkpoint, heartbeat.count)
         if not damage:
             refuse_another_identity(checkpoint, identity)
             if is_main_process():

@@ -21,6 +21,7 @@ from fitune.base_identity import BaseRecord
 from fitune.config import Run
 from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
+from fitune.heartbeat import Heartbeat
 from fitune.manifest import Identity, find_damage, write_manifest
 from fitune.output_folder import flushed_meanwhile, remove, rename_when_whole
 from fitune.result import save_result
@@ -58,7 +59,7 @@ class ShardedSFTTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
     `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does; a trainer that
-    saves nothing needs neither. `may_rest` is called before work that may take long.
+    saves nothing needs neither. `heartbeat` tells the launcher that this rank gets on.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class ShardedSFTTrainer(SFTTrainer):
         run: Run,
         base_record: BaseRecord | None = None,
         identity: Identity | None = None,
-        may_rest=lambda: None,
+        heartbeat: Heartbeat | None = None,
         **kwargs,
     ):
-        self.run, self.base_record, self.identity, self._may_rest = run, base_record, identity, may_rest
+        self.run, self.base_record, self.identity, self.heartbeat = run, base_record, identity, heartbeat or Heartbeat()
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
         super().__init__(args=training_arguments(run), **kwargs)
+        self.add_callback(self.heartbeat)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
 
@@ -80,11 +82,16 @@ class ShardedSFTTrainer(SFTTrainer):
 
         Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by layer.
         """
+        self.heartbeat.count()
         if self.args.world_size == 1 and self.run.recipe.method != "full":
             model.set_requires_gradient_sync(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step.append((inputs, loss))
         return loss
+
+    def prediction_step(self, *args, **kwargs):
+        self.heartbeat.count()
+        return super().prediction_step(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
@@ -99,7 +106,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def _stop_before_a_bad_step(self, norm: float) -> None:
         """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet."""
-        self._may_rest()  # all of train.jsonl is read
+        self.heartbeat.rest()  # all of train.jsonl is read
         bad = [inputs for inputs, loss in self._step if not math.isfinite(loss)]
         batches = bad or [inputs for inputs, _ in self._step]
         rows = name_rows(batches, self.processing_class, Path(self.run.recipe.data.prepared) / "train.jsonl")
@@ -124,12 +131,17 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.run.result_folder)
-        save_result(folder, self.run, self.model, self.processing_class, self.base_record)
+        with self.heartbeat.using_files():
+            self._save_result(folder)
+
+    def _save_result(self, folder: Path) -> None:
+        save_result(folder, self.run, self.model, self.processing_class, self.base_record, self.heartbeat.count)
 
     def _save_checkpoint(self, model, trial) -> None:
         """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
         try:
-            self._write_checkpoint()
+            with self.heartbeat.using_files():
+                self._write_checkpoint()
         except (OSError, FituneError) as error:
             raise FituneError(
                 f"step {self.state.global_step} was not saved in {self.args.output_dir}: {error}; the checkpoints "
@@ -146,20 +158,25 @@ class ShardedSFTTrainer(SFTTrainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier()
+        self._meet()
         if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
-            self.save_model(str(partial / self.run.result_folder.name))
+            self._save_result(partial / self.run.result_folder.name)
         save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
         self._save_position(partial)
-        dist.barrier()
+        self._meet()
         with flushed_meanwhile(partial):
-            write_manifest(partial, self.state.global_step, self.run, self.identity)
-        dist.barrier()
+            write_manifest(partial, self.state.global_step, self.run, self.identity, self.heartbeat.count)
+        self._meet()
         if self.args.should_save:
             rename_when_whole(partial, folder, replace=True)
-        dist.barrier()
-        if damage := find_damage(folder):
+        self._meet()
+        if damage := find_damage(folder, self.heartbeat.count):
             raise FituneError(f"{folder}: read back from the disk, {damage}")
+
+    def _meet(self) -> None:
+        """A barrier at which a rank that does not come is found: it has counted less."""
+        self.heartbeat.count()
+        dist.barrier()
 
     def _save_position(self, folder: Path) -> None:
         """Each rank's random state; the scheduler, step and counters, which are the same on all."""
@@ -172,15 +189,23 @@ class ShardedSFTTrainer(SFTTrainer):
             self.state.stateful_callbacks["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.heartbeat.evaluating():
+            return super().evaluate(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        load_trainable_weights(Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size)
+        with self.heartbeat.using_files():
+            load_trainable_weights(
+                Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
             return
         self._total_train_tokens = self.state.num_input_tokens_seen
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
-        load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
+        with self.heartbeat.using_files():
+            load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         if isinstance(self.lr_scheduler, LambdaLR):
             self._follow_this_runs_schedule()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,19 @@ def test_packed_attention_is_sdpa_with_a_block_mask():
     for ours, reference in [(output, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]:
         assert ours.shape == reference.shape
         assert (ours - reference).norm() < 0.01 * reference.norm()
+
+
+def test_layers_count_while_python_waits_for_the_gpu():
+    """Seconds of queued work: the thread that counts is not held up by the one that waits."""
+    from fitune.heartbeat import GpuProgress
+
+    times = []
+    progress = GpuProgress(lambda: times.append(time.monotonic()))
+    for _ in range(4):
+        torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+        progress.count_when_computed()
+    assert not times
+    progress.start()
+    torch.cuda.synchronize()
+    over = time.monotonic()
+    assert 2 <= sum(moment < over - 0.5 for moment in times) < 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fitune import heartbeat
-from fitune.heartbeat import COUNT, PATIENCE, PID, Watch
+from fitune.heartbeat import COUNT, FILES, PATIENCE, PID, GpuProgress, Watch
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def ranks(monkeypatch):
     """Numbers of two sleeping processes that are within a step; patience is short."""
     monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.05)
     processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
-    numbers = {rank: np.array([process.pid, 0.05, 10]) for rank, process in enumerate(processes)}
+    numbers = {rank: np.array([process.pid, 0.05, 10, 0]) for rank, process in enumerate(processes)}
     yield numbers
     for process in processes:
         process.kill()
@@ -43,8 +43,67 @@ def test_the_rank_that_hangs_is_named_though_it_moved_last(ranks, tmp_path):
         ranks[1][COUNT] = 8
 
     ranks[1][COUNT] = 7
-    verdict = judge_twice(Watch(tmp_path), ranks, move_once_more)
+    watch = Watch(tmp_path)
+    assert judge_twice(watch, ranks, move_once_more) is None, "it may get on yet"
+    time.sleep(0.1)
+    verdict = watch._judge(ranks)
     assert verdict.startswith(f"rank 1 (pid {ranks[1][PID]:.0f} on ") and "rank 0" not in verdict
+
+
+def test_bytes_that_move_are_progress_only_where_files_are_used(ranks, tmp_path, monkeypatch):
+    """And keep the others waiting, whose patience is spent."""
+    moved = iter(range(100))
+    monkeypatch.setattr(heartbeat, "_bytes_moved", lambda pid: next(moved) if pid == ranks[1][PID] else 0)
+    watch = Watch(tmp_path)
+    ranks[1][FILES] = 1
+    assert judge_twice(watch, ranks) is None
+    ranks[1][FILES] = 0
+    assert judge_twice(watch, ranks) is not None
+
+
+def test_bytes_moved_are_seen(tmp_path):
+    """Of another process, written or read through a file."""
+    pause = "print(flush=True); input()"
+    script = f"import sys; {pause}; open(sys.argv[1], 'wb').write(bytes(2**20)); {pause}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "file"], **pipes)
+    process.stdout.readline()
+    before = heartbeat._bytes_moved(process.pid)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    assert 2**20 <= heartbeat._bytes_moved(process.pid) - before < 2**21
+    assert not heartbeat._waits_for_disk(process.pid)
+    process.communicate("\n")
+    assert heartbeat._bytes_moved(process.pid) == 0, "and none of a process that is gone"
+
+
+def test_a_layer_counts_when_the_gpu_has_computed_it(monkeypatch):
+    """Not when Python has queued it: then a GPU that computes for a minute would be taken for one that hangs."""
+
+    class Event:
+        computed = False
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.computed
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    rank = heartbeat.Heartbeat()
+    progress = GpuProgress(rank.count)
+    for _ in range(3):
+        progress.count_when_computed()
+    progress.count_computed()
+    assert rank.numbers[COUNT] == 0
+    progress.queued[0].computed = progress.queued[2].computed = True
+    progress.count_computed()
+    assert rank.numbers[COUNT] == 1, "work ends in the order in which it was queued"
+    progress.queued[0].computed = True
+    progress.count_computed()
+    assert rank.numbers[COUNT] == 3 and not progress.queued
 
 
 def test_nobody_is_singled_out_without_a_reason(ranks, tmp_path):
@@ -96,24 +155,28 @@ def test_a_rank_asks_for_patience_by_what_it_does():
     rank = heartbeat.Heartbeat()
     asked = []
     events = ("step_begin", "pre_optimizer_step", "optimizer_step", "step_end")
-    for event in (*events, *events, "prediction_step", "evaluate"):
+    for event in (*events, *events):
         getattr(rank, f"on_{event}")(None, None, None)
         asked.append(rank.numbers[PATIENCE])
     long, short = heartbeat.STARTING_SECONDS, heartbeat.PATIENCE_SECONDS
-    assert asked == [long, long, short, 0, short, long, short, 0, short, 0]
-    with rank.starting():
-        assert rank.numbers[PATIENCE] == long
-    assert rank.numbers[PATIENCE] == 0
+    assert asked == [long, long, short, 0, short, long, short, 0]
+    for context, patience in ((rank.starting, long), (rank.evaluating, short), (rank.using_files, short)):
+        with context():
+            assert rank.numbers[PATIENCE] == patience
+            assert rank.numbers[FILES] == (context == rank.using_files)
+        assert rank.numbers[PATIENCE] == rank.numbers[FILES] == 0
+    untrained = heartbeat.Heartbeat()
+    with untrained.evaluating():  # compiles
+        assert untrained.numbers[PATIENCE] == long
 
 
 def test_a_rank_whose_weights_are_loaded_is_ahead_of_one_that_reads():
     rank = heartbeat.Heartbeat()
     for _ in range(1000):
-        rank.count_read()
-    assert rank.numbers[PATIENCE] == heartbeat.PATIENCE_SECONDS
+        rank.count()
     done = heartbeat.Heartbeat()
     layer = torch.nn.Identity()
     done.count_layers([layer])
-    assert done.numbers[PATIENCE] == 0 and done.numbers[COUNT] > rank.numbers[COUNT]
+    assert done.numbers[COUNT] > rank.numbers[COUNT]
     layer(torch.zeros(1))
     assert done.numbers[COUNT] == heartbeat.READS_AT_MOST + 2

@@ -10,6 +10,7 @@ from ranks import run_ranks, sharded_model, train_here
 from torch.distributed.tensor import distribute_tensor
 
 from fitune.errors import FituneError, UsageError
+from fitune.heartbeat import Heartbeat
 from fitune.train import _checkpoint_to_resume
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
 
@@ -84,10 +85,10 @@ def test_resumed_run_equals_the_uninterrupted_one(method, tiny_base, make_run, t
             for key in ("loss", "grad_norm", "learning_rate", "epoch"):
                 assert found[key] == pytest.approx(expected[key], rel=1e-4), (key, found["step"])
         elsewhere = resumed.model_copy(update={"output_dir": str(tmp_path / "elsewhere")})
-        assert _checkpoint_to_resume(elsewhere, None) is None
+        assert _checkpoint_to_resume(elsewhere, None, Heartbeat()) is None
         (elsewhere.folder / "checkpoints/checkpoint-3").mkdir(parents=True)
         with pytest.raises(UsageError, match="no whole checkpoint to resume from"):
-            _checkpoint_to_resume(elsewhere, None)
+            _checkpoint_to_resume(elsewhere, None, Heartbeat())
 
 
 def _optimizer(model, lr: float) -> torch.optim.Optimizer:

@@ -121,7 +121,7 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
 
 
 HANG = """
-import os, sys, time
+import itertools, os, sys, time
 from importlib.abc import MetaPathFinder
 
 class Hang(MetaPathFinder):
@@ -130,26 +130,35 @@ class Hang(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "fitune.trainer" and os.environ.get("RANK") == "1":
             sys.meta_path.remove(self)
+            from fitune.checkpoint import CheckpointWriter
             from fitune.weights import _Loader
             from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-            owner, method, calls = {where}
-            original, counted = getattr(owner, method), iter(range(calls))
-            def sleepy(*args, **kwargs):
-                if next(counted, None) is None:
+            owner, method, now = {where}
+            original, calls = getattr(owner, method), itertools.count()
+            def sleepy(self, *args, **kwargs):
+                if now(self, next(calls)):
                     time.sleep(600)
-                return original(*args, **kwargs)
+                return original(self, *args, **kwargs)
             setattr(owner, method, sleepy)
 
 sys.meta_path.insert(0, Hang())
 """
 
 
-@pytest.mark.parametrize("where", ['_Loader, "reads", 5', 'LlamaDecoderLayer, "forward", 9'])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param('_Loader, "reads", lambda _, calls: calls == 5', id="reading weights"),
+        pytest.param('LlamaDecoderLayer, "forward", lambda _, calls: calls == 9', id="in a later step"),
+        pytest.param('LlamaDecoderLayer, "forward", lambda layer, _: not layer.training', id="evaluating"),
+        pytest.param('CheckpointWriter, "write", lambda _, calls: calls == 3', id="saving"),
+    ],
+)
 def test_a_rank_that_hangs_is_named(where, tiny_base, prepared, tmp_path):
-    """While it reads weights, while it computes a later step."""
     (tmp_path / "sitecustomize.py").write_text(HANG.replace("{where}", where))
-    command = train_command(tiny_base, prepared, tmp_path / "run", STEPS)
+    evaluation = {"training.eval_strategy": "steps", "training.eval_steps": 2}
+    command = train_command(tiny_base, prepared, tmp_path / "run", STEPS, **evaluation)
     running = Running(command, tmp_path / "log", FITUNE_HUNG_AFTER_SECONDS="6", PYTHONPATH=str(tmp_path))
     assert running.wait() == 1
     text = running.log.read_text()
