@@ -171,7 +171,7 @@ class ShardedSFTTrainer(SFTTrainer):
             rename_when_whole(partial, folder, replace=True)
         self._meet()
         if damage := find_damage(folder, self.heartbeat.count):
-            raise FituneError(f"{folder}: read back from the disk, {damage}")
+            raise FituneError(f"{folder}: read back, {damage}")
 
     def _meet(self) -> None:
         """A barrier at which a rank that does not come is found: it has counted less."""

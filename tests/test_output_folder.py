@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fitune.errors import FituneError, UsageError
-from fitune.output_folder import check_disk_space, new_folder, rename_when_whole
+from fitune.output_folder import check_disk_space, flushed_meanwhile, new_folder, rename_when_whole
 
 
 def _build(output, text="new", **options):
@@ -221,3 +221,17 @@ def test_disk_space_is_compared_with_what_the_nearest_existing_folder_has(tmp_pa
     with pytest.raises(FituneError, match=r"b: needs 1\.1 GiB, .* has 1\.0 GiB free"):
         check_disk_space(tmp_path / "a" / "b", 2**30)
     assert asked == [tmp_path, tmp_path]
+
+
+def test_a_file_that_could_not_be_flushed_stops_what_follows(tmp_path, monkeypatch):
+    """A checkpoint is renamed after this block, so it never is."""
+    (tmp_path / "file").write_text("x")
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    went_on = []
+    with pytest.raises(OSError, match="Input/output error"), flushed_meanwhile(tmp_path):
+        went_on.append("hashing")
+    assert went_on == ["hashing"]

@@ -212,7 +212,11 @@ def test_data_prepared_with_another_tokenizer_or_template_is_refused(tmp_path):
         check_prepared(tmp_path / "out", other, "llama3", 99)
     run(path, tmp_path, overwrite=True)
     assert check_prepared(tmp_path / "out", other, "llama3", 99)["tokens"] is None
-    (tmp_path / "out" / "report.json").write_text("{")
+    file = tmp_path / "out" / "report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 1}))
+    with pytest.raises(UsageError, match="prepared by another version of fitune; prepare the data again"):
+        check_prepared(tmp_path / "out", other, "llama3", 99)
+    file.write_text("{")
     with pytest.raises(UsageError, match="not a report of prepare"):
         check_prepared(tmp_path / "out", other, "llama3", 99)
     assert check_prepared(tmp_path, other, "llama3", 99) is None
@@ -238,14 +242,15 @@ def test_table_and_preview(tmp_path):
     assert f"\x1b[1;32m{shown[1]['content']}<|eot_id|>" in styled.replace("\x1b[0m\x1b[1;32m", "")
 
 
-def test_a_preview_without_colours_marks_what_is_trained(tmp_path):
-    console = Console(width=40, record=True, color_system=None, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+@pytest.mark.parametrize("colours", [{"color_system": None}, {"no_color": True, "force_terminal": True}])
+def test_a_preview_without_colours_marks_what_is_trained(colours, tmp_path):
+    console = Console(width=40, record=True, file=open(os.devnull, "w"), **colours)  # noqa: SIM115, PTH123
     path = write(tmp_path / "a.jsonl", chat("word " * 20, "Jawohl."), chat(2))
     run(path, tmp_path, tokenizer=tiny_tokenizer(), max_length=256, console=console, preview=2, seed=1)
     text = console.export_text()
     first = rows(tmp_path)[0]["messages"]
     assert f"{first[0]['content'].strip()}<|eot_id|>" in text  # no line of the text is broken
-    assert f"⟦{first[1]['content']}<|eot_id|>⟧" in text
+    assert f"⟦{first[1]['content']}<|eot_id|>⟧" in text and "green" not in text
 
 
 def test_prepare_does_not_import_torch(tmp_path):

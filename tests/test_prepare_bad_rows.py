@@ -61,6 +61,12 @@ NASTY = [
         {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": '"{}"'}}]}]},
         "arguments of 'f' are not a JSON object",
     ),
+    (
+        "wrong_type",
+        {"messages": [QUESTION, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1e999}'}}]}]},
+        "arguments of 'f': a number is infinite or not a number",
+    ),
+    ("wrong_type", {"messages": [QUESTION, ANSWER], "tools": '[{"x": NaN}]'}, "'tools': a number is infinite"),
     ("untrained_turn", {"messages": [QUESTION, ANSWER | {"weight": 0}]}, "'weight: 0'"),
     ("untrained_turn", {"messages": [QUESTION, ANSWER | {"loss_weight": 0.0}]}, "'loss_weight: 0'"),
     ("wrong_type", {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "text"}]}]}, "has no 'text'"),

@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks, sharded_model, train_here
 from torch.distributed.tensor import distribute_tensor
 
+from fitune.checkpoint import Checkpoint
 from fitune.errors import FituneError, UsageError
 from fitune.heartbeat import Heartbeat
 from fitune.train import _checkpoint_to_resume
@@ -74,7 +75,11 @@ def test_resumed_run_equals_the_uninterrupted_one(method, tiny_base, make_run, t
     last = f"checkpoints/checkpoint-{STEPS}"
     # weights, both moments, hyperparameters, scheduler; each rank's random state is in *.pth
     assert _bytes(resumed.folder / last) == _bytes(run.folder / last)
-    assert len(list((run.folder / last / "state").glob("rank-*"))) == 2
+    parts = sorted((run.folder / last / "state").glob("rank-*"))
+    assert len(parts) == 2
+    for part in map(Checkpoint, parts):  # an adapter's weights are beside them, once
+        assert any("::exp_avg" in name for name in part.tensors)
+        assert any("::" not in name for name in part.tensors) == (method == "full")
     assert len(list((run.folder / last).glob("rng_state*"))) == 2
 
     if method == "full":  # no dropout, so another number of processes and micro batch train on the same rows

@@ -305,7 +305,7 @@ def _tool_call(call, where: str) -> dict:
     arguments = _json_value(given, f"{where}: arguments of '{function['name']}'")
     if not isinstance(arguments, dict):
         raise RowError("wrong_type", f"{where}: arguments of '{function['name']}' are not a JSON object")
-    text = json.dumps(arguments, ensure_ascii=False)  # as a template will write it, without escapes that hide a token
+    text = _as_json(arguments, f"{where}: arguments of '{function['name']}'")
     kept = {"type": "function", "function": {"name": function["name"], "arguments": text}}
     return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
 
@@ -316,7 +316,17 @@ def _tools_as_text(tools) -> str | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("wrong_type", f"'tools': expected a list of objects, found {_kind(tools)}")
-    return json.dumps(tools, ensure_ascii=False)
+    return _as_json(tools, "'tools'")
+
+
+def _as_json(value, where: str) -> str:
+    """As a template will write it, without escapes that hide a token."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise RowError(
+            "wrong_type", f"{where}: a number is infinite or not a number, which JSON has no word for"
+        ) from None
 
 
 def _old_functions(row: dict) -> list | None:

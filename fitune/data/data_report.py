@@ -14,7 +14,8 @@ from fitune.data.sources import SourceFile
 from fitune.data.token_report import histogram_chart, packing_report, token_statistics
 from fitune.errors import UsageError
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
+"Of prepared data, raised when the same rows would be prepared in another way."
 
 
 def describe(
@@ -152,8 +153,9 @@ def check_prepared(folder: Path, tokenizer, choice: str, max_length: int) -> dic
     """The report of prepared data; None for files that were put there by hand, without a report.json.
 
     `tokenizer` is a transformers tokenizer after `apply_chat_template_choice`. Raises UsageError if the data was
-    prepared for another tokenizer or chat template than `choice`, where its token counts, its cuts and its checks would
-    not hold, or if a row has more than `max_length` tokens: training would cut its last answer.
+    prepared by another version of fitune, or for another tokenizer or chat template than `choice`, where its token
+    counts, its cuts and its checks would not hold, or if a row has more than `max_length` tokens: training would cut
+    its last answer.
     """
     file = folder / "report.json"
     try:
@@ -165,6 +167,8 @@ def check_prepared(folder: Path, tokenizer, choice: str, max_length: int) -> dic
         raise UsageError(
             f"{file}: not a report of prepare ({error}); prepare the data again with --overwrite"
         ) from None
+    if report.get("version") != REPORT_VERSION:
+        raise UsageError(f"{folder}: prepared by another version of fitune; prepare the data again with --overwrite")
     used_now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_hash(tokenizer)}
     for name, before in prepared_with.items():
         if before is not None and before != used_now[name]:

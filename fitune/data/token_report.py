@@ -88,6 +88,7 @@ def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, cons
     """
     from rich.text import Text
 
+    coloured = console.color_system and not console.no_color
     for number, (text, spans) in enumerate(rows, start=1):
         encoding = tokenizer.encode(text, add_special_tokens=False)
         trained = np.zeros(len(text), bool)
@@ -95,12 +96,12 @@ def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, cons
             first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
             trained[encoding.offsets[first][0] : encoding.offsets[last][1]] = True
         count = sum(encoding.char_to_token(end - 1) - encoding.char_to_token(start) + 1 for start, end in spans)
-        shown_as = "green" if console.color_system else "in ⟦ ⟧"
+        shown_as = "green" if coloured else "in ⟦ ⟧"
         console.rule(f"row {number}: {len(encoding)} tokens, {count} of them trained ({shown_as})")
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(text)]
         shown = Text()
         for start, end in itertools.pairwise(edges):
-            part = text[start:end] if console.color_system or not trained[start] else f"⟦{text[start:end]}⟧"
+            part = text[start:end] if coloured or not trained[start] else f"⟦{text[start:end]}⟧"
             shown.append(part, style="bold green" if trained[start] else "dim")
         console.print(shown, soft_wrap=True)  # line breaks of the text only
 

@@ -63,6 +63,7 @@ def test_a_run_survives_what_happens_to_it(undisturbed, tiny_base, prepared, tmp
     assert running.wait(60) == 1
     text = running.log.read_text()
     assert f"rank 1 (pid {hung.pid} on {socket.gethostname()}): no progress for 4 s; all ranks were ended" in text
+    assert "was ended by" not in text, "the watch's own kills are no news"
     assert not hung.is_running() or hung.status() == "zombie"
 
     step = saved_steps(folder)[-1]
