@@ -42,6 +42,18 @@ def setup_of_measured(entry: dict) -> Setup:
     return setup_of(run.model_copy(update={"profile": profile}), shape)
 
 
+def gpu_needs_gib(entry: dict) -> float:
+    """What tensors and CUDA took at the peak: a card may have as little. What the allocator kept beyond it was free."""
+    return entry["peak_allocated_gib"] + entry["outside_allocator_gib"]
+
+
+def gpu_error(entry: dict) -> float:
+    """How far the prediction lies outside of what was needed and what was kept; 0 between them."""
+    predicted = gpu_peak(setup_of_measured(entry)).total / GIB
+    nearest = min(max(predicted, gpu_needs_gib(entry)), entry["peak_gpu_gib"])
+    return predicted / nearest - 1
+
+
 def predicted_host_gib(setup: Setup) -> float:
     return max(sum(parts.values()) for parts in host_moments(setup).values()) / GIB
 
@@ -62,9 +74,11 @@ def page() -> str:
         "Written by `python benchmarks/accuracy.py`; the tests check both tables. Predictions come from "
         "[`fitune/memory.py`](../fitune/memory.py).",
         "## Measured runs",
-        "The run's own command, on one big GPU whose ranks are each held to their tier's card (`benchmarks/tiers.py`). "
-        "The constants in `MEASURED` for host RAM were read off these runs, so that column shows that one set of them "
-        "holds for all; those for the GPU are from the runs of the day before, so that column is a prediction.",
+        "The run's own command, on one or two big GPUs whose ranks are each held to their tier's card "
+        "(`benchmarks/tiers.py`). `needed` is what tensors and CUDA took, `kept` what the GPU showed: PyTorch's "
+        "allocator also keeps memory that is free, up to the card's, and gives it back when it is short. The constants "
+        "in `MEASURED` are from the runs of 24 November and before (host RAM of a process: from all), so the later "
+        "rows are predictions.",
         _measured_table(),
         "## Tiers that were not measured",
         "Two training steps of one rank on fake tensors, fitune's own model code and sharding under PyTorch's "
@@ -76,16 +90,16 @@ def page() -> str:
 
 def _measured_table() -> str:
     lines = [
-        "| recipe | profile | layers | GPU GiB, predicted | measured | off | host GiB, predicted | measured | off |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | profile | date | GPU GiB, predicted | needed | kept | off | host GiB, predicted | measured | off |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in measured_runs():
         setup = setup_of_measured(entry)
         gpu, host = gpu_peak(setup).total / GIB, predicted_host_gib(setup)
-        gpu_off, host_off = gpu / entry["peak_gpu_gib"] - 1, host / entry["peak_host_gib"] - 1
+        host_off = host / entry["peak_host_gib"] - 1
         lines.append(
-            f"| `{entry['recipe']}` | `{entry['profile']}` | {entry['layers']} "
-            f"| {gpu:.1f} | {entry['peak_gpu_gib']:.1f} | {gpu_off:+.1%} "
+            f"| `{entry['recipe']}` | `{entry['profile']}` | {entry['date']} | {gpu:.1f} | {gpu_needs_gib(entry):.1f} "
+            f"| {entry['peak_gpu_gib']:.1f} | {gpu_error(entry):+.1%} "
             f"| {host:.1f} | {entry['peak_host_gib']:.1f} | {host_off:+.1%} |"
         )
     return "\n".join(lines)

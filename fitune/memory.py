@@ -21,8 +21,8 @@ class Measured:
     "Share of what is allocated that lies in holes: 0.8 to 1.1 GiB in five runs, with `freed_layers` on top."
     outside_allocator: float = 1.3 * GIB
     "Per process: CUDA context, kernels, NCCL. 1.28 to 1.35 with one rank, 1.14 with four (NCCL over loopback)."
-    loading: float = 2.3 * GIB
-    "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.3 with 1, 2, 4."
+    loading: float = 2.25 * GIB
+    "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.1 to 2.35."
     training: float = 2.2 * GIB
     "The same during training: 2.1 to 2.45 in the four runs that offload."
     page_lock: float = 0.028
@@ -141,8 +141,8 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
     copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0
-    # method full ends with gathering the largest tensor on one rank: the parts, the whole, and the whole rounded
-    gathered = s.embedding * 2.5 if s.full else 0.0
+    # method full ends with gathering the largest tensor on one rank: before, every rank holds its part and rounds it
+    gathered = s.embedding * 1.5 if s.full else 0.0
     if not s.on_gpu:
         return _on_cpu(s, {"checkpoint copies": copies}, gathered)
     loading, training = (MEASURED.launcher + ranks * process for process in (MEASURED.loading, MEASURED.training))

@@ -19,7 +19,6 @@ from fitune.config import Run
 from fitune.data.chat_template import end_of_turn_ids
 from fitune.model import decoder
 from fitune.output_folder import new_folder
-from fitune.sharding import local_rows
 
 
 def save_result(
@@ -41,9 +40,9 @@ def save_result(
         writer = CheckpointWriter(unfinished, [spec for _, spec in parameters]) if main else None
         for parameter, spec in parameters:
             on_meeting()
-            whole = gather_rows(parameter)
+            whole = gather_rows(parameter, spec.dtype)
             if main:
-                writer.write(spec.name, whole.to(spec.dtype))
+                writer.write(spec.name, whole)
         if main:
             writer.close()
             _write_companions(unfinished, run, model, tokenizer, base_record)
@@ -51,21 +50,19 @@ def save_result(
     dist.barrier()
 
 
-def gather_rows(parameter: DTensor) -> torch.Tensor | None:
+def gather_rows(parameter: DTensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The whole tensor on rank 0 in host RAM, None elsewhere; no GPU memory is used. Call on all ranks."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    local = parameter.detach().to_local().cpu().contiguous()
+    local = parameter.detach().to_local().cpu().to(dtype).contiguous()
     if world_size == 1:
         return local
-    chunk = -(-parameter.shape[0] // world_size)
-    padded = local if local.shape[0] == chunk else torch.empty((chunk, *local.shape[1:]), dtype=local.dtype)
+    rows = parameter.shape[0]
+    chunk = -(-rows // world_size)
+    padded = local if local.shape[0] == chunk else local.new_empty((chunk, *local.shape[1:]))
     padded[: local.shape[0]] = local
-    parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
-    dist.gather(padded, parts)  # CPU tensors: over gloo
-    if rank != 0:
-        return None
-    rows = [local_rows(parameter.shape[0], r, world_size) for r in range(world_size)]
-    return torch.cat([part[: stop - start] for part, (start, stop) in zip(parts, rows, strict=True)])
+    whole = local.new_empty((chunk * world_size, *local.shape[1:])) if rank == 0 else None
+    dist.gather(padded, list(whole.chunk(world_size)) if rank == 0 else None)  # CPU tensors: over gloo
+    return whole[:rows] if rank == 0 else None  # only the last ranks' chunks are short
 
 
 def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorSpec]]:

@@ -46,8 +46,12 @@ def _randomise_lora_b(model) -> None:
 
 
 def _is_saved_whole(parameter: DTensor) -> bool | None:
-    expected, whole = parameter.full_tensor(), gather_rows(parameter)
-    return None if whole is None else torch.equal(whole.view(torch.uint8), expected.view(torch.uint8))
+    whole, expected = parameter.full_tensor(), []
+    for dtype in {parameter.dtype, torch.bfloat16 if parameter.is_floating_point() else torch.uint8}:
+        saved = gather_rows(parameter, dtype)
+        if saved is not None:
+            expected.append(torch.equal(saved.view(torch.uint8), whole.to(dtype).view(torch.uint8)))
+    return all(expected) if expected else None
 
 
 def _report(runs: dict) -> dict:
