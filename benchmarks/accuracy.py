@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import measured_tiers
 from fitune import run as runs
 from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_moments
 from fitune.model_shapes import find_shape
@@ -23,12 +24,8 @@ FAKE = ROOT / "benchmarks" / "fake_memory.json"
 
 
 def measured_runs() -> list[dict]:
-    """Every measured run in benchmarks/results/ that ended well, but for those of code that took more memory."""
-    found = []
-    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        found += [entry for entry in (data if isinstance(data, list) else [data]) if isinstance(entry, dict)]
-    return [entry for entry in found if entry.get("profile") and entry.get("ok") and "superseded" not in entry]
+    """The measured tiers, but for those of code that took more memory."""
+    return [entry for entry in measured_tiers() if "superseded" not in entry]
 
 
 def setup_of_measured(entry: dict) -> Setup:

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiers import about, read_cold
+from tier_run import about, read_cold
 
 from fitune import run as runs
 from fitune.data.dataset import load_tokenizer

@@ -16,7 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tiers import about
+from tier_run import about
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("loss", "grad_norm")

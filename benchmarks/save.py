@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from random_checkpoint import config, tensors
-from tiers import GIB, about
+from tier_run import GIB, about
 
 from fitune import manifest
 from fitune.checkpoint import CheckpointWriter, TensorSpec

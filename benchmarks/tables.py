@@ -18,13 +18,16 @@ TIERS_OF_2024 = {"fsdp_offload_4gpu": "22 GB, 127 GB"}
 "What the 2024 tutorial reported for its 4x24GB tier: per GPU, host RAM."
 
 
-def results() -> list[dict]:
-    """Every measured run of a whole model that ended well, newest file last."""
+def measured_tiers() -> list[dict]:
+    """Every run of a tier in benchmarks/results/ that ended well, newest file last.
+
+    A file holds one result, a list, or as tiers.py writes them results by name.
+    """
     found = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
-        found += [entry for entry in (data if isinstance(data, list) else [data]) if entry.get("profile")]
-    return [entry for entry in found if entry.get("ok") and entry["layers"] == _all_layers(entry)]
+        found += data if isinstance(data, list) else [data, *data.values()]
+    return [entry for entry in found if isinstance(entry, dict) and entry.get("profile") and entry.get("ok")]
 
 
 def _all_layers(entry: dict) -> int:
@@ -32,7 +35,8 @@ def _all_layers(entry: dict) -> int:
 
 
 def tier_table() -> str:
-    newest = {(run["recipe"], run["profile"]): run for run in results()}
+    whole = [run for run in measured_tiers() if run["layers"] == _all_layers(run)]
+    newest = {(run["recipe"], run["profile"]): run for run in whole}
     lines = [
         "| recipe | profile | GPUs | micro batch | GiB per GPU, all of it | host GiB, machine | load, s | 2024 |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,244 +1,211 @@
-"""Runs memory profiles on one big GPU, with as many ranks as the tier has, each held to the tier's card.
+"""Runs memory profiles on one or two big GPUs, with as many ranks as the tier has, each held to the tier's card.
 
-    python benchmarks/tiers.py PLAN.json OUTPUT_FOLDER          (or all of it: benchmarks/measure.sh)
+    python benchmarks/tiers.py OUTPUT_FOLDER --tokenizer LLAMA3_TOKENIZER_FOLDER [--only llama3_8b_lora same-losses]
 
-PLAN.json, as in benchmarks/plans/, is a list of runs: {"profile", "recipe", "checkpoint", "data", "cap_gib", "steps",
-"set": [...], "resume": true}. Each goes through `cli.py train` itself, alone on the machine: a few steps and a
-checkpoint; those asked to resume do so at the end. One JSON object per run.
+benchmarks/plan.json lists the runs: {"recipe", "profile", "label", "checkpoint", "cap_gib", "steps", "set", "resume",
+"seconds"}. Each goes through `cli.py train`, alone on the machine: a few steps and a checkpoint. Then, side by side as
+far as the GPUs' memory goes: the resumes, the same losses on other ranks, the tests that need a GPU. Last, alone, how
+fast 70B loads. Checkpoints are random, of the true shape, and stay in the work folder. What ended well before
+is not run again; with --seconds nothing begins that would not end in time ("seconds" of a run, on an H100).
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tier_run import ROOT, about, resume, run_tier
+
+from fitune import run as runs
+
 SHOWN = (
-    "profile", "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
-    "tokens_per_second_per_gpu", "losses",
+    "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
+    "tokens_per_second_per_gpu", "losses", "outcome", "resumed_loss", "error",
 )  # fmt: skip
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel")
+CONTEXTS_GIB = 6
+"What is left free of each GPU for the CUDA contexts of a dozen processes."
 
 
-class Watcher(threading.Thread):
-    """Samples the GPU's and the machine's used memory, above what was used before, until stopped."""
+@dataclass
+class Task:
+    """Something to run: `gib` of GPU memory on each of `gpus`, or on any one if there are none."""
 
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.stopped = threading.Event()
-        self.gpu_before, self.host_before = self._gpu_used(), self._host_used()
-        self.gpu_peak = self.host_peak = 0.0
-
-    @staticmethod
-    def _gpu_used() -> float:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return sum(map(float, out.stdout.split())) / 1024
-
-    @staticmethod
-    def _host_used() -> float:
-        memory = psutil.virtual_memory()
-        return (memory.total - memory.available) / GIB
-
-    def run(self):
-        while not self.stopped.wait(0.5):
-            self.gpu_peak = max(self.gpu_peak, self._gpu_used() - self.gpu_before)
-            self.host_peak = max(self.host_peak, self._host_used() - self.host_before)
-
-    def stop(self):
-        self.stopped.set()
-        self.join()
+    name: str
+    seconds: float
+    run: Callable[[], dict]
+    gib: float = 0
+    gpus: tuple[int, ...] = ()
 
 
-def run_tier(plan: dict, work: Path) -> dict:
-    """One run of a plan: its measurements, or the error it ended with."""
-    output, command = output_folder(plan, work), train_command(plan, work)
-    watcher = Watcher()
-    watcher.start()
-    started = time.time()
-    code, tail = _call(command, plan)
-    seconds = time.time() - started
-    watcher.stop()
-    result = {
-        "profile": plan["profile"],
-        "recipe": plan["recipe"],
-        "ok": code == 0,
-        "seconds": round(seconds, 1),
-        "gpu_cap_gib": plan["cap_gib"],
-        "command": " ".join(["python", *command[1:]]),
-    }
-    if code:
-        return result | {"error": tail[-3000:]}
-    return result | _described(output, plan, watcher)
+class Results:
+    """OUTPUT/results.json: what each task found, by name."""
+
+    def __init__(self, folder: Path, seconds: float, origin: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.origin, self.end = folder / "results.json", origin, time.time() + seconds
+        self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.lock = threading.Lock()
+
+    def is_due(self, task: Task) -> bool:
+        done, in_time = self.found.get(task.name, {}).get("ok"), time.time() + task.seconds < self.end
+        if not done and not in_time:
+            print(f"{task.name}: no time for it", flush=True)
+        return not done and in_time
+
+    def run(self, task: Task) -> None:
+        began = time.time()
+        try:
+            result = task.run()
+        except Exception as error:
+            result = {"ok": False, "error": repr(error)}
+        with self.lock:
+            self.found[task.name] = {"seconds": round(time.time() - began, 1)} | result | self.origin
+            self.file.write_text(json.dumps(self.found, indent=1) + "\n")
+        print(f"{task.name}: { ({key: result[key] for key in SHOWN if key in result}) }"[-3000:], flush=True)
 
 
-def output_folder(plan: dict, work: Path) -> Path:
-    return work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run')}"
+def run_alone(tasks: list[Task], results: Results) -> None:
+    for task in tasks:
+        if results.is_due(task):
+            results.run(task)
 
 
-def train_command(plan: dict, work: Path) -> list[str]:
-    steps = plan.get("steps", 3)
-    sets = [
-        f"base.model={plan['checkpoint']}",
-        f"data.prepared={plan['data']}",
-        f"training.max_steps={steps}",
-        f"training.save_steps={max(1, steps - 1)}",
-        "training.logging_steps=1",
-        *plan.get("set", []),
+def run_side_by_side(tasks: list[Task], results: Results) -> None:
+    """Each as soon as the memory it needs is free."""
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30 - CONTEXTS_GIB
+    free = [total] * torch.cuda.device_count()
+    changed = threading.Condition()
+    waiting, threads = list(tasks), []
+
+    def run(task: Task, gpus: tuple[int, ...]) -> None:
+        results.run(task)
+        with changed:
+            for gpu in gpus:
+                free[gpu] += task.gib
+            changed.notify()
+
+    with changed:
+        while waiting:
+            for task in list(waiting):
+                gpus = task.gpus or (0,)
+                if not results.is_due(task):
+                    waiting.remove(task)
+                elif all(free[gpu] >= task.gib for gpu in gpus):
+                    waiting.remove(task)
+                    for gpu in gpus:
+                        free[gpu] -= task.gib
+                    threads.append(threading.Thread(target=run, args=(task, gpus)))
+                    threads[-1].start()
+            if waiting:
+                changed.wait(5)
+    for thread in threads:
+        thread.join()
+
+
+def name_of(plan: dict) -> str:
+    return " ".join(filter(None, (plan["recipe"], plan["profile"], plan.get("label"))))
+
+
+def tier_tasks(plans: list[dict], work: Path) -> tuple[list[Task], list[Task]]:
+    """The runs, and the resumes of those that saved."""
+    every = tuple(range(torch.cuda.device_count()))
+    trained, resumed = [], []
+    for plan in plans:
+        ranks = runs.resolve(plan["recipe"], plan["profile"]).accelerate.num_processes
+        gpus = every[:ranks]
+        gib = plan["cap_gib"] * ranks / len(gpus)
+        trained.append(Task(name_of(plan), plan["seconds"], lambda plan=plan: run_tier(plan, work), gib, gpus))
+        if plan.get("resume"):
+            limit = 2 * plan["seconds"] / 3
+            resumed.append(Task(f"{name_of(plan)} resumed", limit, lambda plan=plan: resume(plan, work), gib, gpus))
+    return trained, resumed
+
+
+def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
+    """What scripts of their own measure: side by side with others, and alone."""
+    every = tuple(range(torch.cuda.device_count()))
+    work, losses, load = options.work, options.output / "same-losses.json", options.output / "load-70b.json"
+    same_losses = [
+        "benchmarks/same_losses.py", losses, "--commit", options.commit, "--recipe", "llama3_8b_qlora", "--reference",
+        "single_gpu", "--compare", "fsdp_offload_1x24gb", "fsdp_4x24gb", "fsdp_offload_4gpu", "--cap-gib", 19, "--set",
+        f"base.model={work / '8b-nf4'}", "--set", f"data.prepared={work / 'data'}", "--set", "max_length=1536",
+    ]  # fmt: skip
+    tests = ["-m", "pytest", "-m", "gpu", "-n", "2", "-q", "-rP", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    loading = [
+        "benchmarks/load.py", work / "70b-nf4", load, "--commit", options.commit, "--recipe", "llama3_70b_qlora",
+        "--profile", "fsdp_1x48gb",
+    ]  # fmt: skip
+    beside = [
+        Task("same-losses", 320, lambda: script(same_losses), 38, every),
+        Task("tests", 200, lambda: script(tests), 24, every[:1]),
     ]
-    command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"]]
-    return [*command, "--output", str(output_folder(plan, work)), *(part for item in sets for part in ("--set", item))]
+    return beside, Task("load", 60, lambda: script(loading))
 
 
-def read_cold(checkpoint: Path) -> dict[str, float]:
-    """Seconds for one sequential read of all weights; before and after it they leave the page cache."""
-    files = sorted(checkpoint.glob("*.safetensors"))
-    _drop_from_page_cache(files)
-    buffer, started, total = memoryview(bytearray(64 * 2**20)), time.time(), 0
-    for file in files:
-        with file.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                total += count
-    seconds = time.time() - started
-    _drop_from_page_cache(files)
-    return {"plain_read_seconds": round(seconds, 2), "checkpoint_gib": round(total / GIB, 2)}
+def script(arguments: list) -> dict:
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return {"ok": done.returncode == 0, "outcome": (done.stdout + done.stderr)[-3000:]}
 
 
-def _drop_from_page_cache(files: list[Path]) -> None:
-    os.sync()  # only written pages can be dropped
-    for file in files:
-        with file.open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _call(command: list[str], plan: dict) -> tuple[int, str]:
-    """The exit code and all that was printed; 124 after the plan's time limit."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"]), "PYTHONFAULTHANDLER": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=plan.get("timeout", 300))
-        return process.returncode, out
-    except subprocess.TimeoutExpired:
-        for rank in psutil.Process(process.pid).children(recursive=True):
-            rank.send_signal(signal.SIGABRT)  # says where it stood
-        time.sleep(2)
-        process.kill()
-        out, _ = process.communicate()
-        return 124, out + "\ntimed out"
-
-
-def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
-    import yaml
-
-    run = yaml.safe_load((output / "run.yaml").read_text())
-    measured = json.loads((output / "measurements.json").read_text())
-    ranks = run["accelerate"]["num_processes"]
-    reserved = sum(rank["peak_reserved_gib"] for rank in measured["ranks"])
-    outside = max(0.0, watcher.gpu_peak - reserved) / ranks
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "method": run["recipe"]["method"],
-        "num_gpus": ranks,
-        "offload": run["accelerate"]["offload_params"],
-        "max_length": run["recipe"]["max_length"],
-        "micro_batch": run["profile"]["micro_batch"],
-        "gradient_accumulation_steps": run["gradient_accumulation_steps"],
-        "activation_checkpointing": run["profile"]["activation_checkpointing"],
-        "activation_offload": run["profile"]["activation_offload"],
-        "layers": json.loads((Path(plan["checkpoint"]) / "config.json").read_text())["num_hidden_layers"],
-        "peak_allocated_gib": round(measured["peak_allocated_gib"], 2),
-        "peak_reserved_gib": round(measured["peak_reserved_gib"], 2),
-        "outside_allocator_gib": round(outside, 2),
-        "peak_gpu_gib": round(measured["peak_reserved_gib"] + outside, 2),
-        "peak_host_gib": round(watcher.host_peak, 2),
-        "peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in measured["ranks"]), 2),
-        "load_seconds": measured["load_seconds"],
-        "step_seconds": measured["step_seconds"],
-        "tokens_per_second_per_gpu": round(measured["tokens_per_second_per_gpu"], 1),
-        "losses": [line["loss"] for line in lines if "loss" in line],
-    }
-
-
-def resume(plan: dict, work: Path) -> dict:
-    """Runs the last step again from the checkpoint before it, and compares its loss."""
-    output, command = output_folder(plan, work), train_command(plan, work)
-
-    def last_loss():
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines if "loss" in line][-1]
-
-    before = last_loss()
-    shutil.rmtree(max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
-    code, tail = _call([*command, "--resume"], plan)
-    if code:
-        return {"ok": False, "error": tail[-800:]}
-    return {"ok": True, "loss": before, "resumed_loss": last_loss()}
-
-
-def about(commit: str) -> dict:
-    """What every published number says of its origin."""
-    return {
-        "gpu_name": torch.cuda.get_device_name() if torch.cuda.is_available() else "none, CPU",
-        "versions": {name: _version(name) for name in PACKAGES},
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # liger-kernel, on a machine without a GPU
+def prepare(options: argparse.Namespace, checkpoints: set[str]) -> None:
+    """Prepared data, and each checkpoint (SHAPE-FORMAT or SHAPE-FORMAT-LAYERS) on the next GPU."""
+    data, tokenizer, started = options.work / "data", str(options.tokenizer), []
+    if not (data / "report.json").exists():
+        rows = ["--dataset", "examples/instructions/instructions.jsonl", "--template", "plain", "--max-length", "3072"]
+        command = [sys.executable, "cli.py", "prepare", *rows, "--tokenizer", tokenizer, "--output", str(data)]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
+    for number, name in enumerate(sorted(checkpoints, reverse=True)):
+        shape, dtype, *layers = name.split("-")
+        if not (options.work / name / "config.json").exists():
+            command = [sys.executable, "benchmarks/random_checkpoint.py", str(options.work / name), "--shape", shape]
+            command += ["--format", dtype, "--tokenizer", tokenizer, *(("--layers", *layers) if layers else ())]
+            gpu = {"CUDA_VISIBLE_DEVICES": str(number % torch.cuda.device_count())}
+            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | gpu))
+    if any(process.wait() for process in started):
+        raise SystemExit("a checkpoint or the data could not be made")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plan", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiers"))
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiers"), help="for checkpoints and runs: 120 GB")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="recipes, profiles, scripts")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    plans = json.loads(options.plan.read_text())
-    results = []
-
-    def publish() -> None:
-        (options.output / "tiers.json").write_text(json.dumps(results, indent=2) + "\n")
-
-    for plan in plans:
-        results.append(run_tier(plan, options.work) | about(options.commit))
-        publish()
-        print({key: results[-1][key] for key in SHOWN if key in results[-1]}, results[-1].get("error", ""), flush=True)
-    for plan, result in zip(plans, results, strict=True):
-        if plan.get("resume") and result["ok"]:
-            result["resume"] = resume(plan, options.work)
-            publish()
-            print(plan["recipe"], plan["profile"], result["resume"], flush=True)
+    results = Results(options.output, options.seconds, about(options.commit))
+    # libraries without .pyc files take each process 20 s; a GPU without a process, seconds more
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ |= {"PYTHONPYCACHEPREFIX": str(options.work / "pyc"), "FITUNE_LLAMA3_TOKENIZER": str(options.tokenizer)}
+    os.environ |= {"NCCL_SOCKET_NTHREADS": "4", "NCCL_NSOCKS_PERTHREAD": "4"}
+    for gpu in range(torch.cuda.device_count()):
+        torch.zeros(1, device=gpu)
+    plans = json.loads((ROOT / "benchmarks" / "plan.json").read_text())
+    plans = [plan | {"data": str(options.work / "data")} for plan in plans]
+    chosen = [plan for plan in plans if not options.only or set(options.only) & set(name_of(plan).split())]
+    checkpoints = {plan["checkpoint"] for plan in chosen}
+    chosen = [plan | {"checkpoint": str(options.work / plan["checkpoint"])} for plan in chosen]
+    beside, load = script_tasks(options)
+    scripts = [task for task in (*beside, load) if not options.only or task.name in options.only]
+    checkpoints |= {"8b-nf4" for task in scripts if task.name == "same-losses"}
+    checkpoints |= {"70b-nf4" for task in scripts if task is load}
+    prepare(options, checkpoints)
+    trained, resumed = tier_tasks(chosen, options.work)
+    run_alone(trained, results)
+    run_side_by_side([task for task in (*scripts, *resumed) if task is not load], results)
+    run_alone([load] if load in scripts else [], results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""benchmarks/plan.json resolves, and benchmarks/tiers.py keeps to the GPUs' memory and to its time."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import tiers
+from fitune import run as runs
+
+PLANS = json.loads((Path(__file__).resolve().parents[1] / "benchmarks" / "plan.json").read_text())
+KEYS = {"recipe", "profile", "checkpoint", "cap_gib", "steps", "set", "resume", "label", "seconds"}
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=tiers.name_of)
+def test_run_resolves(plan):
+    assert set(plan) <= KEYS
+    run = runs.resolve(plan["recipe"], plan["profile"], tuple(plan.get("set", ())))
+    assert plan["cap_gib"] < run.profile.gpu_memory_gib
+    assert not plan.get("resume") or "training.save_strategy='no'" not in plan.get("set", ())
+
+
+def test_names_are_different():
+    assert len({tiers.name_of(plan) for plan in PLANS}) == len(PLANS)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=86 * 2**30))
+
+
+def test_tasks_run_side_by_side_within_the_memory(two_gpus, tmp_path):
+    used, most, lock = [0.0, 0.0], [0.0, 0.0], threading.Lock()
+
+    def task(name: str, gib: float, *gpus: int) -> tiers.Task:
+        def change(by: float) -> None:
+            with lock:
+                for gpu in gpus:
+                    used[gpu] += by
+                    most[gpu] = max(most[gpu], used[gpu])
+
+        def run() -> dict:
+            change(gib)
+            time.sleep(0.1)
+            change(-gib)
+            return {"ok": True}
+
+        return tiers.Task(name, 0, run, gib, gpus)
+
+    results = tiers.Results(tmp_path, 60, {})
+    tasks = [task("a", 50, 0, 1), task("b", 40, 0), task("c", 30, 1), task("d", 30, 0, 1), task("e", 79, 1)]
+    tiers.run_side_by_side(tasks, results)
+    assert most[0] <= 80 and most[1] == 80, "a and c at once, e after them"
+    assert all(results.found[task.name]["ok"] for task in tasks)
+
+
+def test_what_is_done_or_would_not_end_in_time_is_not_begun(two_gpus, tmp_path):
+    begun = []
+
+    def task(name: str, seconds: float) -> tiers.Task:
+        return tiers.Task(name, seconds, lambda: begun.append(name) or {"ok": True})
+
+    tiers.run_alone([task("a", 1), task("long", 90)], tiers.Results(tmp_path, 60, {"commit": "abc"}))
+    tiers.run_side_by_side([task("a", 1), task("b", 1)], tiers.Results(tmp_path, 60, {"commit": "def"}))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert begun == ["a", "b"] and [found[name]["commit"] for name in begun] == ["abc", "def"]
+
+
+def test_an_error_is_a_result(two_gpus, tmp_path):
+    results = tiers.Results(tmp_path, 60, {})
+    tiers.run_alone([tiers.Task("a", 1, lambda: {}["missing"])], results)
+    assert results.found["a"]["ok"] is False and "missing" in results.found["a"]["error"]
