@@ -11,7 +11,8 @@ from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
 from fitune.data import chat_template
 from fitune.data.chat_template import ChatRenderer, apply_chat_template_choice, end_of_turn_ids
-from fitune.data.conversations import LLAMA3_CONTROL_TOKENS, RowError, check_text, for_template, to_conversation
+from fitune.data.conversations import LLAMA3_CONTROL_TOKENS, RowError, check_text, for_template
+from fitune.data.row_formats import to_conversation
 from fitune.errors import UsageError
 
 CHOICES = ["llama3", "plain"]

@@ -13,7 +13,7 @@ from preparing import ANSWER, QUESTION, SYSTEM, chat, refused, rows, run, write
 from tiny_tokenizer import tiny_tokenizer
 
 from fitune.config import Data
-from fitune.data import conversations, file_formats, reading
+from fitune.data import conversations, file_formats, reading, row_formats
 from fitune.errors import UsageError
 from fitune.yaml_file import parse
 
@@ -258,13 +258,13 @@ def test_escaping_control_tokens_hides_no_rendered_text(tmp_path):
 def test_the_examples_in_the_docs_are_true():
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| `(\w+)` \| `(\{.*\})`", text, re.MULTILINE)
-    assert [name for name, _ in shown] == list(conversations.FORMATS)
+    assert [name for name, _ in shown] == list(row_formats.FORMATS)
     for name, row in shown:
         row = json.loads(row)
-        assert conversations.detect_format(row) == name
-        conversations.check_turns(conversations.to_conversation(row, name)["messages"])
+        assert row_formats.detect_format(row) == name
+        conversations.check_turns(row_formats.to_conversation(row, name)["messages"])
     tools = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL).group(1))
-    conversations.check_turns(conversations.to_conversation(tools, "messages")["messages"])
+    conversations.check_turns(row_formats.to_conversation(tools, "messages")["messages"])
     parse(Data, yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))["data"], "docs/data.md")
     reasons = {reason for reason, _, _ in NASTY} | {"template_refused", "too_large", "too_long"}
     reasons |= {"duplicate", "shared_with_test", "not_sampled"}

@@ -11,11 +11,11 @@ import numpy as np
 from fitune.config import Data, Source
 from fitune.data import chat_template, conversations
 from fitune.data.chat_template import ChatRenderer
-from fitune.data.conversations import FORMATS, OPTIONAL_COLUMNS
 from fitune.data.data_report import describe, print_report
 from fitune.data.file_formats import jsonl_to_parquet
 from fitune.data.reading import Tally, read_all, refuse_problems
 from fitune.data.row_checks import Rules
+from fitune.data.row_formats import FORMATS, OPTIONAL_COLUMNS
 from fitune.data.row_store import RowStore, Selection
 from fitune.data.sources import Splits, open_source
 from fitune.data.token_counter import TokenCounter

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
-from fitune.data import conversations
-from fitune.data.conversations import FORMATS, RowError
+from fitune.data import row_formats
+from fitune.data.conversations import RowError
 from fitune.data.row_checks import (
     EXAMPLES_PER_REASON,
     Checker,
@@ -22,6 +22,7 @@ from fitune.data.row_checks import (
     parse_record,
     start_worker,
 )
+from fitune.data.row_formats import FORMATS
 from fitune.data.row_store import RowStore
 from fitune.data.sources import SourceFile, file_sha256
 from fitune.errors import FituneError, UsageError
@@ -145,7 +146,7 @@ def _find_format(chunk, source, name: str) -> str:
             row = parse_record(record)
         except RowError:
             continue
-        if found := conversations.detect_format(conversations.rename_columns(row, source.columns)):
+        if found := row_formats.detect_format(row_formats.rename_columns(row, source.columns)):
             return found
         first = first or (number, row)
     if first is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import jinja2
 import numpy as np
 
-from fitune.data import conversations
+from fitune.data import conversations, row_formats
 from fitune.data.chat_template import ChatRenderer
 from fitune.data.conversations import RowError
 from fitune.data.file_formats import MAX_ROW_BYTES, too_large
@@ -127,8 +127,8 @@ class Checker:
                 continue
             outcome.rows_in += 1
             try:
-                row = conversations.rename_columns(parse_record(record), shape.columns)
-                conversation = conversations.to_conversation(row, shape.format, shape.system_message)
+                row = row_formats.rename_columns(parse_record(record), shape.columns)
+                conversation = row_formats.to_conversation(row, shape.format, shape.system_message)
                 conversations.check_turns(conversation["messages"])
                 conversations.check_not_rendered(conversation)
                 if self.rules.escape_control_tokens:
