@@ -3,9 +3,9 @@
 While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
 counted the least: ranks count what they do in step, layers and collectives. A rank says how long it may take until it
 counts again: five minutes while it joins the others, in the first step, which compiles, and in the optimizer's; less
-while layers are computed and files read or written; as long as it needs while it downloads and prepares rows. A rank
-that reads or writes files gets on as long as bytes move. A stopped process is noticed at any time. A launcher sees the
-ranks of its own machine.
+while layers are computed, forward and backward, and files read or written; as long as it needs while it downloads,
+prepares rows, or has nothing to do but wait for the others. A rank that reads or writes files gets on as long as bytes
+move. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
 """
 
 import os
@@ -34,18 +34,18 @@ STARTING_SECONDS = max(300, PATIENCE_SECONDS)
 READS_AT_MOST = 1e9
 PAUSE_SECONDS = 5
 "A launcher that slept so long between two looks was suspended, and its ranks with it."
-PID, PATIENCE, COUNT, FILES = range(4)
+PID, PATIENCE, COUNT, COMPUTED, FILES = NUMBERS = range(5)
 
 
 class Heartbeat(TrainerCallback):
-    """The counting side: four numbers in a memory-mapped file, no system call per count. Made before anything else.
+    """The counting side: five numbers in a memory-mapped file, no system call per count. Made before anything else.
 
     A patience of 0 seconds: the rank may rest.
     """
 
     def __init__(self):
         folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
-        shape = (4,)
+        shape = (len(NUMBERS),)
         self.numbers = np.memmap(Path(folder) / rank, np.float64, "w+", shape=shape) if folder else np.zeros(shape)
         self.numbers[PID] = os.getpid()
         self.steps = 0
@@ -73,20 +73,39 @@ class Heartbeat(TrainerCallback):
         self.rest()
         self.numbers[FILES] = False
 
+    @contextmanager
+    def waiting(self):
+        """For the other ranks: they may take as long as they need, or hang, and are watched themselves."""
+        self.count()
+        patience = self.numbers[PATIENCE]
+        self.rest()
+        yield
+        self.begin(patience)
+
     def count(self, *_) -> None:
         self.numbers[COUNT] += 1
+
+    def count_computed(self) -> None:
+        """A number of its own, for the thread that asks the GPU."""
+        self.numbers[COMPUTED] += 1
 
     def count_layers(self, layers) -> None:
         """From now on; a rank that has come so far is ahead of one that still reads, whatever their shares."""
         self.numbers[COUNT] = READS_AT_MOST
         count = self.count
         if torch.cuda.is_initialized():
-            progress = GpuProgress(self.count)
+            progress = GpuProgress(self.count_computed)
             progress.start()
             count = progress.count_when_computed
+
+        def count_output(layer, inputs, output) -> None:
+            count()
+            if output.requires_grad:
+                output.register_hook(count)  # where its backward begins
+
         for layer in layers:
             layer.register_forward_pre_hook(count)
-            layer.register_forward_hook(count)
+            layer.register_forward_hook(count_output)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
@@ -94,9 +113,6 @@ class Heartbeat(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.begin(STARTING_SECONDS)  # no layer computes; offloaded, all parameters of a machine pass through its CPU
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.begin(PATIENCE_SECONDS)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.rest()
@@ -141,9 +157,9 @@ class GpuProgress(threading.Thread):
 class Watch(threading.Thread):
     """The launcher's side: kills all ranks of this machine once one of them hangs, and says which."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, machines: int = 1):
         super().__init__(daemon=True)
-        self.folder = folder
+        self.folder, self.machines = folder, machines
         self.ended: set[int] = set()
         "Processes that were killed, and the reason printed."
         self._over = threading.Event()
@@ -156,7 +172,11 @@ class Watch(threading.Thread):
                 self._seen.clear()
             polled = time.monotonic()
             ranks = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
-            ranks = {rank: numbers for rank, numbers in sorted(ranks.items()) if numbers.size == 4}
+            ranks = {
+                rank: numbers
+                for rank, numbers in sorted(ranks.items())
+                if numbers.size == len(NUMBERS) and numbers[PID]
+            }
             if verdict := self._judge(ranks):
                 say_while_training(f"error: {verdict}")
                 for numbers in ranks.values():
@@ -170,15 +190,22 @@ class Watch(threading.Thread):
     def _judge(self, ranks: dict[int, np.ndarray]) -> str | None:
         stopped = [rank for rank, numbers in ranks.items() if _is_stopped(numbers[PID])]
         still = {rank: self._seconds_still(rank, numbers, rank in stopped) for rank, numbers in ranks.items()}
-        patience = {rank: PATIENCE_SECONDS if rank in stopped else ranks[rank][PATIENCE] for rank in ranks}
-        spent = min((patience[rank] for rank in ranks if patience[rank] and still[rank] > patience[rank]), default=None)
-        if spent is None or (not stopped and any(seconds <= spent for seconds in still.values())):
-            return None  # while one rank gets on, the others may have to wait for it
-        fewest = min(numbers[COUNT] for numbers in ranks.values())
-        guilty = stopped or [rank for rank, numbers in ranks.items() if numbers[COUNT] == fewest]
+        if stopped:
+            is_over = min(still[rank] for rank in stopped) > PATIENCE_SECONDS
+            return self._verdict(ranks, stopped, PATIENCE_SECONDS) if is_over else None
+        patience = {rank: numbers[PATIENCE] for rank, numbers in ranks.items()}
+        spent = min((patience[rank] for rank in ranks if 0 < patience[rank] < still[rank]), default=None)
+        if spent is None or any(still[rank] <= max(spent, patience[rank]) for rank in ranks):
+            return None  # while one rank gets on, or may yet, the others may have to wait for it
+        counted = {rank: numbers[COUNT] + numbers[COMPUTED] for rank, numbers in ranks.items()}
+        least = [rank for rank in ranks if counted[rank] == min(counted.values())]
+        hint = f" (if it is only slow: {HUNG_AFTER}={2 * spent:.0f})"
+        return self._verdict(ranks, least, spent) + hint
+
+    def _verdict(self, ranks: dict[int, np.ndarray], guilty: list[int], seconds: float) -> str:
         names = ", ".join(f"{rank} (pid {ranks[rank][PID]:.0f} on {socket.gethostname()})" for rank in guilty)
-        longer = "" if stopped else f" (if it is only slow: {HUNG_AFTER}={2 * spent:.0f})"
-        return f"rank {names}: no progress for {spent:.0f} s; all ranks were ended{longer}"
+        elsewhere = ", here or on a machine it waits for" if self.machines > 1 else ""
+        return f"rank {names}: no progress for {seconds:.0f} s{elsewhere}; all ranks were ended"
 
     def _seconds_still(self, rank: int, numbers: np.ndarray, stopped: bool) -> float:
         now = time.monotonic()
@@ -190,9 +217,10 @@ class Watch(threading.Thread):
         return now - self._seen[rank][1]
 
     def _end(self, pid: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        if psutil.pid_exists(pid):
             self.ended.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _is_stopped(pid: int) -> bool:

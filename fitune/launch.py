@@ -46,7 +46,7 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
     arguments = ["--resume"] if resume else []
     with tempfile.TemporaryDirectory(prefix="fitune-") as folder, _signals_go_to_the_ranks() as received:
         os.environ[FOLDER] = folder
-        watch = Watch(Path(folder))
+        watch = Watch(Path(folder), run.accelerate.num_machines)
         watch.start()
         # torch's own way with signals would give the ranks 30 s to save
         flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}

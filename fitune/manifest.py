@@ -5,8 +5,8 @@ It is written last, while the folder still has its temporary name. A checkpoint 
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -83,15 +83,15 @@ def identify(run: Run, base: BaseRecord, tokenizer) -> Identity:
     )
 
 
-def write_manifest(folder: Path, step: int, run: Run, identity: Identity, on_meeting: Callable = lambda: None) -> None:
+def write_manifest(folder: Path, step: int, run: Run, identity: Identity, waiting=nullcontext) -> None:
     """Call on all ranks once all files are written: each reads its share of them, rank 0 writes.
 
-    `on_meeting` is called before the ranks wait for each other.
+    `waiting` is entered where ranks wait for each other.
     """
-    names = from_rank_0(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-    files = {
-        name: saved for part in _on_all_ranks(_describe, folder, names, on_meeting) for name, saved in part.items()
-    }
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    with waiting():
+        names = from_rank_0(names)
+    files = {name: saved for part in _on_all_ranks(_describe, folder, names, waiting) for name, saved in part.items()}
     if is_main_process():
         manifest = Manifest(
             step=step,
@@ -121,19 +121,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{MANIFEST}: {error.errors()[0]['msg']}") from None
 
 
-def find_damage(folder: Path, on_meeting: Callable = lambda: None) -> str | None:
+def find_damage(folder: Path, waiting=nullcontext) -> str | None:
     """What is wrong with the checkpoint in `folder`, None if it is whole. Call on all ranks: they share the reading.
 
-    `on_meeting` is called before they wait for each other.
+    `waiting` is entered where they wait for each other.
     """
     try:
         manifest, error = read_manifest(folder), None
     except ValueError as problem:
         manifest, error = None, str(problem)
-    manifest, error = from_rank_0((manifest, error))
+    with waiting():
+        manifest, error = from_rank_0((manifest, error))
     if error:
         return error
-    parts = _on_all_ranks(_compare, folder, list(manifest.files.items()), on_meeting)
+    parts = _on_all_ranks(_compare, folder, list(manifest.files.items()), waiting)
     found = [damage for part in parts for damage in part]
     return min(found, default=None)
 
@@ -149,14 +150,14 @@ def refuse_another_identity(checkpoint: Path, identity: Identity) -> None:
             )
 
 
-def _on_all_ranks(work, folder: Path, items: list, on_meeting: Callable) -> list:
+def _on_all_ranks(work, folder: Path, items: list, waiting) -> list:
     """`work(folder, share)` of every rank, where rank r's share is every world_size-th item from r on."""
     if not dist.is_initialized():
         return [work(folder, items)]
     results = [None] * dist.get_world_size()
     own = work(folder, items[dist.get_rank() :: dist.get_world_size()])
-    on_meeting()
-    dist.all_gather_object(results, own)
+    with waiting():
+        dist.all_gather_object(results, own)
     return results
 
 

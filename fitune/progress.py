@@ -1,5 +1,6 @@
 """Progress bars on stderr, from the main process only."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fitune.distributed import is_main_process
+
+REDRAW_SECONDS = 0.1
 
 
 @contextmanager
@@ -20,9 +23,18 @@ def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not is_main_process()) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda *_: progress.advance(task)
+    # drawn by the caller alone: a thread that draws on would look like progress to who watches for ranks that hang
+    options = {"console": Console(stderr=True), "disable": not is_main_process(), "auto_refresh": False}
+    with Progress(*columns, **options) as progress:
+        task, drawn = progress.add_task(description, total=total), 0.0
+
+        def advance(*_) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            progress.update(task, advance=1, refresh=now - drawn > REDRAW_SECONDS)
+            drawn = now if now - drawn > REDRAW_SECONDS else drawn
+
+        yield advance
 
 
 def loading_bar(model: nn.Module):

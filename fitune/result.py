@@ -1,7 +1,6 @@
 """What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,27 +26,27 @@ def save_result(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     base_record: BaseRecord,
-    on_meeting: Callable[[], None] = lambda: None,
+    waiting=nullcontext,
 ) -> None:
     """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
 
     Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
-    `base_record` is what an adapter remembers of its base. `on_meeting` is called before the ranks wait for each other.
+    `base_record` is what an adapter remembers of its base. `waiting` is entered where ranks wait for each other.
     """
     main = dist.get_rank() == 0
     with new_folder(folder, replace=True) if main else nullcontext() as unfinished:
         parameters = _named_for_saving(model, run)
         writer = CheckpointWriter(unfinished, [spec for _, spec in parameters]) if main else None
         for parameter, spec in parameters:
-            on_meeting()
-            whole = gather_rows(parameter, spec.dtype)
+            with waiting():
+                whole = gather_rows(parameter, spec.dtype)
             if main:
                 writer.write(spec.name, whole)
         if main:
             writer.close()
             _write_companions(unfinished, run, model, tokenizer, base_record)
-    on_meeting()
-    dist.barrier()
+    with waiting():
+        dist.barrier()
 
 
 def gather_rows(parameter: DTensor, dtype: torch.dtype) -> torch.Tensor | None:

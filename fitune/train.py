@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers.utils import logging
 
 from fitune import run as runs
@@ -59,7 +60,7 @@ def train(run: Run) -> None:
     _check_data(run, tokenizer)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
     with heartbeat.using_files():
-        base_record, identity = _identify(run, base_folder, tokenizer)
+        base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
         checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
         started = time.perf_counter()
         model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
@@ -78,8 +79,10 @@ def train(run: Run) -> None:
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     if checkpoint and not trainer.steps_left(checkpoint):
-        load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())  # interrupted while it saved the result
+        with heartbeat.using_files():  # interrupted while it saved the result
+            load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())
     else:
+        dist.barrier()  # machines may have read for longer than a first step may take
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave_if_told(trainer.state)
     trainer.save_model()
@@ -110,13 +113,14 @@ def _check_data(run: Run, tokenizer) -> None:
         print(f"note: {folder}: tokens were not counted; what is beyond {limit} will be cut off", file=sys.stderr)
 
 
-def _identify(run: Run, base_folder: Path, tokenizer) -> tuple[BaseRecord, Identity]:
+def _identify(run: Run, base_folder: Path, tokenizer, heartbeat: Heartbeat) -> tuple[BaseRecord, Identity]:
     """What adapter and checkpoints will remember of their origin. Rank 0 reads base and data for it."""
     found = None
     if is_main_process():
         record = identify_base(run.recipe.base, base_folder)
         found = record, identify(run, record, tokenizer)
-    return from_rank_0(found)
+    with heartbeat.waiting():
+        return from_rank_0(found)
 
 
 def _eval_dataset(run: Run):
@@ -130,12 +134,14 @@ def _checkpoint_to_resume(run: Run, identity: Identity, heartbeat: Heartbeat) ->
 
     Says which it skipped and why, and sets those aside. Call on all ranks.
     """
-    found = from_rank_0(checkpoints(run.folder / "checkpoints") if run.resume else [])
+    found = checkpoints(run.folder / "checkpoints") if run.resume else []
+    with heartbeat.waiting():
+        found = from_rank_0(found)
     if not found:
         return None
     skipped = []
     for checkpoint in reversed(found):
-        damage = find_damage(checkpoint, heartbeat.count)
+        damage = find_damage(checkpoint, heartbeat.waiting)
         if not damage:
             refuse_another_identity(checkpoint, identity)
             if is_main_process():

@@ -135,10 +135,11 @@ class ShardedSFTTrainer(SFTTrainer):
             self._save_result(folder)
 
     def _save_result(self, folder: Path) -> None:
-        save_result(folder, self.run, self.model, self.processing_class, self.base_record, self.heartbeat.count)
+        save_result(folder, self.run, self.model, self.processing_class, self.base_record, self.heartbeat.waiting)
 
     def _save_checkpoint(self, model, trial) -> None:
         """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
+        dist.barrier()  # one may have logged to a slow server; it is watched from here on
         try:
             with self.heartbeat.using_files():
                 self._write_checkpoint()
@@ -165,18 +166,17 @@ class ShardedSFTTrainer(SFTTrainer):
         self._save_position(partial)
         self._meet()
         with flushed_meanwhile(partial):
-            write_manifest(partial, self.state.global_step, self.run, self.identity, self.heartbeat.count)
+            write_manifest(partial, self.state.global_step, self.run, self.identity, self.heartbeat.waiting)
         self._meet()
         if self.args.should_save:
             rename_when_whole(partial, folder, replace=True)
         self._meet()
-        if damage := find_damage(folder, self.heartbeat.count):
+        if damage := find_damage(folder, self.heartbeat.waiting):
             raise FituneError(f"{folder}: read back, {damage}")
 
     def _meet(self) -> None:
-        """A barrier at which a rank that does not come is found: it has counted less."""
-        self.heartbeat.count()
-        dist.barrier()
+        with self.heartbeat.waiting():
+            dist.barrier()
 
     def _save_position(self, folder: Path) -> None:
         """Each rank's random state; the scheduler, step and counters, which are the same on all."""
@@ -190,6 +190,7 @@ class ShardedSFTTrainer(SFTTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        dist.barrier()  # see _save_checkpoint
         with self.heartbeat.evaluating():
             return super().evaluate(*args, **kwargs)
 

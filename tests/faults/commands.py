@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,19 @@ class Running:
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.01)
+
+
+def start_on_two_machines(command: list[str], folder: Path, **environment: str) -> list[Running]:
+    """Two launchers with one rank each, as on two machines that share a folder; their logs are in `folder`."""
+    accelerate = folder / "two_machines.yaml"
+    text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = text.replace("main_process_port: 0", f"main_process_port: {port}")
+    accelerate.write_text(text + "num_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
+    command = [*command, "--set", f"profile.accelerate_config={accelerate}"]
+    return [Running([*command, "--machine-rank", str(n)], folder / f"log-{n}", **environment) for n in (1, 0)]
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import ADAPTER, ROOT, Running, losses, saved_steps, train_command
+from commands import ADAPTER, Running, losses, saved_steps, start_on_two_machines, train_command
 
 STEPS = 12
 
@@ -121,65 +121,9 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
     assert losses(folder) == losses(undisturbed)
 
 
-HANG = """
-import itertools, os, sys, time
-from importlib.abc import MetaPathFinder
-
-class Hang(MetaPathFinder):
-    '''Has rank 1 stand still, but not stopped, where the test says.'''
-
-    def find_spec(self, name, path, target=None):
-        if name == "fitune.trainer" and os.environ.get("RANK") == "1":
-            sys.meta_path.remove(self)
-            from fitune.checkpoint import CheckpointWriter
-            from fitune.weights import _Loader
-            from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-            owner, method, now = {where}
-            original, calls = getattr(owner, method), itertools.count()
-            def sleepy(self, *args, **kwargs):
-                if now(self, next(calls)):
-                    time.sleep(600)
-                return original(self, *args, **kwargs)
-            setattr(owner, method, sleepy)
-
-sys.meta_path.insert(0, Hang())
-"""
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        pytest.param('_Loader, "reads", lambda _, calls: calls == 5', id="reading weights"),
-        pytest.param('LlamaDecoderLayer, "forward", lambda _, calls: calls == 9', id="in a later step"),
-        pytest.param('LlamaDecoderLayer, "forward", lambda layer, _: not layer.training', id="evaluating"),
-        pytest.param('CheckpointWriter, "write", lambda _, calls: calls == 3', id="saving"),
-    ],
-)
-def test_a_rank_that_hangs_is_named(where, tiny_base, prepared, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(HANG.replace("{where}", where))
-    evaluation = {"training.eval_strategy": "steps", "training.eval_steps": 2}
-    command = train_command(tiny_base, prepared, tmp_path / "run", STEPS, **evaluation)
-    running = Running(command, tmp_path / "log", FITUNE_HUNG_AFTER_SECONDS="6", PYTHONPATH=str(tmp_path))
-    assert running.wait() == 1
-    text = running.log.read_text()
-    assert re.search(r"error: rank 1 \(pid \d+ on \S+\): no progress for 6 s; all ranks were ended", text), text[-2000:]
-
-
 def test_two_machines_share_a_run(undisturbed, tiny_base, prepared, tmp_path):
-    """Two launchers with one rank each, as on two machines that share the run's folder."""
-    accelerate = tmp_path / "two_machines.yaml"
-    text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    text = text.replace("main_process_port: 0", f"main_process_port: {port}")
-    accelerate.write_text(text + "num_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
-    sets = {"profile.accelerate_config": accelerate}
     folder = tmp_path / "run"
-    command = train_command(tiny_base, prepared, folder, STEPS, **sets)
-    machines = [Running([*command, "--machine-rank", str(n)], tmp_path / f"log-{n}") for n in (1, 0)]
-    for machine in machines:
+    for machine in start_on_two_machines(train_command(tiny_base, prepared, folder, STEPS), tmp_path):
         assert machine.wait(180) == 0, machine.log.read_text()[-3000:]
     assert losses(folder) == losses(undisturbed)
     assert (folder / ADAPTER).read_bytes() == (undisturbed / ADAPTER).read_bytes()

@@ -1,0 +1,107 @@
+"""A rank that hangs is named and ends the run; one that is slow, or waits for a slow one, does not."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from commands import Running, start_on_two_machines, train_command
+
+WHEN_TRAINER_IS_IMPORTED = """
+import itertools, os, sys, time
+from importlib.abc import MetaPathFinder
+
+class Change(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "fitune.trainer" and "RANK" in os.environ:
+            sys.meta_path.remove(self)
+            change(int(os.environ["RANK"]))
+
+sys.meta_path.insert(0, Change())
+"""
+HANG = """
+def change(rank):
+    from fitune.checkpoint import CheckpointWriter
+    from fitune.weights import _Loader
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    owner, method, now = {where}
+    original, calls = getattr(owner, method), itertools.count()
+    def sleepy(self, *args, **kwargs):
+        if rank == 1 and now(self, next(calls)):
+            time.sleep(600)
+        return original(self, *args, **kwargs)
+    setattr(owner, method, sleepy)
+"""
+"Rank 1 stands still, but is not stopped, where the test says."
+SLOW_STEPS = """
+def change(rank):
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, step = LlamaMLP.forward, torch.optim.AdamW.step
+    def slow_forward(self, x):
+        output = forward(self, x)
+        if output.requires_grad:
+            output.register_hook(lambda _: time.sleep(2))
+        return output
+    def slow_step(self, *args, **kwargs):
+        time.sleep(5 * rank)
+        return step(self, *args, **kwargs)
+    LlamaMLP.forward, torch.optim.AdamW.step = slow_forward, slow_step
+"""
+"A backward pass takes longer than a layer may, and so does the optimizer's step on one rank alone."
+SLOW_SAVE = """
+def change(rank):
+    from fitune import output_folder
+
+    rename = output_folder.rename_when_whole
+    def slow_rename(partial, *args, **kwargs):
+        for number in range(8 * (rank == 0)):
+            (partial.parent / "slow").write_bytes(bytes(2**20))
+            time.sleep(1)
+        return rename(partial, *args, **kwargs)
+    output_folder.rename_when_whole = slow_rename
+"""
+"Rank 0 writes for longer than a rank may stand still."
+
+
+def _changed(code: str, folder: Path) -> dict[str, str]:
+    """The environment in which ranks run `code` first."""
+    (folder / "sitecustomize.py").write_text(code + WHEN_TRAINER_IS_IMPORTED)
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param('_Loader, "reads", lambda _, calls: calls == 5', id="reading weights"),
+        pytest.param('LlamaDecoderLayer, "forward", lambda _, calls: calls == 9', id="in a later step"),
+        pytest.param('LlamaDecoderLayer, "forward", lambda layer, _: not layer.training', id="evaluating"),
+        pytest.param('CheckpointWriter, "write", lambda _, calls: calls == 3', id="saving"),
+    ],
+)
+def test_a_rank_that_hangs_is_named(where, tiny_base, prepared, tmp_path):
+    environment = _changed(HANG.replace("{where}", where), tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "6"}
+    evaluation = {"training.eval_strategy": "steps", "training.eval_steps": 2}
+    command = train_command(tiny_base, prepared, tmp_path / "run", 12, **evaluation)
+    running = Running(command, tmp_path / "log", **environment)
+    assert running.wait() == 1
+    text = running.log.read_text()
+    assert re.search(r"error: rank 1 \(pid \d+ on \S+\): no progress for 6 s; all ranks were ended", text), text[-2000:]
+
+
+def test_slow_steps_are_no_hang(tiny_base, prepared, tmp_path):
+    environment = _changed(SLOW_STEPS, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "3"}
+    running = Running(train_command(tiny_base, prepared, tmp_path / "run", 2), tmp_path / "log", **environment)
+    assert running.wait() == 0, running.log.read_text()[-2000:]
+
+
+def test_a_machine_that_waits_for_another_ones_disk_is_no_hang(tiny_base, prepared, tmp_path):
+    environment = _changed(SLOW_SAVE, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "3"}
+    command = train_command(tiny_base, prepared, tmp_path / "run", 1)
+    for machine in start_on_two_machines(command, tmp_path, **environment):
+        assert machine.wait() == 0, machine.log.read_text()[-3000:]
