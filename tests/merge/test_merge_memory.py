@@ -11,7 +11,7 @@ import torch
 
 from fitune.checkpoint import CheckpointWriter, TensorSpec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURE = """
 import sys
 from pathlib import Path
