@@ -1,4 +1,4 @@
-"""Writes the tables in README.md from benchmarks/results/*.json, between their marks.
+"""Writes the tables of tiers in README.md and docs/memory.md from benchmarks/results/*.json, between their marks.
 
 python benchmarks/tables.py [--check]
 """
@@ -10,12 +10,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune import run as runs
+from fitune.memory import gpu_peak, host_moments
 from fitune.model_shapes import find_shape
+from fitune.plan import setup_of
+from fitune.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-TIERS_OF_2024 = {"fsdp_offload_4gpu": "22 GB, 127 GB"}
-"What the 2024 tutorial reported for its 4x24GB tier: per GPU, host RAM."
+README, MEMORY = ROOT / "README.md", ROOT / "docs" / "memory.md"
+TIERS_OF_2024 = {
+    ("llama3_70b_qlora", "fsdp_offload_4gpu"): "22 GB, 127 GB",
+    ("llama3_70b_qlora", "fsdp_2x40gb"): "about 2x40 GB",
+    ("llama3_70b_lora", "fsdp_lora_8x80gb"): "about 8x80 GB",
+    ("llama3_70b_full", "fsdp_full_16x80gb"): "about 16x80 GB",
+}
+"What the 2024 tutorial reported for its tiers: per GPU and host RAM where it measured them."
 
 
 def measured_tiers() -> list[dict]:
@@ -34,23 +42,44 @@ def _all_layers(entry: dict) -> int:
     return find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model).layers
 
 
-def tier_table() -> str:
+def newest_tiers() -> list[dict]:
+    """The last measurement of each whole model on each tier, by recipe and memory."""
     whole = [run for run in measured_tiers() if run["layers"] == _all_layers(run)]
     newest = {(run["recipe"], run["profile"]): run for run in whole}
+    return sorted(newest.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
+
+
+def tier_table() -> str:
     lines = [
         "| recipe | profile | GPUs | micro batch | GiB per GPU, all of it | host GiB, machine | load, s | 2024 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (recipe, profile), run in sorted(newest.items(), key=lambda item: (item[0][0], item[1]["peak_gpu_gib"])):
+    for run in newest_tiers():
         cells = [
-            f"`{recipe}`", f"`{profile}`", run["num_gpus"], run["micro_batch"], f"{run['peak_gpu_gib']:.1f}",
-            f"{run['peak_host_gib']:.1f}", f"{run['load_seconds']:.0f}", TIERS_OF_2024.get(profile, ""),
+            f"`{run['recipe']}`", f"`{run['profile']}`", run["num_gpus"], run["micro_batch"],
+            f"{run['peak_gpu_gib']:.1f}", f"{run['peak_host_gib']:.1f}", f"{run['load_seconds']:.0f}",
+            TIERS_OF_2024.get((run["recipe"], run["profile"]), ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    about = sorted({f"{run['gpu_name']}, torch {run['versions']['torch']}, {run['date']}" for run in newest.values()})
+    about = sorted({f"{run['gpu_name']}, torch {run['versions']['torch']}, {run['date']}" for run in newest_tiers()})
     return "\n".join(
         [*lines, "", f"Measured on {'; '.join(about)}: every rank a real process held to its card's share."]
     )
+
+
+def table_of_2024() -> str:
+    """The tutorial's tiers: what they need now, measured or predicted."""
+    measured = {(run["recipe"], run["profile"]): run for run in newest_tiers()}
+    lines = ["| recipe | profile | 2024 | GiB per GPU | GiB of RAM per machine | |", "|---|---|---|---|---|---|"]
+    for (recipe, profile), before in TIERS_OF_2024.items():
+        if run := measured.get((recipe, profile)):
+            gpu, host, source = run["peak_gpu_gib"], run["peak_host_gib"], "measured"
+        else:
+            setup = setup_of(run := runs.resolve(recipe, profile), find_shape(run.recipe.base.model))
+            gpu, source = gpu_peak(setup).total / GIB, "plan, and fake tensors"
+            host = max(sum(parts.values()) for parts in host_moments(setup).values()) / GIB
+        lines.append(f"| `{recipe}` | `{profile}` | {before} | {gpu:.1f} | {host:.1f} | {source} |")
+    return "\n".join(lines)
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -61,11 +90,13 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    old = README.read_text(encoding="utf-8")
-    new = with_table(old, "tiers", tier_table())
-    if "--check" in sys.argv:
-        sys.exit(0 if old == new else "README.md's tables are out of date: run make bench")
-    README.write_text(new, encoding="utf-8")
+    for page, name, table in ((README, "tiers", tier_table), (MEMORY, "2024", table_of_2024)):
+        old = page.read_text(encoding="utf-8")
+        new = with_table(old, name, table())
+        if "--check" not in sys.argv:
+            page.write_text(new, encoding="utf-8")
+        elif old != new:
+            sys.exit(f"{page}'s table is out of date: run make bench")
 
 
 if __name__ == "__main__":
