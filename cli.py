@@ -211,8 +211,11 @@ def train(
         click.echo("\n# " + _launch_line(run, "fitune.train"))
         return
     from fitune.launch import train_with_restarts
-    from fitune.preflight import check_before_training, open_run_folder, wait_for_run_folder
+    from fitune.preflight import check_before_training, nothing_left, open_run_folder, wait_for_run_folder
 
+    if resume and (finished := nothing_left(run)):
+        click.echo(finished)
+        return
     check_before_training(run, force=force)
     click.echo(_launch_line(run, "fitune.train"))
     flags = {

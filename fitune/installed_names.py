@@ -37,6 +37,23 @@ def sft_config_fields() -> dict[str, str]:
 
 
 @cache
+def training_enums() -> dict[str, tuple[str, ...]]:
+    """The values of each enumeration that SFTConfig's annotations name, by the enumeration's name."""
+    found = {}
+    for file in ("trainer_utils.py", "training_args.py"):
+        classes = (node for node in ast.walk(_source("transformers", file)) if isinstance(node, ast.ClassDef))
+        for enum in classes:
+            values = [node.value.value for node in enum.body if isinstance(node, ast.Assign) and _is_text(node.value)]
+            if values and any(ast.unparse(base) == "ExplicitEnum" for base in enum.bases):
+                found[enum.name] = tuple(values)
+    return found
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@cache
 def accelerate_config_keys() -> set[str]:
     """Top-level keys of an accelerate config file."""
     file = "commands/config/config_args.py"

@@ -18,6 +18,12 @@ from fitune.sizes import GIB, Setup
 MAX_MICRO_BATCH = 1024
 SEQUENCE_STEP = 64  # tokens
 METHODS = ("qlora", "lora", "full")
+CARD_SLACK = 1.1
+"A card of 24 GiB may have no more than 22 free."
+NO_GPU = (
+    "there is no GPU here: plan for another machine, as with --gpus 1 --gpu-memory 24 --host-memory 64, or try "
+    "tiny_qlora with cpu_2proc"
+)
 
 
 def fits(setup: Setup, limits: Limits) -> bool:
@@ -88,8 +94,14 @@ def _profiles_that_fit(plan: Plan) -> list[str]:
         if name != plan.run.profile_name and run.accelerate.num_machines == 1:
             other = make_plan(run, plan.limits, search=False)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
-                found.append((other.time.tokens_per_second if other.time else 0.0, name))
-    return [f"--profile {name}" for _, name in sorted(found, reverse=True)]
+                found.append((*_preference(other), name))
+    return [f"--profile {name}" for *_, name in sorted(found, reverse=True)]
+
+
+def _preference(plan: Plan) -> tuple[bool, float]:
+    """Profiles meant for cards no larger than there are come first, then the fastest."""
+    is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
+    return is_meant_for_it, plan.time.tokens_per_second if plan.time else 0.0
 
 
 def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False):
@@ -120,7 +132,9 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
         raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
-        return max(fitting, key=lambda plan: plan.time.tokens_per_second if plan.time else 0.0)
+        return max(fitting, key=_preference)
+    if not machine.gpus:
+        raise UsageError(f"no profile of {stem} fits {_described(machine)}; {NO_GPU}")
     closest = min(plans, key=_distance)
     raise UsageError(
         f"no profile of {stem} fits {_described(machine)}; nearest: {closest.run.profile_name}, {_shortfall(closest)}"
@@ -178,6 +192,8 @@ def refusal(plan: Plan) -> str | None:
 def way_out(plan: Plan) -> str:
     if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
         return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
+    if not plan.limits.gpus and plan.setup.on_gpu:
+        return NO_GPU
     if plan.changes:
         return f"nearest change that fits: {'   or   '.join(plan.changes)}"
     return "no change of one or two settings makes it fit, nor does another profile"

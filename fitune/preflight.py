@@ -1,5 +1,6 @@
 """What can be checked before a process is started, and the run folder's opening."""
 
+import json
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from fitune.hub import local_config
 from fitune.run_lock import LOCK, RunLock
 
 SHARED_FOLDER_SECONDS = 600
+LENGTH = ("max_steps", "num_train_epochs")
 KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 "Fields of `training:` that a checkpoint holds beside the optimizer's state; changed, they would not take effect."
 
@@ -35,6 +37,37 @@ def check_fits(run: Run) -> None:
         raise UsageError(f"{reason}; --force trains anyway")
 
 
+def nothing_left(run: Run) -> str | None:
+    """What to say instead of resuming a run that has made all steps asked for and has its result; None for others.
+
+    Raises UsageError if other settings were changed, which could have no effect.
+    """
+    steps = _steps_saved(run)
+    if not steps or not run.result_folder.exists():
+        return None
+    try:
+        state = run.folder / "checkpoints" / f"checkpoint-{steps}" / "trainer_state.json"
+        planned = json.loads(state.read_text(encoding="utf-8"))["max_steps"]
+        old = runs.load(run.folder / "run.yaml")
+    except (OSError, ValueError, KeyError):
+        return None  # resuming says what is wrong
+    before, now = old.recipe.training, run.recipe.training
+    as_long = all(before.get(key) == now.get(key) for key in LENGTH)
+    if not ((as_long and steps >= planned) or 0 < now.get("max_steps", -1) <= steps):
+        return None
+    finished = f"{run.folder} is finished after step {steps}: {run.result_folder}; to train longer, raise training."
+    finished += "max_steps" if now.get("max_steps", -1) > 0 else "num_train_epochs"
+    if before != now:
+        raise UsageError(f"{finished}; other changes would have no effect")
+    return finished
+
+
+def _steps_saved(run: Run) -> int:
+    """Of the newest checkpoint; 0 if there is none."""
+    names = [path.name.removeprefix("checkpoint-") for path in (run.folder / "checkpoints").glob("checkpoint-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def open_run_folder(run: Run, resume: bool) -> RunLock:
     """Writes run.yaml into a new folder; with `resume` the folder must hold the same run. Returns the folder's lock."""
     file = run.folder / "run.yaml"
@@ -48,7 +81,7 @@ def open_run_folder(run: Run, resume: bool) -> RunLock:
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run.folder)
         try:
-            if resume:
+            if resume and _steps_saved(run):  # else there is nothing yet that could be of another run
                 _refuse_another_run(runs.load(file), run)
             _write(file, runs.dump(run))
         except BaseException:

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fitune.errors import UsageError, nearest
-from fitune.installed_names import sft_config_fields
+from fitune.installed_names import sft_config_fields, training_enums
 
 _PROFILE, _ACCELERATE = "the memory profile", "the accelerate config"
 _SHARDING = "fitune shards the model itself; offload and reshard are set in the accelerate config"
@@ -69,8 +69,15 @@ def check_training_block(training: dict[str, Any], source: str) -> dict[str, Any
 def _convert(name: str, value: Any, annotation: str, source: str) -> Any:
     plain_types = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
     parts = [part.strip() for part in re.split(r"\|", annotation)]
+    for allowed in (training_enums()[part] for part in parts if part in training_enums()):
+        if value not in allowed:
+            raise UsageError(f"{source}: training.{name}: unknown value {value!r}{nearest(str(value), allowed)}")
+    if name == "max_steps" and isinstance(value, int) and value < 1 and value != -1:
+        raise UsageError(
+            f"{source}: training.max_steps: {value} is not a number of steps; -1: as num_train_epochs says"
+        )
     if not all(part in plain_types for part in parts):
-        return value  # enums and containers are checked by SFTConfig itself
+        return value  # containers are checked by SFTConfig itself
     kinds = [plain_types[part] for part in parts]
     if type(value) in kinds or (value is None and type(None) in kinds):
         return value
