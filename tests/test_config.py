@@ -212,6 +212,9 @@ PAIRS = {
     "set an unknown key": (("sede=1",), ["with --set", "'sede'", "did you mean 'seed'?"]),
     "set an unknown field": (("training.max_step=1",), ["with --set", "did you mean 'max_steps'?"]),
     "set the profile to a value": (("profile=3",), ["profile"]),
+    "set an unknown value": (("training.optim=adamw_torh",), ["training.optim", "did you mean 'adamw_torch'?"]),
+    "set an unknown strategy": (("training.save_strategy=never",), ["allowed: best, epoch, no, steps"]),
+    "set a negative number of steps": (("training.max_steps=-5",), ["training.max_steps: -5 is not a number of steps"]),
     "set the training block": (("training=3",), ["training"]),
     "set a key of a list": (("lora.target_modules.x=3",), ["lora.target_modules"]),
 }

@@ -189,6 +189,14 @@ def test_find_picks_the_fastest_profile_that_fits():
     assert find_profile("llama3_70b_qlora", (), given_machine(1, 12, 64)).run.profile_name == "fsdp_offload_1x12gb"
     with pytest.raises(UsageError, match=r"no profile of llama3_70b_qlora fits 1 GPU with 6\.0 GiB free.*nearest:"):
         find_profile("llama3_70b_qlora", (), given_machine(1, 6, 64))
+    assert find_profile("llama3_8b_qlora", (), given_machine(1, 8, 16)).run.profile_name == "single_gpu_8gb"
+    with pytest.raises(UsageError, match="there is no GPU here: plan for another machine, as with --gpus 1"):
+        find_profile("llama3_8b_qlora", (), Machine((), 64, 60))
+
+
+def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
+    plan = make_plan(runs.resolve("llama3_8b_qlora", "single_gpu"), Limits(8, 16, 1), search=False)
+    assert nearest_changes(plan)[-1] == "--profile single_gpu_8gb"
 
 
 def test_the_matrix_has_every_profile_with_gpus_and_every_method():

@@ -15,7 +15,7 @@ from fitune import manifest, trainer
 from fitune import run as runs
 from fitune.errors import UsageError
 from fitune.manifest import Identity, find_damage, read_manifest, refuse_another_identity
-from fitune.preflight import open_run_folder
+from fitune.preflight import nothing_left, open_run_folder
 from fitune.trainer import checkpoints
 
 STEPS = 4
@@ -225,6 +225,35 @@ def test_a_changed_recipe_names_the_field(block, changed, named, finished, tmp_p
     changed_run = run.model_copy(update={"recipe": run.recipe.model_copy(update=update)})
     with pytest.raises(UsageError, match=named):
         open_run_folder(changed_run, resume=True)
+
+
+def test_before_the_first_checkpoint_a_run_may_be_changed(finished, tmp_path):
+    """A wrong setting that the library refuses after the start must not make the folder useless."""
+    run = _copy(finished, tmp_path / "run", optim="sgd")
+    shutil.rmtree(run.folder / "checkpoints")
+    (run.folder / "run.yaml").write_text(runs.dump(finished))
+    open_run_folder(run, resume=True).release()
+    assert runs.load(run.folder / "run.yaml").recipe.training["optim"] == "sgd"
+
+
+def test_a_finished_run_says_so(finished, tmp_path):
+    run = _copy(finished, tmp_path / "run")
+    file = run.folder / "run.yaml"
+    file.write_text(runs.dump(run))
+
+    def changed(**training):
+        recipe = run.recipe.model_copy(update={"training": run.recipe.training | training})
+        return run.model_copy(update={"recipe": recipe})
+
+    assert f"is finished after step {STEPS}: {run.result_folder}; to train longer" in nothing_left(run)
+    with pytest.raises(UsageError, match=r"raise training\.max_steps; other changes would have no effect"):
+        nothing_left(changed(learning_rate=1.0))
+    with pytest.raises(UsageError, match="other changes would have no effect"):
+        nothing_left(changed(max_steps=STEPS - 1))
+    assert nothing_left(changed(max_steps=STEPS + 1)) is None
+    assert file.read_text() == runs.dump(run)
+    shutil.rmtree(run.result_folder)  # killed while it was written
+    assert nothing_left(run) is None
 
 
 def test_an_optimizer_without_state_is_resumed(tiny_base, make_run, tmp_path):
