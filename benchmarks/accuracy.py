@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import measured_tiers
 from fitune import run as runs
-from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_moments
+from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_peak
 from fitune.model_shapes import find_shape
 from fitune.plan import setup_of
 from fitune.sizes import GIB, Setup
@@ -49,10 +49,6 @@ def gpu_error(entry: dict) -> float:
     predicted = gpu_peak(setup_of_measured(entry)).total / GIB
     nearest = min(max(predicted, gpu_needs_gib(entry)), entry["peak_gpu_gib"])
     return predicted / nearest - 1
-
-
-def predicted_host_gib(setup: Setup) -> float:
-    return max(sum(parts.values()) for parts in host_moments(setup).values()) / GIB
 
 
 def predicted_phases(entry: dict) -> dict[str, float]:
@@ -92,7 +88,7 @@ def _measured_table() -> str:
     ]
     for entry in measured_runs():
         setup = setup_of_measured(entry)
-        gpu, host = gpu_peak(setup).total / GIB, predicted_host_gib(setup)
+        gpu, host = gpu_peak(setup).total / GIB, host_peak(setup) / GIB
         host_off = host / entry["peak_host_gib"] - 1
         lines.append(
             f"| `{entry['recipe']}` | `{entry['profile']}` | {entry['date']} | {gpu:.1f} | {gpu_needs_gib(entry):.1f} "

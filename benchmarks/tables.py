@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune import run as runs
-from fitune.memory import gpu_peak, host_moments
+from fitune.memory import gpu_peak, host_peak
 from fitune.model_shapes import find_shape
 from fitune.plan import setup_of
 from fitune.sizes import GIB
@@ -77,7 +77,7 @@ def table_of_2024() -> str:
         else:
             setup = setup_of(run := runs.resolve(recipe, profile), find_shape(run.recipe.base.model))
             gpu, source = gpu_peak(setup).total / GIB, "plan, and fake tensors"
-            host = max(sum(parts.values()) for parts in host_moments(setup).values()) / GIB
+            host = host_peak(setup) / GIB
         lines.append(f"| `{recipe}` | `{profile}` | {before} | {gpu:.1f} | {host:.1f} | {source} |")
     return "\n".join(lines)
 

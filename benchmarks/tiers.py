@@ -39,7 +39,7 @@ CONTEXTS_GIB = 6
 
 @dataclass
 class Task:
-    """Something to run: `gib` of GPU memory on each of `gpus`, or on any one if there are none."""
+    """Something to run: `gib` of GPU memory on each of `gpus`."""
 
     name: str
     seconds: float
@@ -72,7 +72,8 @@ class Results:
         with self.lock:
             self.found[task.name] = {"seconds": round(time.time() - began, 1)} | result | self.origin
             self.file.write_text(json.dumps(self.found, indent=1) + "\n")
-        print(f"{task.name}: { ({key: result[key] for key in SHOWN if key in result}) }"[-3000:], flush=True)
+        shown = {key: result[key] for key in SHOWN if key in result}
+        print(f"{task.name}: {shown}"[-3000:], flush=True)
 
 
 def run_alone(tasks: list[Task], results: Results) -> None:
@@ -88,24 +89,23 @@ def run_side_by_side(tasks: list[Task], results: Results) -> None:
     changed = threading.Condition()
     waiting, threads = list(tasks), []
 
-    def run(task: Task, gpus: tuple[int, ...]) -> None:
+    def run(task: Task) -> None:
         results.run(task)
         with changed:
-            for gpu in gpus:
+            for gpu in task.gpus:
                 free[gpu] += task.gib
             changed.notify()
 
     with changed:
         while waiting:
             for task in list(waiting):
-                gpus = task.gpus or (0,)
                 if not results.is_due(task):
                     waiting.remove(task)
-                elif all(free[gpu] >= task.gib for gpu in gpus):
+                elif all(free[gpu] >= task.gib for gpu in task.gpus):
                     waiting.remove(task)
-                    for gpu in gpus:
+                    for gpu in task.gpus:
                         free[gpu] -= task.gib
-                    threads.append(threading.Thread(target=run, args=(task, gpus)))
+                    threads.append(threading.Thread(target=run, args=(task,)))
                     threads[-1].start()
             if waiting:
                 changed.wait(5)

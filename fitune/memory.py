@@ -153,6 +153,11 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     }
 
 
+def host_peak(s: Setup) -> float:
+    """The most that one machine's RAM holds for all its ranks, in bytes."""
+    return max(sum(parts.values()) for parts in host_moments(s).values())
+
+
 def _offloaded_weights(s: Setup) -> float:
     """Base weights in page-locked host RAM, all ranks together."""
     embeddings = 2 * s.embedding

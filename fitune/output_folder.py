@@ -95,6 +95,12 @@ def flushed_meanwhile(folder: Path) -> Iterator[None]:
         flushed.result()
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """What bears a checkpoint's name under a run's checkpoints/ folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def _temporary(output: Path) -> Path:
     """A name beside `output` that no other process or thread uses; it ends in this process's number."""
     return output.with_name(f".{output.name}.partial-{token_hex(4)}-{os.getpid()}")

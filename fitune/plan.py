@@ -10,7 +10,7 @@ from fitune import run as runs
 from fitune.config import AccelerateConfig, Profile, Recipe, Run
 from fitune.errors import UsageError, nearest
 from fitune.hardware import MACHINE_NETWORK_GB_S, GpuModel, Machine, likely_model, step_seconds
-from fitune.memory import GpuPeak, disk, gpu_peak, host_moments, merge_host
+from fitune.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak, merge_host
 from fitune.model_shapes import ModelShape, find_shape, has_weights
 from fitune.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
 
@@ -190,7 +190,7 @@ def verdicts(setup: Setup, limits: Limits, space: dict[str, float] | None = None
             found.append(Verdict(GPU_COUNT, setup.ranks // setup.machines, limits.gpus))
         if limits.gpu is not None and limits.gpus:
             found.append(Verdict(GPU_MEMORY, gpu_peak(setup).total / GIB, limits.gpu))
-    host = max(sum(parts.values()) for parts in host_moments(setup).values())
+    host = host_peak(setup)
     found.append(Verdict("host RAM", host / GIB, limits.host))
     if limits.disk is not None and space:
         found.append(Verdict("disk for the run", (space["checkpoints"] + space["result"]) / GIB, limits.disk))

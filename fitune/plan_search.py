@@ -10,7 +10,7 @@ from fitune.accelerate_config import read_accelerate_config
 from fitune.config import Lora, Recipe, Run
 from fitune.errors import UsageError
 from fitune.hardware import GpuModel, Machine, free_disk_gib, likely_model, this_machine
-from fitune.memory import MEASURED, gpu_peak
+from fitune.memory import MEASURED, gpu_peak, host_peak
 from fitune.model_shapes import hub_cache
 from fitune.plan import GPU_COUNT, Limits, Plan, limits_here, limits_of, make_plan, verdicts
 from fitune.sizes import GIB, Setup
@@ -176,7 +176,7 @@ def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
             rows[name]["methods"][method] = {
                 "fits": plan.fits,
                 "peak_gpu_gib": round(gpu_peak(plan.setup).total / GIB, 1),
-                "peak_host_gib": round(max(sum(parts.values()) for parts in plan.host.values()) / GIB, 1),
+                "peak_host_gib": round(host_peak(plan.setup) / GIB, 1),
                 "short_of": [verdict.resource for verdict in plan.verdicts if not verdict.fits],
             }
     return list(rows.values())

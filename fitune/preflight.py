@@ -9,6 +9,7 @@ from fitune import run as runs
 from fitune.config import Run, Strict
 from fitune.errors import UsageError
 from fitune.hub import local_config
+from fitune.output_folder import checkpoints
 from fitune.run_lock import LOCK, RunLock
 
 SHARED_FOLDER_SECONDS = 600
@@ -42,12 +43,12 @@ def nothing_left(run: Run) -> str | None:
 
     Raises UsageError if other settings were changed, which could have no effect.
     """
-    steps = _steps_saved(run)
-    if not steps or not run.result_folder.exists():
+    saved = checkpoints(run.folder / "checkpoints")
+    if not saved or not run.result_folder.exists():
         return None
     try:
-        state = run.folder / "checkpoints" / f"checkpoint-{steps}" / "trainer_state.json"
-        planned = json.loads(state.read_text(encoding="utf-8"))["max_steps"]
+        state = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))
+        steps, planned = state["global_step"], state["max_steps"]
         old = runs.load(run.folder / "run.yaml")
     except (OSError, ValueError, KeyError):
         return None  # resuming says what is wrong
@@ -60,12 +61,6 @@ def nothing_left(run: Run) -> str | None:
     if before != now:
         raise UsageError(f"{finished}; other changes would have no effect")
     return finished
-
-
-def _steps_saved(run: Run) -> int:
-    """Of the newest checkpoint; 0 if there is none."""
-    names = [path.name.removeprefix("checkpoint-") for path in (run.folder / "checkpoints").glob("checkpoint-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def open_run_folder(run: Run, resume: bool) -> RunLock:
@@ -81,7 +76,7 @@ def open_run_folder(run: Run, resume: bool) -> RunLock:
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(run.folder)
         try:
-            if resume and _steps_saved(run):  # else there is nothing yet that could be of another run
+            if resume and checkpoints(run.folder / "checkpoints"):  # else nothing can be of another run yet
                 _refuse_another_run(runs.load(file), run)
             _write(file, runs.dump(run))
         except BaseException:

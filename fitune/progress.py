@@ -31,8 +31,10 @@ def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         def advance(*_) -> None:
             nonlocal drawn
             now = time.monotonic()
-            progress.update(task, advance=1, refresh=now - drawn > REDRAW_SECONDS)
-            drawn = now if now - drawn > REDRAW_SECONDS else drawn
+            redraw = now - drawn > REDRAW_SECONDS
+            progress.update(task, advance=1, refresh=redraw)
+            if redraw:
+                drawn = now
 
         yield advance
 

@@ -39,10 +39,11 @@ from fitune.manifest import Identity, find_damage, identify, refuse_another_iden
 from fitune.measure import Measurements
 from fitune.model import build_skeleton, decoder
 from fitune.out_of_memory import explain_out_of_memory
+from fitune.output_folder import checkpoints
 from fitune.progress import loading_bar
 from fitune.run_lock import RunLock, is_held_by_launcher
 from fitune.sharding import kept_in_host_ram, shard
-from fitune.trainer import MetricsFile, ShardedSFTTrainer, checkpoints, set_aside
+from fitune.trainer import MetricsFile, ShardedSFTTrainer, set_aside
 from fitune.training_state import load_trainable_weights
 from fitune.untrained_tokens import refuse_untrained_control_tokens
 from fitune.weights import Placement, load_weights

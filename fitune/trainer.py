@@ -23,7 +23,7 @@ from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
 from fitune.heartbeat import Heartbeat
 from fitune.manifest import Identity, find_damage, write_manifest
-from fitune.output_folder import flushed_meanwhile, remove, rename_when_whole
+from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
 from fitune.result import save_result
 from fitune.training_state import load_optimizer_state, load_trainable_weights, save_training_state
 
@@ -228,12 +228,6 @@ def _disk_errors_named(folder: Path):
     except RuntimeError as error:
         code = errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else errno.EIO
         raise OSError(code, os.strerror(code), str(folder)) from error
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """What bears a checkpoint's name under a run's checkpoints/ folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def set_aside(folder: Path, damaged: list[Path]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import accuracy
-from fitune.memory import gpu_peak
+from fitune.memory import gpu_peak, host_peak
 from fitune.sizes import GIB
 
 GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
@@ -35,7 +35,7 @@ def test_gpu_peak_is_predicted(entry):
 
 @pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
 def test_host_peak_is_predicted(entry):
-    predicted = accuracy.predicted_host_gib(accuracy.setup_of_measured(entry))
+    predicted = host_peak(accuracy.setup_of_measured(entry)) / GIB
     assert predicted == pytest.approx(entry["peak_host_gib"], rel=HOST_TOLERANCE)
 
 
