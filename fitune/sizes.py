@@ -12,7 +12,7 @@ BF16, FP32 = 2, 4  # bytes
 NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
-READ_BUFFERS = 4 * 64 * 2**20  # fitune.streaming: THREADS x CHUNK_BYTES
+READ_BUFFERS = 4 * 64 * 2**20  # fitune.streaming: BUFFERS x CHUNK_BYTES
 LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplies at once (trl.kernels.chunked_logprob)
 
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +10,19 @@ import torch
 from fitune.checkpoint import Checkpoint
 
 CHUNK_BYTES = 64 * 2**20
-THREADS = 4
-"""Reads in flight. Each holds one buffer: 256 MiB of host RAM, half a layer of the 70B model in NF4."""
+BUFFERS = 4
+"256 MiB of host RAM, half a layer of the 70B model in NF4."
+THREADS = 8
+STEPS_AHEAD = 64
+"Enough that small reads never leave the disk idle."
 PIN_FROM_BYTES = 2**20
 
 
 @dataclass
 class Read:
-    """Bytes [start, stop) of tensor `source`, at most CHUNK_BYTES, into `destination` or handed to `consume`.
+    """Bytes [start, stop) of tensor `source` into `destination` or, at most CHUNK_BYTES of them, into `consume`.
 
-    `consume` gets them as uint8 on the CPU, in the order of the reads; the memory is reused when it returns.
+    `consume` gets them as uint8 on the CPU; the memory is reused when it returns.
     """
 
     source: str
@@ -29,31 +32,45 @@ class Read:
     destination: torch.Tensor | None = None
 
 
-def stream(
-    checkpoint: Checkpoint, reads: Iterable[Read], pin_memory: bool, on_read: Callable[[], None] = lambda: None
-) -> None:
-    """Carries out `reads`, `on_read` after each. Pinned buffers let the copy to a GPU run at the link's speed."""
-    buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(THREADS)]
-    in_flight: deque[tuple[Read, Future, torch.Tensor | None]] = deque()
+Step = Read | Callable[[], None]
+"A read, or what to do once the steps before it are done."
 
-    def finish_oldest() -> None:
-        read, future, buffer = in_flight.popleft()
-        data = future.result()
-        if read.consume:
-            read.consume(data)
-            buffers.append(buffer)
-        on_read()
+
+def stream(
+    checkpoint: Checkpoint, steps: Iterable[Step], pin_memory: bool, on_step: Callable[[], None] = lambda: None
+) -> None:
+    """Carries out `steps`, `on_step` after each; reads ahead, but consumes and calls in their order.
+
+    Pinned buffers let the copy to a GPU run at the link's speed.
+    """
+    buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(BUFFERS)]
+    begun: deque[Callable[[], None]] = deque()
+
+    def begin(read: Read) -> Callable[[], None]:
+        """What ends it: waits for the bytes and hands them on."""
+        buffer = buffers.pop() if read.destination is None else None
+        target = read.destination if buffer is None else buffer[: read.stop - read.start]
+        future = pool.submit(checkpoint.read_bytes, read.source, read.start, read.stop, target)
+
+        def end() -> None:
+            data = future.result()
+            if buffer is not None:
+                read.consume(data)
+                buffers.append(buffer)
+
+        return end
+
+    def end_oldest() -> None:
+        begun.popleft()()
+        on_step()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for read in reads:
-            while len(in_flight) >= THREADS or (read.consume and not buffers):
-                finish_oldest()
-            buffer = buffers.pop() if read.consume else None
-            target = buffer[: read.stop - read.start] if read.consume else read.destination
-            future = pool.submit(checkpoint.read_bytes, read.source, read.start, read.stop, target)
-            in_flight.append((read, future, buffer))
-        while in_flight:
-            finish_oldest()
+        for step in steps:
+            while len(begun) >= STEPS_AHEAD or not buffers:
+                end_oldest()
+            begun.append(begin(step) if isinstance(step, Read) else step)
+        while begun:
+            end_oldest()
 
 
 def pin_in_place(tensor: torch.Tensor) -> None:

@@ -15,13 +15,14 @@ from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, qu
 from bitsandbytes.utils import unpack_tensor_to_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fitune.checkpoint import Checkpoint
 from fitune.errors import FituneError
 from fitune.model import decoder
 from fitune.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.sharding import local_rows
-from fitune.streaming import CHUNK_BYTES, Read, pin_in_place, stream
+from fitune.streaming import CHUNK_BYTES, Read, Step, pin_in_place, stream
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 STATISTICS = (QUANT_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -49,7 +50,7 @@ def load_weights(
     on_tensor: Callable[[str], None] = id,
     on_read: Callable[[], None] = lambda: None,
 ) -> None:
-    """Allocates the sharded `model` (on meta until now) and fills it.
+    """Allocates the sharded `model` (on meta until now) and fills it, module by module.
 
     `on_tensor` is called after each parameter, `on_read` after each read of at most 64 MiB.
 
@@ -57,22 +58,18 @@ def load_weights(
     file if one is missing, surplus or of another shape.
     """
     plan = account_for_every_tensor(model, checkpoint)
-    for module in model.modules():
-        module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
-    _rebuild_rotary_embedding(model, placement.device)
     loader = _Loader(model, checkpoint, placement, seed)
 
-    def reads() -> Iterator[Read]:
-        for name, source in plan.items():
-            yield from loader.reads(name, source)
-            on_tensor(name)
+    def steps() -> Iterator[Step]:
+        for prefix, module in model.named_modules():
+            module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                yield from loader.fill(name, parameter, plan[name])
+                on_tensor(name)
 
     with torch.no_grad():
-        stream(checkpoint, reads(), placement.device.type == "cuda", on_read)
-    if placement.device.type == "cuda":
-        for parameter in model.parameters():
-            pin_in_place(parameter.to_local())
-            on_read()
+        stream(checkpoint, steps(), placement.device.type == "cuda", on_read)
+    _rebuild_rotary_embedding(model, placement.device)
 
 
 def account_for_every_tensor(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str | None]:
@@ -161,7 +158,6 @@ class _Loader:
     """Turns parameters into reads of this rank's byte ranges, and what to do with the bytes."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, placement: Placement, seed: int):
-        self.parameters = dict(model.named_parameters())
         self.modules = _quantised_linears(model)
         self.token_ids = {
             f"{name}.trainable_tokens_delta.{adapter}": ids
@@ -173,9 +169,8 @@ class _Loader:
         self.placement = placement
         self.seed = seed
 
-    def reads(self, name: str, source: str | None) -> Iterator[Read]:
-        """The reads that fill one parameter. What needs no streaming (adapters, statistics) is done at once."""
-        parameter = self.parameters[name]
+    def fill(self, name: str, parameter: DTensor, source: str | None) -> Iterator[Step]:
+        """The steps that fill one parameter, and page-lock it if it stays in host RAM."""
         local = parameter.to_local()
         start, stop = local_rows(parameter.shape[0], self.placement.rank, self.placement.world_size)
         if local.shape[0] != stop - start:
@@ -187,10 +182,12 @@ class _Loader:
             row_bytes = info.nbytes // info.shape[0]
             yield from self._copies(source, start * row_bytes, stop * row_bytes, info.dtype, local)
         elif is_nf4(self.checkpoint, source):
-            self.modules[name].quant_state = self._stored_statistics(source)
+            yield from self._stored_statistics(self.modules[name], source)
             yield from self._copies(source, start * STORAGE.itemsize, stop * STORAGE.itemsize, STORAGE, local)
         else:
             yield from self._quantising(self.modules[name], source, start, stop, local)
+        if self.placement.device.type == "cuda":
+            yield lambda: pin_in_place(local)
 
     def _initial_adapter(self, name: str, shape: torch.Size) -> torch.Tensor:
         """LoRA's start (A as in PEFT, B zero), the same on any number of ranks; a trained token starts as it was."""
@@ -198,12 +195,12 @@ class _Loader:
             source = "lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"
             return torch.cat([self.checkpoint.read_rows(source, i, i + 1) for i in self.token_ids[name]])
         if "lora_B" in name:
-            return torch.zeros(shape)
+            return torch.zeros(1).expand(shape)
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
-    def _copies(self, source: str, start: int, stop: int, dtype: torch.dtype, local: torch.Tensor) -> Iterator[Read]:
+    def _copies(self, source: str, start: int, stop: int, dtype: torch.dtype, local: torch.Tensor) -> Iterator[Step]:
         """Bytes [start, stop) of a tensor into `local`, as they are or cast from `dtype`."""
         flat = local.view(-1)
         straight = local.device.type == "cpu" and local.dtype == dtype
@@ -215,12 +212,22 @@ class _Loader:
             else:
                 yield Read(source, low, high, consume=lambda data, part=part: part.copy_(data.view(dtype)))
 
-    def _stored_statistics(self, source: str) -> QuantState:
-        names = [part for part in STATISTICS if f"{source}.{part}" in self.checkpoint]
-        statistics = {f"weight.{part}": self.checkpoint.read(f"{source}.{part}") for part in names}
-        return QuantState.from_dict(statistics, device=self.placement.device)
+    def _stored_statistics(self, module: NF4Linear, source: str) -> Iterator[Step]:
+        """Small, but read ahead as weights are: on a busy disk each would be waited for."""
+        statistics = {}
+        for part in STATISTICS:
+            if (name := f"{source}.{part}") in self.checkpoint:
+                info = self.checkpoint[name]
+                data = torch.empty(info.nbytes, dtype=torch.uint8)
+                statistics[f"weight.{part}"] = data.view(info.dtype).reshape(info.shape)
+                yield Read(name, 0, info.nbytes, destination=data)
 
-    def _quantising(self, module: NF4Linear, source: str, start: int, stop: int, local: torch.Tensor) -> Iterator[Read]:
+        def keep() -> None:
+            module.quant_state = QuantState.from_dict(statistics, device=self.placement.device)
+
+        yield keep
+
+    def _quantising(self, module: NF4Linear, source: str, start: int, stop: int, local: torch.Tensor) -> Iterator[Step]:
         """Quantises the local rows, whole blocks at a time, and shares the absmax of all blocks among the ranks.
 
         The result equals bitsandbytes' `quantize_4bit` of the whole tensor: blocks are independent, and the second
@@ -252,7 +259,7 @@ class _Loader:
                 dist.all_reduce(absmax)
             module.quant_state = _statistics(absmax, info.shape, info.dtype)
 
-        yield Read(source, 0, 0, consume=lambda _: share())
+        yield share
 
 
 def _statistics(absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantState:

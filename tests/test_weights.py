@@ -105,8 +105,8 @@ def _quantise_shapes(folder, dtypes: list[torch.dtype]) -> dict:
         model.to_empty(device="cpu")
         with Checkpoint(folder) as checkpoint, torch.no_grad():
             loader = weights._Loader(model, checkpoint, Placement(mesh.get_rank(), mesh.size(), CPU), seed=0)
-            for name, _ in model.named_parameters():
-                stream(checkpoint, loader.reads(name, name), pin_memory=False)
+            for name, parameter in model.named_parameters():
+                stream(checkpoint, loader.fill(name, parameter, name), pin_memory=False)
         found |= _quantised(model)
     return found
 
