@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import measured_tiers
+from benchmarks.tables import is_whole, measured_tiers
 from fitune import run as runs
 from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_peak
 from fitune.model_shapes import find_shape
@@ -25,7 +25,15 @@ FAKE = ROOT / "benchmarks" / "fake_memory.json"
 
 def measured_runs() -> list[dict]:
     """The measured tiers, but for those of code that took more memory."""
-    return [entry for entry in measured_tiers() if "superseded" not in entry]
+    return [entry for entry in measured_tiers() if "superseded" not in entry and is_whole(entry)]
+
+
+def runs_of_fewer_layers() -> list[dict]:
+    """Tiers too large to be measured: at full width, with as many layers as fit."""
+    return sorted(
+        (entry for entry in measured_tiers() if not is_whole(entry)),
+        key=lambda entry: (entry["recipe"], entry["layers"]),
+    )
 
 
 def setup_of_measured(entry: dict) -> Setup:
@@ -71,8 +79,16 @@ def page() -> str:
         "(`benchmarks/tiers.py`). `needed` is what tensors and CUDA took, `kept` what the GPU showed: PyTorch's "
         "allocator also keeps memory that is free, up to the card's, and gives it back when it is short. The constants "
         "in `MEASURED` are from the runs of 24 November and before (host RAM of a process: from all), so the later "
-        "rows are predictions.",
+        "rows are predictions, but for full fine-tuning's: those of 26 November showed that the moment of the "
+        "embedding's gradient was missing and the second layer's too large.",
         _measured_table(),
+        "## Fewer layers, extrapolated",
+        "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
+        "last columns are what the whole model takes on as many GPUs: **extrapolated** in a straight line through the "
+        "runs above, and predicted. Full fine-tuning's line is too low: its two runs peak at different moments of a "
+        "step, and where the whole model peaks each layer adds more. Host RAM of these short runs is not held against "
+        "`plan`: the ranks' peaks need not meet.",
+        _fewer_layers_table(),
         "## Tiers that were not measured",
         "Two training steps of one rank on fake tensors, fitune's own model code and sharding under PyTorch's "
         "MemTracker (`benchmarks/fake_memory.py`): torch's allocator only, GiB.",
@@ -95,6 +111,33 @@ def _measured_table() -> str:
             f"| {entry['peak_gpu_gib']:.1f} | {gpu_error(entry):+.1%} "
             f"| {host:.1f} | {entry['peak_host_gib']:.1f} | {host_off:+.1%} |"
         )
+    return "\n".join(lines)
+
+
+def _fewer_layers_table() -> str:
+    lines = [
+        "| recipe | GPUs | layers | measured | predicted | host GiB, predicted | measured | per layer "
+        "| all layers, extrapolated | predicted |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    shown: dict[str, dict] = {}
+    for entry in runs_of_fewer_layers():
+        setup = setup_of_measured(entry)
+        cells = [
+            f"`{entry['recipe']}`", entry["num_gpus"], entry["layers"], f"{entry['peak_allocated_gib']:.2f}",
+            f"{gpu_peak(setup).allocated / GIB:.2f}", f"{host_peak(setup) / GIB:.1f}", f"{entry['peak_host_gib']:.1f}",
+        ]  # fmt: skip
+        if before := shown.get(entry["recipe"]):
+            rise = entry["peak_allocated_gib"] - before["peak_allocated_gib"]
+            per_layer = rise / (entry["layers"] - before["layers"])
+            whole = find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model)
+            extrapolated = entry["peak_allocated_gib"] + per_layer * (whole.layers - entry["layers"])
+            predicted = gpu_peak(replace(setup, shape=whole)).allocated / GIB
+            cells += [f"{per_layer:.2f}", f"{extrapolated:.1f}", f"{predicted:.1f}"]
+        else:
+            cells += [""] * 3
+        shown[entry["recipe"]] = entry
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ from fitune.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.sharding import shard
 
 GIB = 2**30
-HOOKS = ("pre_forward", "pre_backward")
+HOOKS = ("pre_forward", "pre_backward", "post_backward")
 
 
 class Tracker(MemTracker):
@@ -153,6 +153,7 @@ def _follow_phases(tracker: Tracker, layers: int) -> None:
         ("pre_backward", str(layers - 2)): "backward, between",
         ("pre_backward", "1"): "backward, second layer",
         ("pre_backward", "0"): "backward, first layer",
+        ("post_backward", "0"): "backward, embedding",
         ("pre_backward", str(layers - 1)): "backward, last layer",
     }
 

@@ -38,14 +38,15 @@ def measured_tiers() -> list[dict]:
     return [entry for entry in found if isinstance(entry, dict) and entry.get("profile") and entry.get("ok")]
 
 
-def _all_layers(entry: dict) -> int:
-    return find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model).layers
+def is_whole(entry: dict) -> bool:
+    """Whether the run's model had all its layers."""
+    shape = find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model)
+    return entry["layers"] == shape.layers
 
 
 def newest_tiers() -> list[dict]:
     """The last measurement of each whole model on each tier, by recipe and memory."""
-    whole = [run for run in measured_tiers() if run["layers"] == _all_layers(run)]
-    newest = {(run["recipe"], run["profile"]): run for run in whole}
+    newest = {(run["recipe"], run["profile"]): run for run in measured_tiers() if is_whole(run)}
     return sorted(newest.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
 
 
@@ -61,10 +62,11 @@ def tier_table() -> str:
             TIERS_OF_2024.get((run["recipe"], run["profile"]), ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    about = sorted({f"{run['gpu_name']}, torch {run['versions']['torch']}, {run['date']}" for run in newest_tiers()})
-    return "\n".join(
-        [*lines, "", f"Measured on {'; '.join(about)}: every rank a real process held to its card's share."]
-    )
+    dates: dict[str, set[str]] = {}
+    for run in newest_tiers():
+        dates.setdefault(f"{run['gpu_name']}, torch {run['versions']['torch']}", set()).add(run["date"])
+    about = "; ".join(f"{machine}, {' and '.join(sorted(days))}" for machine, days in sorted(dates.items()))
+    return "\n".join([*lines, "", f"Measured on {about}: every rank a real process held to its card's share."])
 
 
 def table_of_2024() -> str:

@@ -49,11 +49,13 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     prefetched_layer = s.unsharded_layer
     layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
     head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
+    head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
     recompute = s.layer_backward - (0.0 if s.checkpointing else s.saved_by_layer)
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
     after = {**_resident(s), "gradients": s.gradients * (s.accumulated_on_gpu or not s.offload), **fixed}
+    not_yet = 0.0 if s.offload or s.accumulated_on_gpu else s.last_gradients
     stepping = {**_resident(s), "gradients": s.gradients * (not s.offload), **fixed}
     return {
         "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS},
@@ -71,9 +73,12 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
             "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": head_reduction},
         "backward, second layer": {
-            **after, "unsharded layers": s.unsharded_layer, "gather buffers": prefetched_layer,
-            "kept activations": 2 * kept / s.shape.layers, "hidden states": s.hidden_state,
-            "one layer's backward": recompute, "gradient reduction": layer_reduction},
+            **after, "gradients": after["gradients"] - not_yet, "unsharded layers": s.unsharded_layer,
+            "gather buffers": prefetched_layer, "kept activations": 2 * kept / s.shape.layers,
+            "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": layer_reduction},
+        "backward, embedding": {
+            **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
+            "gradient reduction": head_reduction},
         "optimizer step": stepping,
         "save": _resident(s),
     }  # fmt: skip

@@ -127,6 +127,18 @@ class Setup:
         return self.trainable / self.ranks * FP32
 
     @property
+    def last_gradients(self) -> float:
+        """Those of the embedding and the first two layers, which a backward pass comes to last: this rank's, bytes."""
+        if self.full:
+            layer, embedding = (
+                self.shape.layer_linear_weights + self.shape.layer_norm_weights,
+                self.shape.embedding_weights,
+            )
+        else:
+            layer, embedding = self.lora_per_layer, self.trained_tokens * self.shape.hidden
+        return (2 * layer + embedding) / self.ranks * FP32
+
+    @property
     def accumulated_on_gpu(self) -> bool:
         """Whether gradients wait there for the next micro batch: one rank keeps an adapter's even if it offloads."""
         return self.accumulation > 1 and (not self.offload or (self.ranks == 1 and not self.full))

@@ -8,17 +8,18 @@ from fitune.sizes import GIB
 
 GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
 MEASURED_RUNS = accuracy.measured_runs()
+ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
 
 
 def name(entry: dict) -> str:
-    return f"{entry['recipe']}-{entry['profile']}-{entry['date']}"
+    return f"{entry['recipe']}-{entry['profile']}-{entry['layers']}-{entry['date']}"
 
 
 def test_there_are_measured_runs():
     assert len(MEASURED_RUNS) >= 3
 
 
-@pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
+@pytest.mark.parametrize("entry", ALL_RUNS, ids=name)
 def test_the_setup_is_the_measured_one(entry):
     setup = accuracy.setup_of_measured(entry)
     assert (setup.ranks, setup.offload, setup.method) == (entry["num_gpus"], entry["offload"], entry["method"])
@@ -26,7 +27,7 @@ def test_the_setup_is_the_measured_one(entry):
     assert setup.accumulation == entry["gradient_accumulation_steps"]
 
 
-@pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
+@pytest.mark.parametrize("entry", ALL_RUNS, ids=name)
 def test_gpu_peak_is_predicted(entry):
     peak = gpu_peak(accuracy.setup_of_measured(entry))
     assert abs(accuracy.gpu_error(entry)) <= GPU_TOLERANCE
