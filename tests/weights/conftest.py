@@ -1,0 +1,39 @@
+"""Fixtures for loading: checkpoints in bitsandbytes' format, and one whose head is its embedding."""
+
+import json
+
+import pytest
+import torch
+from loading import damaged_copy
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+
+@pytest.fixture(scope="module")
+def nf4_bases(uneven_base, tmp_path_factory):
+    """Checkpoints in bitsandbytes' format as transformers writes them: single, double, and packed in bfloat16."""
+    options = {
+        "double": {"bnb_4bit_use_double_quant": True},
+        "single": {"bnb_4bit_use_double_quant": False},
+        "stored as bf16": {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    }
+    folder, bases = tmp_path_factory.mktemp("nf4"), {}
+    for name, option in options.items():
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **option
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            uneven_base, dtype=torch.bfloat16, quantization_config=quantisation, device_map={"": "cpu"}
+        )
+        bases[name] = folder / name.replace(" ", "_")
+        model.save_pretrained(bases[name], max_shard_size="200KB")
+        AutoTokenizer.from_pretrained(uneven_base).save_pretrained(bases[name])
+    return bases
+
+
+@pytest.fixture(scope="module")
+def tied_base(uneven_base, tmp_path_factory):
+    """A model whose head is its embedding, stored once."""
+    folder = damaged_copy(uneven_base, tmp_path_factory.mktemp("tied") / "base", lambda t: t.pop("lm_head.weight"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return folder

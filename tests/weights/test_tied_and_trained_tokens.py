@@ -1,0 +1,66 @@
+"""A head that is the embedding, and rows of both that are trained."""
+
+import pytest
+import torch
+from ranks import run_ranks, sharded_model
+from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaForCausalLM
+
+from fitune.data.dataset import load_tokenizer
+from fitune.errors import UsageError
+from fitune.model import build_skeleton
+
+TRAINED = ["<|eot_id|>", "<|start_header_id|>"]
+
+
+def _logits_and_tokens(runs: dict, tokens) -> dict:
+    report = {}
+    for case, run in runs.items():
+        model, tokenizer = sharded_model(run)
+        ids = tokenizer.convert_tokens_to_ids(TRAINED)
+        deltas = {n: p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}
+        report[case] = {"logits": model(tokens).logits.detach(), "ids": ids}
+        if deltas:
+            report[case]["start"] = {_layer_of(n): delta.full_tensor().detach().clone() for n, delta in deltas.items()}
+            model.apply(lambda module: module.reshard() if isinstance(module, FSDPModule) else None)
+            for delta in deltas.values():
+                delta.data.mul_(-1)
+            report[case]["changed"] = model(tokens).logits.detach()
+    return report
+
+
+def _layer_of(delta: str) -> str:
+    return "lm_head" if "lm_head" in delta else "model.embed_tokens"
+
+
+def test_tied_embeddings_and_trained_tokens(tied_base, uneven_base, make_run, tmp_path):
+    tokens = torch.arange(425, 435).view(5, 2)
+    for world_size in (1, 3):
+        options = {"processes": world_size}
+        runs = {
+            "tied": make_run(tied_base, tmp_path, "lora", **options),
+            "tokens": make_run(uneven_base, tmp_path, "lora", lora={"trainable_tokens": TRAINED}, **options),
+        }
+        for report in run_ranks(_logits_and_tokens, world_size, runs, tokens):
+            tied = LlamaForCausalLM.from_pretrained(tied_base, dtype=torch.float32)
+            assert tied.lm_head.weight is tied.model.embed_tokens.weight
+            assert torch.equal(report["tied"]["logits"], tied(tokens).logits)
+
+            plain = LlamaForCausalLM.from_pretrained(uneven_base, dtype=torch.float32)
+            found = report["tokens"]
+            assert set(found["ids"]) <= set(tokens.view(-1).tolist())
+            assert set(found["start"]) == {"model.embed_tokens", "lm_head"}
+            for name, rows in found["start"].items():
+                assert torch.equal(rows, plain.get_submodule(name).weight[found["ids"]])
+            torch.testing.assert_close(found["logits"], plain(tokens).logits, rtol=1e-5, atol=1e-6)
+            with torch.no_grad():
+                for name in found["start"]:
+                    plain.get_submodule(name).weight[found["ids"]] *= -1
+            torch.testing.assert_close(found["changed"], plain(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora", "lora": {"trainable_tokens": TRAINED}}])
+def test_training_a_part_of_tied_embeddings_is_refused(options, tied_base, make_run, tmp_path):
+    run = make_run(tied_base, tmp_path, **options)
+    with pytest.raises(UsageError, match="tie_word_embeddings"):
+        build_skeleton(run.recipe, tied_base, load_tokenizer(run.recipe, tied_base), torch.float32, "cpu")
