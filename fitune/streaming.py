@@ -33,7 +33,7 @@ class Read:
 
 
 Step = Read | Callable[[], None]
-"A read, or what to do once the steps before it are done."
+"A read, or a call to make once the steps before it are done."
 
 
 def stream(
@@ -41,10 +41,11 @@ def stream(
 ) -> None:
     """Carries out `steps`, `on_step` after each; reads ahead, but consumes and calls in their order.
 
+    A call follows the read before it at once: ranks meet in some, and none may wait for what another has yet to begin.
     Pinned buffers let the copy to a GPU run at the link's speed.
     """
     buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(BUFFERS)]
-    begun: deque[Callable[[], None]] = deque()
+    begun: deque[tuple[Step, Callable[[], None]]] = deque()
 
     def begin(read: Read) -> Callable[[], None]:
         """What ends it: waits for the bytes and hands them on."""
@@ -61,16 +62,27 @@ def stream(
         return end
 
     def end_oldest() -> None:
-        begun.popleft()()
+        _, end = begun.popleft()
+        end()
         on_step()
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for step in steps:
-            while len(begun) >= STEPS_AHEAD or not buffers:
-                end_oldest()
-            begun.append(begin(step) if isinstance(step, Read) else step)
-        while begun:
+    def make_calls() -> None:
+        while begun and not isinstance(begun[0][0], Read):
             end_oldest()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for step in steps:
+                begun.append((step, begin(step) if isinstance(step, Read) else step))
+                make_calls()
+                while len(begun) >= STEPS_AHEAD or not buffers:
+                    end_oldest()
+                    make_calls()
+            while begun:
+                end_oldest()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an error, or a signal, does not wait for what was to be read ahead
+            raise
 
 
 def pin_in_place(tensor: torch.Tensor) -> None:

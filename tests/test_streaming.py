@@ -63,15 +63,32 @@ def test_many_small_reads_leave_buffers_filling_and_no_more_than_there_are(monke
     assert all(kept[number].item() == number for number in range(60) if number not in big)
 
 
-def test_a_read_that_fails_ends_the_stream():
+def test_a_call_behind_a_read_waits_for_no_later_step():
+    """Ranks meet in such calls: one that waited in the generator for the others would hang with them."""
+    called = []
+
+    def steps():
+        for number in range(20):
+            yield Read(str(number), 0, 1, consume=lambda data: None)
+            yield lambda number=number: called.append(number)
+            in_flight = streaming.BUFFERS - 1
+            assert len(called) >= number + 1 - in_flight
+
+    stream(Disk({}), steps(), pin_memory=False)
+    assert called == list(range(20))
+
+
+def test_a_read_that_fails_ends_the_stream_and_what_was_to_be_read():
     class Damaged(Disk):
         def read_bytes(self, source, *rest):
             if source == "1":
                 raise FituneError("file ends early")
             return super().read_bytes(source, *rest)
 
-    used = []
-    steps = [Read(str(number), 0, 1, consume=lambda data: used.append(data.item())) for number in range(3)]
+    disk, used, kept = Damaged({number: 0.05 for number in range(60)}), [], torch.empty(60, dtype=torch.uint8)
+    steps = [Read("0", 0, 1, consume=lambda data: used.append(data.item()))]
+    steps += [Read(str(number), 0, 1, destination=kept[number : number + 1]) for number in range(1, 60)]
     with pytest.raises(FituneError, match="file ends early"):
-        stream(Damaged({}), steps, pin_memory=False)
+        stream(disk, steps, pin_memory=False)
     assert used == [0]
+    assert len(disk.together) <= 2 * streaming.THREADS

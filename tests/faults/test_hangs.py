@@ -78,7 +78,8 @@ def _changed(code: str, folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "where",
     [
-        pytest.param('_Loader, "fill", lambda _, calls: calls == 5', id="reading weights"),
+        pytest.param('_Loader, "fill", lambda _, calls: calls == 5', id="reading the first weights"),
+        pytest.param('_Loader, "fill", lambda _, calls: calls == 20', id="reading later weights"),
         pytest.param('LlamaDecoderLayer, "forward", lambda _, calls: calls == 9', id="in a later step"),
         pytest.param('LlamaDecoderLayer, "forward", lambda layer, _: not layer.training', id="evaluating"),
         pytest.param('CheckpointWriter, "write", lambda _, calls: calls == 3', id="saving"),
