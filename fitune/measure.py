@@ -1,10 +1,11 @@
-"""Measures a run while it trains: memory peaks of every rank, loading time, tokens per second."""
+"""Measures a run: what loading takes and reads, memory peaks of every rank, tokens per second."""
 
 import json
 import resource
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
@@ -12,15 +13,37 @@ from transformers import TrainerCallback
 GIB = 2**30
 
 
-class Measurements(TrainerCallback):
-    """Writes measurements.json to the run's folder when training ends. `load_seconds` is set by the caller."""
+class Loading:
+    """A with-block: what this rank's loading took within it is its `report`; peaks count from the process's start."""
 
-    def __init__(self, folder: Path, load_seconds: float):
+    def __enter__(self):
+        self.started, self.read_before = time.perf_counter(), _bytes_read()
+        return self
+
+    def __exit__(self, *_):
+        self.report = {
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "read_gib": round((_bytes_read() - self.read_before) / GIB, 3),
+            **process_peaks(),
+        }
+
+
+class Measurements(TrainerCallback):
+    """Writes measurements.json to the run's folder when training ends. `loading` is this rank's `Loading.report`."""
+
+    def __init__(self, folder: Path, loading: dict[str, float]):
         self.file = folder / "measurements.json"
-        self.load_seconds = load_seconds
+        self.loading = loading
         self.steps: list[tuple[float, float]] = []  # (seconds, tokens) of each optimizer step but the first
         self.mark: tuple[float, float] | None = None  # (time, tokens so far) from where the next step counts
+        self.optimizer_seconds: list[float] = []
         self.tokens_so_far = lambda: 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer_seconds.append(-time.perf_counter())
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer_seconds[-1] += time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         before = self.mark
@@ -39,13 +62,14 @@ class Measurements(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, process_peaks())
+        dist.all_gather_object(ranks, process_peaks() | {"loading": self.loading})
         if state.is_world_process_zero:
             report = {
-                "load_seconds": round(self.load_seconds, 2),
+                "load_seconds": max(rank["loading"]["seconds"] for rank in ranks),
                 "tokens_per_second": self._tokens_per_second(),
                 "tokens_per_second_per_gpu": self._tokens_per_second() / len(ranks),
                 "step_seconds": [round(seconds, 3) for seconds, _ in self.steps],
+                "optimizer_seconds": [round(seconds, 3) for seconds in self.optimizer_seconds],
                 "peak_allocated_gib": max(rank["peak_allocated_gib"] for rank in ranks),
                 "peak_reserved_gib": max(rank["peak_reserved_gib"] for rank in ranks),
                 "ranks": ranks,
@@ -66,3 +90,8 @@ def process_peaks() -> dict[str, float]:
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
         "peak_host_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
     }
+
+
+def _bytes_read() -> int:
+    """By this process, through read calls (Linux, proc(5): rchar)."""
+    return psutil.Process().io_counters().read_chars

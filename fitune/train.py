@@ -7,7 +7,6 @@ import argparse
 import os
 import re
 import sys
-import time
 import traceback
 import warnings
 from pathlib import Path
@@ -36,7 +35,7 @@ from fitune.heartbeat import Heartbeat
 from fitune.hub import local_folder
 from fitune.interruption import Interruption
 from fitune.manifest import Identity, find_damage, identify, refuse_another_identity
-from fitune.measure import Measurements
+from fitune.measure import Loading, Measurements
 from fitune.model import build_skeleton, decoder
 from fitune.out_of_memory import explain_out_of_memory
 from fitune.output_folder import checkpoints
@@ -63,10 +62,10 @@ def train(run: Run) -> None:
     with heartbeat.using_files():
         base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
         checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
-        started = time.perf_counter()
-        model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
+        with Loading() as loading:
+            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
     heartbeat.count_layers(decoder(model).model.layers)
-    measurements = Measurements(run.folder, load_seconds=time.perf_counter() - started)
+    measurements = Measurements(run.folder, loading.report)
     trainer = ShardedSFTTrainer(
         run,
         base_record=base_record,

@@ -67,6 +67,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     measured = json.loads((finished / "measurements.json").read_text())
     assert len(measured["ranks"]) == RANKS and measured["tokens_per_second"] > 0
+    assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])
+    assert len(measured["optimizer_seconds"]) == 4 and 0 < min(measured["optimizer_seconds"]) < 10
 
 
 def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_path):
