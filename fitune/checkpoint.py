@@ -96,7 +96,10 @@ class Checkpoint:
             for name in names if names is not None else found:
                 if name not in found:
                     raise FituneError(f"{file}: tensor {name} is in {INDEX_NAME} but not in the file")
-                self.tensors[name] = found[name]
+            for name, info in found.items():
+                if name in self.tensors:
+                    raise FituneError(f"{file}: tensor {name} is in {self.tensors[name].file.name} too")
+                self.tensors[name] = info
 
     def _files(self) -> dict[Path, list[str] | None]:
         """Shard files with the tensors the index expects of each (None: all of them)."""

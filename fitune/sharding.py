@@ -1,9 +1,12 @@
 """How the model is spread over the processes: FSDP2's `fully_shard`, unit by unit."""
 
+import math
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 
 from fitune.config import Run
@@ -83,6 +86,26 @@ def group_parameters(unit: nn.Module) -> list[DTensor]:
     """The parameters gathered together when `unit`, one of FSDP's units, runs: all below it but for nested units."""
     nested = {id(p) for m in unit.modules() if m is not unit and isinstance(m, FSDPModule) for p in m.parameters()}
     return [p for p in unit.parameters() if id(p) not in nested]
+
+
+def fsdp_parameters(model: nn.Module) -> dict[DTensor, FSDPParam]:
+    """What FSDP keeps beside each parameter."""
+    units = (module for module in model.modules() if isinstance(module, FSDPModule))
+    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
+    return {parameter.sharded_param: parameter for group in groups for parameter in group.fsdp_params}
+
+
+def pad(parameter: FSDPParam) -> None:
+    """Gives a short shard, allocated but not filled, the size of the others, which FSDP gathers.
+
+    Else FSDP copies it before the first forward: where weights are offloaded, into memory that is page-locked in powers
+    of two, while the driver keeps the lock of what is freed.
+    """
+    local = parameter.sharded_param.to_local()
+    if local.untyped_storage().nbytes() < math.prod(parameter.padded_sharded_param_size) * local.itemsize:
+        padded = local.new_zeros(parameter.padded_sharded_param_size)
+        parameter._sharded_param_data = padded.view(-1)
+        parameter.sharded_param._local_tensor = padded[: local.shape[0]]
 
 
 def _tell_transformers(causal_lm: nn.Module) -> None:

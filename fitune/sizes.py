@@ -136,7 +136,7 @@ class Setup:
             )
         else:
             layer, embedding = self.lora_per_layer, self.trained_tokens * self.shape.hidden
-        return (2 * layer + embedding) / self.ranks * FP32
+        return (min(2, self.shape.layers) * layer + embedding) / self.ranks * FP32
 
     @property
     def accumulated_on_gpu(self) -> bool:

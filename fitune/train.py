@@ -91,7 +91,7 @@ def train(run: Run) -> None:
         lock.release()
 
 
-def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_read=lambda: None) -> torch.nn.Module:
+def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None) -> torch.nn.Module:
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
@@ -99,7 +99,7 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_read=lam
     device = compute_device(mesh)
     placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
     with Checkpoint(base_folder) as checkpoint, loading_bar(model) as advance:
-        load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_read=on_read)
+        load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model

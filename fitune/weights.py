@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,8 @@ from fitune.checkpoint import Checkpoint
 from fitune.errors import FituneError
 from fitune.model import decoder
 from fitune.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
-from fitune.sharding import local_rows
-from fitune.streaming import CHUNK_BYTES, Read, Step, pin_in_place, stream
+from fitune.sharding import fsdp_parameters, local_rows, pad
+from fitune.streaming import CHUNK_BYTES, PIN_FROM_BYTES, Read, Step, pin_in_place, stream
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 STATISTICS = (QUANT_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -48,27 +49,31 @@ def load_weights(
     placement: Placement,
     seed: int,
     on_tensor: Callable[[str], None] = id,
-    on_read: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Allocates the sharded `model` (on meta until now) and fills it, module by module.
 
-    `on_tensor` is called after each parameter, `on_read` after each read of at most 64 MiB.
+    `on_tensor` is called with the name of each parameter that is filled, `on_step` after each step of at most 64 MiB.
 
     Every tensor of model and checkpoint is accounted for before memory is taken: FituneError names the tensor and its
     file if one is missing, surplus or of another shape.
     """
     plan = account_for_every_tensor(model, checkpoint)
     loader = _Loader(model, checkpoint, placement, seed)
+    shards = fsdp_parameters(model)
 
     def steps() -> Iterator[Step]:
+        # a unit comes before its modules: FSDP looks after all its parameters when it is allocated, some still on meta
         for prefix, module in model.named_modules():
             module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
             for name, parameter in module.named_parameters(prefix, recurse=False):
+                if parameter.to_local().nbytes >= PIN_FROM_BYTES:
+                    pad(shards[parameter])
                 yield from loader.fill(name, parameter, plan[name])
-                on_tensor(name)
+                yield partial(on_tensor, name)
 
     with torch.no_grad():
-        stream(checkpoint, steps(), placement.device.type == "cuda", on_read)
+        stream(checkpoint, steps(), placement.device.type == "cuda", on_step)
     _rebuild_rotary_embedding(model, placement.device)
 
 
@@ -195,7 +200,7 @@ class _Loader:
             source = "lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"
             return torch.cat([self.checkpoint.read_rows(source, i, i + 1) for i in self.token_ids[name]])
         if "lora_B" in name:
-            return torch.zeros(1).expand(shape)
+            return torch.zeros(1).expand(shape)  # one number in memory
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

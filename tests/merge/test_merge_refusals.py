@@ -26,10 +26,13 @@ def _escape(folder):
 
 
 def _drop_tensor(folder):
-    index = folder / INDEX_NAME
+    name, index = "model.layers.1.mlp.up_proj.weight", folder / INDEX_NAME
     content = json.loads(index.read_text())
-    del content["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    file = folder / content["weight_map"].pop(name)
     index.write_text(json.dumps(content))
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,21 @@
 """What is wrong with a checkpoint is said before memory is taken, with the file and the tensor."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from loading import CPU, damaged_copy
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from fitune.checkpoint import Checkpoint
 from fitune.data.dataset import load_tokenizer
 from fitune.distributed import join
 from fitune.errors import FituneError, UsageError
 from fitune.model import build_skeleton
-from fitune.weights import Placement, load_weights
+from fitune.weights import Placement, account_for_every_tensor, load_weights
 
 
 def _rename(old, new):
@@ -66,16 +68,22 @@ def test_wrong_tensors_stop_the_load_before_memory_is_taken(damage, uneven_base,
 
 
 def _assert_refused(run, tensor: str) -> None:
-    folder = run.recipe.base.model
-    skeleton = build_skeleton(run.recipe, folder, load_tokenizer(run.recipe, folder), torch.float32, "cpu")
+    folder, skeleton = run.recipe.base.model, _skeleton(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory is taken before the error"))
         with pytest.raises(FituneError) as caught, Checkpoint(folder) as checkpoint:
             load_weights(skeleton, checkpoint, Placement(0, 1, CPU), seed=0)
-    assert tensor in str(caught.value)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert tensor in message
+    named = rf"{folder}: " if "is missing" in message else rf"{folder}/model\S*\.(safetensors|json): "
+    assert re.search(named, message)
+    assert "\n" not in message
     assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+def _skeleton(run) -> torch.nn.Module:
+    folder = run.recipe.base.model
+    return build_skeleton(run.recipe, folder, load_tokenizer(run.recipe, folder), torch.float32, "cpu")
 
 
 def test_truncated_file_is_named_with_its_tensor(uneven_base, make_run, tmp_path):
@@ -97,6 +105,17 @@ def test_index_that_promises_another_tensor_names_the_file(uneven_base, make_run
     content["weight_map"]["model.extra"] = content["weight_map"][Q]
     index.write_text(json.dumps(content))
     _assert_refused(make_run(base, tmp_path), "model.extra")
+
+
+@pytest.mark.parametrize(("name", "said"), [("model.extra", "has no place"), (Q, "is in model-")])
+def test_a_tensor_that_the_index_does_not_know_is_surplus(name, said, uneven_base, make_run, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(uneven_base, base)
+    file = next(f for f in sorted(base.glob("*.safetensors")) if f != Checkpoint(base)[Q].file)
+    save_file(load_file(file) | {name: torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(FituneError, match=said) as caught:
+        account_for_every_tensor(_skeleton(make_run(base, tmp_path)), Checkpoint(base))
+    assert name in str(caught.value) and file.name in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
