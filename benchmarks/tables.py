@@ -27,7 +27,7 @@ TIERS_OF_2024 = {
 
 
 def measured_tiers() -> list[dict]:
-    """Every run of a tier in benchmarks/results/ that ended well, newest file last.
+    """Every run of a tier in benchmarks/results/ that ended well, the newest last.
 
     A file holds one result, a list, or as tiers.py writes them results by name.
     """
@@ -35,7 +35,8 @@ def measured_tiers() -> list[dict]:
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
         found += data if isinstance(data, list) else [data, *data.values()]
-    return [entry for entry in found if isinstance(entry, dict) and entry.get("profile") and entry.get("ok")]
+    runs_of_tiers = [entry for entry in found if isinstance(entry, dict) and entry.get("profile") and entry.get("ok")]
+    return sorted(runs_of_tiers, key=lambda run: run["date"])
 
 
 def is_whole(entry: dict) -> bool:
@@ -45,8 +46,9 @@ def is_whole(entry: dict) -> bool:
 
 
 def newest_tiers() -> list[dict]:
-    """The last measurement of each whole model on each tier, by recipe and memory."""
-    newest = {(run["recipe"], run["profile"]): run for run in measured_tiers() if is_whole(run)}
+    """The last measurement of each whole model on each tier as its profile is, by recipe and memory."""
+    as_profiled = [run for run in measured_tiers() if is_whole(run) and "label" not in run]
+    newest = {(run["recipe"], run["profile"]): run for run in as_profiled}
     return sorted(newest.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
 
 

@@ -21,37 +21,51 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 
 
 class Watcher(threading.Thread):
-    """Samples the GPU's and the machine's used memory, above what was used before, until stopped."""
+    """Samples the GPU memory of every process and the machine's, above what was used before, until stopped."""
 
     def __init__(self):
         super().__init__(daemon=True)
         self.stopped = threading.Event()
-        self.gpu_before, self.host_before = self._gpu_used(), self._host_used()
+        self.gpu_before, self.host_before = _gpu_used(), _host_used()
         self.gpu_peak = self.host_peak = 0.0
-
-    @staticmethod
-    def _gpu_used() -> float:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return sum(map(float, out.stdout.split())) / 1024
-
-    @staticmethod
-    def _host_used() -> float:
-        memory = psutil.virtual_memory()
-        return (memory.total - memory.available) / GIB
+        self.gpu_peak_of: dict[int, float] = {}
+        "By process; empty where the driver does not tell."
 
     def run(self):
         while not self.stopped.wait(0.5):
-            self.gpu_peak = max(self.gpu_peak, self._gpu_used() - self.gpu_before)
-            self.host_peak = max(self.host_peak, self._host_used() - self.host_before)
+            self.gpu_peak = max(self.gpu_peak, _gpu_used() - self.gpu_before)
+            self.host_peak = max(self.host_peak, _host_used() - self.host_before)
+            for pid, used in _gpu_used_by_process().items():
+                self.gpu_peak_of[pid] = max(self.gpu_peak_of.get(pid, 0.0), used)
 
     def stop(self):
         self.stopped.set()
         self.join()
+
+
+def _host_used() -> float:
+    memory = psutil.virtual_memory()
+    return (memory.total - memory.available) / GIB
+
+
+def _gpu_used() -> float:
+    """GiB, of all GPUs."""
+    return sum(int(line) for line in _nvidia_smi("--query-gpu=memory.used")) / 1024
+
+
+def _gpu_used_by_process() -> dict[int, float]:
+    """GiB by process id, of all GPUs."""
+    used: dict[int, float] = {}
+    for line in _nvidia_smi("--query-compute-apps=pid,used_memory"):
+        pid, mib = line.split(",")
+        if mib.strip().isdigit():
+            used[int(pid)] = used.get(int(pid), 0.0) + int(mib) / 1024
+    return used
+
+
+def _nvidia_smi(query: str) -> list[str]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def run_tier(plan: dict, work: Path) -> dict:
@@ -67,6 +81,7 @@ def run_tier(plan: dict, work: Path) -> dict:
     result = {
         "profile": plan["profile"],
         "recipe": plan["recipe"],
+        **({"label": plan["label"]} if "label" in plan else {}),
         "ok": code == 0,
         "seconds": round(seconds, 1),
         "gpu_cap_gib": plan["cap_gib"],
@@ -74,11 +89,14 @@ def run_tier(plan: dict, work: Path) -> dict:
     }
     if code:
         return result | {"error": tail[-3000:]}
-    return result | _described(output, plan, watcher)
+    result |= _described(output, plan, watcher)
+    if not plan.get("resume"):
+        shutil.rmtree(output)  # a full model's takes much of the disk
+    return result
 
 
 def output_folder(plan: dict, work: Path) -> Path:
-    return work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run')}"
+    return work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run').replace(' ', '-')}"
 
 
 def train_command(plan: dict, work: Path) -> list[str]:
@@ -87,7 +105,7 @@ def train_command(plan: dict, work: Path) -> list[str]:
         f"base.model={plan['checkpoint']}",
         f"data.prepared={plan['data']}",
         f"training.max_steps={steps}",
-        f"training.save_steps={max(1, steps - 1)}",
+        f"training.save_steps={max(1, steps // 2)}",
         "training.logging_steps=1",
         *plan.get("set", []),
     ]
@@ -140,18 +158,27 @@ def _call(command: list[str], plan: dict) -> tuple[int, str]:
         return 124, out + "\ntimed out"
 
 
+def worst_rank(ranks: list[dict], watcher: Watcher) -> tuple[float, float]:
+    """GiB on a GPU, all included, of the rank that takes most; how much of it lies outside torch's allocator."""
+    if all(rank["pid"] in watcher.gpu_peak_of for rank in ranks):
+        peak, reserved = max((watcher.gpu_peak_of[rank["pid"]], rank["peak_reserved_gib"]) for rank in ranks)
+        return peak, peak - reserved
+    reserved = [rank["peak_reserved_gib"] for rank in ranks]
+    outside = max(0.0, watcher.gpu_peak - sum(reserved)) / len(ranks)
+    return max(reserved) + outside, outside
+
+
 def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
     import yaml
 
     run = yaml.safe_load((output / "run.yaml").read_text())
     measured = json.loads((output / "measurements.json").read_text())
-    ranks = run["accelerate"]["num_processes"]
-    reserved = sum(rank["peak_reserved_gib"] for rank in measured["ranks"])
-    outside = max(0.0, watcher.gpu_peak - reserved) / ranks
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    ranks = measured["ranks"]
+    peak_gpu, outside = worst_rank(ranks, watcher)
+    loading = [rank["loading"] for rank in ranks]
     return {
         "method": run["recipe"]["method"],
-        "num_gpus": ranks,
+        "num_gpus": len(ranks),
         "offload": run["accelerate"]["offload_params"],
         "max_length": run["recipe"]["max_length"],
         "micro_batch": run["profile"]["micro_batch"],
@@ -162,30 +189,46 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "peak_allocated_gib": round(measured["peak_allocated_gib"], 2),
         "peak_reserved_gib": round(measured["peak_reserved_gib"], 2),
         "outside_allocator_gib": round(outside, 2),
-        "peak_gpu_gib": round(measured["peak_reserved_gib"] + outside, 2),
+        "peak_gpu_gib": round(peak_gpu, 2),
         "peak_host_gib": round(watcher.host_peak, 2),
-        "peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in measured["ranks"]), 2),
+        "peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in ranks), 2),
         "load_seconds": measured["load_seconds"],
+        "load_read_gib": round(sum(rank["read_gib"] for rank in loading), 2),
+        "load_peak_allocated_gib": round(max(rank["peak_allocated_gib"] for rank in loading), 2),
+        "load_peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in loading), 2),
         "step_seconds": measured["step_seconds"],
+        "optimizer_seconds": measured["optimizer_seconds"],
         "tokens_per_second_per_gpu": round(measured["tokens_per_second_per_gpu"], 1),
-        "losses": [line["loss"] for line in lines if "loss" in line],
+        **_curves(_metrics(output)),
     }
 
 
 def resume(plan: dict, work: Path) -> dict:
-    """Runs the last step again from the checkpoint before it, and compares its loss."""
+    """Runs what comes after the first checkpoint again, from it: both runs' losses and gradient norms."""
     output, command = output_folder(plan, work), train_command(plan, work)
-
-    def last_loss():
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines if "loss" in line][-1]
-
-    before = last_loss()
-    shutil.rmtree(max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
+    first, *later = sorted((output / "checkpoints").glob("checkpoint-*"), key=_step_of)
+    before = [line for line in _metrics(output) if line["step"] > _step_of(first)]
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
     code, tail = _call([*command, "--resume"], plan)
     if code:
         return {"ok": False, "error": tail[-800:]}
-    return {"ok": True, "loss": before, "resumed_loss": last_loss()}
+    after = [line for line in _metrics(output) if line["step"] > _step_of(first)]
+    shutil.rmtree(output)
+    return {"ok": True, "from_step": _step_of(first), "before": _curves(before), "after": _curves(after)}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _metrics(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def _curves(lines: list[dict]) -> dict[str, list[float]]:
+    return {"losses": [line["loss"] for line in lines], "grad_norms": [line["grad_norm"] for line in lines]}
 
 
 def about(commit: str) -> dict:

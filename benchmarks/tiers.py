@@ -31,7 +31,7 @@ from fitune import run as runs
 
 SHOWN = (
     "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
-    "tokens_per_second_per_gpu", "losses", "outcome", "resumed_loss", "error",
+    "tokens_per_second_per_gpu", "losses", "outcome", "before", "after", "error",
 )  # fmt: skip
 CONTEXTS_GIB = 6
 "What is left free of each GPU for the CUDA contexts of a dozen processes."
@@ -46,10 +46,12 @@ class Task:
     run: Callable[[], dict]
     gib: float = 0
     gpus: tuple[int, ...] = ()
+    resumes: str = ""
+    "The task whose result gets this one's under `resumed`."
 
 
 class Results:
-    """OUTPUT/results.json: what each task found, by name."""
+    """OUTPUT/results.json: what each task found, by name; a resume's as part of its run's."""
 
     def __init__(self, folder: Path, seconds: float, origin: dict):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,12 @@ class Results:
         self.lock = threading.Lock()
 
     def is_due(self, task: Task) -> bool:
-        done, in_time = self.found.get(task.name, {}).get("ok"), time.time() + task.seconds < self.end
+        found = self.found.get(task.resumes or task.name, {})
+        if task.resumes:
+            if not found.get("ok"):
+                return False
+            found = found.get("resumed", {})
+        done, in_time = found.get("ok"), time.time() + task.seconds < self.end
         if not done and not in_time:
             print(f"{task.name}: no time for it", flush=True)
         return not done and in_time
@@ -70,7 +77,10 @@ class Results:
         except Exception as error:
             result = {"ok": False, "error": repr(error)}
         with self.lock:
-            self.found[task.name] = {"seconds": round(time.time() - began, 1)} | result | self.origin
+            if task.resumes:
+                self.found[task.resumes]["resumed"] = result
+            else:
+                self.found[task.name] = {"seconds": round(time.time() - began, 1)} | result | self.origin
             self.file.write_text(json.dumps(self.found, indent=1) + "\n")
         shown = {key: result[key] for key in SHOWN if key in result}
         print(f"{task.name}: {shown}"[-3000:], flush=True)
@@ -128,7 +138,8 @@ def tier_tasks(plans: list[dict], work: Path) -> tuple[list[Task], list[Task]]:
         trained.append(Task(name_of(plan), plan["seconds"], lambda plan=plan: run_tier(plan, work), gib, gpus))
         if plan.get("resume"):
             limit = 2 * plan["seconds"] / 3
-            resumed.append(Task(f"{name_of(plan)} resumed", limit, lambda plan=plan: resume(plan, work), gib, gpus))
+            name, run = f"{name_of(plan)} resumed", lambda plan=plan: resume(plan, work)
+            resumed.append(Task(name, limit, run, gib, gpus, resumes=name_of(plan)))
     return trained, resumed
 
 

@@ -1,6 +1,7 @@
 """Measures a run: what loading takes and reads, memory peaks of every rank, tokens per second."""
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -62,7 +63,7 @@ class Measurements(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, process_peaks() | {"loading": self.loading})
+        dist.all_gather_object(ranks, {"pid": os.getpid(), **process_peaks(), "loading": self.loading})
         if state.is_world_process_zero:
             report = {
                 "load_seconds": max(rank["loading"]["seconds"] for rank in ranks),
