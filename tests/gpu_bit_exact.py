@@ -1,6 +1,7 @@
 """One rank of the bit-exactness check: `torchrun --nproc-per-node N tests/gpu_bit_exact.py RUN.yaml`.
 
-Compares every byte of every gathered NF4 weight with the checkpoint's, before and after ten optimizer steps.
+Compares every byte of every gathered NF4 weight, and its statistics, with the checkpoint's, before and after ten
+optimizer steps. A checkpoint in bf16 is quantised for that by bitsandbytes itself, tensor by tensor.
 """
 
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.functional import QuantState, quantize_4bit
 
 from fitune import run as runs
 from fitune.checkpoint import Checkpoint
@@ -16,21 +18,38 @@ from fitune.distributed import compute_device, join, leave
 from fitune.model import decoder
 from fitune.nf4 import NF4Linear
 from fitune.train import load_sharded_model
+from fitune.weights import STATISTICS, is_nf4
 
 
-def changed_bytes(model, checkpoint: Checkpoint) -> tuple[int, int]:
+def changed_bytes(model, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
     """(bytes that differ, bytes compared) over all quantised weights, as this rank gathers them."""
     changed = compared = 0
     for index, layer in enumerate(decoder(model).model.layers):
         layer.unshard()
         for name, module in layer.named_modules():
             if isinstance(module, NF4Linear):
-                stored = checkpoint.read(f"model.layers.{index}.{name.removesuffix('.base_layer')}.weight").view(-1)
-                gathered = module.weight.detach().view(torch.uint8).view(-1).cpu()
-                changed += int((stored != gathered).sum())
-                compared += stored.numel()
+                expected = expected_parts(
+                    checkpoint, f"model.layers.{index}.{name.removesuffix('.base_layer')}.weight", device
+                )
+                for part, wanted in zip(parts(module.weight.detach(), module.quant_state), expected, strict=True):
+                    changed += int((part != wanted).sum())
+                    compared += wanted.numel()
         layer.reshard()
     return changed, compared
+
+
+def expected_parts(checkpoint: Checkpoint, name: str, device: torch.device) -> list[torch.Tensor]:
+    stored = checkpoint.read(name)
+    if not is_nf4(checkpoint, name):
+        return parts(*quantize_4bit(stored.to(device), compress_statistics=True, quant_type="nf4"))
+    statistics = {f"weight.{part}": checkpoint.read(f"{name}.{part}") for part in STATISTICS}
+    return parts(stored, QuantState.from_dict(statistics, device=device))
+
+
+def parts(weight: torch.Tensor, state: QuantState) -> list[torch.Tensor]:
+    """A double-quantised weight's tensors as bytes."""
+    tensors = [weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return [tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
 
 
 def main() -> None:
@@ -42,7 +61,7 @@ def main() -> None:
     losses = []
     with Checkpoint(folder) as checkpoint:
         model(input_ids=torch.ones(1, 8, dtype=torch.long, device=compute_device(mesh)))  # FSDP starts lazily
-        before = changed_bytes(model, checkpoint)
+        before = changed_bytes(model, checkpoint, compute_device(mesh))
         torch.manual_seed(mesh.get_rank())
         tokens = torch.randint(0, 1000, (1, 256), device=compute_device(mesh))
         for _ in range(10):
@@ -51,7 +70,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        after = changed_bytes(model, checkpoint)
+        after = changed_bytes(model, checkpoint, compute_device(mesh))
     print(
         f"rank {mesh.get_rank()}/{mesh.size()}, offload {run.accelerate.offload_params}: changed bytes before "
         f"{before[0]} after {after[0]} of {after[1]}; loss {losses[0]:.3f} -> {losses[-1]:.3f}",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import tiers
+from benchmarks import tier_run, tiers
 from fitune import run as runs
 
 PLANS = json.loads((Path(__file__).resolve().parents[1] / "benchmarks" / "plan.json").read_text())
@@ -75,3 +75,23 @@ def test_an_error_is_a_result(two_gpus, tmp_path):
     results = tiers.Results(tmp_path, 60, {})
     tiers.run_alone([tiers.Task("a", 1, lambda: {}["missing"])], results)
     assert results.found["a"]["ok"] is False and "missing" in results.found["a"]["error"]
+
+
+def test_a_resume_is_part_of_its_run_and_follows_only_one_that_ended_well(two_gpus, tmp_path):
+    results = tiers.Results(tmp_path, 60, {})
+    tiers.run_alone([tiers.Task("good", 1, lambda: {"ok": True}), tiers.Task("bad", 1, lambda: {"ok": False})], results)
+    again = [
+        tiers.Task(f"{name} resumed", 1, lambda: {"ok": True, "after": 3}, resumes=name) for name in ("good", "bad")
+    ]
+    tiers.run_side_by_side(again, results)
+    assert results.found["good"]["resumed"] == {"ok": True, "after": 3}
+    assert set(results.found) == {"good", "bad"} and "resumed" not in results.found["bad"]
+    assert not results.is_due(again[0])
+
+
+def test_the_worst_rank_is_the_one_with_most_on_its_gpu():
+    ranks = [{"pid": 1, "peak_reserved_gib": 9.5}, {"pid": 2, "peak_reserved_gib": 9.0}]
+    told = SimpleNamespace(gpu_peak_of={1: 10.5, 2: 11.0, 3: 70.0}, gpu_peak=21.5)
+    assert tier_run.worst_rank(ranks, told) == (11.0, 2.0)
+    untold = SimpleNamespace(gpu_peak_of={}, gpu_peak=21.5)
+    assert tier_run.worst_rank(ranks, untold) == (11.0, 1.5), "the mean of what lies outside the allocators"

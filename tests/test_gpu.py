@@ -23,15 +23,27 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """Two layers of the 8B shape in bitsandbytes' NF4 format."""
-    folder = tmp_path_factory.mktemp("base") / "model"
+    return random_checkpoint(tmp_path_factory.mktemp("base") / "nf4")
+
+
+def random_checkpoint(folder: Path, *options: str) -> Path:
     script = ROOT / "benchmarks" / "random_checkpoint.py"
-    options = ["--shape", "8b", "--layers", "2", "--tokenizer", TOKENIZER]
-    subprocess.run([sys.executable, script, folder, *options], check=True)
+    shape = ["--shape", "8b", "--layers", "2", "--tokenizer", TOKENIZER]
+    subprocess.run([sys.executable, script, folder, *shape, *options], check=True)
     return folder
 
 
 @pytest.mark.parametrize("profile", ["fsdp_2x40gb", "fsdp_4x24gb", "fsdp_offload_2x24gb", "fsdp_offload_4gpu"])
 def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path):
+    assert_bit_exact(profile, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("profile", ["single_gpu", "fsdp_offload_2x24gb"])
+def test_weights_quantised_while_loading_equal_bitsandbytes_own(profile, tmp_path):
+    assert_bit_exact(profile, random_checkpoint(tmp_path / "bf16", "--format", "bf16"), tmp_path)
+
+
+def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path) -> None:
     from fitune import run as runs
 
     sets = (f"base.model={checkpoint}", "global_batch_size=8")

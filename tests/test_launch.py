@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fitune import launch
+from fitune import run as runs
+
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 
@@ -69,6 +72,14 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert len(measured["ranks"]) == RANKS and measured["tokens_per_second"] > 0
     assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])
     assert len(measured["optimizer_seconds"]) == 4 and 0 < min(measured["optimizer_seconds"]) < 10
+
+
+def test_ranks_with_gpus_get_segments_that_can_grow(monkeypatch):
+    for profile, expected in (("single_gpu", "expandable_segments:True"), ("cpu_2proc", None)):
+        recipe = "tiny_qlora" if expected is None else "llama3_8b_qlora"
+        monkeypatch.setattr(os, "environ", {})
+        launch._set_environment(runs.resolve(recipe, profile))
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_path):
