@@ -80,9 +80,7 @@ def test_an_error_is_a_result(two_gpus, tmp_path):
 def test_a_resume_is_part_of_its_run_and_follows_only_one_that_ended_well(two_gpus, tmp_path):
     results = tiers.Results(tmp_path, 60, {})
     tiers.run_alone([tiers.Task("good", 1, lambda: {"ok": True}), tiers.Task("bad", 1, lambda: {"ok": False})], results)
-    again = [
-        tiers.Task(f"{name} resumed", 1, lambda: {"ok": True, "after": 3}, resumes=name) for name in ("good", "bad")
-    ]
+    again = [tiers.Task(name, 1, lambda: {"ok": True, "after": 3}, resumes=name) for name in ("good", "bad")]
     tiers.run_side_by_side(again, results)
     assert results.found["good"]["resumed"] == {"ok": True, "after": 3}
     assert set(results.found) == {"good", "bad"} and "resumed" not in results.found["bad"]
