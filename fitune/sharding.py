@@ -88,24 +88,25 @@ def group_parameters(unit: nn.Module) -> list[DTensor]:
     return [p for p in unit.parameters() if id(p) not in nested]
 
 
-def fsdp_parameters(model: nn.Module) -> dict[DTensor, FSDPParam]:
-    """What FSDP keeps beside each parameter."""
+def fsdp_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], FSDPParam]:
+    """What FSDP keeps beside each parameter, by module and name."""
     units = (module for module in model.modules() if isinstance(module, FSDPModule))
     groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
-    return {parameter.sharded_param: parameter for group in groups for parameter in group.fsdp_params}
+    places = [(kept._module_info, kept) for group in groups for kept in group.fsdp_params]
+    return {(place.module, place.param_name): kept for place, kept in places}
 
 
-def pad(parameter: FSDPParam) -> None:
+def pad(parameter: DTensor, kept: FSDPParam) -> None:
     """Gives a short shard, allocated but not filled, the size of the others, which FSDP gathers.
 
     Else FSDP copies it before the first forward: where weights are offloaded, into memory that is page-locked in powers
     of two, while the driver keeps the lock of what is freed.
     """
-    local = parameter.sharded_param.to_local()
-    if local.untyped_storage().nbytes() < math.prod(parameter.padded_sharded_param_size) * local.itemsize:
-        padded = local.new_zeros(parameter.padded_sharded_param_size)
-        parameter._sharded_param_data = padded.view(-1)
-        parameter.sharded_param._local_tensor = padded[: local.shape[0]]
+    local = parameter.to_local()
+    if local.untyped_storage().nbytes() < math.prod(kept.padded_sharded_param_size) * local.itemsize:
+        padded = local.new_zeros(kept.padded_sharded_param_size)
+        kept._sharded_param_data = padded.view(-1)
+        parameter._local_tensor = padded[: local.shape[0]]
 
 
 def _tell_transformers(causal_lm: nn.Module) -> None:

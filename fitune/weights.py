@@ -60,15 +60,16 @@ def load_weights(
     """
     plan = account_for_every_tensor(model, checkpoint)
     loader = _Loader(model, checkpoint, placement, seed)
-    shards = fsdp_parameters(model)
+    kept_by_fsdp = fsdp_parameters(model)
 
     def steps() -> Iterator[Step]:
         # a unit comes before its modules: FSDP looks after all its parameters when it is allocated, some still on meta
         for prefix, module in model.named_modules():
             module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
-            for name, parameter in module.named_parameters(prefix, recurse=False):
+            for name, parameter in module.named_parameters(recurse=False):
                 if parameter.to_local().nbytes >= PIN_FROM_BYTES:
-                    pad(shards[parameter])
+                    pad(parameter, kept_by_fsdp[module, name])
+                name = f"{prefix}.{name}"
                 yield from loader.fill(name, parameter, plan[name])
                 yield partial(on_tensor, name)
 
