@@ -1,6 +1,6 @@
 """Runs memory profiles on one or two big GPUs, with as many ranks as the tier has, each held to the tier's card.
 
-    python benchmarks/tiers.py OUTPUT_FOLDER --tokenizer LLAMA3_TOKENIZER_FOLDER [--only llama3_8b_lora same-losses]
+    python benchmarks/tiers.py OUTPUT_FOLDER --tokenizer LLAMA3_TOKENIZER_FOLDER [--only 'llama3_8b_qlora sweep' same-losses]
 
 benchmarks/plan.json lists the runs: {"recipe", "profile", "label", "checkpoint", "cap_gib", "steps", "set", "resume",
 "seconds"}. Each goes through `cli.py train`, alone on the machine: a few steps and a checkpoint. Then, side by side as
@@ -127,6 +127,10 @@ def name_of(plan: dict) -> str:
     return " ".join(filter(None, (plan["recipe"], plan["profile"], plan.get("label"))))
 
 
+def has_words(plan: dict, words: str) -> bool:
+    return set(words.split()) <= set(name_of(plan).split())
+
+
 def tier_tasks(plans: list[dict], work: Path) -> tuple[list[Task], list[Task]]:
     """The runs, and the resumes of those that saved."""
     every = tuple(range(torch.cuda.device_count()))
@@ -152,20 +156,24 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
         "single_gpu", "--compare", "fsdp_offload_1x24gb", "fsdp_4x24gb", "fsdp_offload_4gpu", "--cap-gib", 19, "--set",
         f"base.model={work / '8b-nf4'}", "--set", f"data.prepared={work / 'data'}", "--set", "max_length=1536",
     ]  # fmt: skip
-    tests = ["-m", "pytest", "-m", "gpu", "-n", "2", "-q", "-rP", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    pytest = ["-m", "pytest", "-n", "4", "-q", "-p", "no:cacheprovider"]
+    tests = [*pytest, "-rP", "-m", "gpu", "tests/test_gpu.py"]
+    loading_tests = [*pytest, "tests/test_sharding.py", "tests/weights"]
     loading = [
         "benchmarks/load.py", work / "70b-nf4", load, "--commit", options.commit, "--recipe", "llama3_70b_qlora",
         "--profile", "fsdp_1x48gb",
     ]  # fmt: skip
     beside = [
         Task("same-losses", 320, lambda: script(same_losses), 38, every),
-        Task("tests", 200, lambda: script(tests), 24, every[:1]),
+        Task("tests", 200, lambda: script(tests), 40, every[:1]),
+        Task("loading-tests", 150, lambda: script(loading_tests, CUDA_VISIBLE_DEVICES="")),
     ]
     return beside, Task("load", 60, lambda: script(loading))
 
 
-def script(arguments: list) -> dict:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+def script(arguments: list, **environment: str) -> dict:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     return {"ok": done.returncode == 0, "outcome": (done.stdout + done.stderr)[-3000:]}
 
 
@@ -192,7 +200,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiers"), help="for checkpoints and runs: 120 GB")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="recipes, profiles, scripts")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="'RECIPE PROFILE LABEL', or some of it; scripts")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
@@ -205,7 +213,7 @@ def main() -> None:
         torch.zeros(1, device=gpu)
     plans = json.loads((ROOT / "benchmarks" / "plan.json").read_text())
     plans = [plan | {"data": str(options.work / "data")} for plan in plans]
-    chosen = [plan for plan in plans if not options.only or set(options.only) & set(name_of(plan).split())]
+    chosen = [plan for plan in plans if not options.only or any(has_words(plan, words) for words in options.only)]
     checkpoints = {plan["checkpoint"] for plan in chosen}
     chosen = [plan | {"checkpoint": str(options.work / plan["checkpoint"])} for plan in chosen]
     beside, load = script_tasks(options)
