@@ -1,6 +1,6 @@
 """Runs memory profiles on one or two big GPUs, with as many ranks as the tier has, each held to the tier's card.
 
-    python benchmarks/tiers.py OUTPUT_FOLDER --tokenizer LLAMA3_TOKENIZER_FOLDER [--only 'llama3_8b_qlora sweep' same-losses]
+    python benchmarks/tiers.py OUTPUT_FOLDER --tokenizer FOLDER [--only 'llama3_8b_qlora sweep' same-losses]
 
 benchmarks/plan.json lists the runs: {"recipe", "profile", "label", "checkpoint", "cap_gib", "steps", "set", "resume",
 "seconds"}. Each goes through `cli.py train`, alone on the machine: a few steps and a checkpoint. Then, side by side as
