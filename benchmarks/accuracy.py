@@ -107,11 +107,15 @@ def _measured_table() -> str:
         gpu, host = gpu_peak(setup).total / GIB, host_peak(setup) / GIB
         host_off = host / entry["peak_host_gib"] - 1
         lines.append(
-            f"| `{entry['recipe']}` | `{entry['profile']}` | {entry['date']} | {gpu:.1f} | {gpu_needs_gib(entry):.1f} "
+            f"| `{entry['recipe']}` | {_name(entry)} | {entry['date']} | {gpu:.1f} | {gpu_needs_gib(entry):.1f} "
             f"| {entry['peak_gpu_gib']:.1f} | {gpu_error(entry):+.1%} "
             f"| {host:.1f} | {entry['peak_host_gib']:.1f} | {host_off:+.1%} |"
         )
     return "\n".join(lines)
+
+
+def _name(entry: dict) -> str:
+    return ", ".join(filter(None, (f"`{entry['profile']}`", entry.get("label"))))
 
 
 def _fewer_layers_table() -> str:

@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
+AFTER_FIRST = "after_first_checkpoint.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel")
 
 
@@ -30,13 +31,18 @@ class Watcher(threading.Thread):
         self.gpu_peak = self.host_peak = 0.0
         self.gpu_peak_of: dict[int, float] = {}
         "By process; empty where the driver does not tell."
+        self.missed = 0
+        "Samples that the driver did not give."
 
     def run(self):
         while not self.stopped.wait(0.5):
-            self.gpu_peak = max(self.gpu_peak, _gpu_used() - self.gpu_before)
             self.host_peak = max(self.host_peak, _host_used() - self.host_before)
-            for pid, used in _gpu_used_by_process().items():
-                self.gpu_peak_of[pid] = max(self.gpu_peak_of.get(pid, 0.0), used)
+            try:
+                self.gpu_peak = max(self.gpu_peak, _gpu_used() - self.gpu_before)
+                for pid, used in _gpu_used_by_process().items():
+                    self.gpu_peak_of[pid] = max(self.gpu_peak_of.get(pid, 0.0), used)
+            except (subprocess.CalledProcessError, ValueError):
+                self.missed += 1
 
     def stop(self):
         self.stopped.set()
@@ -90,9 +96,19 @@ def run_tier(plan: dict, work: Path) -> dict:
     if code:
         return result | {"error": tail[-3000:]}
     result |= _described(output, plan, watcher)
-    if not plan.get("resume"):
-        shutil.rmtree(output)  # a full model's takes much of the disk
+    _make_room(output, plan)
     return result
+
+
+def _make_room(output: Path, plan: dict) -> None:
+    """Of what a run leaves on the disk, a resume needs the first checkpoint, and the curves that come after it."""
+    if not plan.get("resume"):
+        shutil.rmtree(output)
+        return
+    first, *later = sorted((output / "checkpoints").glob("checkpoint-*"), key=_step_of)
+    (output / AFTER_FIRST).write_text(json.dumps(_curves(_metrics(output), after=_step_of(first))))
+    for folder in (*later, output / "adapter"):
+        shutil.rmtree(folder)
 
 
 def output_folder(plan: dict, work: Path) -> Path:
@@ -162,7 +178,7 @@ def worst_rank(ranks: list[dict], watcher: Watcher) -> tuple[float, float]:
     """GiB on a GPU, all included, of the rank that takes most; how much of it lies outside torch's allocator."""
     if all(rank["pid"] in watcher.gpu_peak_of for rank in ranks):
         peak, reserved = max((watcher.gpu_peak_of[rank["pid"]], rank["peak_reserved_gib"]) for rank in ranks)
-        return peak, peak - reserved
+        return max(peak, reserved), max(0.0, peak - reserved)
     reserved = [rank["peak_reserved_gib"] for rank in ranks]
     outside = max(0.0, watcher.gpu_peak - sum(reserved)) / len(ranks)
     return max(reserved) + outside, outside
@@ -191,6 +207,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "outside_allocator_gib": round(outside, 2),
         "peak_gpu_gib": round(peak_gpu, 2),
         "peak_host_gib": round(watcher.host_peak, 2),
+        "missed_gpu_samples": watcher.missed,
         "peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in ranks), 2),
         "load_seconds": measured["load_seconds"],
         "load_read_gib": round(sum(rank["read_gib"] for rank in loading), 2),
@@ -206,16 +223,14 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
 def resume(plan: dict, work: Path) -> dict:
     """Runs what comes after the first checkpoint again, from it: both runs' losses and gradient norms."""
     output, command = output_folder(plan, work), train_command(plan, work)
-    first, *later = sorted((output / "checkpoints").glob("checkpoint-*"), key=_step_of)
-    before = [line for line in _metrics(output) if line["step"] > _step_of(first)]
-    for checkpoint in later:
-        shutil.rmtree(checkpoint)
+    [first] = (output / "checkpoints").glob("checkpoint-*")
+    before = json.loads((output / AFTER_FIRST).read_text())
     code, tail = _call([*command, "--resume"], plan)
     if code:
-        return {"ok": False, "error": tail[-800:]}
-    after = [line for line in _metrics(output) if line["step"] > _step_of(first)]
+        return {"ok": False, "error": tail[-800:], "before": before}
+    after = _curves(_metrics(output), after=_step_of(first))
     shutil.rmtree(output)
-    return {"ok": True, "from_step": _step_of(first), "before": _curves(before), "after": _curves(after)}
+    return {"ok": True, "from_step": _step_of(first), "before": before, "after": after}
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -227,7 +242,8 @@ def _metrics(output: Path) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
-def _curves(lines: list[dict]) -> dict[str, list[float]]:
+def _curves(lines: list[dict], after: int = 0) -> dict[str, list[float]]:
+    lines = [line for line in lines if line["step"] > after]
     return {"losses": [line["loss"] for line in lines], "grad_norms": [line["grad_norm"] for line in lines]}
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ SHOWN = (
     "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
     "tokens_per_second_per_gpu", "losses", "outcome", "before", "after", "error",
 )  # fmt: skip
+SCRIPTS = ("same-losses", "tests", "loading-tests", "load")
 CONTEXTS_GIB = 6
 "What is left free of each GPU for the CUDA contexts of a dozen processes."
 
@@ -96,8 +97,9 @@ def run_side_by_side(tasks: list[Task], results: Results) -> None:
     """Each as soon as the memory it needs is free."""
     total = torch.cuda.get_device_properties(0).total_memory / 2**30 - CONTEXTS_GIB
     free = [total] * torch.cuda.device_count()
+    tasks = [replace(task, gib=min(task.gib, total)) for task in tasks]
     changed = threading.Condition()
-    waiting, threads = list(tasks), []
+    waiting, threads = tasks, []
 
     def run(task: Task) -> None:
         results.run(task)
@@ -127,8 +129,16 @@ def name_of(plan: dict) -> str:
     return " ".join(filter(None, (plan["recipe"], plan["profile"], plan.get("label"))))
 
 
-def has_words(plan: dict, words: str) -> bool:
-    return set(words.split()) <= set(name_of(plan).split())
+def choose(plans: list[dict], only: list[str], scripts: tuple[str, ...]) -> list[dict]:
+    """The runs that `only` names: one by its whole name, else all that have its words."""
+    chosen: list[str] = []
+    for words in only:
+        names = [name_of(plan) for plan in plans]
+        found = [words] if words in names else [name for name in names if set(words.split()) <= set(name.split())]
+        if not found and words not in scripts:
+            raise SystemExit(f"--only {words}: no run has these words, and the scripts are {', '.join(scripts)}")
+        chosen += found
+    return [plan for plan in plans if name_of(plan) in chosen]
 
 
 def tier_tasks(plans: list[dict], work: Path) -> tuple[list[Task], list[Task]]:
@@ -156,7 +166,7 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
         "single_gpu", "--compare", "fsdp_offload_1x24gb", "fsdp_4x24gb", "fsdp_offload_4gpu", "--cap-gib", 19, "--set",
         f"base.model={work / '8b-nf4'}", "--set", f"data.prepared={work / 'data'}", "--set", "max_length=1536",
     ]  # fmt: skip
-    pytest = ["-m", "pytest", "-n", "4", "-q", "-p", "no:cacheprovider"]
+    pytest = ["-m", "pytest", "-n", "3", "-q", "-p", "no:cacheprovider"]
     tests = [*pytest, "-rP", "-m", "gpu", "tests/test_gpu.py"]
     loading_tests = [*pytest, "tests/test_sharding.py", "tests/weights"]
     loading = [
@@ -165,7 +175,7 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
     ]  # fmt: skip
     beside = [
         Task("same-losses", 320, lambda: script(same_losses), 38, every),
-        Task("tests", 200, lambda: script(tests), 40, every[:1]),
+        Task("tests", 250, lambda: script(tests, CUDA_VISIBLE_DEVICES="0"), 40, every[:1]),
         Task("loading-tests", 150, lambda: script(loading_tests, CUDA_VISIBLE_DEVICES="")),
     ]
     return beside, Task("load", 60, lambda: script(loading))
@@ -181,7 +191,9 @@ def prepare(options: argparse.Namespace, checkpoints: set[str]) -> None:
     """Prepared data, and each checkpoint (SHAPE-FORMAT or SHAPE-FORMAT-LAYERS) on the next GPU."""
     data, tokenizer, started = options.work / "data", str(options.tokenizer), []
     if not (data / "report.json").exists():
-        rows = ["--dataset", "examples/instructions/instructions.jsonl", "--template", "plain", "--max-length", "3072"]
+        many = options.work / "rows.jsonl"
+        write_many_rows(many)
+        rows = ["--dataset", str(many), "--template", "plain", "--max-length", "3072"]
         command = [sys.executable, "cli.py", "prepare", *rows, "--tokenizer", tokenizer, "--output", str(data)]
         started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
     for number, name in enumerate(sorted(checkpoints, reverse=True)):
@@ -193,6 +205,17 @@ def prepare(options: argparse.Namespace, checkpoints: set[str]) -> None:
             started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | gpu))
     if any(process.wait() for process in started):
         raise SystemExit("a checkpoint or the data could not be made")
+
+
+def write_many_rows(file: Path, copies: int = 8) -> None:
+    """The shipped instructions, numbered: once, they are an epoch of a few steps, the last filled up."""
+    shipped = (ROOT / "examples" / "instructions" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as stream:
+        for copy in range(copies):
+            for row in map(json.loads, shipped):
+                row["messages"][-1]["content"] += f" ({copy})"
+                stream.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
@@ -213,7 +236,7 @@ def main() -> None:
         torch.zeros(1, device=gpu)
     plans = json.loads((ROOT / "benchmarks" / "plan.json").read_text())
     plans = [plan | {"data": str(options.work / "data")} for plan in plans]
-    chosen = [plan for plan in plans if not options.only or any(has_words(plan, words) for words in options.only)]
+    chosen = choose(plans, options.only, SCRIPTS) if options.only else plans
     checkpoints = {plan["checkpoint"] for plan in chosen}
     chosen = [plan | {"checkpoint": str(options.work / plan["checkpoint"])} for plan in chosen]
     beside, load = script_tasks(options)

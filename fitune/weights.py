@@ -66,10 +66,9 @@ def load_weights(
         # a unit comes before its modules: FSDP looks after all its parameters when it is allocated, some still on meta
         for prefix, module in model.named_modules():
             module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.to_local().nbytes >= PIN_FROM_BYTES:
-                    pad(parameter, kept_by_fsdp[module, name])
-                name = f"{prefix}.{name}"
+                    pad(parameter, kept_by_fsdp[module, name.rpartition(".")[2]])
                 yield from loader.fill(name, parameter, plan[name])
                 yield partial(on_tensor, name)
 

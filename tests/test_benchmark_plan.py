@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,10 @@ import torch
 
 from benchmarks import tier_run, tiers
 from fitune import run as runs
+from fitune.memory import MEASURED, gpu_peak
+from fitune.model_shapes import find_shape
+from fitune.plan import setup_of
+from fitune.sizes import GIB
 
 PLANS = json.loads((Path(__file__).resolve().parents[1] / "benchmarks" / "plan.json").read_text())
 KEYS = {"recipe", "profile", "checkpoint", "cap_gib", "steps", "set", "resume", "label", "seconds"}
@@ -21,7 +26,30 @@ def test_run_resolves(plan):
     assert set(plan) <= KEYS
     run = runs.resolve(plan["recipe"], plan["profile"], tuple(plan.get("set", ())))
     assert plan["cap_gib"] < run.profile.gpu_memory_gib
-    assert not plan.get("resume") or "training.save_strategy='no'" not in plan.get("set", ())
+    assert not plan.get("resume") or ("training.save_strategy='no'" not in plan["set"] and plan["steps"] == 4)
+    shape = find_shape(run.recipe.base.model)
+    layers = plan["checkpoint"].split("-")[2:]
+    setup = setup_of(run, replace(shape, layers=int(layers[0])) if layers else shape)
+    assert gpu_peak(setup).total <= (plan["cap_gib"] * GIB + MEASURED.outside_allocator), "refused before it starts"
+
+
+def test_runs_are_chosen_by_name_or_by_their_words():
+    def names(*only: str) -> list[str]:
+        return [tiers.name_of(plan) for plan in tiers.choose(PLANS, list(only), tiers.SCRIPTS)]
+
+    assert names("llama3_8b_qlora single_gpu") == ["llama3_8b_qlora single_gpu"]
+    assert len(names("llama3_8b_qlora sweep")) == 4 and all(
+        "sweep mb" in name for name in names("llama3_8b_qlora sweep")
+    )
+    assert names("load") == []
+    with pytest.raises(SystemExit, match="single_gpuu: no run has these words"):
+        names("single_gpuu")
+
+
+def test_many_rows_are_different_rows(tmp_path):
+    tiers.write_many_rows(tmp_path / "rows.jsonl", copies=2)
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(set(rows)) == len(rows) > 700
 
 
 def test_names_are_different():
