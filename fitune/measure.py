@@ -36,7 +36,7 @@ class Measurements(TrainerCallback):
         self.loading = loading
         self.steps: list[tuple[float, float]] = []  # (seconds, tokens) of each optimizer step but the first
         self.mark: tuple[float, float] | None = None  # (time, tokens so far) from where the next step counts
-        self.optimizer_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []  # of the CPU: all they take where weights are offloaded
         self.tokens_so_far = lambda: 0.0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
