@@ -80,7 +80,8 @@ def page() -> str:
         "allocator also keeps memory that is free, up to the card's, and gives it back when it is short. The constants "
         "in `MEASURED` are from the runs of 24 November and before (host RAM of a process: from all), so the later "
         "rows are predictions, but for full fine-tuning's: those of 26 November showed that the moment of the "
-        "embedding's gradient was missing and the second layer's too large.",
+        "embedding's gradient was missing and the second layer's too large. Since these runs weights are allocated "
+        "while they are read, which may move the holes.",
         _measured_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
