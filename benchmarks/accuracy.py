@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import is_whole, measured_tiers
+from benchmarks.tables import is_whole, measured_tiers, whole_shape
 from fitune import run as runs
 from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_peak
 from fitune.model_shapes import find_shape
@@ -135,7 +135,7 @@ def _fewer_layers_table() -> str:
         if before := shown.get(entry["recipe"]):
             rise = entry["peak_allocated_gib"] - before["peak_allocated_gib"]
             per_layer = rise / (entry["layers"] - before["layers"])
-            whole = find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model)
+            whole = whole_shape(entry)
             extrapolated = entry["peak_allocated_gib"] + per_layer * (whole.layers - entry["layers"])
             predicted = gpu_peak(replace(setup, shape=whole)).allocated / GIB
             cells += [f"{per_layer:.2f}", f"{extrapolated:.1f}", f"{predicted:.1f}"]

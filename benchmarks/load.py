@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from tier_run import about, read_cold
 from fitune import run as runs
 from fitune.data.dataset import load_tokenizer
 from fitune.distributed import compute_device, join, leave
+from fitune.measure import Loading
 from fitune.train import load_sharded_model
 
 
@@ -41,9 +41,9 @@ def main() -> None:
     tokenizer = load_tokenizer(run.recipe, options.checkpoint)
     torch.zeros(1, device=compute_device(mesh))  # what CUDA itself takes to start is not the loader's
     result = read_cold(options.checkpoint)
-    started = time.perf_counter()
-    load_sharded_model(run, options.checkpoint, tokenizer, mesh)
-    result["load_seconds"] = round(time.perf_counter() - started, 2)
+    with Loading() as loading:
+        load_sharded_model(run, options.checkpoint, tokenizer, mesh)
+    result["load_seconds"] = loading.report["seconds"]
     leave()
     result["share_of_plain_read"] = round(result["plain_read_seconds"] / result["load_seconds"], 3)
     result = {"benchmark": "load", "recipe": options.recipe, "tier": options.profile} | result | about(options.commit)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune import run as runs
 from fitune.memory import gpu_peak, host_peak
-from fitune.model_shapes import find_shape
+from fitune.model_shapes import ModelShape, find_shape
 from fitune.plan import setup_of
 from fitune.sizes import GIB
 
@@ -39,10 +39,13 @@ def measured_tiers() -> list[dict]:
     return sorted(runs_of_tiers, key=lambda run: run["date"])
 
 
+def whole_shape(entry: dict) -> ModelShape:
+    """The shape of the run's model with all its layers."""
+    return find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model)
+
+
 def is_whole(entry: dict) -> bool:
-    """Whether the run's model had all its layers."""
-    shape = find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model)
-    return entry["layers"] == shape.layers
+    return entry["layers"] == whole_shape(entry).layers
 
 
 def newest_tiers() -> list[dict]:
@@ -53,11 +56,12 @@ def newest_tiers() -> list[dict]:
 
 
 def tier_table() -> str:
+    newest = newest_tiers()
     lines = [
         "| recipe | profile | GPUs | micro batch | GiB per GPU, all of it | host GiB, machine | load, s | 2024 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for run in newest_tiers():
+    for run in newest:
         cells = [
             f"`{run['recipe']}`", f"`{run['profile']}`", run["num_gpus"], run["micro_batch"],
             f"{run['peak_gpu_gib']:.1f}", f"{run['peak_host_gib']:.1f}", f"{run['load_seconds']:.0f}",
@@ -65,7 +69,7 @@ def tier_table() -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     dates: dict[str, set[str]] = {}
-    for run in newest_tiers():
+    for run in newest:
         dates.setdefault(f"{run['gpu_name']}, torch {run['versions']['torch']}", set()).add(run["date"])
     about = "; ".join(f"{machine}, {' and '.join(sorted(days))}" for machine, days in sorted(dates.items()))
     return "\n".join([*lines, "", f"Measured on {about}: every rank a real process held to its card's share."])

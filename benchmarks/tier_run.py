@@ -15,6 +15,10 @@ from pathlib import Path
 import psutil
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fitune.output_folder import checkpoints
+
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 AFTER_FIRST = "after_first_checkpoint.json"
@@ -105,8 +109,9 @@ def _make_room(output: Path, plan: dict) -> None:
     if not plan.get("resume"):
         shutil.rmtree(output)
         return
-    first, *later = sorted((output / "checkpoints").glob("checkpoint-*"), key=_step_of)
-    (output / AFTER_FIRST).write_text(json.dumps(_curves(_metrics(output), after=_step_of(first))))
+    first, *later = checkpoints(output / "checkpoints")
+    step = int(first.name.rpartition("-")[2])
+    (output / AFTER_FIRST).write_text(json.dumps({"from_step": step, "before": _curves(_metrics(output), after=step)}))
     for folder in (*later, output / "adapter"):
         shutil.rmtree(folder)
 
@@ -223,18 +228,13 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
 def resume(plan: dict, work: Path) -> dict:
     """Runs what comes after the first checkpoint again, from it: both runs' losses and gradient norms."""
     output, command = output_folder(plan, work), train_command(plan, work)
-    [first] = (output / "checkpoints").glob("checkpoint-*")
-    before = json.loads((output / AFTER_FIRST).read_text())
+    known = json.loads((output / AFTER_FIRST).read_text())
     code, tail = _call([*command, "--resume"], plan)
     if code:
-        return {"ok": False, "error": tail[-800:], "before": before}
-    after = _curves(_metrics(output), after=_step_of(first))
+        return {"ok": False, "error": tail[-800:], **known}
+    after = _curves(_metrics(output), after=known["from_step"])
     shutil.rmtree(output)
-    return {"ok": True, "from_step": _step_of(first), "before": before, "after": after}
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+    return {"ok": True, **known, "after": after}
 
 
 def _metrics(output: Path) -> list[dict]:

@@ -33,7 +33,6 @@ SHOWN = (
     "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
     "tokens_per_second_per_gpu", "losses", "outcome", "before", "after", "error",
 )  # fmt: skip
-SCRIPTS = ("same-losses", "tests", "loading-tests", "load")
 CONTEXTS_GIB = 6
 "What is left free of each GPU for the CUDA contexts of a dozen processes."
 
@@ -129,11 +128,10 @@ def name_of(plan: dict) -> str:
     return " ".join(filter(None, (plan["recipe"], plan["profile"], plan.get("label"))))
 
 
-def choose(plans: list[dict], only: list[str], scripts: tuple[str, ...]) -> list[dict]:
+def choose(plans: list[dict], only: list[str], scripts: list[str]) -> list[dict]:
     """The runs that `only` names: one by its whole name, else all that have its words."""
-    chosen: list[str] = []
+    chosen, names = [], [name_of(plan) for plan in plans]
     for words in only:
-        names = [name_of(plan) for plan in plans]
         found = [words] if words in names else [name for name in names if set(words.split()) <= set(name.split())]
         if not found and words not in scripts:
             raise SystemExit(f"--only {words}: no run has these words, and the scripts are {', '.join(scripts)}")
@@ -236,10 +234,10 @@ def main() -> None:
         torch.zeros(1, device=gpu)
     plans = json.loads((ROOT / "benchmarks" / "plan.json").read_text())
     plans = [plan | {"data": str(options.work / "data")} for plan in plans]
-    chosen = choose(plans, options.only, SCRIPTS) if options.only else plans
+    beside, load = script_tasks(options)
+    chosen = choose(plans, options.only, [task.name for task in (*beside, load)]) if options.only else plans
     checkpoints = {plan["checkpoint"] for plan in chosen}
     chosen = [plan | {"checkpoint": str(options.work / plan["checkpoint"])} for plan in chosen]
-    beside, load = script_tasks(options)
     scripts = [task for task in (*beside, load) if not options.only or task.name in options.only]
     checkpoints |= {"8b-nf4" for task in scripts if task.name == "same-losses"}
     checkpoints |= {"70b-nf4" for task in scripts if task is load}

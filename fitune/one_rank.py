@@ -9,18 +9,15 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, TrainingState
 
 
-def use_weights_in_place(model: nn.Module) -> None:
-    """Gives every FSDP unit of `model`, sharded over one rank, the parameter group below."""
-    for module in model.modules():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        if group is not None:
-            group.__class__ = OneRankParamGroup
+def use_weights_in_place(groups: list[FSDPParamGroup]) -> None:
+    """Makes each parameter group of a model sharded over one rank one of those below."""
+    for group in groups:
+        group.__class__ = OneRankParamGroup
 
 
 def prefetch_in_order(layers: nn.ModuleList) -> None:

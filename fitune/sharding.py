@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 from fitune.config import Run
@@ -44,7 +45,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
         unit._set_unshard_async_op(True)
     fully_shard(model, offload_policy=everything, **options)
     if mesh.size() == 1:
-        use_weights_in_place(model)
+        use_weights_in_place(_parameter_groups(model))
         prefetch_in_order(causal_lm.model.layers)
     _check_gathered_as_bytes(model)
     _tell_transformers(causal_lm)
@@ -88,11 +89,15 @@ def group_parameters(unit: nn.Module) -> list[DTensor]:
     return [p for p in unit.parameters() if id(p) not in nested]
 
 
+def _parameter_groups(model: nn.Module) -> list[FSDPParamGroup]:
+    """Of all FSDP's units that have one."""
+    units = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
+
+
 def fsdp_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], FSDPParam]:
     """What FSDP keeps beside each parameter, by module and name."""
-    units = (module for module in model.modules() if isinstance(module, FSDPModule))
-    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
-    places = [(kept._module_info, kept) for group in groups for kept in group.fsdp_params]
+    places = [(kept._module_info, kept) for group in _parameter_groups(model) for kept in group.fsdp_params]
     return {(place.module, place.param_name): kept for place, kept in places}
 
 

@@ -66,18 +66,16 @@ def stream(
         end()
         on_step()
 
-    def make_calls() -> None:
-        while begun and not isinstance(begun[0][0], Read):
-            end_oldest()
+    def must_end_one() -> bool:
+        is_call = begun and not isinstance(begun[0][0], Read)
+        return is_call or len(begun) >= STEPS_AHEAD or not buffers
 
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for step in steps:
                 begun.append((step, begin(step) if isinstance(step, Read) else step))
-                make_calls()
-                while len(begun) >= STEPS_AHEAD or not buffers:
+                while must_end_one():
                     end_oldest()
-                    make_calls()
             while begun:
                 end_oldest()
         except BaseException:

@@ -35,7 +35,7 @@ def test_run_resolves(plan):
 
 def test_runs_are_chosen_by_name_or_by_their_words():
     def names(*only: str) -> list[str]:
-        return [tiers.name_of(plan) for plan in tiers.choose(PLANS, list(only), tiers.SCRIPTS)]
+        return [tiers.name_of(plan) for plan in tiers.choose(PLANS, list(only), ["load"])]
 
     assert names("llama3_8b_qlora single_gpu") == ["llama3_8b_qlora single_gpu"]
     assert len(names("llama3_8b_qlora sweep")) == 4 and all(
