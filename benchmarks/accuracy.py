@@ -86,9 +86,9 @@ def page() -> str:
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
         "last columns are what the whole model takes on as many GPUs: **extrapolated** in a straight line through the "
-        "runs above, and predicted. Full fine-tuning's line is too low: its two runs peak at different moments of a "
-        "step, and where the whole model peaks each layer adds more. Host RAM of these short runs is not held against "
-        "`plan`: the ranks' peaks need not meet.",
+        "run and the one above, and predicted. Full fine-tuning with 2 layers peaks at another moment of a step than "
+        "with more, so the first line is too low. Host RAM of these short runs is not held against `plan`: the ranks' "
+        "peaks need not meet.",
         _fewer_layers_table(),
         "## Tiers that were not measured",
         "Two training steps of one rank on fake tensors, fitune's own model code and sharding under PyTorch's "

@@ -21,6 +21,8 @@ from fitune.output_folder import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
+FALLS_GIB = 0.05
+"Less than this in a second is the machine's own coming and going."
 AFTER_FIRST = "after_first_checkpoint.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel")
 
@@ -31,7 +33,7 @@ class Watcher(threading.Thread):
     def __init__(self):
         super().__init__(daemon=True)
         self.stopped = threading.Event()
-        self.gpu_before, self.host_before = _gpu_used(), _host_used()
+        self.gpu_before, self.host_before = _used_at_rest()
         self.gpu_peak = self.host_peak = 0.0
         self.gpu_peak_of: dict[int, float] = {}
         "By process; empty where the driver does not tell."
@@ -51,6 +53,17 @@ class Watcher(threading.Thread):
     def stop(self):
         self.stopped.set()
         self.join()
+
+
+def _used_at_rest(seconds: int = 20) -> tuple[float, float]:
+    """GiB in use on all GPUs and in the machine, once what ended before has given its memory back."""
+    used = _gpu_used(), _host_used()
+    for _ in range(seconds):
+        time.sleep(1)
+        earlier, used = used, (_gpu_used(), _host_used())
+        if all(before - now < FALLS_GIB for before, now in zip(earlier, used, strict=True)):
+            break
+    return used
 
 
 def _host_used() -> float:

@@ -165,7 +165,7 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
         f"base.model={work / '8b-nf4'}", "--set", f"data.prepared={work / 'data'}", "--set", "max_length=1536",
     ]  # fmt: skip
     pytest = ["-m", "pytest", "-n", "3", "-q", "-p", "no:cacheprovider"]
-    tests = [*pytest, "-rP", "-m", "gpu", "tests/test_gpu.py"]
+    tests = [*pytest, "-rA", "-m", "gpu", "tests/test_gpu.py"]
     loading_tests = [*pytest, "tests/test_sharding.py", "tests/weights"]
     loading = [
         "benchmarks/load.py", work / "70b-nf4", load, "--commit", options.commit, "--recipe", "llama3_70b_qlora",
@@ -182,7 +182,8 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
 def script(arguments: list, **environment: str) -> dict:
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    return {"ok": done.returncode == 0, "outcome": (done.stdout + done.stderr)[-3000:]}
+    told = done.stdout + (done.stderr if done.returncode else "")
+    return {"ok": done.returncode == 0, "outcome": told[-6000:]}
 
 
 def prepare(options: argparse.Namespace, checkpoints: set[str]) -> None:

@@ -121,3 +121,11 @@ def test_the_worst_rank_is_the_one_with_most_on_its_gpu():
     assert tier_run.worst_rank(ranks, told) == (11.0, 2.0)
     untold = SimpleNamespace(gpu_peak_of={}, gpu_peak=21.5)
     assert tier_run.worst_rank(ranks, untold) == (11.0, 1.5), "the mean of what lies outside the allocators"
+
+
+def test_what_a_run_took_is_counted_from_a_machine_at_rest(monkeypatch):
+    host = iter([9.0, 7.0, 5.0, 4.98, 1.0])
+    monkeypatch.setattr(tier_run, "_host_used", lambda: next(host))
+    monkeypatch.setattr(tier_run, "_gpu_used", lambda: 0.5)
+    monkeypatch.setattr(tier_run.time, "sleep", lambda _: None)
+    assert tier_run._used_at_rest() == (0.5, 4.98)
