@@ -37,14 +37,13 @@ def runs_of_fewer_layers() -> list[dict]:
 
 
 def setup_of_measured(entry: dict) -> Setup:
-    """The run as its command line describes it, but for the checkpoint's and the data's folders."""
+    """The run as its command line described it then, but for the checkpoint's and the data's folders."""
     sets = [value for flag, value in pairwise(entry["command"].split()) if flag == "--set"]
-    sets = tuple(item for item in sets if not item.startswith(("base.model=", "data.prepared=")))
-    run = runs.resolve(entry["recipe"], entry["profile"], sets)
-    as_measured = ("micro_batch", "activation_checkpointing", "activation_offload")
-    profile = run.profile.model_copy(update={key: entry[key] for key in as_measured})
-    shape = replace(find_shape(run.recipe.base.model), layers=entry["layers"])
-    return setup_of(run.model_copy(update={"profile": profile}), shape)
+    sets = [item for item in sets if not item.startswith(("base.model=", "data.prepared="))]
+    as_measured = ("micro_batch", "activation_checkpointing", "activation_offload")  # the profile may have changed
+    sets += [f"profile.{key}={entry[key]}" for key in as_measured]
+    run = runs.resolve(entry["recipe"], entry["profile"], tuple(sets))
+    return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
 
 
 def gpu_needs_gib(entry: dict) -> float:

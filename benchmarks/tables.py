@@ -1,4 +1,6 @@
-"""Writes the tables of tiers in README.md and docs/memory.md from benchmarks/results/*.json, between their marks.
+"""Writes what the tiers measured, benchmarks/results/*.json, where it is published.
+
+The tables in README.md and docs/memory.md, between their marks, and `expected:` at the end of each memory profile.
 
 python benchmarks/tables.py [--check]
 """
@@ -48,9 +50,17 @@ def is_whole(entry: dict) -> bool:
     return entry["layers"] == whole_shape(entry).layers
 
 
+def is_as_profiled(entry: dict) -> bool:
+    """Whether a run had its profile's settings: of a sweep's runs the winner. Other labels say what is different."""
+    profile = runs.resolve(entry["recipe"], entry["profile"]).profile
+    settings = ("micro_batch", "activation_checkpointing", "activation_offload")
+    same = all(entry[name] == getattr(profile, name) for name in settings)
+    return same and entry.get("label", "sweep").startswith("sweep")
+
+
 def newest_tiers() -> list[dict]:
-    """The last measurement of each whole model on each tier as its profile is, by recipe and memory."""
-    as_profiled = [run for run in measured_tiers() if is_whole(run) and "label" not in run]
+    """The last measurement of each whole model on each tier as its profile is now, by recipe and memory."""
+    as_profiled = [run for run in measured_tiers() if is_whole(run) and is_as_profiled(run)]
     newest = {(run["recipe"], run["profile"]): run for run in as_profiled}
     return sorted(newest.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
 
@@ -90,6 +100,25 @@ def table_of_2024() -> str:
     return "\n".join(lines)
 
 
+def sweep_table() -> str:
+    """Micro batches of a tier, measured one after the other."""
+    lines = [
+        "| recipe | profile | micro batch | checkpointed | GiB per GPU | tokens/s per GPU | of micro batch 1's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    one_row: dict[str, float] = {}
+    for run in measured_tiers():
+        if run.get("label", "").startswith("sweep"):
+            speed = run["tokens_per_second_per_gpu"]
+            first = one_row.setdefault(f"{run['recipe']} {run['profile']}", speed)
+            lines.append(
+                f"| `{run['recipe']}` | `{run['profile']}` | {run['micro_batch']} "
+                f"| {'yes' if run['activation_checkpointing'] else 'no'} | {run['peak_gpu_gib']:.1f} | {speed:,.0f} "
+                f"| {speed / first:.0%} |"
+            )
+    return "\n".join(lines)
+
+
 def with_table(text: str, name: str, table: str) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
     head, rest = text.split(f"<!-- {name} -->")
@@ -97,14 +126,36 @@ def with_table(text: str, name: str, table: str) -> str:
     return f"{head}<!-- {name} -->\n{table}\n<!-- /{name} -->{tail}"
 
 
+def with_expected(text: str, measured: list[dict]) -> str:
+    """A memory profile's text with `expected:`, its last key, as measured."""
+    head, _, _ = text.partition("expected:\n")
+    lines = [
+        f"  {run['recipe']}: {{peak_gpu_gib: {run['peak_gpu_gib']}, peak_host_gib: {run['peak_host_gib']}, "
+        f"source: measured {run['date']} {run['commit']}}}\n"
+        for run in sorted(measured, key=lambda run: run["recipe"])
+    ]
+    return "".join([head, *(["expected:\n"] if lines else []), *lines])
+
+
+def published() -> dict[Path, str]:
+    """Each page and profile as it should be."""
+    memory = with_table(MEMORY.read_text(encoding="utf-8"), "2024", table_of_2024())
+    texts = {
+        README: with_table(README.read_text(encoding="utf-8"), "tiers", tier_table()),
+        MEMORY: with_table(memory, "micro batches", sweep_table()),
+    }
+    for file in sorted(runs.PROFILES.glob("*.yaml")):
+        measured = [run for run in newest_tiers() if run["profile"] == file.stem]
+        texts[file] = with_expected(file.read_text(encoding="utf-8"), measured)
+    return texts
+
+
 def main() -> None:
-    for page, name, table in ((README, "tiers", tier_table), (MEMORY, "2024", table_of_2024)):
-        old = page.read_text(encoding="utf-8")
-        new = with_table(old, name, table())
+    for file, text in published().items():
         if "--check" not in sys.argv:
-            page.write_text(new, encoding="utf-8")
-        elif old != new:
-            sys.exit(f"{page}'s table is out of date: run make bench")
+            file.write_text(text, encoding="utf-8")
+        elif file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{file} is out of date: run make bench")
 
 
 if __name__ == "__main__":

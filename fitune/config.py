@@ -1,7 +1,7 @@
 """The typed contents of recipes and memory profiles: each knob once, with its meaning, unit and limits."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -136,8 +136,8 @@ class Profile(Strict):
     "RAM of one machine."
     fits: dict[str, list[Method]]
     "Methods by model size, as it appears in recipe names: `70b: [qlora]`."
-    micro_batch: PositiveInt
-    "Rows per process and forward pass."
+    micro_batch: PositiveInt | dict[str, PositiveInt]
+    "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: 8}`. A run has one number."
     activation_checkpointing: bool = True
     "Keep one activation per layer and recompute the rest in the backward pass."
     activation_offload: bool = False
@@ -153,9 +153,26 @@ class Profile(Strict):
             raise ValueError("gpu_memory_gib is missing: a profile with GPUs says how much memory each has")
         return self
 
+    @model_validator(mode="after")
+    def _micro_batch_is_there_for_each_size(self):
+        if isinstance(self.micro_batch, dict) and set(self.micro_batch) != set(self.fits):
+            raise ValueError(f"micro_batch: give one number, or one for each size in 'fits': {', '.join(self.fits)}")
+        return self
+
     @property
     def methods(self) -> set[str]:
         return {method for methods in self.fits.values() for method in methods}
+
+    def sizes_of(self, recipe_name: str) -> list[str]:
+        """The sizes in `fits` that a recipe's name has."""
+        return [size for size in self.fits if size in recipe_name.split("_")]
+
+    def for_recipe(self, recipe_name: str) -> Self:
+        """The profile with one micro batch: that of the size in the recipe's name, else the smallest."""
+        if isinstance(self.micro_batch, int):
+            return self
+        sizes = self.sizes_of(recipe_name) or self.micro_batch
+        return self.model_copy(update={"micro_batch": min(self.micro_batch[size] for size in sizes)})
 
 
 class AccelerateConfig(Strict):

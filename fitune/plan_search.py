@@ -107,7 +107,7 @@ def _preference(plan: Plan) -> tuple[bool, float]:
 def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False):
     """(profile name, run) of a recipe with every shipped profile that is meant for it."""
     for name in runs.names(runs.PROFILES):
-        profile = runs.load_profile(name, overrides)
+        profile = runs.load_profile(name, overrides).for_recipe(recipe_name)
         if any_method or runs.goes_with(recipe_name, recipe, profile):
             config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
             accelerate = read_accelerate_config(config)

@@ -84,16 +84,16 @@ def load_profile(name: str, overrides: dict | None = None) -> Profile:
 
 def goes_with(recipe_name: str, recipe: Recipe, profile: Profile) -> bool:
     """Whether a profile is meant for a recipe: its method, at the size in the recipe's name."""
-    return any(size in recipe_name.split("_") and recipe.method in methods for size, methods in profile.fits.items())
+    return any(recipe.method in profile.fits[size] for size in profile.sizes_of(recipe_name))
 
 
 def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
     """The run that a recipe, a profile, `--set` flags and an output folder describe. Raises UsageError."""
     recipe_overrides, profile_overrides = parse_sets(sets)
     recipe = load_recipe(recipe_name, recipe_overrides)
-    profile = load_profile(profile_name, profile_overrides)
-    accelerate = read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
     recipe_stem, profile_stem = Path(recipe_name).stem, Path(profile_name).stem
+    profile = load_profile(profile_name, profile_overrides).for_recipe(recipe_stem)
+    accelerate = read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
     _check_pair(recipe_stem, recipe, profile_stem, profile, accelerate)
     return Run(
         fitune=__version__,

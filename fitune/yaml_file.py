@@ -55,22 +55,36 @@ def parse(model: type[Model], data: dict, source: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_describe(error, model, source)) from None
+        raise UsageError(_describe(error, model, data, source)) from None
 
 
-def _describe(error: ValidationError, model: type[BaseModel], source: str) -> str:
+def _describe(error: ValidationError, model: type[BaseModel], data: dict, source: str) -> str:
+    found = [(_keys(entry, data), entry) for entry in error.errors()]
     # a misspelt key is also a missing one: the spelling is the better thing to say
-    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    keys, _ = min(found, key=lambda one: one[1]["type"] != "extra_forbidden")
+    # where one of several types may stand, the error deepest inside is of the type that was meant
+    keys, first = max((one for one in found if one[0][: len(keys)] == keys), key=lambda one: len(one[0]))
+    others = len({tuple(other) for other, _ in found if keys[: len(other)] != other})
+    key = ".".join(map(str, keys))
+    more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        owner = _model_at(model, first["loc"][:-1])
-        return f"{source}: unknown key '{key}'{nearest(first['loc'][-1], owner.model_fields if owner else ())}{more}"
+        owner = _model_at(model, keys[:-1])
+        return f"{source}: unknown key '{key}'{nearest(keys[-1], owner.model_fields if owner else ())}{more}"
     if first["type"] == "missing":
         return f"{source}: key '{key}' is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
     return f"{source}: {key + ': ' if key else ''}{message}{given if key else ''}{more}"
+
+
+def _keys(entry: dict, data) -> list[str | int]:
+    """Where an error is in the file: pydantic's location without the types it tried there."""
+    keys = []
+    for part in entry["loc"]:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]
+            keys.append(part)
+    return [*keys, entry["loc"][-1]] if entry["type"] == "missing" else keys
 
 
 def _model_at(model: type[BaseModel], location) -> type[BaseModel] | None:

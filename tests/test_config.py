@@ -98,6 +98,24 @@ def test_files_resolve_to_a_run(write, tmp_path):
     assert runs.load(moved) == run.model_copy(update={"output_dir": str(moved)})
 
 
+@pytest.mark.parametrize(
+    ("recipe_name", "sets", "rows"),
+    [
+        ("my_8b_chat", (), 4),
+        ("my_70b", (), 1),
+        ("mine", (), 1),
+        ("my_8b_chat", ("profile.micro_batch=2",), 2),
+        ("my_8b_chat", ("profile.micro_batch.8b=2",), 2),
+    ],
+)
+def test_a_profile_has_one_micro_batch_for_all_or_one_for_each_size(recipe_name, sets, rows, write):
+    by_size = "  70b: [qlora]\nmicro_batch: {70b: 1, 8b: 4}"
+    paths = write("profile", "micro_batch: 2", by_size)
+    recipe = paths["recipe"].rename(paths["recipe"].with_name(f"{recipe_name}.yaml"))
+    run = resolve(str(recipe), str(paths["profile"]), sets)
+    assert (run.profile.micro_batch, run.gradient_accumulation_steps) == (rows, 4 // rows)
+
+
 MISTAKES = {
     # what is wrong: file, text, its replacement, what the message must say beside the file
     "unknown key": ("recipe", "max_length", "max_lenght", ["'max_lenght'", "did you mean 'max_length'?"]),
@@ -125,6 +143,9 @@ MISTAKES = {
     "unknown method": ("recipe", "method: qlora", "method: qlorra", ["method", "'qlora'", "'qlorra'"]),
     "no GPU memory": ("profile", "gpu_memory_gib: 24\n", "", ["gpu_memory_gib is missing"]),
     "unknown method in a profile": ("profile", "[qlora, lora]", "[dora]", ["fits.8b.0", "'dora'"]),
+    "micro batch as text": ("profile", "micro_batch: 2", "micro_batch: two", ["yaml: micro_batch: ", "not 'two'"]),
+    "micro batch of none for a size": ("profile", "ch: 2", "ch: {8b: 0}", ["yaml: micro_batch.8b: ", "greater than 0"]),
+    "micro batch of unknown size": ("profile", "ch: 2", "ch: {8b: 1, 7b: 2}", ["each size in 'fits': 8b"]),
     "quoted true": ("accelerate", "offload_params: true", "offload_params: 'true'", ["offload_params", "bool"]),
     "fp16": ("accelerate", "mixed_precision: bf16", "mixed_precision: fp16", ["mixed_precision", "'bf16'", "'fp16'"]),
     "processes as text": ("accelerate", "num_processes: 2", "num_processes: two", ["num_processes", "'two'"]),

@@ -79,7 +79,7 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
 def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_path):
     """As in `make demo` on the CPU, where the training loss goes from 8 to 0.2."""
     base, data, run = (tmp_path / name for name in ("base", "data", "run"))
-    sets = [f"base.model={base}", f"data.prepared={data}", "training.logging_steps=1", *extra]
+    sets = [f"base.model={base}", f"data.prepared={data}", "profile.micro_batch=1", "training.logging_steps=1", *extra]
     flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
     for command in (
         ["-m", "fitune.tiny", base],
@@ -99,8 +99,8 @@ def test_out_of_memory_is_one_line_with_a_way_out(checkpoint, tmp_path):
     rows = ["--dataset", "examples/instructions/instructions.jsonl", "--tokenizer", TOKENIZER, "--template", "plain"]
     prepared = call(["cli.py", "prepare", *rows, "--output", data])
     assert prepared.returncode == 0, prepared.stderr
-    sets = [f"base.model={checkpoint}", f"data.prepared={data}", "global_batch_size=2", "training.report_to=none"]
-    flags = [part for item in sets for part in ("--set", item)]
+    sets = [f"base.model={checkpoint}", f"data.prepared={data}", "global_batch_size=2", "profile.micro_batch=1"]
+    flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
     command = ["cli.py", "train", "llama3_8b_qlora", "--profile", "single_gpu", "--output", tmp_path / "run", *flags]
     done = call([*command, "--force"], cap_gib=2.7)
     print(done.stderr[-600:])
