@@ -74,6 +74,16 @@ def uneven_base(tmp_path_factory) -> Path:
     return build_base(folder, vocab_size=509, hidden_size=64, intermediate_size=320, max_shard_bytes=100_000)
 
 
+@pytest.fixture(scope="session")
+def larger_base(tmp_path_factory) -> Path:
+    """62 M parameters in four layers, 118 MiB in bfloat16: enough to see in a process's memory."""
+    from fitune.tiny import build_tiny_base
+
+    folder = tmp_path_factory.mktemp("models") / "larger"
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
+    return build_tiny_base(folder, texts=["a text"], vocab_size=300, **sizes)
+
+
 @pytest.fixture
 def plain_linear4bit(monkeypatch):
     """bitsandbytes' Linear4bit as it computes everywhere but in evaluation on CPUs with AVX512-BF16.

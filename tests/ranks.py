@@ -5,6 +5,7 @@ the first time. The rendezvous store lives in the test process on a port the sys
 cannot meet.
 """
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -72,6 +73,15 @@ def train_here(run: Run) -> None:
     """Trains `run` on the ranks that call this together."""
     run.folder.mkdir(parents=True, exist_ok=True)
     train(run)
+
+
+def memory_mib(key: str, *, forget_peak: bool = False) -> float:
+    """MiB that this process holds (VmRSS), or held at most (VmHWM) since a call that forgot the peak (Linux)."""
+    if forget_peak:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free would hide what is taken from it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def _run(function: Callable, args: tuple, places: list[dict[str, str]], timeout: float) -> list[Any]:
