@@ -3,8 +3,8 @@
     python benchmarks/same_losses.py OUTPUT.json --recipe llama3_8b_qlora --reference single_gpu \
         --compare fsdp_offload_1x24gb fsdp_4x24gb fsdp_offload_4gpu --set base.model=FOLDER --set data.prepared=FOLDER
 
-The reference runs twice: how far these two are apart is the noise that the others are held against. Dropout is off, it
-draws other numbers on other ranks. On few big GPUs, --cap-gib lets the ranks share them, and all runs train at once.
+The reference runs several times: how far these are apart is the noise that the others are held against. Dropout is off,
+it draws other numbers on other ranks. On few big GPUs, --cap-gib lets the ranks share them, and all runs train at once.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 from tier_run import about
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--reference", required=True, metavar="PROFILE")
     parser.add_argument("--compare", nargs="+", required=True, metavar="PROFILE")
+    parser.add_argument("--repeats", type=int, default=2, help="further runs of the reference")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--global-batch-size", type=int, default=4)
     parser.add_argument("--cap-gib", type=float, help="torch's memory per rank, where ranks share one GPU")
@@ -60,15 +62,18 @@ def main() -> None:
     options = parser.parse_args()
     result = {"benchmark": "same losses", "recipe": options.recipe, "steps": options.steps, "runs": {}}
     result |= about(options.commit) | {"command": " ".join(["python", *sys.argv])}
-    runs = {"reference": options.reference, "repeated": options.reference}
-    runs |= {profile: profile for profile in options.compare if profile not in runs}
+    identical = ["reference", *(f"repeated-{number + 1}" for number in range(options.repeats))]
+    runs = dict.fromkeys(identical, options.reference) | {profile: profile for profile in options.compare}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(runs) if options.cap_gib else 1) as pool:
-        curves = {label: pool.submit(train, options, profile, Path(folder) / label) for label, profile in runs.items()}
-    reference = curves["reference"].result()
-    for label, profile in runs.items():
-        curve = curves[label].result()
-        result["runs"][label] = {"profile": profile, "furthest": furthest(curve, reference), "curve": curve}
-        print(label, profile, result["runs"][label]["furthest"], curve[0], curve[-1], flush=True)
+        trained = {label: pool.submit(train, options, profile, Path(folder) / label) for label, profile in runs.items()}
+    curves = {label: run.result() for label, run in trained.items()}
+    for label, curve in curves.items():
+        distance = furthest(curve, curves["reference"])
+        result["runs"][label] = {"profile": runs[label], "furthest": distance, "curve": curve}
+        print(label, runs[label], distance, curve[0], curve[-1], flush=True)
+    noise = [furthest(curves[one], curves[other]) for one, other in combinations(identical, 2)]
+    result["noise"] = {metric: max(pair[metric] for pair in noise) for metric in METRICS} if noise else None
+    print("noise of identical runs", result["noise"], flush=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -172,7 +172,7 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
         "--profile", "fsdp_1x48gb",
     ]  # fmt: skip
     beside = [
-        Task("same-losses", 320, lambda: script(same_losses), 38, every),
+        Task("same-losses", 400, lambda: script(same_losses), 56, every),
         Task("tests", 250, lambda: script(tests, CUDA_VISIBLE_DEVICES="0"), 40, every[:1]),
         Task("loading-tests", 150, lambda: script(loading_tests, CUDA_VISIBLE_DEVICES="")),
     ]
