@@ -8,7 +8,7 @@ answer token, and every row to be full.
 
 from dataclasses import dataclass
 
-from fitune.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, READ_BUFFERS, Setup
+from fitune.sizes import BF16, CHUNK_BYTES, FP32, GIB, NF4, NF4_STATISTICS, READ_BUFFERS, Setup
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     not_yet = 0.0 if s.offload or s.accumulated_on_gpu else s.last_gradients
     stepping = {**_resident(s), "gradients": s.gradients * (not s.offload), **fixed}
     return {
-        "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS},
+        "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
         "forward, gathering the head": {
             **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
         "forward, loss": {

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from fitune.checkpoint import Checkpoint
+from fitune.sizes import CHUNK_BYTES, READ_BUFFERS
 
-CHUNK_BYTES = 64 * 2**20
-BUFFERS = 4
-"256 MiB of host RAM, half a layer of the 70B model in NF4."
 THREADS = 8
 STEPS_AHEAD = 64
 "Enough that small reads never leave the disk idle."
@@ -44,7 +42,7 @@ def stream(
     A call follows the read before it at once: ranks meet in some, and none may wait for what another has yet to begin.
     Pinned buffers let the copy to a GPU run at the link's speed.
     """
-    buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(BUFFERS)]
+    buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(READ_BUFFERS)]
     begun: deque[tuple[Step, Callable[[], None]]] = deque()
 
     def begin(read: Read) -> Callable[[], None]:

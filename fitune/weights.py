@@ -23,7 +23,8 @@ from fitune.errors import FituneError
 from fitune.model import decoder
 from fitune.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.sharding import fsdp_parameters, local_rows, pad
-from fitune.streaming import CHUNK_BYTES, PIN_FROM_BYTES, Read, Step, pin_in_place, stream
+from fitune.sizes import CHUNK_BYTES
+from fitune.streaming import PIN_FROM_BYTES, Read, Step, pin_in_place, stream
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 STATISTICS = (QUANT_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -59,7 +59,7 @@ def test_many_small_reads_leave_buffers_filling_and_no_more_than_there_are(monke
     disk = Disk({number: 0.1 for number in big})
     stream(disk, steps, pin_memory=False)
     buffered = [len(together & set(big)) for together in disk.together]
-    assert max(buffered) == streaming.BUFFERS
+    assert max(buffered) == streaming.READ_BUFFERS
     assert all(kept[number].item() == number for number in range(60) if number not in big)
 
 
@@ -71,7 +71,7 @@ def test_a_call_behind_a_read_waits_for_no_later_step():
         for number in range(20):
             yield Read(str(number), 0, 1, consume=lambda data: None)
             yield lambda number=number: called.append(number)
-            in_flight = streaming.BUFFERS - 1
+            in_flight = streaming.READ_BUFFERS - 1
             assert len(called) >= number + 1 - in_flight
 
     stream(Disk({}), steps(), pin_memory=False)
