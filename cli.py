@@ -204,7 +204,9 @@ def train(
 
     SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
     """
-    profile = profile or _profile_for_this_machine(recipe, sets)
+    if profile is None:
+        profile, changes = _profile_for_this_machine(recipe, sets)
+        sets += changes
     run = runs.resolve(recipe, profile, sets, output)
     if dry_run:
         click.echo(runs.dump(run), nl=False)
@@ -351,13 +353,16 @@ def _run_and_result(folder: Path):
     return run, result
 
 
-def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> str:
+def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """A profile's name, and the `--set` with which it fits."""
     from fitune.hardware import this_machine
-    from fitune.plan_search import find_profile
+    from fitune.plan_search import find_profile, unlike_profile
 
-    name = find_profile(recipe, sets, this_machine()).run.profile_name
-    click.echo(f"profile: {name}, the fastest that fits this machine (see: python cli.py plan {recipe})")
-    return name
+    run = find_profile(recipe, sets, this_machine()).run
+    changes = unlike_profile(run)
+    flags = "".join(f" --set {item}" for item in changes)
+    click.echo(f"profile: {run.profile_name}{flags}, the fastest that fits this machine (see: cli.py plan {recipe})")
+    return run.profile_name, changes
 
 
 def _launch_line(run, module: str) -> str:

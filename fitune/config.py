@@ -119,7 +119,7 @@ class Expectation(Strict):
     peak_host_gib: PositiveFloat | None = None
     "Whole machine."
     source: str
-    "`measured DATE COMMIT` or `estimated`."
+    "`measured DATE COMMIT`; benchmarks/tables.py writes it."
 
 
 class Profile(Strict):
@@ -155,8 +155,11 @@ class Profile(Strict):
 
     @model_validator(mode="after")
     def _micro_batch_is_there_for_each_size(self):
-        if isinstance(self.micro_batch, dict) and set(self.micro_batch) != set(self.fits):
-            raise ValueError(f"micro_batch: give one number, or one for each size in 'fits': {', '.join(self.fits)}")
+        if isinstance(self.micro_batch, dict) and (not self.fits or set(self.micro_batch) != set(self.fits)):
+            raise ValueError(
+                f"micro_batch of {', '.join(self.micro_batch) or 'nothing'}: give one number, or one for each size "
+                f"in 'fits': {', '.join(self.fits)}"
+            )
         return self
 
     @property
@@ -203,6 +206,12 @@ class Run(Strict):
     gradient_accumulation_steps: PositiveInt
     "Derived: global batch / (micro batch x processes)."
     resume: bool = False
+
+    @model_validator(mode="after")
+    def _micro_batch_is_one_number(self):
+        if isinstance(self.profile.micro_batch, dict):
+            raise ValueError("profile.micro_batch: a run has one number")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ from fitune.hardware import MACHINE_NETWORK_GB_S, GpuModel, Machine, likely_mode
 from fitune.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak, merge_host
 from fitune.model_shapes import ModelShape, find_shape, has_weights
 from fitune.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
+from fitune.yaml_file import parse
 
 GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
 ERROR = 0.05
@@ -246,7 +247,7 @@ def run_on(machine: Machine, recipe_name: str, sets: tuple[str, ...]) -> Run:
         "gpu_memory_gib": machine.gpu_memory_gib, "host_memory_gib": machine.host_total_gib,
         "fits": {"any": [recipe.method]}, "micro_batch": 1,
     }  # fmt: skip
-    profile = Profile.model_validate(values | profile_overrides)
+    profile = parse(Profile, values | profile_overrides, "--set").for_recipe(Path(recipe_name).stem)
     return Run(
         fitune=__version__, recipe_name=Path(recipe_name).stem, profile_name=f"{gpus} x {machine.gpu_memory_gib:g} GiB",
         output_dir="runs", recipe=recipe, profile=profile,

@@ -71,9 +71,9 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     """Changes worth trying, what costs least speed first, as they are typed and as they act."""
     setup, run = plan.setup, plan.run
     changes = []
-    for rows in range(setup.micro_batch - 1, 0, -1):
-        passes, rest = divmod(run.recipe.global_batch_size, rows * setup.ranks)
-        if not rest:
+    for rows in reversed(runs.exact_micro_batches(run.recipe, run.accelerate)):
+        if rows < setup.micro_batch:
+            passes = run.recipe.global_batch_size // (rows * setup.ranks)
             changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
     if not setup.checkpointing:
         changes.append(("--set profile.activation_checkpointing=true", {"checkpointing": True}))
@@ -90,12 +90,13 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
 def _profiles_that_fit(plan: Plan) -> list[str]:
     """Shipped profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
     found = []
-    for name, run in _runs_of(plan.run.recipe_name, plan.run.recipe):
-        if name != plan.run.profile_name and run.accelerate.num_machines == 1:
-            other = make_plan(run, plan.limits, search=False)
+    for candidates in _runs_of(plan.run.recipe_name, plan.run.recipe):
+        if candidates[0].profile_name != plan.run.profile_name and candidates[0].accelerate.num_machines == 1:
+            other = _first_that_fits(candidates, plan.limits)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
-                found.append((*_preference(other), name))
-    return [f"--profile {name}" for *_, name in sorted(found, reverse=True)]
+                flags = "".join(f" --set {item}" for item in unlike_profile(other.run))
+                found.append((*_preference(other), f"--profile {other.run.profile_name}{flags}"))
+    return [flags for *_, flags in sorted(found, reverse=True)]
 
 
 def _preference(plan: Plan) -> tuple[bool, float]:
@@ -105,29 +106,59 @@ def _preference(plan: Plan) -> tuple[bool, float]:
 
 
 def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False):
-    """(profile name, run) of a recipe with every shipped profile that is meant for it."""
+    """The runs of a recipe with every shipped profile that is meant for it: at its micro batch, then at smaller ones.
+
+    A micro batch in `overrides` is the only one.
+    """
     for name in runs.names(runs.PROFILES):
+        if not any_method and not runs.goes_with(recipe_name, recipe, runs.load_profile(name)):
+            continue
         profile = runs.load_profile(name, overrides).for_recipe(recipe_name)
-        if any_method or runs.goes_with(recipe_name, recipe, profile):
-            config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
-            accelerate = read_accelerate_config(config)
-            rows = profile.micro_batch * accelerate.num_processes
-            yield name, Run(
-                fitune="", recipe_name=recipe_name, profile_name=name, output_dir="", recipe=recipe, profile=profile,
-                accelerate=accelerate, gradient_accumulation_steps=max(1, -(-recipe.global_batch_size // rows)),
-            )  # fmt: skip
+        config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
+        accelerate, most = read_accelerate_config(config), profile.micro_batch
+        exact = [rows for rows in runs.exact_micro_batches(recipe, accelerate) if rows <= most]
+        given = [most] if not exact or "micro_batch" in (overrides or {}) else exact[::-1]
+        yield [
+            Run(
+                fitune="", recipe_name=recipe_name, profile_name=name, output_dir="", recipe=recipe,
+                profile=profile.model_copy(update={"micro_batch": rows}), accelerate=accelerate,
+                gradient_accumulation_steps=-(-recipe.global_batch_size // (rows * accelerate.num_processes)),
+            )
+            for rows in given
+        ]  # fmt: skip
+
+
+def _first_that_fits(candidates: list[Run], limits: Limits, gpu: GpuModel | None = None) -> Plan:
+    """The plan of the first run that fits, else of the last."""
+    for run in candidates:
+        plan = make_plan(run, limits, gpu, search=False)
+        if plan.fits:
+            break
+    return plan
+
+
+def unlike_profile(run: Run) -> tuple[str, ...]:
+    """What `--set` needs to make its shipped profile that of a run which was found."""
+    shipped = runs.load_profile(run.profile_name).for_recipe(run.recipe_name).micro_batch
+    rows = run.profile.micro_batch
+    return () if rows == shipped else (f"profile.micro_batch={rows}",)
 
 
 def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None) -> Plan:
-    """The plan of the fastest shipped profile that fits `machine`. Raises UsageError naming the nearest one."""
+    """The plan of the fastest shipped profile that fits `machine`, if need be at a smaller micro batch.
+
+    Raises UsageError naming the nearest one.
+    """
     overrides, profile_overrides = runs.parse_sets(sets)
     recipe = runs.load_recipe(recipe_name, overrides)
     stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
     gpu = gpu or (likely_model(machine.gpus[0].total_gib, machine.gpus[0].name) if machine.gpus else None)
-    plans = []
-    for _, run in _runs_of(stem, recipe, profile_overrides):
-        if run.accelerate.num_machines == 1:
-            plans.append(make_plan(run, limits_here(machine), gpu, search=False))
+    limits = limits_here(machine)
+    plans = [
+        _first_that_fits(candidates, limits, gpu)
+        for candidates in _runs_of(stem, recipe, profile_overrides)
+        if candidates[0].accelerate.num_machines == 1
+    ]
     if not plans:
         raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
     fitting = [plan for plan in plans if plan.fits]
@@ -160,21 +191,24 @@ def _shortfall(plan: Plan) -> str:
 
 
 def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
-    """Every shipped profile against every method for a recipe's model, at the profile's own micro batch."""
+    """Every shipped profile against every method for a recipe's model: its micro batch, or what fits of it."""
     recipe = runs.load_recipe(recipe_name, runs.parse_sets(sets)[0])
+    stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
     rows = {}
     for method in METHODS:
         lora = None if method == "full" else recipe.lora or Lora()
         variant = recipe.model_copy(update={"method": method, "lora": lora})
-        for name, run in _runs_of(recipe_name, variant, any_method=True):
+        for candidates in _runs_of(stem, variant, any_method=True):
+            run, name = candidates[0], candidates[0].profile_name
             if run.accelerate.use_cpu or (run.profile.embedding_offload and method == "full"):
                 continue
-            plan = make_plan(run, limits_of(run), search=False)
+            plan = _first_that_fits(candidates, limits_of(run))
             rows.setdefault(name, {"profile": name, "gpus": run.profile.num_gpus,
                                    "gpu_memory_gib": run.profile.gpu_memory_gib,
                                    "host_memory_gib": run.profile.host_memory_gib, "methods": {}})  # fmt: skip
             rows[name]["methods"][method] = {
                 "fits": plan.fits,
+                "micro_batch": plan.setup.micro_batch,
                 "peak_gpu_gib": round(gpu_peak(plan.setup).total / GIB, 1),
                 "peak_host_gib": round(host_peak(plan.setup) / GIB, 1),
                 "short_of": [verdict.resource for verdict in plan.verdicts if not verdict.fits],

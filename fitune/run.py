@@ -130,15 +130,17 @@ def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, acc
         )
 
 
+def exact_micro_batches(recipe: Recipe, accelerate: AccelerateConfig) -> list[int]:
+    """Rows per process and pass that make up the recipe's global batch with nothing over, ascending."""
+    batch, processes = recipe.global_batch_size, accelerate.num_processes
+    return [rows for rows in range(1, batch // processes + 1) if batch % (rows * processes) == 0]
+
+
 def _gradient_accumulation(recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> int:
     per_pass = profile.micro_batch * accelerate.num_processes
     steps, rest = divmod(recipe.global_batch_size, per_pass)
     if rest or not steps:
-        fitting = [
-            m
-            for m in range(1, recipe.global_batch_size + 1)
-            if recipe.global_batch_size % (m * accelerate.num_processes) == 0
-        ]
+        fitting = exact_micro_batches(recipe, accelerate)
         hint = (
             f"micro_batch {', '.join(map(str, fitting))} would be"
             if fitting
