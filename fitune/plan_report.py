@@ -13,7 +13,7 @@ from fitune.errors import UsageError
 from fitune.hardware import gpu_model, this_machine
 from fitune.memory import merge_host
 from fitune.plan import Plan, as_json, given_machine, limits_here, limits_of, make_plan, needed_disk, run_on
-from fitune.plan_search import METHODS, find_profile, matrix, way_out
+from fitune.plan_search import METHODS, find_profile, matrix, unlike_profile, way_out
 from fitune.sizes import GIB
 
 BAR = 32  # characters
@@ -35,8 +35,11 @@ def plan_command(
         plan = make_plan(run, limits_of(run), model, **options)
     else:
         machine = this_machine() if gpus is None else given_machine(gpus, gpu_memory, host_memory)
-        run = find_profile(recipe, sets, machine, model).run if find or gpus is None else run_on(machine, recipe, sets)
+        find = find or gpus is None
+        run = find_profile(recipe, sets, machine, model).run if find else run_on(machine, recipe, sets)
         plan = make_plan(run, limits_here(machine), model, **options)
+        if find and not in_json and (changes := unlike_profile(run)):
+            console.print(f"{run.profile_name} fits with --set {' --set '.join(changes)}:")
     return print(json.dumps(as_json(plan), indent=2)) if in_json else print_plan(plan, console)
 
 

@@ -1,6 +1,7 @@
 """`cli.py plan`: verdicts, the nearest change that fits, the matrix, bad input, and its place before `train`."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from fitune.errors import UsageError
 from fitune.hardware import GPU_MODELS, Gpu, Machine, _visible, gpu_model, likely_model, step_seconds
 from fitune.memory import disk, gpu_moments, gpu_peak, host_moments
 from fitune.model_shapes import LLAMA_3_FAMILY, find_shape
-from fitune.plan import Limits, given_machine, limits_of, make_plan, setup_of, steps_of
+from fitune.plan import Limits, given_machine, limits_of, make_plan, run_on, setup_of, steps_of
 from fitune.plan_search import (
     find_profile,
     fits,
@@ -25,6 +26,7 @@ from fitune.plan_search import (
     matrix,
     nearest_changes,
     refusal,
+    unlike_profile,
 )
 from fitune.sizes import GIB
 
@@ -194,6 +196,30 @@ def test_find_picks_the_fastest_profile_that_fits():
         find_profile("llama3_8b_qlora", (), Machine((), 64, 60))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sets", "gpus", "gib", "profile", "changes"),
+    [
+        ("llama3_8b_lora", (), 1, 48, "fsdp_1x48gb", ()),
+        ("llama3_8b_lora", (), 1, 24, "fsdp_1x48gb", ("profile.micro_batch=4",)),
+        ("llama3_8b_lora", (), 2, 16, "fsdp_2x40gb", ("profile.micro_batch=2",)),
+        ("llama3_8b_qlora", ("global_batch_size=4",), 1, 24, "single_gpu", ("profile.micro_batch=4",)),
+        ("llama3_8b_qlora", ("profile.micro_batch.8b=2",), 1, 24, "single_gpu", ("profile.micro_batch=2",)),
+    ],
+)
+def test_find_takes_fewer_rows_where_the_profiles_do_not_fit(recipe, sets, gpus, gib, profile, changes):
+    run = find_profile(recipe, sets, given_machine(gpus, gib, 64)).run
+    assert (run.profile_name, unlike_profile(run)) == (profile, changes)
+    run_as_told = runs.resolve(recipe, profile, sets + changes)
+    assert run_as_told.profile == run.profile
+    assert run_as_told.gradient_accumulation_steps == run.gradient_accumulation_steps
+
+
+def test_given_hardware_takes_a_micro_batch_by_size():
+    assert run_on(given_machine(1, 24, 64), "llama3_8b_qlora", ("profile.micro_batch.any=2",)).profile.micro_batch == 2
+    with pytest.raises(UsageError, match="--set: micro_batch of 8b: give one number"):
+        run_on(given_machine(1, 24, 64), "llama3_8b_qlora", ("profile.micro_batch.8b=2",))
+
+
 def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
     plan = make_plan(runs.resolve("llama3_8b_qlora", "single_gpu"), Limits(8, 16, 1), search=False)
     assert nearest_changes(plan)[-1] == "--profile single_gpu_8gb"
@@ -204,6 +230,13 @@ def test_the_matrix_has_every_profile_with_gpus_and_every_method():
     assert set(rows) == {name for name in runs.names(runs.PROFILES) if runs.load_profile(name).num_gpus}
     assert rows["fsdp_4x24gb"]["qlora"]["fits"] and not rows["fsdp_4x24gb"]["full"]["fits"]
     assert "GPU memory" in rows["fsdp_4x24gb"]["lora"]["short_of"]
+    assert rows["fsdp_4x48gb"]["qlora"]["micro_batch"] == 2
+    assert rows["fsdp_4x48gb"]["lora"]["fits"] and rows["fsdp_4x48gb"]["lora"]["micro_batch"] == 1
+
+
+def test_the_matrix_of_a_file_is_that_of_its_name(tmp_path):
+    file = shutil.copy(runs.RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine_8b.yaml")
+    assert matrix(str(file), ()) == matrix("llama3_8b_qlora", ())
 
 
 # Time
