@@ -51,16 +51,21 @@ def is_whole(entry: dict) -> bool:
 
 
 def is_as_profiled(entry: dict) -> bool:
-    """Whether a run had its profile's settings: of a sweep's runs the winner. Other labels say what is different."""
-    profile = runs.resolve(entry["recipe"], entry["profile"]).profile
+    """Whether a run had its profile's settings: of a sweep's runs the winner, if it had the recipe's batch as well.
+
+    Other labels say what is different.
+    """
+    run = runs.resolve(entry["recipe"], entry["profile"])
     settings = ("micro_batch", "activation_checkpointing", "activation_offload")
-    same = all(entry[name] == getattr(profile, name) for name in settings)
-    return same and entry.get("label", "sweep").startswith("sweep")
+    same = all(entry[name] == getattr(run.profile, name) for name in settings)
+    same_batch = entry["gradient_accumulation_steps"] == run.gradient_accumulation_steps
+    return same and ("label" not in entry or (entry["label"].startswith("sweep") and same_batch))
 
 
 def newest_tiers() -> list[dict]:
     """The last measurement of each whole model on each tier as its profile is now, by recipe and memory."""
     as_profiled = [run for run in measured_tiers() if is_whole(run) and is_as_profiled(run)]
+    as_profiled.sort(key=lambda run: (run["date"], "label" not in run))
     newest = {(run["recipe"], run["profile"]): run for run in as_profiled}
     return sorted(newest.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
 
@@ -106,16 +111,23 @@ def sweep_table() -> str:
         "| recipe | profile | micro batch | checkpointed | GiB per GPU | tokens/s per GPU | of micro batch 1's |",
         "|---|---|---|---|---|---|---|",
     ]
-    one_row: dict[str, float] = {}
-    for run in measured_tiers():
-        if run.get("label", "").startswith("sweep"):
-            speed = run["tokens_per_second_per_gpu"]
-            first = one_row.setdefault(f"{run['recipe']} {run['profile']}", speed)
-            lines.append(
-                f"| `{run['recipe']}` | `{run['profile']}` | {run['micro_batch']} "
-                f"| {'yes' if run['activation_checkpointing'] else 'no'} | {run['peak_gpu_gib']:.1f} | {speed:,.0f} "
-                f"| {speed / first:.0%} |"
-            )
+    sweeps = [run for run in measured_tiers() if run.get("label", "").startswith("sweep")]
+
+    def session(run: dict) -> tuple:
+        return tuple(run[key] for key in ("recipe", "profile", "gpu_name", "commit", "date"))
+
+    one_row = {
+        session(run): run["tokens_per_second_per_gpu"]
+        for run in sweeps
+        if run["micro_batch"] == 1 and run["activation_checkpointing"]
+    }
+    for run in sweeps:
+        speed, first = run["tokens_per_second_per_gpu"], one_row.get(session(run))
+        lines.append(
+            f"| `{run['recipe']}` | `{run['profile']}` | {run['micro_batch']} "
+            f"| {'yes' if run['activation_checkpointing'] else 'no'} | {run['peak_gpu_gib']:.1f} | {speed:,.0f} "
+            f"| {f'{speed / first:.0%}' if first else ''} |"
+        )
     return "\n".join(lines)
 
 
@@ -144,8 +156,9 @@ def published() -> dict[Path, str]:
         README: with_table(README.read_text(encoding="utf-8"), "tiers", tier_table()),
         MEMORY: with_table(memory, "micro batches", sweep_table()),
     }
+    newest = newest_tiers()
     for file in sorted(runs.PROFILES.glob("*.yaml")):
-        measured = [run for run in newest_tiers() if run["profile"] == file.stem]
+        measured = [run for run in newest if run["profile"] == file.stem]
         texts[file] = with_expected(file.read_text(encoding="utf-8"), measured)
     return texts
 

@@ -42,4 +42,4 @@ def test_saving_a_whole_model_takes_a_tensor_at_a_time(world_size, larger_base, 
     """Its largest tensor has 16 MiB, all 236, the optimizer's state twice that. Gathered whole: 120 MiB and more."""
     warm_up, run = (make_run(base, tmp_path, "full", processes=world_size) for base in (uneven_base, larger_base))
     for state, result in run_ranks(_growths, world_size, warm_up, run, tmp_path):
-        assert state < 24 and result < 90, (state, result)
+        assert state < 24 and result < 100, (state, result)
