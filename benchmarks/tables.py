@@ -140,7 +140,8 @@ def with_table(text: str, name: str, table: str) -> str:
 
 def with_expected(text: str, measured: list[dict]) -> str:
     """A memory profile's text with `expected:`, its last key, as measured."""
-    head, _, _ = text.partition("expected:\n")
+    head, _, old = text.partition("expected:\n")
+    assert all(line.startswith("  ") for line in old.splitlines()), "expected: is not the last key"
     lines = [
         f"  {run['recipe']}: {{peak_gpu_gib: {run['peak_gpu_gib']}, peak_host_gib: {run['peak_host_gib']}, "
         f"source: measured {run['date']} {run['commit']}}}\n"

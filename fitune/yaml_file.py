@@ -64,9 +64,10 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
     keys, _ = min(found, key=lambda one: one[1]["type"] != "extra_forbidden")
     # where one of several types may stand, the error deepest inside is of the type that was meant
     keys, first = max((one for one in found if one[0][: len(keys)] == keys), key=lambda one: len(one[0]))
-    others = len({tuple(other) for other, _ in found if keys[: len(other)] != other})
+    places = {tuple(other) for other, _ in found}
+    innermost = [place for place in places if not any(place == other[: len(place)] for other in places - {place})]
     key = ".".join(map(str, keys))
-    more = f" (and {others} more)" if others else ""
+    more = f" (and {len(innermost) - 1} more)" if len(innermost) > 1 else ""
     if first["type"] == "extra_forbidden":
         owner = _model_at(model, keys[:-1])
         return f"{source}: unknown key '{key}'{nearest(keys[-1], owner.model_fields if owner else ())}{more}"
@@ -84,7 +85,9 @@ def _keys(entry: dict, data) -> list[str | int]:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             data = data[part]
             keys.append(part)
-    return [*keys, entry["loc"][-1]] if entry["type"] == "missing" else keys
+    if entry["loc"][-1:] == ("[key]",):
+        return [*keys, entry["loc"][-2]]
+    return [*keys, entry["loc"][-1]] if entry["type"] in ("missing", "invalid_key") else keys
 
 
 def _model_at(model: type[BaseModel], location) -> type[BaseModel] | None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import tier_run, tiers
+from benchmarks import tables, tier_run, tiers
 from fitune import run as runs
 from fitune.memory import MEASURED, gpu_peak
 from fitune.model_shapes import find_shape
@@ -129,3 +129,39 @@ def test_what_a_run_took_is_counted_from_a_machine_at_rest(monkeypatch):
     monkeypatch.setattr(tier_run, "_gpu_used", lambda: 0.5)
     monkeypatch.setattr(tier_run.time, "sleep", lambda _: None)
     assert tier_run._used_at_rest() == (0.5, 4.98)
+
+
+def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
+    run = runs.resolve("llama3_8b_qlora", "single_gpu")
+    shape = find_shape(run.recipe.base.model)
+    shipped = {"recipe": run.recipe_name, "profile": run.profile_name, "date": "2026-01-01", "layers": shape.layers,
+               "micro_batch": run.profile.micro_batch, "activation_checkpointing": True, "activation_offload": False,
+               "gradient_accumulation_steps": run.gradient_accumulation_steps, "peak_gpu_gib": 19.0}  # fmt: skip
+    sweep = shipped | {"label": "sweep mb8", "peak_gpu_gib": 20.0}
+    others = [
+        shipped | {"micro_batch": 1}, sweep | {"gradient_accumulation_steps": 7}, shipped | {"label": "from-bf16"},
+        shipped | {"layers": 4},
+    ]  # fmt: skip
+    for measured, shown in (([sweep, *others], [20.0]), ([shipped, sweep], [19.0]), (others, [])):
+        monkeypatch.setattr(tables, "measured_tiers", lambda measured=measured: measured)
+        assert [tier["peak_gpu_gib"] for tier in tables.newest_tiers()] == shown
+
+
+def test_a_sweep_is_compared_with_its_own_first_row(monkeypatch):
+    sweep = {"recipe": "r", "profile": "p", "gpu_name": "g", "commit": "c", "date": "2026-01-01", "micro_batch": 1,
+             "activation_checkpointing": True, "peak_gpu_gib": 1.0, "tokens_per_second_per_gpu": 100.0,
+             "label": "sweep mb1"}  # fmt: skip
+    faster = sweep | {"micro_batch": 8, "tokens_per_second_per_gpu": 150.0}
+    elsewhere = faster | {"gpu_name": "another"}
+    monkeypatch.setattr(tables, "measured_tiers", lambda: [elsewhere, sweep, faster])
+    assert [line.split("|")[-2].strip() for line in tables.sweep_table().splitlines()[2:]] == ["", "100%", "150%"]
+
+
+def test_a_profile_keeps_all_but_what_it_expects():
+    run = {"recipe": "r", "peak_gpu_gib": 1.5, "peak_host_gib": 2, "date": "2026-01-01", "commit": "abc"}
+    lines = "micro_batch: 1  # a comment\n"
+    once = tables.with_expected(lines, [run])
+    assert once == lines + "expected:\n  r: {peak_gpu_gib: 1.5, peak_host_gib: 2, source: measured 2026-01-01 abc}\n"
+    assert tables.with_expected(once, [run]) == once and tables.with_expected(once, []) == lines
+    with pytest.raises(AssertionError, match="not the last key"):
+        tables.with_expected(once + "embedding_offload: true\n", [run])
