@@ -1,4 +1,4 @@
-"""Writes benchmarks/README.md: what fitune/memory.py predicts for every measured run, and how far off it is.
+"""Writes benchmarks/README.md: what `plan` predicts for every measured run, and how far off it is.
 
 python benchmarks/accuracy.py [--check]
 """
@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import is_whole, measured_tiers, whole_shape
 from fitune import run as runs
+from fitune.hardware import gpu_model
 from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_peak
 from fitune.model_shapes import find_shape
 from fitune.plan import setup_of
 from fitune.sizes import GIB, Setup
+from fitune.step_time import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -26,6 +28,11 @@ FAKE = ROOT / "benchmarks" / "fake_memory.json"
 def measured_runs() -> list[dict]:
     """The measured tiers, but for those of code that took more memory."""
     return [entry for entry in measured_tiers() if "superseded" not in entry and is_whole(entry)]
+
+
+def timed_runs() -> list[dict]:
+    """The runs of today's code, which measures the optimizer too, that had a GPU for each rank: the machine had two."""
+    return [entry for entry in measured_runs() if "optimizer_seconds" in entry and entry["num_gpus"] <= 2]
 
 
 def runs_of_fewer_layers() -> list[dict]:
@@ -58,6 +65,16 @@ def gpu_error(entry: dict) -> float:
     return predicted / nearest - 1
 
 
+def measured_step_seconds(entry: dict) -> float:
+    """Of an optimizer step, saves left out."""
+    tokens = entry["micro_batch"] * entry["gradient_accumulation_steps"] * entry["max_length"]
+    return tokens / entry["tokens_per_second_per_gpu"]
+
+
+def predicted_step_seconds(entry: dict) -> float:
+    return step_seconds(setup_of_measured(entry), gpu_model(entry["gpu_name"]))["total"]
+
+
 def predicted_phases(entry: dict) -> dict[str, float]:
     """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
     run = runs.resolve(entry["recipe"], entry["profile"])
@@ -71,8 +88,8 @@ def predicted_phases(entry: dict) -> dict[str, float]:
 def page() -> str:
     parts = [
         "# Does `plan` tell the truth?",
-        "Written by `python benchmarks/accuracy.py`; the tests check both tables. Predictions come from "
-        "[`fitune/memory.py`](../fitune/memory.py).",
+        "Written by `python benchmarks/accuracy.py`; the tests check the tables. Predictions come from "
+        "[`fitune/memory.py`](../fitune/memory.py) and [`fitune/step_time.py`](../fitune/step_time.py).",
         "## Measured runs",
         "The run's own command, on one or two big GPUs whose ranks are each held to their tier's card "
         "(`benchmarks/tiers.py`). `needed` is what tensors and CUDA took, `kept` what the GPU showed: PyTorch's "
@@ -82,6 +99,12 @@ def page() -> str:
         "embedding's gradient was missing and the second layer's too large. Since these runs weights are allocated "
         "while they are read, which may move the holes.",
         _measured_table(),
+        "## Seconds a step",
+        "The runs of today's code that had a GPU for each rank: ranks that share one wait for each other. `plan`'s two "
+        "main constants, how busy the GPU is and how long launching a layer takes, come from these very runs, two more "
+        "from the one of `llama3_8b_full` in host RAM: the table shows that one formula fits them all, and no more. On "
+        "other GPUs it is a guess.",
+        _time_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
         "last columns are what the whole model takes on as many GPUs: **extrapolated** in a straight line through the "
@@ -110,6 +133,21 @@ def _measured_table() -> str:
             f"| `{entry['recipe']}` | {_name(entry)} | {entry['date']} | {gpu:.1f} | {gpu_needs_gib(entry):.1f} "
             f"| {entry['peak_gpu_gib']:.1f} | {gpu_error(entry):+.1%} "
             f"| {host:.1f} | {entry['peak_host_gib']:.1f} | {host_off:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _time_table() -> str:
+    lines = [
+        "| recipe | profile | GPU | micro batch | passes | predicted | measured | off |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in timed_runs():
+        predicted, measured = predicted_step_seconds(entry), measured_step_seconds(entry)
+        lines.append(
+            f"| `{entry['recipe']}` | {_name(entry)} | {gpu_model(entry['gpu_name']).name} | {entry['micro_batch']} "
+            f"| {entry['gradient_accumulation_steps']} | {predicted:.2f} | {measured:.2f} "
+            f"| {predicted / measured - 1:+.0%} |"
         )
     return "\n".join(lines)
 

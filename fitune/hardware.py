@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.errors import UsageError
-from fitune.sizes import Setup
-
-GIB = 2**30
+from fitune.sizes import GIB
 
 
 @dataclass(frozen=True)
@@ -144,59 +142,3 @@ def _look_up(name: str) -> GpuModel | None:
         if re.search(rf"\b{model.name.lower().replace('-', ' ')}g?\b", words):
             return model
     return None
-
-
-COMPUTE_EFFICIENCY = 0.81
-"""Of the data sheet's peak, where the GPU is busy; with SECONDS_PER_LAYER it fits five runs on an H200 within 15 %."""
-SECONDS_PER_LAYER = 0.018
-"""Launching one layer's kernels, forward, recomputed and backward: at 3,072 tokens a pass half the step or more."""
-LINK_EFFICIENCY = 0.85
-MACHINE_NETWORK_GB_S = 12.5
-"""Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
-
-
-def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWORK_GB_S) -> dict[str, float]:
-    """A roofline of one optimizer step: seconds by what they go to, and their total. An estimate.
-
-    With several ranks transfers run beside the computation, with one they wait for it.
-    """
-    micro_batch = {
-        "compute": _flops(s) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY) + s.shape.layers * SECONDS_PER_LAYER,
-        "host link": _host_bytes(s) / (model.host_link_gb_s * 1e9 * LINK_EFFICIENCY),
-        "network": _network_bytes(s) / (_network_gb_s(s, model, network_gb_s) * 1e9 * LINK_EFFICIENCY),
-    }
-    seconds = {name: s.accumulation * value for name, value in micro_batch.items()}
-    total = max(seconds.values()) if s.ranks > 1 else seconds["compute"] + seconds["host link"]
-    # AdamW reads parameter, gradient and two moments and writes all but the gradient, float32 each
-    rate = 25 if s.offload else model.memory_gb_s  # offloaded: one socket's memory
-    seconds["optimizer"] = s.trainable / s.ranks * 7 * 4 / (rate * 1e9)
-    return seconds | {"total": total + seconds["optimizer"]}
-
-
-def _flops(s: Setup) -> float:
-    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers; attention beside it."""
-    # forward, the gradient of the activations; a second forward to recompute; the gradient of trained weights
-    passes = 2 + s.checkpointing + s.full
-    weights = s.shape.layers * s.shape.layer_linear_weights
-    head = s.shape.embedding_weights
-    products = 2 * s.tokens * (weights * passes + head * (3 + s.full))  # the loss multiplies by the head a second time
-    attention = 4 * s.mask_positions * s.shape.heads * s.shape.head_dim * s.shape.layers * (passes + 0.5)
-    return products + attention
-
-
-def _host_bytes(s: Setup) -> float:
-    """Of one rank and micro batch: offloaded rows travel once forward and once backward, activations out and in."""
-    rows = (s.shape.layers * s.layer_weights * 2 + 2 * s.embedding) / s.ranks if s.offload else 0.0
-    rows += 2 * s.embedding / s.ranks if s.embedding_offload and not s.offload else 0.0
-    return rows + (2 * s.shape.layers * s.hidden_state if s.activation_offload else 0.0)
-
-
-def _network_bytes(s: Setup) -> float:
-    """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
-    gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 3 * s.gathered_head
-    return (gathered + s.trainable * 4) * (s.ranks - 1) / s.ranks
-
-
-def _network_gb_s(s: Setup, model: GpuModel, between_machines: float) -> float:
-    """A ring that crosses machines runs at the slowest link; all ranks of a machine share its network."""
-    return model.peer_link_gb_s if s.machines == 1 else min(model.peer_link_gb_s, between_machines)

@@ -9,10 +9,11 @@ from fitune import __version__
 from fitune import run as runs
 from fitune.config import AccelerateConfig, Profile, Recipe, Run
 from fitune.errors import UsageError, nearest
-from fitune.hardware import MACHINE_NETWORK_GB_S, GpuModel, Machine, likely_model, step_seconds
+from fitune.hardware import GpuModel, Machine, likely_model
 from fitune.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak, merge_host
 from fitune.model_shapes import ModelShape, find_shape, has_weights
 from fitune.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
+from fitune.step_time import MACHINE_NETWORK_GB_S, step_seconds
 from fitune.yaml_file import parse
 
 GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"

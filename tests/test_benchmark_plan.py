@@ -147,6 +147,12 @@ def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
         assert [tier["peak_gpu_gib"] for tier in tables.newest_tiers()] == shown
 
 
+def test_a_run_from_before_its_profile_was_changed_says_so(monkeypatch):
+    before = next(run for run in tables.newest_tiers() if run["profile"] == "single_gpu") | {"micro_batch": 1}
+    monkeypatch.setattr(tables, "measured_tiers", lambda: [before])
+    assert not tables.newest_tiers() and "| 1 (now 8) |" in tables.tier_table()
+
+
 def test_a_sweep_is_compared_with_its_own_first_row(monkeypatch):
     sweep = {"recipe": "r", "profile": "p", "gpu_name": "g", "commit": "c", "date": "2026-01-01", "micro_batch": 1,
              "activation_checkpointing": True, "peak_gpu_gib": 1.0, "tokens_per_second_per_gpu": 100.0,

@@ -1,4 +1,4 @@
-"""Every measured run in benchmarks/results/ is a test of fitune/memory.py: GPU within 5 %, host RAM within 10 %."""
+"""Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 15 %."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks import accuracy
 from fitune.memory import gpu_peak, host_peak
 from fitune.sizes import GIB
 
-GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
+GPU_TOLERANCE, HOST_TOLERANCE, TIME_TOLERANCE = 0.05, 0.10, 0.15
 MEASURED_RUNS = accuracy.measured_runs()
 ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
 
@@ -38,6 +38,12 @@ def test_gpu_peak_is_predicted(entry):
 def test_host_peak_is_predicted(entry):
     predicted = host_peak(accuracy.setup_of_measured(entry)) / GIB
     assert predicted == pytest.approx(entry["peak_host_gib"], rel=HOST_TOLERANCE)
+
+
+@pytest.mark.parametrize("entry", accuracy.timed_runs(), ids=name)
+def test_time_is_predicted(entry):
+    measured = accuracy.measured_step_seconds(entry)
+    assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=TIME_TOLERANCE)
 
 
 def test_the_published_errors_are_these():
