@@ -30,6 +30,11 @@ class Machine:
         """Free memory of the fullest GPU: every rank needs as much."""
         return min((gpu.free_gib for gpu in self.gpus), default=0.0)
 
+    @property
+    def model(self) -> "GpuModel | None":
+        """What its first GPU can do; None without one."""
+        return likely_model(self.gpus[0].total_gib, self.gpus[0].name) if self.gpus else None
+
 
 def this_machine() -> Machine:
     """GPUs by nvidia-smi (those in CUDA_VISIBLE_DEVICES), RAM by /proc/meminfo."""

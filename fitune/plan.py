@@ -2,14 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fitune import __version__
 from fitune import run as runs
 from fitune.config import AccelerateConfig, Profile, Recipe, Run
 from fitune.errors import UsageError, nearest
-from fitune.hardware import GpuModel, Machine, likely_model
+from fitune.hardware import Gpu, GpuModel, Machine, likely_model
 from fitune.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak, merge_host
 from fitune.model_shapes import ModelShape, find_shape, has_weights
 from fitune.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
@@ -128,8 +128,6 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, *, search: 
     )  # fmt: skip
     if not search:
         return plan
-    from dataclasses import replace
-
     from fitune import plan_search
 
     return replace(
@@ -229,8 +227,6 @@ def limits_here(machine: Machine) -> Limits:
 
 def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
     """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
-    from fitune.hardware import Gpu
-
     if gpus < 1:
         raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
     if gpu_memory is None or gpu_memory <= 0:

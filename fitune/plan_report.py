@@ -35,6 +35,7 @@ def plan_command(
         plan = make_plan(run, limits_of(run), model, **options)
     else:
         machine = this_machine() if gpus is None else given_machine(gpus, gpu_memory, host_memory)
+        model = model or machine.model
         find = find or gpus is None
         run = find_profile(recipe, sets, machine, model).run if find else run_on(machine, recipe, sets)
         plan = make_plan(run, limits_here(machine), model, **options)

@@ -9,7 +9,7 @@ from fitune import run as runs
 from fitune.accelerate_config import read_accelerate_config
 from fitune.config import Lora, Recipe, Run
 from fitune.errors import UsageError
-from fitune.hardware import GpuModel, Machine, free_disk_gib, likely_model, this_machine
+from fitune.hardware import GpuModel, Machine, free_disk_gib, this_machine
 from fitune.memory import MEASURED, gpu_peak, host_peak
 from fitune.model_shapes import hub_cache
 from fitune.plan import GPU_COUNT, Limits, Plan, limits_here, limits_of, make_plan, verdicts
@@ -152,8 +152,7 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
     overrides, profile_overrides = runs.parse_sets(sets)
     recipe = runs.load_recipe(recipe_name, overrides)
     stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
-    gpu = gpu or (likely_model(machine.gpus[0].total_gib, machine.gpus[0].name) if machine.gpus else None)
-    limits = limits_here(machine)
+    gpu, limits = gpu or machine.model, limits_here(machine)
     plans = [
         _first_that_fits(candidates, limits, gpu)
         for candidates in _runs_of(stem, recipe, profile_overrides)

@@ -312,6 +312,16 @@ def test_all_and_given_hardware(cli):
     assert json.loads(found.output)["profile"] == "fsdp_4x24gb"
 
 
+def test_time_is_that_of_the_gpus_there_are(cli, monkeypatch):
+    def gpu_of(*flags: str) -> str:
+        return json.loads(cli("llama3_8b_qlora", *flags, "--json").output)["estimate"]["gpu"]
+
+    assert gpu_of("--gpus", "1", "--gpu-memory", "80", "--find") == "H100"  # found: fsdp_1x48gb
+    here = Machine((Gpu("NVIDIA GeForce RTX 3090", 24, 23.5),), 64, 60)
+    monkeypatch.setattr("fitune.plan_report.this_machine", lambda: here)
+    assert gpu_of() == "RTX 3090" and gpu_of("--gpu", "RTX 4090") == "RTX 4090"
+
+
 BAD = {
     "unknown model": (["--profile", "fsdp_4x24gb", "--set", "base.model=foo/bar"], "hf download foo/bar config.json"),
     "missing folder": (["--profile", "fsdp_4x24gb", "--set", "base.model=./nowhere"], "no such folder"),
