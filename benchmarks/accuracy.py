@@ -31,8 +31,8 @@ def measured_runs() -> list[dict]:
 
 
 def timed_runs() -> list[dict]:
-    """The runs of today's code, which measures the optimizer too, that had a GPU for each rank: the machine had two."""
-    return [entry for entry in measured_runs() if "optimizer_seconds" in entry and entry["num_gpus"] <= 2]
+    """The runs on H100s, all since 25 November, that had a GPU for each rank: the machine had two."""
+    return [entry for entry in measured_runs() if "H100" in entry["gpu_name"] and entry["num_gpus"] <= 2]
 
 
 def runs_of_fewer_layers() -> list[dict]:
@@ -96,14 +96,13 @@ def page() -> str:
         "allocator also keeps memory that is free, up to the card's, and gives it back when it is short. The constants "
         "in `MEASURED` are from the runs of 24 November and before (host RAM of a process: from all), so the later "
         "rows are predictions, but for full fine-tuning's: those of 26 November showed that the moment of the "
-        "embedding's gradient was missing and the second layer's too large. Since these runs weights are allocated "
-        "while they are read, which may move the holes.",
+        "embedding's gradient was missing and the second layer's too large.",
         _measured_table(),
         "## Seconds a step",
-        "The runs of today's code that had a GPU for each rank: ranks that share one wait for each other. `plan`'s two "
-        "main constants, how busy the GPU is and how long launching a layer takes, come from these very runs, two more "
-        "from the one of `llama3_8b_full` in host RAM: the table shows that one formula fits them all, and no more. On "
-        "other GPUs it is a guess.",
+        "The runs on H100s that had a GPU for each rank: ranks that share one wait for each other. `plan`'s two main "
+        "constants, how busy the GPU is and how long launching a layer takes, come from the later of these very runs, "
+        "two more from those of `llama3_8b_full` in host RAM: the table shows how far one formula fits them all, no "
+        "more. Runs of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a guess.",
         _time_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
@@ -139,13 +138,13 @@ def _measured_table() -> str:
 
 def _time_table() -> str:
     lines = [
-        "| recipe | profile | GPU | micro batch | passes | predicted | measured | off |",
+        "| recipe | profile | date | micro batch | passes | predicted | measured | off |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for entry in timed_runs():
         predicted, measured = predicted_step_seconds(entry), measured_step_seconds(entry)
         lines.append(
-            f"| `{entry['recipe']}` | {_name(entry)} | {gpu_model(entry['gpu_name']).name} | {entry['micro_batch']} "
+            f"| `{entry['recipe']}` | {_name(entry)} | {entry['date']} | {entry['micro_batch']} "
             f"| {entry['gradient_accumulation_steps']} | {predicted:.2f} | {measured:.2f} "
             f"| {predicted / measured - 1:+.0%} |"
         )

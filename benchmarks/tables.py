@@ -78,12 +78,12 @@ def shown_tiers() -> list[dict]:
 
 
 def tier_table() -> str:
-    newest = shown_tiers()
+    shown = shown_tiers()
     lines = [
         "| recipe | profile | GPUs | micro batch | GiB per GPU, all of it | host GiB, machine | load, s | 2024 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for run in newest:
+    for run in shown:
         cells = [
             f"`{run['recipe']}`", f"`{run['profile']}`", run["num_gpus"], _micro_batch(run),
             f"{run['peak_gpu_gib']:.1f}", f"{run['peak_host_gib']:.1f}", f"{run['load_seconds']:.0f}",
@@ -91,7 +91,7 @@ def tier_table() -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     dates: dict[str, set[str]] = {}
-    for run in newest:
+    for run in shown:
         dates.setdefault(f"{run['gpu_name']}, torch {run['versions']['torch']}", set()).add(run["date"])
     about = "; ".join(f"{machine}, {' and '.join(sorted(days))}" for machine, days in sorted(dates.items()))
     return "\n".join([*lines, "", f"Measured on {about}: every rank a real process held to its card's share."])

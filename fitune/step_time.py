@@ -11,9 +11,9 @@ COMPUTE_EFFICIENCY = 0.59
 SECONDS_PER_PASS = 0.0058
 """Launching one layer's kernels, forward or backward: what one row of 8B waits for on an H100."""
 BANDWIDTH_EFFICIENCY = 0.85
-"""Of the data sheet's, for memory and links."""
-HOST_ADAM_GB_S = 25
-"""AdamW where weights are offloaded: 8.9 s for 8B."""
+"""Of the data sheet's, for what a GPU's kernels read and write, and for links."""
+HOST_GB_S = 25
+"""What clipping and AdamW reach in a machine's RAM where weights are offloaded: 13 s for 8B."""
 HOST_ADDING_GB_S = 1.2
 """Adding gradients to those that wait in host RAM, which FSDP copies there first: 27 s for 8B."""
 MACHINE_NETWORK_GB_S = 12.5
@@ -28,11 +28,11 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "host link": s.accumulation * _host_bytes(s) / (model.host_link_gb_s * link),
         "network": s.accumulation * _network_bytes(s) / (_network_gb_s(s, model, network_gb_s) * link),
     }
-    # AdamW reads parameter, gradient and two moments and writes all but the gradient, float32 each
-    adam = s.trainable / s.ranks * 7 * FP32 / ((HOST_ADAM_GB_S if s.offload else model.memory_gb_s) * 1e9)
-    one_after_the_other = {"optimizer": adam}
-    if _gradients_travel(s) and s.accumulation > 1:
-        one_after_the_other["adding gradients"] = (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9)
+    optimizer_gb_s = HOST_GB_S * s.machines / s.ranks if s.offload else model.memory_gb_s
+    one_after_the_other = {
+        "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
+        "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
+    }
     total = max(side_by_side.values()) + sum(one_after_the_other.values())
     return {**side_by_side, **one_after_the_other, "total": total}
 
@@ -54,27 +54,27 @@ def _layer_passes(s: Setup) -> int:
 
 
 def _flops(s: Setup) -> float:
-    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers; attention beside it."""
+    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers; attention with a mask."""
     passes = _layer_passes(s) + s.full  # the gradients of trained weights are as much as a pass
     weights = s.shape.layers * s.shape.layer_linear_weights
     head = s.shape.embedding_weights
     products = 2 * s.tokens * (weights * passes + head * (3 + s.full))  # the loss multiplies by the head a second time
-    attention = 4 * s.mask_positions * s.shape.heads * s.shape.head_dim * s.shape.layers * (passes + 0.5)
+    attention = 4 * s.mask_positions * s.shape.heads * s.shape.head_dim * s.shape.layers * (_layer_passes(s) + 1.5)
     return products + attention
 
 
 def _memory_bytes(s: Setup) -> float:
-    """Of one rank and micro batch, each pass: what a layer saves, written once and read twice, and NF4 dequantised."""
+    """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4."""
     dequantised = s.shape.layer_linear_weights * (NF4 + BF16) if s.method == "qlora" else 0.0
     return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised)
 
 
 def _host_bytes(s: Setup) -> float:
     """Of one rank and micro batch: offloaded rows travel forward and backward, activations out and in."""
-    rows = (s.shape.layers * s.layer_weights * 2 + 2 * s.embedding) / s.ranks if s.offload else 0.0
-    rows += 2 * s.embedding / s.ranks if s.embedding_offload and not s.offload else 0.0
-    activations = 2 * s.shape.layers * s.hidden_state if s.activation_offload else 0.0
-    return rows + activations + (s.gradients if _gradients_travel(s) else 0.0)
+    layers = 2 * s.shape.layers * s.layer_weights / s.ranks * s.offload
+    embeddings = 2 * s.embedding / s.ranks * (s.offload or s.embedding_offload)
+    activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
+    return layers + embeddings + activations + s.gradients * _gradients_travel(s)
 
 
 def _gradients_travel(s: Setup) -> bool:
@@ -82,9 +82,14 @@ def _gradients_travel(s: Setup) -> bool:
     return s.offload and not s.accumulated_on_gpu
 
 
+def _optimizer_bytes(s: Setup) -> float:
+    """Of one rank and step: clipping reads gradients twice and writes them; AdamW reads four values, writes three."""
+    return s.trainable / s.ranks * (3 + 7) * FP32
+
+
 def _network_bytes(s: Setup) -> float:
     """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
-    gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 3 * s.gathered_head
+    gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 2 * s.gathered_head
     return (gathered + s.trainable * FP32) * (s.ranks - 1) / s.ranks
 
 

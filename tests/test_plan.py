@@ -29,6 +29,7 @@ from fitune.plan_search import (
     unlike_profile,
 )
 from fitune.sizes import GIB
+from fitune.step_time import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "huggingface_hub")
@@ -240,6 +241,28 @@ def test_the_matrix_of_a_file_is_that_of_its_name(tmp_path):
 
 
 # Time
+
+
+def test_each_part_of_a_step_is_what_moves_it():
+    h100 = gpu_model("H100")
+
+    def parts(recipe: str, profile: str, *sets: str, **machines) -> dict[str, float]:
+        return step_seconds(setup(recipe, profile, *sets), h100, **machines)
+
+    one, two = (parts("llama3_8b_full", "fsdp_offload_1x80gb", f"profile.micro_batch={rows}") for rows in (16, 8))
+    assert one["adding gradients"] == 0 and two["adding gradients"] == pytest.approx(26.8, abs=0.1)  # measured: 27
+    assert one["optimizer"] == two["optimizer"] and one["total"] < two["total"] / 2
+
+    adapter = parts("llama3_70b_qlora", "fsdp_offload_4gpu", "profile.micro_batch=1")
+    assert adapter["optimizer"] == parts("llama3_70b_qlora", "fsdp_offload_1x12gb")["optimizer"]  # one machine's RAM
+    assert parts("llama3_70b_qlora", "fsdp_1x48gb")["network"] == 0 < adapter["network"]
+
+    kept, moved = (parts("llama3_70b_qlora", "fsdp_4x24gb", f"profile.activation_offload={on}") for on in (False, True))
+    sent = 2 * 80 * 3072 * 8192 * 2 * 2  # out and in, 80 inputs of layers in bf16, 2 passes
+    assert moved["host link"] - kept["host link"] == pytest.approx(sent / (64e9 * 0.85))
+
+    slow, fast = (parts("llama3_70b_full", "fsdp_full_16x80gb", network_gb_s=speed) for speed in (10, 20))
+    assert slow["total"] - slow["optimizer"] == pytest.approx(2 * (fast["total"] - fast["optimizer"]))
 
 
 def test_steps_come_from_what_prepare_counted(tmp_path):

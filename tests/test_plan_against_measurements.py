@@ -1,4 +1,4 @@
-"""Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 15 %."""
+"""Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 25 %."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks import accuracy
 from fitune.memory import gpu_peak, host_peak
 from fitune.sizes import GIB
 
-GPU_TOLERANCE, HOST_TOLERANCE, TIME_TOLERANCE = 0.05, 0.10, 0.15
+GPU_TOLERANCE, HOST_TOLERANCE, TIME_TOLERANCE = 0.05, 0.10, 0.25
 MEASURED_RUNS = accuracy.measured_runs()
 ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
 
