@@ -91,13 +91,16 @@ def _keys(entry: dict, data) -> list[str | int]:
 
 
 def _model_at(model: type[BaseModel], location) -> type[BaseModel] | None:
-    """The pydantic model that owns the keys at `location`, looking through `X | None`."""
+    """The pydantic model that owns the keys at `location`, looking through `X | None` and lists."""
     for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        if field is None:
-            return None
-        candidates = (field.annotation, *get_args(field.annotation))
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
-            return None
+        if isinstance(part, str) and model:
+            field = model.model_fields.get(part)
+            model = _model_in(field.annotation) if field else None
     return model
+
+
+def _model_in(annotation) -> type[BaseModel] | None:
+    """The first pydantic model that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

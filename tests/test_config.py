@@ -122,6 +122,12 @@ MISTAKES = {
     "unknown key in a block": ("recipe", "  r: 8", "  rank: 8\n  alpa: 3", ["'lora.rank'", "alpha, dropout"]),
     "typo in a block": ("recipe", "  r: 8", "  alpa: 8", ["'lora.alpa'", "did you mean 'alpha'?"]),
     "typo in data": ("recipe", "prepared:", "prepard:", ["'data.prepard'", "did you mean 'prepared'?"]),
+    "typo in a list": (
+        "recipe",
+        "  prepared:",
+        "  mix: [{dataset: a/b, wieght: 2}]\n  prepared:",
+        ["'data.mix.0.wieght'", "did you mean 'weight'?"],
+    ),
     "unknown key in a profile": ("profile", "micro_batch", "micro_batches", ["did you mean 'micro_batch'?"]),
     "unknown key of accelerate": ("accelerate", "num_processes", "num_proceses", ["did you mean 'num_processes'?"]),
     "typo in fsdp_config": (
