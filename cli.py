@@ -356,13 +356,11 @@ def _run_and_result(folder: Path):
 def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """A profile's name, and the `--set` with which it fits."""
     from fitune.hardware import this_machine
-    from fitune.plan_search import find_profile, unlike_profile
+    from fitune.plan_search import find_profile, profile_as_typed, unlike_profile
 
     run = find_profile(recipe, sets, this_machine()).run
-    changes = unlike_profile(run)
-    flags = "".join(f" --set {item}" for item in changes)
-    click.echo(f"profile: {run.profile_name}{flags}, the fastest that fits this machine (see: cli.py plan {recipe})")
-    return run.profile_name, changes
+    click.echo(f"profile: {profile_as_typed(run)}, the fastest that fits this machine (see: cli.py plan {recipe})")
+    return run.profile_name, unlike_profile(run)
 
 
 def _launch_line(run, module: str) -> str:

@@ -66,15 +66,18 @@ def newest_tiers() -> list[dict]:
     """The last measurement of each whole model on each tier as its profile is now, by recipe and memory."""
     as_profiled = [run for run in measured_tiers() if is_whole(run) and is_as_profiled(run)]
     as_profiled.sort(key=lambda run: (run["date"], "label" not in run))
-    newest = {(run["recipe"], run["profile"]): run for run in as_profiled}
-    return sorted(newest.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
+    return sorted(_last_of_each_tier(as_profiled).values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
 
 
 def shown_tiers() -> list[dict]:
     """`newest_tiers`; a tier measured only before its profile was changed has the last run of then."""
-    as_profiled = {(run["recipe"], run["profile"]): run for run in newest_tiers()}
-    before = {(run["recipe"], run["profile"]): run for run in measured_tiers() if is_whole(run) and "label" not in run}
-    return sorted((before | as_profiled).values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
+    before = [run for run in measured_tiers() if is_whole(run) and "label" not in run]
+    shown = _last_of_each_tier([*before, *newest_tiers()])
+    return sorted(shown.values(), key=lambda run: (run["recipe"], run["peak_gpu_gib"]))
+
+
+def _last_of_each_tier(measured: list[dict]) -> dict[tuple[str, str], dict]:
+    return {(run["recipe"], run["profile"]): run for run in measured}
 
 
 def tier_table() -> str:
@@ -94,7 +97,10 @@ def tier_table() -> str:
     for run in shown:
         dates.setdefault(f"{run['gpu_name']}, torch {run['versions']['torch']}", set()).add(run["date"])
     about = "; ".join(f"{machine}, {' and '.join(sorted(days))}" for machine, days in sorted(dates.items()))
-    return "\n".join([*lines, "", f"Measured on {about}: every rank a real process held to its card's share."])
+    notes = [f"Measured on {about}: every rank a real process held to its card's share."]
+    if any("(now" in line for line in lines):
+        notes.append("`now`: the profile was changed since; `plan` says what it takes.")
+    return "\n".join([*lines, "", *notes])
 
 
 def _micro_batch(entry: dict) -> str:
@@ -104,7 +110,7 @@ def _micro_batch(entry: dict) -> str:
 
 def table_of_2024() -> str:
     """The tutorial's tiers: what they need now, measured or predicted."""
-    measured = {(run["recipe"], run["profile"]): run for run in newest_tiers()}
+    measured = _last_of_each_tier(newest_tiers())
     lines = ["| recipe | profile | 2024 | GiB per GPU | GiB of RAM per machine | |", "|---|---|---|---|---|---|"]
     for (recipe, profile), before in TIERS_OF_2024.items():
         if run := measured.get((recipe, profile)):

@@ -147,14 +147,13 @@ def _base_model(model: str | None) -> Finding:
 def _profiles() -> list[Finding]:
     """The fastest profile for 8B and for 70B that fits this machine's GPUs and RAM."""
     from fitune.hardware import this_machine
-    from fitune.plan_search import find_profile, unlike_profile
+    from fitune.plan_search import find_profile, profile_as_typed
 
     findings = []
     for recipe in ("llama3_8b_qlora", "llama3_70b_qlora"):
         try:
             run = find_profile(recipe, (), this_machine()).run
-            flags = " --set ".join(["", *unlike_profile(run)])
-            found = Finding("best profile", True, f"{recipe}: --profile {run.profile_name}{flags}")
+            found = Finding("best profile", True, f"{recipe}: --profile {profile_as_typed(run)}")
         except FituneError as error:
             found = Finding("best profile", None, f"{recipe}: {error}")
         findings.append(found)

@@ -94,8 +94,7 @@ def _profiles_that_fit(plan: Plan) -> list[str]:
         if candidates[0].profile_name != plan.run.profile_name and candidates[0].accelerate.num_machines == 1:
             other = _first_that_fits(candidates, plan.limits)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
-                flags = "".join(f" --set {item}" for item in unlike_profile(other.run))
-                found.append((*_preference(other), f"--profile {other.run.profile_name}{flags}"))
+                found.append((*_preference(other), f"--profile {profile_as_typed(other.run)}"))
     return [flags for *_, flags in sorted(found, reverse=True)]
 
 
@@ -142,6 +141,11 @@ def unlike_profile(run: Run) -> tuple[str, ...]:
     shipped = runs.load_profile(run.profile_name).for_recipe(run.recipe_name).micro_batch
     rows = run.profile.micro_batch
     return () if rows == shipped else (f"profile.micro_batch={rows}",)
+
+
+def profile_as_typed(run: Run) -> str:
+    """Its profile's name, and the flags that make the shipped one that of a run which was found."""
+    return " --set ".join([run.profile_name, *unlike_profile(run)])
 
 
 def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None) -> Plan:

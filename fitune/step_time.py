@@ -70,7 +70,7 @@ def _memory_bytes(s: Setup) -> float:
 
 
 def _host_bytes(s: Setup) -> float:
-    """Of one rank and micro batch: offloaded rows travel forward and backward, activations out and in."""
+    """Of one rank and micro batch: offloaded rows travel for both passes, gradients out, activations out and in."""
     layers = 2 * s.shape.layers * s.layer_weights / s.ranks * s.offload
     embeddings = 2 * s.embedding / s.ranks * (s.offload or s.embedding_offload)
     activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload

@@ -1,4 +1,4 @@
-"""Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 25 %."""
+"""Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 15 or 25 %."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks import accuracy
 from fitune.memory import gpu_peak, host_peak
 from fitune.sizes import GIB
 
-GPU_TOLERANCE, HOST_TOLERANCE, TIME_TOLERANCE = 0.05, 0.10, 0.25
+GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
 MEASURED_RUNS = accuracy.measured_runs()
 ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
 
@@ -42,8 +42,9 @@ def test_host_peak_is_predicted(entry):
 
 @pytest.mark.parametrize("entry", accuracy.timed_runs(), ids=name)
 def test_time_is_predicted(entry):
-    measured = accuracy.measured_step_seconds(entry)
-    assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=TIME_TOLERANCE)
+    """Runs of one row wait for Python: two of the same are up to 20 % apart."""
+    measured, tolerance = accuracy.measured_step_seconds(entry), 0.15 if entry["micro_batch"] > 1 else 0.25
+    assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
 
 
 def test_the_published_errors_are_these():
