@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 from fitune import run as runs
 from fitune.errors import UsageError
-from fitune.hardware import GPU_MODELS, Gpu, Machine, _visible, gpu_model, likely_model
+from fitune.hardware import Gpu, Machine
 from fitune.memory import disk, gpu_moments, gpu_peak, host_moments
 from fitune.model_shapes import LLAMA_3_FAMILY, find_shape
-from fitune.plan import Limits, given_machine, limits_of, make_plan, run_on, setup_of, steps_of
+from fitune.plan import Limits, given_machine, limits_of, make_plan, run_on, setup_of
 from fitune.plan_search import (
     find_profile,
     fits,
@@ -29,7 +29,6 @@ from fitune.plan_search import (
     unlike_profile,
 )
 from fitune.sizes import GIB
-from fitune.step_time import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "huggingface_hub")
@@ -238,73 +237,6 @@ def test_the_matrix_has_every_profile_with_gpus_and_every_method():
 def test_the_matrix_of_a_file_is_that_of_its_name(tmp_path):
     file = shutil.copy(runs.RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine_8b.yaml")
     assert matrix(str(file), ()) == matrix("llama3_8b_qlora", ())
-
-
-# Time
-
-
-def test_each_part_of_a_step_is_what_moves_it():
-    h100 = gpu_model("H100")
-
-    def parts(recipe: str, profile: str, *sets: str, **machines) -> dict[str, float]:
-        return step_seconds(setup(recipe, profile, *sets), h100, **machines)
-
-    one, two = (parts("llama3_8b_full", "fsdp_offload_1x80gb", f"profile.micro_batch={rows}") for rows in (16, 8))
-    assert one["adding gradients"] == 0 and two["adding gradients"] == pytest.approx(26.8, abs=0.1)  # measured: 27
-    assert one["optimizer"] == two["optimizer"] and one["total"] < two["total"] / 2
-
-    adapter = parts("llama3_70b_qlora", "fsdp_offload_4gpu", "profile.micro_batch=1")
-    assert adapter["optimizer"] == parts("llama3_70b_qlora", "fsdp_offload_1x12gb")["optimizer"]  # one machine's RAM
-    assert parts("llama3_70b_qlora", "fsdp_1x48gb")["network"] == 0 < adapter["network"]
-
-    kept, moved = (parts("llama3_70b_qlora", "fsdp_4x24gb", f"profile.activation_offload={on}") for on in (False, True))
-    sent = 2 * 80 * 3072 * 8192 * 2 * 2  # out and in, 80 inputs of layers in bf16, 2 passes
-    assert moved["host link"] - kept["host link"] == pytest.approx(sent / (64e9 * 0.85))
-
-    slow, fast = (parts("llama3_70b_full", "fsdp_full_16x80gb", network_gb_s=speed) for speed in (10, 20))
-    assert slow["total"] - slow["optimizer"] == pytest.approx(2 * (fast["total"] - fast["optimizer"]))
-
-
-def test_steps_come_from_what_prepare_counted(tmp_path):
-    report = {"max_length": 3072, "packing": True, "packed_rows": 100, "packing_efficiency": 0.9, "train_rows": 700,
-              "tokens": {"total": 276_480}}  # fmt: skip
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    at = f"data.prepared={tmp_path}"
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) == 13 * 3  # 100 rows, 8 a step, 3 epochs
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "max_length=1536"))) == 25 * 3
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "training.max_steps=7"))) == 7
-    (tmp_path / "report.json").write_text("{")
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) is None
-
-
-def test_money_is_hours_times_price():
-    plan = plan_of("llama3_70b_qlora", "fsdp_4x24gb", "training.max_steps=100", price=2.0)
-    assert plan.time.cost == pytest.approx(plan.time.hours * 2.0)
-    assert plan.time.hours == pytest.approx(100 * plan.time.parts["total"] / 3600)
-
-
-@pytest.mark.parametrize(
-    ("name", "model"),
-    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA A100-SXM4-80GB", "A100"),
-     ("NVIDIA A100-PCIE-40GB", "A100-PCIE"), ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-     ("NVIDIA A10G", "A10"), ("NVIDIA RTX A6000", "A6000"), ("h200", "H200")],
-)  # fmt: skip
-def test_gpu_names_are_recognised(name, model):
-    assert gpu_model(name).name == model
-
-
-def test_an_unknown_gpu_is_taken_for_the_typical_one_of_its_size():
-    assert likely_model(24, "Some GPU").name == "RTX 4090"
-    assert all(model.source for model in GPU_MODELS)
-
-
-def test_only_visible_gpus_count(monkeypatch):
-    gpus = [(f"GPU-{letter * 8}", Gpu(letter, 24, 23)) for letter in "abcd"]
-    for value, names in (("0,2", "ac"), ("GPU-bbbb", "b"), ("", ""), (None, "abcd")):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if value is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert "".join(gpu.name for gpu in _visible(gpus)) == names
 
 
 # The command
