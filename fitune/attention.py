@@ -1,13 +1,16 @@
-"""Attention over packed rows: each example attends to itself alone, by the FlashAttention kernel that PyTorch brings.
+"""Attention over packed rows: each example attends to itself alone.
 
-`sdpa` knows nothing of packing. It computes all pairs of a row's tokens, with a mask of that size, and throws those
-between two examples away.
+On a GPU by the FlashAttention kernel that PyTorch brings, on the CPU one example after the other. Both demand the same
+of a batch. `sdpa` knows nothing of packing: it computes all pairs of a row's tokens, with a mask of that size, and
+throws those between two examples away.
 """
 
 import inspect
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -39,11 +42,26 @@ def packed_attention(
         raise ValueError("packed attention knows no padding: set packing: true, or one row at a time")
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    if not isinstance(max_length_q, int):
+        raise ValueError(f"max_length_q {max_length_q}: a packed row comes with the length of its longest example")
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    bounds, longest = cu_seq_lens_q, max_length_q
-    causal = (-1, 0)  # tokens to the left, all; to the right, none
-    output = varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=causal, **GROUPED)
-    return output.unsqueeze(0), None
+    attend = _by_kernel if query.is_cuda else _by_example
+    return attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
+
+
+def _by_kernel(query, key, value, bounds, longest, scaling):
+    """[T, heads, head_dim], all examples at once."""
+    options = {"scale": scaling, "window_size": (-1, 0)} | GROUPED  # tokens to the left, all; to the right, none
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+
+
+def _by_example(query, key, value, bounds, longest, scaling):
+    """[T, heads, head_dim], one example after the other, on any device."""
+    parts = []
+    for start, stop in pairwise(bounds.tolist()):
+        rows = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(*rows, is_causal=True, scale=scaling, enable_gqa=True))
+    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

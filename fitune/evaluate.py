@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 
@@ -53,19 +54,18 @@ def evaluate(run: Run, force: bool = False) -> None:
 def token_metrics(trainer: ShardedSFTTrainer, description: str, device: torch.device) -> dict[str, float]:
     """Mean loss (nats), perplexity and accuracy over all answer tokens of the trainer's rows, each counted once.
 
-    Rows are dealt out to the ranks in turn; a rank that runs out repeats a row without labels, since every rank must
-    take part in gathering each layer.
+    Rows are dealt out to the ranks in turn. The trainer filled them up to whole batches with rows that have no labels:
+    every rank must take part in gathering each layer.
     """
     rows, size = trainer.train_dataset, trainer.args.per_device_eval_batch_size
     rank, world_size = dist.get_rank(), dist.get_world_size()
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # log-likelihood, correct tokens, tokens
     trainer.model.eval()
-    passes = math.ceil(len(rows) / (world_size * size))
+    passes = len(rows) // (world_size * size)
     with bar(description, passes) as advance:
         for step in range(passes):
             indices = [(step * size + offset) * world_size + rank for offset in range(size)]
-            batch = trainer.data_collator([_row_or_filler(rows, i) for i in indices])
-            batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            batch = send_to_device(trainer.data_collator([rows[index] for index in indices]), device)
             output = trainer.model(**batch, use_cache=False, fused_lm_head=True)
             totals += torch.stack([output.log_probs.sum(), output.is_top1.sum(), output.label_mask.sum()])
             advance()
@@ -78,12 +78,6 @@ def token_metrics(trainer: ShardedSFTTrainer, description: str, device: torch.de
         "token_accuracy": correct / tokens,
         "tokens": int(tokens),
     }
-
-
-def _row_or_filler(rows, index: int) -> dict:
-    if index < len(rows):
-        return rows[index]
-    return rows[0] | {"labels": [-100] * len(rows[0]["labels"])}
 
 
 def _table(report: dict) -> Table:

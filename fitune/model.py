@@ -29,7 +29,7 @@ def build_skeleton(
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     _check_architecture(config, base_folder, recipe)
     stored_dtype = config.dtype or torch.bfloat16
-    attention = PACKED_ATTENTION if recipe.packing and device_type == "cuda" else "sdpa"
+    attention = PACKED_ATTENTION if recipe.packing else "sdpa"
     with torch.device("meta"):
         dtype = torch.float32 if recipe.method == "full" else compute_dtype
         model = AutoModelForCausalLM.from_config(

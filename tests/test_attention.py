@@ -1,27 +1,12 @@
 """Packed attention against sdpa with a mask: the same logits, each example by itself, no mask made."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM, masking_utils
 
 from fitune import attention
 
 LENGTHS = [5, 1, 9, 4]
-
-
-def _one_by_one(query, key, value, bounds, bounds_of_keys, longest, longest_key, *, scale, window_size, **grouped):
-    """What the GPU's kernel computes, [T, heads, head_dim], example by example."""
-    assert bounds is bounds_of_keys
-    assert longest == longest_key == int(bounds.diff().max())
-    assert window_size == (-1, 0)
-    parts = []
-    for start, stop in pairwise(bounds):
-        rows = (x[start:stop].transpose(0, 1) for x in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=True))
-    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
 def _packed_row() -> dict[str, torch.Tensor]:
@@ -37,8 +22,7 @@ def model(tiny_base):
     return LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
 
 
-def test_each_example_of_a_packed_row_attends_to_itself(model, monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", _one_by_one)
+def test_each_example_of_a_packed_row_attends_to_itself(model):
     masked = model(**_packed_row(), use_cache=False).logits
     model.set_attn_implementation(attention.PACKED_ATTENTION)
 
@@ -46,7 +30,6 @@ def test_each_example_of_a_packed_row_attends_to_itself(model, monkeypatch):
 
 
 def test_no_mask_is_made(model, monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", _one_by_one)
     model.set_attn_implementation(attention.PACKED_ATTENTION)
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: pytest.fail("a mask was made"))
     seen = []
@@ -60,6 +43,14 @@ def test_no_mask_is_made(model, monkeypatch):
     )
     model(**_packed_row(), use_cache=False)
     assert seen == [None] * model.config.num_hidden_layers
+
+
+def test_a_packed_row_without_the_length_of_its_longest_example_is_refused(model):
+    """The GPU's kernel needs it; the CPU could do without."""
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    row = {key: value for key, value in _packed_row().items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match="comes with the length of its longest example"):
+        model(**row, use_cache=False)
 
 
 def test_generation_goes_to_sdpa(model):

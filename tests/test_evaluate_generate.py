@@ -38,11 +38,11 @@ def ask(run) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def runs(make_run, tiny_base, tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["rows", "packed"])
+def runs(request, make_run, tiny_base, tmp_path_factory):
     """The same lora run resolved for one and for two processes, its adapter written."""
-    folder = tmp_path_factory.mktemp("run")
-    by_processes = {n: make_run(tiny_base, folder, "lora", processes=n, batch=2, micro_batch=1) for n in (1, 2)}
+    folder, options = tmp_path_factory.mktemp("run"), {"batch": 2, "micro_batch": 1, "packing": request.param}
+    by_processes = {n: make_run(tiny_base, folder, "lora", processes=n, **options) for n in (1, 2)}
     run_ranks(write_adapter, 1, by_processes[1])
     return by_processes
 
