@@ -48,7 +48,7 @@ audit: setup  ## check the packages' files against requirements.lock, and them f
 	$(BIN)/pip-audit --disable-pip --require-hashes -r requirements.lock
 
 gpu-test: $(DEV_INSTALLED)  ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu -s tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu -s tests/gpu/test_gpu.py
 
 bench: setup  ## regenerate the tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

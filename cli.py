@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from fitune import run as runs
+from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
 
 EPILOG = "Start with:  make demo   or   python cli.py list"
@@ -67,7 +67,7 @@ def cli(debug):
 @cli.command("list", epilog="Example:  python cli.py list")
 def list_command():
     """Recipes, memory profiles, accelerate configs, and which go together."""
-    from fitune.catalogue import print_catalogue
+    from fitune.config.catalogue import print_catalogue
 
     print_catalogue()
 
@@ -81,7 +81,7 @@ def show(recipe, profile, sets, output):
     """The resolved run.yaml and the exact launch line; loads nothing."""
     run = runs.resolve(recipe, profile, sets, output)
     click.echo(runs.dump(run), nl=False)
-    click.echo("\n# " + _launch_line(run, "fitune.train"))
+    click.echo("\n# " + _launch_line(run, "fitune.training.train"))
 
 
 @cli.command(epilog="Example:  python cli.py plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
@@ -101,7 +101,7 @@ def show(recipe, profile, sets, output):
 @click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
 def plan(recipe, profile, sets, **options):
     """Does it fit, where do the bytes go, how long will it take; loads nothing."""
-    from fitune.plan_report import plan_command
+    from fitune.planning.report import plan_command
 
     plan_command(recipe, profile, sets, **options)
 
@@ -140,10 +140,10 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
         raise UsageError("--dataset needs --output FOLDER")
     from rich.console import Console
 
-    from fitune.config import Data
+    from fitune.config.hub import local_config
+    from fitune.config.schema import Data
+    from fitune.config.yaml_file import parse
     from fitune.data.prepare import prepare as prepare_data
-    from fitune.hub import local_config
-    from fitune.yaml_file import parse
 
     if recipe:
         resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
@@ -210,16 +210,16 @@ def train(
     run = runs.resolve(recipe, profile, sets, output)
     if dry_run:
         click.echo(runs.dump(run), nl=False)
-        click.echo("\n# " + _launch_line(run, "fitune.train"))
+        click.echo("\n# " + _launch_line(run, "fitune.training.train"))
         return
-    from fitune.launch import train_with_restarts
-    from fitune.preflight import check_before_training, nothing_left, open_run_folder, wait_for_run_folder
+    from fitune.launching.launch import train_with_restarts
+    from fitune.launching.preflight import check_before_training, nothing_left, open_run_folder, wait_for_run_folder
 
     if resume and (finished := nothing_left(run)):
         click.echo(finished)
         return
     check_before_training(run, force=force)
-    click.echo(_launch_line(run, "fitune.train"))
+    click.echo(_launch_line(run, "fitune.training.train"))
     flags = {
         "--machine_rank": machine_rank,
         "--main_process_ip": main_process_ip,
@@ -240,7 +240,7 @@ def train(
 @force_option
 def eval_command(run_folder, force):
     """Loss, perplexity and token accuracy on the test split, base against tuned."""
-    _launch(_finished_run(run_folder), "fitune.evaluate", *(["--force"] if force else []))
+    _launch(_finished_run(run_folder), "fitune.training.evaluate", *(["--force"] if force else []))
 
 
 @cli.command(epilog='Example:  python cli.py generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
@@ -271,11 +271,11 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         *(["--json", str(json_file)] if json_file else []),
     ]
     if is_model:
-        from fitune.generate import generate_from_model, parse_options
+        from fitune.training.generate import generate_from_model, parse_options
 
         generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
     else:
-        _launch(_finished_run(run_or_model), "fitune.generate", *arguments)
+        _launch(_finished_run(run_or_model), "fitune.training.generate", *arguments)
 
 
 @cli.command(epilog="Example:  python cli.py quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
@@ -284,14 +284,14 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 def quantize(model, revision, output):
     """A bf16 model in bitsandbytes' NF4 format, written once; then train with --set base.model=OUTPUT."""
-    from fitune.hub import local_folder
+    from fitune.config.hub import local_folder
     from fitune.output_folder import refuse_existing
 
     refuse_existing(output)
     folder = local_folder(model, revision)
     import torch
 
-    from fitune.quantize import quantize as write_nf4
+    from fitune.weights.quantize import quantize as write_nf4
 
     write_nf4(folder, output, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     click.echo(f"{output}: train on it with --set base.model={output}")
@@ -301,7 +301,7 @@ def quantize(model, revision, output):
 @click.option("--model", help="Check access to this model. [default: Llama 3 8B]")
 def doctor(model):
     """Versions, GPUs, memory, disk, login, access to the base; says what to fix."""
-    from fitune.doctor import doctor as check
+    from fitune.launching.doctor import doctor as check
 
     sys.exit(0 if check(model) else 1)
 
@@ -314,7 +314,7 @@ def doctor(model):
 def merge(run_folder, output, base, force):
     """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
     run, result = _run_and_result(run_folder)
-    from fitune.merge import merge_run
+    from fitune.weights.merge import merge_run
 
     merge_run(run, result, output, base=base, force=force)
     click.echo(f'merged: {output}   next: python cli.py generate {output} --prompt "..."')
@@ -346,7 +346,7 @@ def _run_and_result(folder: Path):
     if not result.is_dir():
         whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
         raise UsageError(f"{result}: no such folder; give a run folder or a whole checkpoint of it{whole_model}")
-    from fitune.manifest import find_damage
+    from fitune.training.manifest import find_damage
 
     if damage := find_damage(folder):
         raise UsageError(f"{folder}: {damage}; merge another checkpoint, or the run's result")
@@ -355,8 +355,8 @@ def _run_and_result(folder: Path):
 
 def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """A profile's name, and the `--set` with which it fits."""
-    from fitune.hardware import this_machine
-    from fitune.plan_search import find_profile, profile_as_typed, unlike_profile
+    from fitune.planning.hardware import this_machine
+    from fitune.planning.search import find_profile, profile_as_typed, unlike_profile
 
     run = find_profile(recipe, sets, this_machine()).run
     click.echo(f"profile: {profile_as_typed(run)}, the fastest that fits this machine (see: cli.py plan {recipe})")
@@ -364,13 +364,13 @@ def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, 
 
 
 def _launch_line(run, module: str) -> str:
-    from fitune.launch import launch_line
+    from fitune.launching.launch import launch_line
 
     return shlex.join(launch_line(run, module))
 
 
 def _launch(run, module: str, *arguments: str, **options) -> None:
-    from fitune.launch import launch
+    from fitune.launching.launch import launch
 
     code = launch(run, module, *arguments, **options)
     if code:

@@ -12,13 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import is_whole, measured_tiers, whole_shape
-from fitune import run as runs
-from fitune.hardware import gpu_model
-from fitune.memory import MEASURED, gpu_moments, gpu_peak, host_peak
-from fitune.model_shapes import find_shape
-from fitune.plan import setup_of
-from fitune.sizes import GIB, Setup
-from fitune.step_time import step_seconds
+from fitune.config import run as runs
+from fitune.planning.hardware import gpu_model
+from fitune.planning.memory import MEASURED, gpu_moments, gpu_peak, host_peak
+from fitune.planning.model_shapes import find_shape
+from fitune.planning.plan import setup_of
+from fitune.planning.sizes import GIB, Setup
+from fitune.planning.step_time import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -89,7 +89,8 @@ def page() -> str:
     parts = [
         "# Does `plan` tell the truth?",
         "Written by `python benchmarks/accuracy.py`; the tests check the tables. Predictions come from "
-        "[`fitune/memory.py`](../fitune/memory.py) and [`fitune/step_time.py`](../fitune/step_time.py).",
+        "[`fitune/planning/memory.py`](../fitune/planning/memory.py) and "
+        "[`fitune/planning/step_time.py`](../fitune/planning/step_time.py).",
         "## Measured runs",
         "The run's own command, on one or two big GPUs whose ranks are each held to their tier's card "
         "(`benchmarks/tiers.py`). `needed` is what tensors and CUDA took, `kept` what the GPU showed: PyTorch's "

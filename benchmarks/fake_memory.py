@@ -1,4 +1,4 @@
-"""A second opinion on fitune/memory.py that shares no formula with it: one rank of a tier, run on fake tensors.
+"""A second opinion on planning/memory.py that shares no formula with it: one rank of a tier, run on fake tensors.
 
     python benchmarks/fake_memory.py OUTPUT.json RECIPE PROFILE [--layers N]
 
@@ -31,11 +31,11 @@ from trl.trainer.utils import add_fused_lm_head
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
-from fitune import attention
-from fitune import run as runs
-from fitune.model import build_skeleton, decoder
-from fitune.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
-from fitune.sharding import shard
+from fitune.config import run as runs
+from fitune.model import attention
+from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
+from fitune.model.sharding import shard
+from fitune.model.skeleton import build_skeleton, decoder
 
 GIB = 2**30
 HOOKS = ("pre_forward", "pre_backward", "post_backward")
@@ -107,7 +107,7 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
 
 
 def _allocate(model: nn.Module) -> list[torch.Tensor]:
-    """Fake memory for the weights, as `fitune.weights` takes real memory; returns NF4's statistics."""
+    """Fake memory for the weights, as `fitune.weights.load` takes real memory; returns NF4's statistics."""
     model.to_empty(device="cpu")
     backbone = decoder(model).model
     backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
@@ -147,7 +147,7 @@ def _step(model: nn.Module, optimizer, batch: dict, tracker: Tracker) -> None:
 
 
 def _follow_phases(tracker: Tracker, layers: int) -> None:
-    """Names phases as fitune.memory does, by the parameter group whose hook runs."""
+    """Names phases as fitune.planning.memory does, by the parameter group whose hook runs."""
     after = {
         ("pre_forward", "head"): "forward, loss",
         ("pre_backward", str(layers - 2)): "backward, between",

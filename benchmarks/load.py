@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tier_run import about, read_cold
 
-from fitune import run as runs
+from fitune.config import run as runs
 from fitune.data.dataset import load_tokenizer
-from fitune.distributed import compute_device, join, leave
-from fitune.measure import Loading
-from fitune.train import load_sharded_model
+from fitune.training.distributed import compute_device, join, leave
+from fitune.training.measure import Loading
+from fitune.training.train import load_sharded_model
 
 
 def main() -> None:

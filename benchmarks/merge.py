@@ -18,15 +18,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fitune.checkpoint import Checkpoint, CheckpointWriter, TensorSpec  # noqa: E402
-from fitune.quantize import is_quantised  # noqa: E402
+from fitune.weights.quantize import is_quantised  # noqa: E402
+from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec  # noqa: E402
 
 GIB = 2**30
 RANK = 16
 MERGE = """
 import sys
 from pathlib import Path
-from fitune.merge import merge_adapter
+from fitune.weights.merge import merge_adapter
 merge_adapter(*map(Path, sys.argv[1:]), progress=False)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)

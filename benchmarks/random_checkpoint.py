@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fitune.checkpoint import CheckpointWriter, TensorSpec
-from fitune.quantize import QUANTIZATION_CONFIG, is_quantised, nf4_parts, nf4_specs
+from fitune.weights.quantize import QUANTIZATION_CONFIG, is_quantised, nf4_parts, nf4_specs
+from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads (config.json of each model on the Hub)
     "1b": (2048, 8192, 16, 32, 8),

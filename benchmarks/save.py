@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_checkpoint import config, tensors
 from tier_run import GIB, about
 
-from fitune import manifest
-from fitune.checkpoint import CheckpointWriter, TensorSpec
 from fitune.output_folder import flushed_meanwhile, rename_when_whole
-from fitune.quantize import is_quantised
-from fitune.training_state import save_training_state
+from fitune.training import manifest
+from fitune.training.state import save_training_state
+from fitune.weights.quantize import is_quantised
+from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
 RANK = 16
 SECONDS_BETWEEN_SAVES = 600

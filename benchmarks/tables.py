@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fitune import run as runs
-from fitune.memory import gpu_peak, host_peak
-from fitune.model_shapes import ModelShape, find_shape
-from fitune.plan import setup_of
-from fitune.sizes import GIB
+from fitune.config import run as runs
+from fitune.planning.memory import gpu_peak, host_peak
+from fitune.planning.model_shapes import ModelShape, find_shape
+from fitune.planning.plan import setup_of
+from fitune.planning.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 README, MEMORY = ROOT / "README.md", ROOT / "docs" / "memory.md"

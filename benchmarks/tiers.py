@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tier_run import ROOT, about, resume, run_tier
 
-from fitune import run as runs
+from fitune.config import run as runs
 
 SHOWN = (
     "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
@@ -165,8 +165,8 @@ def script_tasks(options: argparse.Namespace) -> tuple[list[Task], Task]:
         f"base.model={work / '8b-nf4'}", "--set", f"data.prepared={work / 'data'}", "--set", "max_length=1536",
     ]  # fmt: skip
     pytest = ["-m", "pytest", "-n", "3", "-q", "-p", "no:cacheprovider"]
-    tests = [*pytest, "-rA", "-m", "gpu", "tests/test_gpu.py"]
-    loading_tests = [*pytest, "tests/test_sharding.py", "tests/weights"]
+    tests = [*pytest, "-rA", "-m", "gpu", "tests/gpu/test_gpu.py"]
+    loading_tests = [*pytest, "tests/model/test_sharding.py", "tests/weights"]
     loading = [
         "benchmarks/load.py", work / "70b-nf4", load, "--commit", options.commit, "--recipe", "llama3_70b_qlora",
         "--profile", "fsdp_1x48gb",

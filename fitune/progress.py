@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from fitune.distributed import is_main_process
+from fitune.training.distributed import is_main_process
 
 REDRAW_SECONDS = 0.1
 

@@ -49,7 +49,7 @@ def write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 
 def build_base(folder: Path, **options) -> Path:
-    from fitune.tiny import build_tiny_base
+    from fitune.demo.tiny_base import build_tiny_base
 
     texts = [message["content"] for row in conversations(48, 1) for message in row["messages"]]
     return build_tiny_base(folder, texts=texts, num_layers=2, num_heads=4, num_kv_heads=2, **options)
@@ -77,7 +77,7 @@ def uneven_base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def larger_base(tmp_path_factory) -> Path:
     """62 M parameters in four layers, 118 MiB in bfloat16: enough to see in a process's memory."""
-    from fitune.tiny import build_tiny_base
+    from fitune.demo.tiny_base import build_tiny_base
 
     folder = tmp_path_factory.mktemp("models") / "larger"
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
@@ -101,7 +101,7 @@ def make_run(prepared):
     Gradient accumulation follows from `batch`, `micro_batch` and `processes`; further keywords go to the recipe.
     """
     from fitune import __version__
-    from fitune.config import AccelerateConfig, Profile, Recipe, Run
+    from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 
     def make(
         base: Path,

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from fitune.config import Run
+from fitune.config.schema import Run
 from fitune.data.dataset import load_tokenizer
-from fitune.distributed import join
-from fitune.train import load_sharded_model, train
+from fitune.training.distributed import join
+from fitune.training.train import load_sharded_model, train
 
 GRACE_SECONDS = 5
 "How long the other processes may still run after one has failed: long enough to fail by themselves, and be shown."
@@ -86,7 +86,7 @@ def memory_mib(key: str, *, forget_peak: bool = False) -> float:
 
 def _run(function: Callable, args: tuple, places: list[dict[str, str]], timeout: float) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fitune.train", "matplotlib.backends.backend_agg", "matplotlib.figure"])
+    context.set_forkserver_preload(["fitune.training.train", "matplotlib.backends.backend_agg", "matplotlib.figure"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [

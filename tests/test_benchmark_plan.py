@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks import tables, tier_run, tiers
-from fitune import run as runs
-from fitune.memory import MEASURED, gpu_peak
-from fitune.model_shapes import find_shape
-from fitune.plan import setup_of
-from fitune.sizes import GIB
+from fitune.config import run as runs
+from fitune.planning.memory import MEASURED, gpu_peak
+from fitune.planning.model_shapes import find_shape
+from fitune.planning.plan import setup_of
+from fitune.planning.sizes import GIB
 
 PLANS = json.loads((Path(__file__).resolve().parents[1] / "benchmarks" / "plan.json").read_text())
 KEYS = {"recipe", "profile", "checkpoint", "cap_gib", "steps", "set", "resume", "label", "seconds"}

@@ -60,7 +60,7 @@ def test_show_gives_run_yaml_and_the_launch_line(cli):
     assert "learning_rate: 0.0001" in result.output
     assert "gradient_accumulation_steps: 2" in result.output
     assert "accelerate launch --config_file" in result.output.splitlines()[-1]
-    assert "-m fitune.train" in result.output.splitlines()[-1]
+    assert "-m fitune.training.train" in result.output.splitlines()[-1]
 
 
 BAD = {
@@ -107,7 +107,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, arguments, expecte
 
 
 def test_an_existing_run_folder_is_never_overwritten(cli, tmp_path):
-    from fitune.tiny import build_tiny_base
+    from fitune.demo.tiny_base import build_tiny_base
 
     build_tiny_base(tmp_path / "base", num_layers=1)
     (tmp_path / "data").mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from fitune.config import Recipe
+from fitune.config.schema import Recipe
 from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
 from fitune.data.file_formats import optional_keys, row_schema
 from fitune.errors import UsageError

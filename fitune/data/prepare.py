@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitune.config import Data, Source
+from fitune.config.schema import Data, Source
 from fitune.data import chat_template, conversations
 from fitune.data.chat_template import ChatRenderer
 from fitune.data.data_report import describe, print_report

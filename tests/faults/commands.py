@@ -48,7 +48,7 @@ class Running:
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children():
                 with suppress(psutil.Error):  # it may be gone by now
-                    if "fitune.train" in child.cmdline():
+                    if "fitune.training.train" in child.cmdline():
                         found[int(child.environ()["RANK"])] = child
         return found
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from ranks import run_ranks, train_here
 
-from fitune import manifest, trainer
-from fitune import run as runs
+from fitune.config import run as runs
 from fitune.errors import UsageError
-from fitune.manifest import Identity, find_damage, read_manifest, refuse_another_identity
+from fitune.launching.preflight import nothing_left, open_run_folder
 from fitune.output_folder import checkpoints
-from fitune.preflight import nothing_left, open_run_folder
+from fitune.training import manifest, trainer
+from fitune.training.manifest import Identity, find_damage, read_manifest, refuse_another_identity
 
 STEPS = 4
 TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}

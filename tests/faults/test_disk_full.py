@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fitune import merge
 from fitune.errors import FituneError
+from fitune.weights import merge
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -16,7 +16,7 @@ from importlib.abc import MetaPathFinder
 
 class Change(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "fitune.trainer" and "RANK" in os.environ:
+        if name == "fitune.training.trainer" and "RANK" in os.environ:
             sys.meta_path.remove(self)
             change(int(os.environ["RANK"]))
 
@@ -24,8 +24,8 @@ sys.meta_path.insert(0, Change())
 """
 HANG = """
 def change(rank):
-    from fitune.checkpoint import CheckpointWriter
-    from fitune.weights import _Loader
+    from fitune.weights.safetensors_files import CheckpointWriter
+    from fitune.weights.load import _Loader
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     owner, method, now = {where}

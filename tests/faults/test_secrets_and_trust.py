@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from cli import cli
-from fitune import yaml_file
+from fitune.config import yaml_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 

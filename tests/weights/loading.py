@@ -8,8 +8,8 @@ from ranks import sharded_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from fitune.checkpoint import Checkpoint
-from fitune.nf4 import NF4Linear
+from fitune.model.nf4 import NF4Linear
+from fitune.weights.safetensors_files import Checkpoint
 
 CPU = torch.device("cpu")
 

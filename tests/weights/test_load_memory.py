@@ -3,7 +3,8 @@
 import pytest
 from ranks import memory_mib, run_ranks, sharded_model
 
-from fitune import streaming, weights
+from fitune.weights import load as weights
+from fitune.weights import streaming
 
 MIB = 2**20
 

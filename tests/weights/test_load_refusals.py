@@ -10,12 +10,12 @@ from loading import CPU, damaged_copy
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from fitune.checkpoint import Checkpoint
 from fitune.data.dataset import load_tokenizer
-from fitune.distributed import join
 from fitune.errors import FituneError, UsageError
-from fitune.model import build_skeleton
-from fitune.weights import Placement, account_for_every_tensor, load_weights
+from fitune.model.skeleton import build_skeleton
+from fitune.training.distributed import join
+from fitune.weights.load import Placement, account_for_every_tensor, load_weights
+from fitune.weights.safetensors_files import Checkpoint
 
 
 def _rename(old, new):

@@ -6,7 +6,7 @@ from bitsandbytes.functional import QuantState
 from loading import CPU, load_and_count_bytes, quantised, same, state_content
 from ranks import run_ranks
 
-from fitune.checkpoint import Checkpoint
+from fitune.weights.safetensors_files import Checkpoint
 
 
 def _load_prequantised(runs: dict) -> dict:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks, sharded_model
 
-from fitune import weights
+from fitune.weights import load as weights
 
 
 def _before_and_after_a_forward(run) -> dict:

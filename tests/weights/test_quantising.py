@@ -10,11 +10,11 @@ from ranks import run_ranks, sharded_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fitune import weights
-from fitune.checkpoint import Checkpoint, CheckpointWriter, TensorSpec
-from fitune.nf4 import NF4Linear
-from fitune.streaming import stream
-from fitune.weights import Placement
+from fitune.model.nf4 import NF4Linear
+from fitune.weights import load as weights
+from fitune.weights.load import Placement
+from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
+from fitune.weights.streaming import stream
 
 SHAPES = [(8, 1), (1, 8), (3, 40), (5, 24), (65, 72), (7, 200), (173, 72), (24, 999), (300, 256), (64, 64)]
 "Out and in features: fewer rows of packed weights than ranks, borders inside blocks, over 256 blocks, all even."

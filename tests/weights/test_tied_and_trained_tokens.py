@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from fitune.data.dataset import load_tokenizer
 from fitune.errors import UsageError
-from fitune.model import build_skeleton
+from fitune.model.skeleton import build_skeleton
 
 TRAINED = ["<|eot_id|>", "<|start_header_id|>"]
 

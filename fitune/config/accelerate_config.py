@@ -1,0 +1,58 @@
+"""Reads and checks a file of accelerate_configs/.
+
+accelerate ignores an unknown key inside `fsdp_config` without a word (`fsdp_offload_parms: true` leaves offload off),
+so every key is checked here before anything is launched.
+"""
+
+from pathlib import Path
+
+from fitune.config.installed_names import accelerate_config_keys, accelerate_fsdp_keys
+from fitune.config.schema import AccelerateConfig
+from fitune.config.yaml_file import parse, read_yaml
+from fitune.errors import UsageError, nearest
+
+USED_FSDP_KEYS = {"fsdp_version", "fsdp_offload_params", "fsdp_reshard_after_forward", "fsdp_state_dict_type"}
+IGNORED_FSDP_KEYS = {
+    "fsdp_activation_checkpointing": "set activation_checkpointing in the memory profile",
+    "fsdp_activation_checkpointing_offload": "set activation_offload in the memory profile",
+}
+
+
+def read_accelerate_config(path: Path) -> AccelerateConfig:
+    """What fitune needs of an accelerate config. Raises UsageError naming the file and key."""
+    data = read_yaml(path)
+    for key in data:
+        if key not in accelerate_config_keys():
+            raise UsageError(f"{path}: unknown key '{key}'{nearest(key, accelerate_config_keys())}")
+    fsdp = _checked_fsdp_block(data.get("fsdp_config") or {}, path)
+    use_cpu = data.get("use_cpu", False)
+    if data.get("distributed_type") != "FSDP":
+        raise UsageError(f"{path}: distributed_type must be FSDP, not {data.get('distributed_type')!r}")
+    if "num_processes" not in data:
+        raise UsageError(f"{path}: key 'num_processes' is missing")
+    values = {
+        "path": str(path),
+        "num_processes": data["num_processes"],
+        "num_machines": data.get("num_machines", 1),
+        "use_cpu": use_cpu,
+        "mixed_precision": {False: "no"}.get(data.get("mixed_precision", "no"), data.get("mixed_precision", "no")),
+        "offload_params": fsdp.get("fsdp_offload_params", False),
+        "reshard_after_forward": fsdp.get("fsdp_reshard_after_forward", True),
+    }
+    return parse(AccelerateConfig, values, str(path))
+
+
+def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:
+    for key in fsdp:
+        if key not in accelerate_fsdp_keys():
+            raise UsageError(f"{path}: unknown key 'fsdp_config.{key}'{nearest(key, USED_FSDP_KEYS)}")
+        if key not in USED_FSDP_KEYS:
+            why = IGNORED_FSDP_KEYS.get(key, "fitune shards and loads the model itself")
+            raise UsageError(f"{path}: fsdp_config.{key} has no effect here: {why}; remove it")
+    if fsdp and fsdp.get("fsdp_version") != 2:
+        raise UsageError(f"{path}: fsdp_config.fsdp_version must be 2, not {fsdp.get('fsdp_version')!r}")
+    if fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "SHARDED_STATE_DICT":
+        raise UsageError(
+            f"{path}: fsdp_config.fsdp_state_dict_type must be SHARDED_STATE_DICT: each rank saves its part"
+        )
+    return fsdp

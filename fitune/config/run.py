@@ -1,0 +1,170 @@
+"""From names on the command line to one resolved run: run.yaml."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fitune import __version__
+from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+from fitune.config.training_block import check_training_block
+from fitune.config.yaml_file import parse, read_yaml
+from fitune.errors import UsageError, nearest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+PROFILES = RECIPES / "memory_profiles"
+ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the YAML files in a folder, without the ending."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def find(name: str, folder: Path, kind: str) -> Path:
+    """The YAML file called `name` in `folder`, or `name` itself if it is a path to one."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        if not Path(name).is_file():
+            raise UsageError(f"{kind} {name}: no such file")
+        return Path(name)
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise UsageError(f"no {kind} called '{name}'{nearest(name, names(folder))}")
+    return path
+
+
+def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
+    """`--set key=value` flags as nested overrides for (recipe, profile); `profile.` starts a profile key."""
+    overrides: dict[str, Any] = {}
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UsageError(f"--set {item}: expected key=value, for example --set training.learning_rate=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {item}: the value is not valid YAML") from None
+        target = overrides
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UsageError(f"--set {item}: '{parent}' already has a value")
+        target[last] = value
+    profile = overrides.pop("profile", {})
+    if not isinstance(profile, dict):
+        raise UsageError(f"--set profile={profile}: name a key of the profile, as in profile.micro_batch=2")
+    return overrides, profile
+
+
+def _merged(data: dict, overrides: dict) -> dict:
+    result = dict(data)
+    for key, value in overrides.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
+    """A recipe by name or path, with overrides applied; paths inside it are relative to the current folder."""
+    path = find(name, RECIPES, "recipe")
+    source = f"{path}{' with --set' if overrides else ''}"
+    recipe = parse(Recipe, _merged(read_yaml(path), overrides or {}), source)
+    return recipe.model_copy(update={"training": check_training_block(recipe.training, source)})
+
+
+def load_profile(name: str, overrides: dict | None = None) -> Profile:
+    """A memory profile by name or path, with overrides applied."""
+    path = find(name, PROFILES, "memory profile")
+    return parse(Profile, _merged(read_yaml(path), overrides or {}), f"{path}{' with --set' if overrides else ''}")
+
+
+def goes_with(recipe_name: str, recipe: Recipe, profile: Profile) -> bool:
+    """Whether a profile is meant for a recipe: its method, at the size in the recipe's name."""
+    return any(recipe.method in profile.fits[size] for size in profile.sizes_of(recipe_name))
+
+
+def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
+    """The run that a recipe, a profile, `--set` flags and an output folder describe. Raises UsageError."""
+    recipe_overrides, profile_overrides = parse_sets(sets)
+    recipe = load_recipe(recipe_name, recipe_overrides)
+    recipe_stem, profile_stem = Path(recipe_name).stem, Path(profile_name).stem
+    profile = load_profile(profile_name, profile_overrides).for_recipe(recipe_stem)
+    accelerate = read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
+    _check_pair(recipe_stem, recipe, profile_stem, profile, accelerate)
+    return Run(
+        fitune=__version__,
+        recipe_name=recipe_stem,
+        profile_name=profile_stem,
+        output_dir=str(Path(output or f"runs/{recipe_stem}-{profile_stem}").absolute()),
+        recipe=recipe,
+        profile=profile,
+        accelerate=accelerate,
+        gradient_accumulation_steps=_gradient_accumulation(recipe, profile, accelerate),
+    )
+
+
+def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, accelerate: AccelerateConfig) -> None:
+    if recipe.method not in profile.methods:
+        fitting = [name for name in names(PROFILES) if goes_with(recipe_name, recipe, load_profile(name))]
+        raise UsageError(
+            f"profile {profile_name} is for {', '.join(sorted(profile.methods))}, recipe {recipe_name} is "
+            f"{recipe.method}; profiles for it: {', '.join(fitting) or 'none'}"
+        )
+    if profile.num_gpus and profile.num_gpus != accelerate.num_processes:
+        raise UsageError(
+            f"profile {profile_name} has num_gpus {profile.num_gpus}, {accelerate.path} has num_processes "
+            f"{accelerate.num_processes}: make them equal"
+        )
+    if profile.embedding_offload and recipe.method == "full":
+        raise UsageError(
+            f"profile {profile_name}: embedding_offload is for a frozen base, recipe {recipe_name} is full"
+        )
+    if bool(profile.num_gpus) == accelerate.use_cpu:
+        raise UsageError(
+            f"profile {profile_name} has num_gpus {profile.num_gpus}, but {accelerate.path} "
+            f"has use_cpu: {str(accelerate.use_cpu).lower()}"
+        )
+
+
+def exact_micro_batches(recipe: Recipe, accelerate: AccelerateConfig) -> list[int]:
+    """Rows per process and pass that make up the recipe's global batch with nothing over, ascending."""
+    batch, processes = recipe.global_batch_size, accelerate.num_processes
+    return [rows for rows in range(1, batch // processes + 1) if batch % (rows * processes) == 0]
+
+
+def _gradient_accumulation(recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> int:
+    per_pass = profile.micro_batch * accelerate.num_processes
+    steps, rest = divmod(recipe.global_batch_size, per_pass)
+    if rest or not steps:
+        fitting = exact_micro_batches(recipe, accelerate)
+        hint = (
+            f"micro_batch {', '.join(map(str, fitting))} would be"
+            if fitting
+            else (f"set global_batch_size to a multiple of {accelerate.num_processes}")
+        )
+        raise UsageError(
+            f"global_batch_size {recipe.global_batch_size} is not a multiple of micro_batch {profile.micro_batch} x "
+            f"{accelerate.num_processes} processes; {hint}{' exact' if fitting else ''}"
+        )
+    return steps
+
+
+def dump(run: Run) -> str:
+    """run.yaml's text."""
+    header = (
+        f"# One resolved run. Start it with:  python -m accelerate.commands.launch --config_file "
+        f"{run.accelerate.path} -m fitune.training.train run.yaml\n"
+    )
+    return header + yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: Path) -> Run:
+    """A run.yaml, or the run folder that holds one."""
+    path = path / "run.yaml" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; expected a run folder written by `python cli.py train`")
+    return parse(Run, read_yaml(path) | {"output_dir": str(path.absolute().parent)}, str(path))  # it may have moved

@@ -1,0 +1,1 @@
+"""`make demo`: a tiny base, and the whole job on it."""

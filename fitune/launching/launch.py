@@ -1,0 +1,151 @@
+"""Starts a run's processes through `accelerate launch`, in this process so that they inherit the terminal."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Collection
+from contextlib import contextmanager
+from pathlib import Path
+
+from fitune.config.run import ROOT
+from fitune.config.schema import Run
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
+
+
+def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
+    """The command that starts `module` on a run's folder, as typed in a shell."""
+    config = ["accelerate", "launch", "--config_file", _short(run.accelerate.path)]
+    return [*config, "-m", module, _short(str(run.folder / "run.yaml")), *arguments]
+
+
+def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate_flags: tuple[str, ...]) -> int:
+    """Trains, and after a crash goes on from the newest checkpoint, at most `max_restarts` times; the exit code.
+
+    A crash is a rank that died, hung or raised what fitune did not expect; an error that fitune explains would only
+    come again.
+    """
+    for restart in range(max_restarts + 1):
+        code, signals = _train_once(run, resume, accelerate_flags)
+        if signals == 1 and code == CRASHED:  # told to stop while the ranks were starting
+            return INTERRUPTED
+        if code != CRASHED or signals or restart == max_restarts:
+            break
+        resume = True
+        saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
+        start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
+        print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
+    return 1 if code == CRASHED else code
+
+
+def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tuple[int, int]:
+    """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
+    from fitune.launching.heartbeat import FOLDER, Watch
+
+    arguments = ["--resume"] if resume else []
+    with tempfile.TemporaryDirectory(prefix="fitune-") as folder, _signals_go_to_the_ranks() as received:
+        os.environ[FOLDER] = folder
+        watch = Watch(Path(folder), run.accelerate.num_machines)
+        watch.start()
+        # torch's own way with signals would give the ranks 30 s to save
+        flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
+        try:
+            code = launch(run, "fitune.training.train", *arguments, **flags, explained=watch.ended)
+        finally:
+            watch.stop()
+    return code, len(received)
+
+
+def launch(
+    run: Run,
+    module: str,
+    *arguments: str,
+    accelerate_flags: tuple[str, ...] = (),
+    signals_to_handle: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+    explained: Collection[int] = (),
+) -> int:
+    """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
+
+    `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). What went wrong is printed by then. A
+    process that was killed counts as CRASHED, and is named unless its pid is in `explained` by then.
+    `signals_to_handle` end all processes.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _set_environment(run)
+    flags = ["--config_file", run.accelerate.path, *accelerate_flags, "-m", module]
+    parsed = launch_command_parser().parse_args([*flags, str(run.folder / "run.yaml"), *arguments])
+    parsed.signals_to_handle = signals_to_handle
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="fitune-") as parsed.log_dir:  # torch would leave a folder of its own
+        try:
+            launch_command(parsed)
+        except ChildFailedError as error:
+            return _first_failure(error.failures, explained)
+        except ValueError as error:
+            raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
+    return 0
+
+
+def _first_failure(failures: dict, explained: Collection[int]) -> int:
+    """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
+    began = min(failure.timestamp for failure in failures.values())
+
+    def order(item):
+        code, when = item[1].exitcode, item[1].timestamp
+        # torch's launcher sends SIGTERM to the others and half a minute later SIGKILL, and a rank whose neighbour is
+        # gone crashes, or gloo aborts it
+        follows = code == CRASHED, code == -signal.SIGABRT
+        return when - began > 10, code == -signal.SIGTERM, code >= 0, *follows, when
+
+    rank, first = min(failures.items(), key=order)
+    if first.exitcode < 0:
+        if first.pid not in explained:
+            name = signal.Signals(-first.exitcode).name
+            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}")
+        return CRASHED
+    return first.exitcode
+
+
+@contextmanager
+def _signals_go_to_the_ranks():
+    """SIGTERM, Ctrl-C, a closed terminal: the ranks save and leave, which may take minutes. A second ends them at once.
+
+    What is ignored, as SIGHUP under nohup, stays ignored. Yields the signals received.
+    """
+    import psutil
+
+    received = []
+
+    def forward(number, frame) -> None:
+        received.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        said = "finishing the step and saving it; once more to stop at once" if len(received) == 1 else "stopped"
+        say_while_training(f"{signal.Signals(number).name}: {said}")
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _set_environment(run: Run) -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if run.accelerate.use_cpu:
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.accelerate.num_processes)))
+    else:
+        # segments that can grow leave no unusable gaps between a layer's weights and the next one's
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def _short(path: str) -> str:
+    """Relative to the current folder where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(path) and not relative.startswith("..") else str(Path(path))

@@ -1,0 +1,126 @@
+"""How the model is spread over the processes: FSDP2's `fully_shard`, unit by unit."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
+
+from fitune.config.schema import Run
+from fitune.errors import FituneError
+from fitune.model.nf4 import NF4Linear
+from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
+from fitune.model.skeleton import decoder
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
+    """Turns every parameter into a DTensor split along dimension 0, in place. The model must still be on meta.
+
+    One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more.
+    """
+    causal_lm = decoder(model)
+    options = {"mesh": mesh, "mp_policy": _mixed_precision(model, compute_dtype)}
+    in_host_ram = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    everything = in_host_ram if run.accelerate.offload_params else OffloadPolicy()
+    embeddings = in_host_ram if run.profile.embedding_offload else everything
+    for layer in causal_lm.model.layers:
+        fully_shard(
+            layer, reshard_after_forward=run.accelerate.reshard_after_forward, offload_policy=everything, **options
+        )
+    # 2 GiB at 70B and needed once per forward: its own unit, freed at once, not gathered for its gradient.
+    embedding = causal_lm.model.embed_tokens
+    fully_shard(embedding, reshard_after_forward=True, offload_policy=embeddings, **options)
+    embedding.set_unshard_in_backward(False)
+    # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
+    # the weights stay until the backward pass, which starts with them.
+    head = [causal_lm.model.norm, causal_lm.lm_head]
+    fully_shard(head, reshard_after_forward=False, offload_policy=embeddings, **options)
+    for unit in (embedding, causal_lm.model.norm):
+        # Gathered with nothing to overlap with. Else their buffers would come from another stream's memory, which
+        # computing can't reuse, and FSDP would keep the head's through the loss.
+        unit._set_unshard_async_op(True)
+    fully_shard(model, offload_policy=everything, **options)
+    if mesh.size() == 1:
+        use_weights_in_place(_parameter_groups(model))
+        prefetch_in_order(causal_lm.model.layers)
+    _check_gathered_as_bytes(model)
+    _tell_transformers(causal_lm)
+
+
+def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:
+    """The modules whose own parameters are offloaded, after `shard`'s plan."""
+    if run.accelerate.offload_params:
+        return set(model.modules())
+    backbone = decoder(model).model
+    offloaded = [backbone.embed_tokens, backbone.norm, decoder(model).lm_head] if run.profile.embedding_offload else []
+    return {module for unit in offloaded for module in unit.modules()}
+
+
+def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Full fine-tuning gathers its float32 master weights in `compute_dtype` and reduces gradients in float32.
+
+    With a frozen base nothing is cast on the way: weights are stored as they are used, and a parameter group of mixed
+    dtypes (base and float32 LoRA) is gathered as bytes, so that packed NF4 arrives bit for bit.
+    """
+    frozen_base = any(not parameter.requires_grad for parameter in model.parameters())
+    if frozen_base or compute_dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=compute_dtype)
+
+
+def _check_gathered_as_bytes(model: nn.Module) -> None:
+    """Refuses a layer whose packed NF4 weights would be gathered as floats on a GPU (bitsandbytes#1945)."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FSDPModule) or not any(isinstance(m, NF4Linear) for m in layer.modules()):
+            continue
+        dtypes = {p.dtype for p in group_parameters(layer)}
+        on_gpu = any(p.device_mesh.device_type == "cuda" for p in group_parameters(layer))
+        if on_gpu and len(dtypes) == 1:
+            raise FituneError(f"{name}: all parameters are {dtypes.pop()}; NF4 weights would be gathered as floats")
+
+
+def group_parameters(unit: nn.Module) -> list[DTensor]:
+    """The parameters gathered together when `unit`, one of FSDP's units, runs: all below it but for nested units."""
+    nested = {id(p) for m in unit.modules() if m is not unit and isinstance(m, FSDPModule) for p in m.parameters()}
+    return [p for p in unit.parameters() if id(p) not in nested]
+
+
+def _parameter_groups(model: nn.Module) -> list[FSDPParamGroup]:
+    """Of all FSDP's units that have one."""
+    units = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
+
+
+def fsdp_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], FSDPParam]:
+    """What FSDP keeps beside each parameter, by module and name."""
+    places = [(kept._module_info, kept) for group in _parameter_groups(model) for kept in group.fsdp_params]
+    return {(place.module, place.param_name): kept for place, kept in places}
+
+
+def pad(parameter: DTensor, kept: FSDPParam) -> None:
+    """Gives a short shard, allocated but not filled, the size of the others, which FSDP gathers.
+
+    Else FSDP copies it before the first forward: where weights are offloaded, into memory that is page-locked in powers
+    of two, while the driver keeps the lock of what is freed.
+    """
+    local = parameter.to_local()
+    if local.untyped_storage().nbytes() < math.prod(kept.padded_sharded_param_size) * local.itemsize:
+        padded = local.new_zeros(kept.padded_sharded_param_size)
+        kept._sharded_param_data = padded.view(-1)
+        parameter._local_tensor = padded[: local.shape[0]]
+
+
+def _tell_transformers(causal_lm: nn.Module) -> None:
+    """Marks the model as sharded, so that Trainer and accelerate neither move it nor wrap it again."""
+    causal_lm._is_distributed_loading_by_transformers = True
+    causal_lm._is_fsdp_managed_module = True
+
+
+def local_rows(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Rows [start, stop) of dimension 0 that FSDP2 keeps on `rank`: equal chunks, the last ones short or empty."""
+    chunk = -(-total // world_size)
+    return min(rank * chunk, total), min((rank + 1) * chunk, total)

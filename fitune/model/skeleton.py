@@ -1,0 +1,170 @@
+"""The model's skeleton on the meta device: architecture, quantised linears, adapter, kernels. Reads no weight."""
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from fitune.config.schema import Lora, Recipe
+from fitune.errors import UsageError
+from fitune.model.attention import PACKED_ATTENTION
+from fitune.model.nf4 import BLOCK, NF4Linear
+
+
+def build_skeleton(
+    recipe: Recipe, base_folder: Path, tokenizer: PreTrainedTokenizerBase, compute_dtype: torch.dtype, device_type: str
+) -> nn.Module:
+    """The model `recipe.method` trains, all parameters on meta: a LlamaForCausalLM, or a PeftModel around it.
+
+    Frozen weights have `compute_dtype` (or packed NF4), trainable ones float32: their optimizer needs the precision,
+    and FSDP or `_LoraLinear` casts them for the computation. Raises UsageError for a model that is not a Llama.
+    """
+    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
+    _check_architecture(config, base_folder, recipe)
+    stored_dtype = config.dtype or torch.bfloat16
+    attention = PACKED_ATTENTION if recipe.packing else "sdpa"
+    with torch.device("meta"):
+        dtype = torch.float32 if recipe.method == "full" else compute_dtype
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    model.config.dtype = stored_dtype  # what a fully trained model is saved in
+    model.generation_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    if device_type == "cuda":
+        _use_liger_kernels(model)
+    if recipe.method == "full":
+        return model
+    if recipe.method == "qlora":
+        _quantise_linears(model)
+    return _add_lora(model, recipe.lora, tokenizer)
+
+
+def decoder(model: nn.Module) -> PreTrainedModel:
+    """The LlamaForCausalLM inside `model`, adapter or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
+    if config.model_type != "llama":
+        raise UsageError(f"{folder}: a {config.model_type} model; fitune shards and streams Llama models only")
+    if recipe.max_length > config.max_position_embeddings:
+        raise UsageError(
+            f"max_length {recipe.max_length} is beyond the {config.max_position_embeddings} positions of {folder}"
+        )
+    if config.tie_word_embeddings:
+        if recipe.method == "full":
+            raise UsageError(
+                f"{folder}: embedding and head are one tensor (tie_word_embeddings); use method lora or qlora"
+            )
+        if recipe.lora.trainable_tokens:
+            raise UsageError(
+                f"{folder}: lora.trainable_tokens needs an embedding and a head of their own, here they are one tensor "
+                f"(tie_word_embeddings); use chat_template plain"
+            )
+        config.tie_word_embeddings = False  # both are frozen: `fitune.weights.load` reads the head from the embedding
+
+
+def _use_liger_kernels(model: PreTrainedModel) -> None:
+    """Fused RMSNorm, SwiGLU and RoPE. The loss is TRL's own fused one."""
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of each accelerator that is not here
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError:
+        raise UsageError("liger-kernel is not installed; run: pip install -r requirements-gpu.txt") from None
+    apply_liger_kernel_to_llama(
+        rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
+    )
+
+
+def _quantise_linears(model: PreTrainedModel) -> None:
+    """NF4 for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
+
+    Their rows must be whole blocks: on CPUs with AVX-512, bitsandbytes 0.50.2 multiplies as if every row began one.
+    """
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                if module.in_features % BLOCK:
+                    raise UsageError(
+                        f"{name} has {module.in_features} inputs; method qlora needs a multiple of {BLOCK}, "
+                        f"method lora does not"
+                    )
+                parent, _, child = name.rpartition(".")
+                quantised = NF4Linear(module.in_features, module.out_features, device="meta")
+                setattr(layer.get_submodule(parent), child, quantised)
+
+
+def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    token_ids = _token_ids(lora.trainable_tokens, tokenizer)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        trainable_token_indices={"embed_tokens": token_ids, "lm_head": token_ids} if token_ids else None,
+        task_type="CAUSAL_LM",
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UsageError(f"lora.target_modules {lora.target_modules}: {error}") from None
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _cast_lora_while_computing(module)
+        elif isinstance(module, TrainableTokensLayer):
+            module.__class__ = _TrainableTokens
+        elif isinstance(module, TrainableTokensWrapper):
+            module.bias = None  # TRL's fused loss asks the head for it
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _token_ids(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    unknown = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if unknown:
+        raise UsageError(f"lora.trainable_tokens: '{unknown[0]}' is not a token of the model's tokenizer")
+    return tokenizer.convert_tokens_to_ids(tokens)
+
+
+class _LoraLinear(nn.Linear):
+    """float32 master weights, cast to the activations' dtype for the product (PEFT would cast the activations up)."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def _cast_lora_while_computing(module: LoraLayer) -> None:
+    module.cast_input_dtype_enabled = False
+    for part in (*module.lora_A.values(), *module.lora_B.values()):
+        part.__class__ = _LoraLinear
+
+
+class _TrainableTokens(TrainableTokensLayer):
+    """PEFT's layer without its copy of the whole embedding or head per forward (2 GiB at 70B).
+
+    Only the looked-up rows, or the logits, of trained tokens are replaced. TRL's fused loss asks for the head's weight,
+    though, and gets a copy.
+    """
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        output = self.base_layer(x)
+        if self.disable_adapters or not self.active_adapters:
+            return output
+        [adapter] = self.active_adapters
+        rows, token_ids = self.trainable_tokens_delta[adapter].to(output.dtype), self.token_indices[adapter]
+        if isinstance(self.base_layer, nn.Linear):
+            return output.index_copy(-1, torch.tensor(token_ids, device=output.device), F.linear(x, rows))
+        for row, token_id in zip(rows, token_ids, strict=True):
+            output = torch.where((x == token_id).unsqueeze(-1), row, output)
+        return output

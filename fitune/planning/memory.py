@@ -1,0 +1,210 @@
+"""How much memory a run needs, and for what: every formula, in bytes, over the sizes in `fitune.planning.sizes`.
+
+The GPU's peak is the largest of a few moments of a step (`gpu_moments`): each is a table of what is alive then. What
+no formula gives (the CUDA context, holes in the allocator's segments, the Python process) was measured; those numbers
+stand in `MEASURED`, each with the runs it comes from. Two open ends are upper bounds: every token is taken to be an
+answer token, and every row to be full.
+"""
+
+from dataclasses import dataclass
+
+from fitune.planning.sizes import BF16, CHUNK_BYTES, FP32, GIB, NF4, NF4_STATISTICS, READ_BUFFERS, Setup
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What no formula gives. NVIDIA H200, torch 2.11, 2026-11-24; benchmarks/results/ and tests hold the runs."""
+
+    cublas_workspace: float = 2 * 32 * 2**20
+    "Bytes in torch's allocator: 32 MiB on Hopper (8 MiB before it) for the forward's and the backward's thread each."
+    fragmentation: float = 0.01
+    "Share of what is allocated that lies in holes: 0.8 to 1.1 GiB in five runs, with `freed_layers` on top."
+    outside_allocator: float = 1.3 * GIB
+    "Per process: CUDA context, kernels, NCCL. 1.28 to 1.35 with one rank, 1.14 with four (NCCL over loopback)."
+    loading: float = 2.25 * GIB
+    "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.1 to 2.35."
+    training: float = 2.2 * GIB
+    "The same during training: 2.1 to 2.45 in the four runs that offload."
+    page_lock: float = 0.028
+    "The driver's own pages per page-locked byte: 1.1 GiB for the 38.9 GiB of fsdp_offload_1x12gb."
+    cpu_process: float = 0.9 * GIB
+    "Host RAM of one process that trains on the CPU: 0.85 to 0.92 in two runs of cpu_2proc with a tiny model."
+    launcher: float = 0.2 * GIB
+    "accelerate launch and its helper, once per machine."
+
+
+MEASURED = Measured()
+
+
+def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
+    """Phase -> what each GPU holds in torch's allocator then, in bytes. The peak is the largest sum."""
+    several = s.ranks > 1
+    kept = 0.0 if s.activation_offload and s.checkpointing else s.kept_activations
+    mask = s.mask_positions * 1  # the boolean mask, shared by all layers
+    # gathering needs FSDP's all-gather buffer beside the result, and it still holds the previous layer's buffer
+    gathering = {
+        "unsharded head": s.unsharded_head,
+        "gather buffers": (s.gathered_head + s.gathered_layer) if several else 0.0,
+    }
+    prefetched_layer = s.unsharded_layer
+    layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
+    head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
+    head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
+    layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
+    recompute = s.layer_backward - (0.0 if s.checkpointing else s.saved_by_layer)
+    fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
+    before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
+    after = {**_resident(s), "gradients": s.gradients * (s.accumulated_on_gpu or not s.offload), **fixed}
+    not_yet = 0.0 if s.offload or s.accumulated_on_gpu else s.last_gradients
+    stepping = {**_resident(s), "gradients": s.gradients * (not s.offload), **fixed}
+    return {
+        "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
+        "forward, gathering the head": {
+            **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
+        "forward, loss": {
+            **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy, "kept activations": kept,
+            "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},
+        "backward, loss": {
+            **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy,
+            "gather buffers": prefetched_layer, "kept activations": kept, "hidden states": 2 * s.hidden_state,
+            "loss workspace": _loss_backward(s)},
+        "backward, last layer": {
+            **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
+            "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
+            "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": head_reduction},
+        "backward, second layer": {
+            **after, "gradients": after["gradients"] - not_yet, "unsharded layers": s.unsharded_layer,
+            "gather buffers": prefetched_layer, "kept activations": 2 * kept / s.shape.layers,
+            "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": layer_reduction},
+        "backward, embedding": {
+            **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
+            "gradient reduction": head_reduction},
+        "optimizer step": stepping,
+        "save": _resident(s),
+    }  # fmt: skip
+
+
+def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
+    """On the GPU all the time: this rank's share of weights and optimizer state."""
+    layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.ranks
+    embeddings = 0.0 if s.offload or s.embedding_offload else 2 * s.embedding / s.ranks
+    mine = 0.0 if s.offload else s.trainable / s.ranks
+    return {
+        "sharded weights": layers,
+        "embedding and head": embeddings,
+        "quantisation statistics": s.statistics,
+        "LoRA weights": 0.0 if s.full else mine * FP32,
+        "optimizer state": mine * s.optimizer_state * optimizer,
+    }
+
+
+def _loss_backward(s: Setup) -> float:
+    """A tile of logits, the hidden states' gradient in float32 and rounded; a trained head's likewise."""
+    hidden = s.tokens * s.shape.hidden
+    head = s.shape.embedding_weights if s.full or s.trained_tokens else 0
+    return s.loss_tile + (hidden + head) * (FP32 + s.compute)
+
+
+@dataclass(frozen=True)
+class GpuPeak:
+    phase: str
+    components: dict[str, float]
+    "Bytes at the peak, largest phase's."
+    phases: dict[str, float]
+    "Bytes in torch's allocator by phase."
+
+    @property
+    def allocated(self) -> float:
+        return self.phases[self.phase]
+
+    @property
+    def total(self) -> float:
+        return sum(self.components.values())
+
+
+def gpu_peak(s: Setup) -> GpuPeak:
+    """The peak of every GPU, what lies outside torch's allocations included."""
+    moments = gpu_moments(s)
+    phases = {phase: sum(parts.values()) for phase, parts in moments.items()}
+    phase = max(phases, key=phases.get)
+    freed_layers = s.unsharded_layer * (2 if s.ranks > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
+    slack = MEASURED.fragmentation * phases[phase] + freed_layers
+    outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
+    components = {name: size for name, size in (moments[phase] | outside).items() if size}
+    return GpuPeak(phase, components, phases)
+
+
+def host_moments(s: Setup) -> dict[str, dict[str, float]]:
+    """Phase -> what one machine's RAM holds for all its ranks then, in bytes."""
+    ranks = s.ranks / s.machines
+    locked = _offloaded_weights(s) / s.machines
+    trainable = s.trainable / s.machines
+    own_weight = 0 if s.full else FP32  # method full's weights are the offloaded ones
+    state_per_parameter = s.optimizer_state + FP32 + own_weight
+    state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
+    always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
+    activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
+    # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
+    copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0
+    # method full ends with gathering the largest tensor on one rank: before, every rank holds its part and rounds it
+    gathered = s.embedding * 1.5 if s.full else 0.0
+    if not s.on_gpu:
+        return _on_cpu(s, {"checkpoint copies": copies}, gathered)
+    loading, training = (MEASURED.launcher + ranks * process for process in (MEASURED.loading, MEASURED.training))
+    return {
+        "load": {"processes": loading, **always},
+        "step": {"processes": training, **always, **state, "kept activations": activations},
+        "save": {"processes": training, **always, **state, "checkpoint copies": max(copies, gathered)},
+    }
+
+
+def host_peak(s: Setup) -> float:
+    """The most that one machine's RAM holds for all its ranks, in bytes."""
+    return max(sum(parts.values()) for parts in host_moments(s).values())
+
+
+def _offloaded_weights(s: Setup) -> float:
+    """Base weights in page-locked host RAM, all ranks together."""
+    embeddings = 2 * s.embedding
+    if s.offload:
+        return s.shape.layers * s.layer_weights + embeddings
+    return embeddings if s.embedding_offload else 0.0
+
+
+def _power_of_two(size: float) -> float:
+    """PyTorch rounds page-locked allocations up: 48 MiB of activations take 64 MiB."""
+    return float(1 << (int(size) - 1).bit_length())
+
+
+def _on_cpu(s: Setup, copies: dict[str, float], gathered: float) -> dict[str, dict[str, float]]:
+    """Without GPUs all that a GPU would hold is host RAM, once per rank. An estimate: plain kernels take more."""
+    processes = {"processes": MEASURED.launcher + s.ranks * MEASURED.cpu_process}
+    moments = gpu_moments(s)
+    peak = max(moments.values(), key=lambda parts: sum(parts.values()))
+    resident = {name: s.ranks * size for name, size in moments["save"].items()}
+    return {
+        "load": {**processes, **{name: s.ranks * size for name, size in moments["load"].items()}},
+        "step": {**processes, **{name: s.ranks * size for name, size in peak.items()}},
+        "save": {**processes, **resident, **copies, "gathered tensor": gathered},
+    }
+
+
+def merge_host(s: Setup) -> float:
+    """`merge` holds one tensor at a time: the weight and LoRA's product in float32, the sum in bf16. An estimate."""
+    rows, columns = s.shape.linears["down_proj"]
+    return MEASURED.cpu_process + max(rows * columns * (2 * FP32 + BF16), s.shape.embedding_weights * BF16)
+
+
+def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
+    """Bytes on disk by purpose. A new checkpoint is whole before the oldest goes, so there is room for one more."""
+    weights = s.shape.layers * s.shape.layer_linear_weights
+    quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
+    result = s.trainable * (BF16 if s.full else FP32)
+    one_checkpoint = s.trainable * (FP32 + s.optimizer_state)  # weights in the adapter or beside the state
+    return {
+        "download": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
+        "checkpoints": one_checkpoint * (kept_checkpoints + 1) if kept_checkpoints else 0.0,
+        "result": result,
+        "quantised copy (optional)": quantised if s.method == "qlora" and not s.shape.nf4_on_disk else 0.0,
+        "merged model (later)": s.shape.parameters * BF16,
+    }

@@ -1,0 +1,312 @@
+"""`cli.py plan`: what a run needs, whether it fits, how long it takes. No torch, no GPU, nothing is loaded."""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fitune import __version__
+from fitune.config import run as runs
+from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+from fitune.config.yaml_file import parse
+from fitune.errors import UsageError, nearest
+from fitune.planning.hardware import Gpu, GpuModel, Machine, likely_model
+from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak, merge_host
+from fitune.planning.model_shapes import ModelShape, find_shape, has_weights
+from fitune.planning.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
+from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
+
+GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
+ERROR = 0.05
+"Of a predicted GPU peak, at most: what the tests allow against measured runs."
+SAVES_WITHOUT_LIMIT = 3
+"Checkpoints that pile up where neither save_total_limit nor the number of steps is known."
+OPTIMIZER_STATE = {
+    "sgd": 0, "adafactor": 0.01, "lion_32bit": FP32, "adagrad": FP32, "rmsprop": FP32,
+    "adamw_bnb_8bit": 2 + 2 * FP32 / 256, "adamw_8bit": 2 + 2 * FP32 / 256, "lion_8bit": 1 + FP32 / 256,
+}  # fmt: skip
+"""Bytes per trained parameter by `training.optim`; any other is taken for AdamW's two float32 moments."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What there is, in GiB; None is not checked."""
+
+    gpu: float | None
+    "Per GPU."
+    host: float
+    "Per machine."
+    gpus: int
+    disk: float | None = None
+    "For the run's folder."
+    download_disk: float | None = None
+    "For the Hub's cache."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    resource: str
+    needs: float
+    has: float
+
+    @property
+    def fits(self) -> bool:
+        return self.needs <= self.has
+
+    def __str__(self) -> str:
+        if self.resource == GPU_COUNT:
+            return f"{self.resource}: needs {self.needs:.0f}, has {self.has:.0f}"
+        if math.isinf(self.has):
+            return f"{self.resource}: needs {self.needs:.1f} GiB"
+        difference = abs(self.has - self.needs)
+        text = f"{self.resource}: needs {self.needs:.1f} GiB of {self.has:.1f}"
+        if not self.fits:
+            return f"{text}, {difference:.1f} too little"
+        tight = self.resource == GPU_MEMORY and difference < ERROR * self.needs
+        return f"{text}, {difference:.1f} to spare" + (", less than the prediction may be off" if tight else "")
+
+
+@dataclass(frozen=True)
+class Time:
+    """The roofline's estimate."""
+
+    parts: dict[str, float]
+    "Seconds of one optimizer step."
+    tokens_per_second: float
+    steps: int | None = None
+    price_per_hour: float | None = None
+    gpu: str = ""
+
+    @property
+    def hours(self) -> float | None:
+        return None if self.steps is None else self.steps * self.parts["total"] / 3600
+
+    @property
+    def cost(self) -> float | None:
+        return None if self.hours is None or self.price_per_hour is None else self.hours * self.price_per_hour
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: Run
+    setup: Setup
+    limits: Limits
+    gpu: GpuPeak | None
+    "None on the CPU."
+    host: dict[str, dict[str, float]]
+    "Phase -> bytes by purpose."
+    disk: dict[str, float]
+    "Bytes by purpose."
+    verdicts: list[Verdict]
+    time: Time | None
+    changes: list[str] = field(default_factory=list)
+    "The nearest changes that fit, if it does not."
+    largest_micro_batch: int = 0
+    longest_sequence: int = 0
+
+    @property
+    def fits(self) -> bool:
+        return all(verdict.fits for verdict in self.verdicts)
+
+    @property
+    def host_phase(self) -> str:
+        return max(self.host, key=lambda phase: sum(self.host[phase].values()))
+
+
+def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, *, search: bool = True, **options) -> Plan:
+    """Everything `plan` says about one run. `search=False` leaves out the nearest changes and the largest batch."""
+    shape = find_shape(run.recipe.base.model, run.recipe.base.revision)
+    setup = setup_of(run, shape)
+    peak = gpu_peak(setup) if setup.on_gpu else None
+    host = host_moments(setup)
+    space = disk(setup, kept_checkpoints(run))
+    if has_weights(run.recipe.base.model, run.recipe.base.revision):
+        space["download"] = 0.0
+    plan = Plan(
+        run=run, setup=setup, limits=limits, gpu=peak, host=host, disk=space, verdicts=verdicts(setup, limits, space),
+        time=_time(run, setup, gpu, **options) if setup.on_gpu else None,
+    )  # fmt: skip
+    if not search:
+        return plan
+    from fitune.planning import search as plan_search
+
+    return replace(
+        plan,
+        changes=[] if plan.fits else plan_search.nearest_changes(plan),
+        largest_micro_batch=plan_search.largest_micro_batch(setup, limits),
+        longest_sequence=plan_search.longest_sequence(setup, limits),
+    )
+
+
+def setup_of(run: Run, shape: ModelShape) -> Setup:
+    """The numbers that decide about memory, from a resolved run. Raises UsageError for what the model cannot do."""
+    recipe, profile, accelerate = run.recipe, run.profile, run.accelerate
+    if recipe.max_length > shape.max_positions:
+        raise UsageError(
+            f"max_length {recipe.max_length} is beyond the {shape.max_positions} positions of {recipe.base.model}"
+        )
+    return Setup(
+        shape=shape,
+        method=recipe.method,
+        ranks=accelerate.num_processes,
+        machines=accelerate.num_machines,
+        micro_batch=profile.micro_batch,
+        max_length=recipe.max_length,
+        accumulation=run.gradient_accumulation_steps,
+        packing=recipe.packing,
+        compute=BF16 if accelerate.mixed_precision == "bf16" else FP32,
+        optimizer_state=OPTIMIZER_STATE.get(str(recipe.training.get("optim")), ADAM_STATE),
+        **_lora(recipe, shape),
+        offload=accelerate.offload_params,
+        embedding_offload=profile.embedding_offload,
+        checkpointing=profile.activation_checkpointing,
+        activation_offload=profile.activation_offload,
+        reshard=accelerate.reshard_after_forward,
+        on_gpu=not accelerate.use_cpu,
+        saves=recipe.training.get("save_strategy") not in ("no", False),
+    )
+
+
+def _lora(recipe: Recipe, shape: ModelShape) -> dict:
+    if recipe.lora is None:
+        return {}
+    targets = recipe.lora.target_modules
+    names = set(shape.linears) if targets == "all-linear" else set(targets)
+    for name in sorted(names - set(shape.linears)):
+        raise UsageError(f"lora.target_modules: '{name}' is not a linear of the model{nearest(name, shape.linears)}")
+    return {
+        "lora_r": recipe.lora.r,
+        "lora_targets": frozenset(names),
+        "lora_dropout": recipe.lora.dropout > 0,
+        "trained_tokens": len(recipe.lora.trainable_tokens),
+    }
+
+
+def verdicts(setup: Setup, limits: Limits, space: dict[str, float] | None = None) -> list[Verdict]:
+    """One per resource that is limited."""
+    found = []
+    if setup.on_gpu:
+        if setup.ranks / setup.machines > limits.gpus:
+            found.append(Verdict(GPU_COUNT, setup.ranks // setup.machines, limits.gpus))
+        if limits.gpu is not None and limits.gpus:
+            found.append(Verdict(GPU_MEMORY, gpu_peak(setup).total / GIB, limits.gpu))
+    host = host_peak(setup)
+    found.append(Verdict("host RAM", host / GIB, limits.host))
+    if limits.disk is not None and space:
+        found.append(Verdict("disk for the run", (space["checkpoints"] + space["result"]) / GIB, limits.disk))
+    if limits.download_disk is not None and space:
+        found.append(Verdict("disk for the download", space["download"] / GIB, limits.download_disk))
+    return found
+
+
+def needed_disk(space: dict[str, float]) -> float:
+    """Of training itself: no optional copy, no merge."""
+    return sum(space[name] for name in ("download", "checkpoints", "result"))
+
+
+def kept_checkpoints(run: Run) -> int:
+    training = run.recipe.training
+    if training.get("save_strategy") in ("no", False):
+        return 0
+    if training.get("save_total_limit"):
+        return max(2, training["save_total_limit"])
+    steps, every = steps_of(run), training.get("save_steps", 0)
+    return math.ceil(steps / every) if steps and every >= 1 else SAVES_WITHOUT_LIMIT
+
+
+def limits_of(run: Run) -> Limits:
+    """What the profile says there is."""
+    profile, machines = run.profile, run.accelerate.num_machines
+    return Limits(profile.gpu_memory_gib, profile.host_memory_gib, profile.num_gpus // machines)
+
+
+def limits_here(machine: Machine) -> Limits:
+    """What is free on a machine."""
+    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus))
+
+
+def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
+    """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
+    if gpus < 1:
+        raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
+    if gpu_memory is None or gpu_memory <= 0:
+        raise UsageError("--gpus needs --gpu-memory GIB, above 0: the memory of one GPU")
+    host = host_memory if host_memory is not None else math.inf
+    return Machine((Gpu("", gpu_memory, gpu_memory),) * gpus, host, host)
+
+
+def run_on(machine: Machine, recipe_name: str, sets: tuple[str, ...]) -> Run:
+    """A run on all GPUs of a machine that no profile describes: weights on the GPUs, micro batch 1."""
+    recipe_overrides, profile_overrides = runs.parse_sets(sets)
+    recipe, gpus = runs.load_recipe(recipe_name, recipe_overrides), len(machine.gpus)
+    values = {
+        "description": "Given on the command line.", "accelerate_config": "given", "num_gpus": gpus,
+        "gpu_memory_gib": machine.gpu_memory_gib, "host_memory_gib": machine.host_total_gib,
+        "fits": {"any": [recipe.method]}, "micro_batch": 1,
+    }  # fmt: skip
+    profile = parse(Profile, values | profile_overrides, "--set").for_recipe(Path(recipe_name).stem)
+    return Run(
+        fitune=__version__, recipe_name=Path(recipe_name).stem, profile_name=f"{gpus} x {machine.gpu_memory_gib:g} GiB",
+        output_dir="runs", recipe=recipe, profile=profile,
+        accelerate=AccelerateConfig(path="given", num_processes=gpus, mixed_precision="bf16"),
+        gradient_accumulation_steps=max(1, math.ceil(recipe.global_batch_size / (profile.micro_batch * gpus))),
+    )  # fmt: skip
+
+
+def _time(run: Run, setup: Setup, gpu: GpuModel | None, *, price: float | None = None, network: float | None = None):
+    gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
+    parts = step_seconds(setup, gpu, network or MACHINE_NETWORK_GB_S)
+    tokens = setup.tokens * setup.accumulation * setup.ranks
+    return Time(parts, tokens / parts["total"], steps_of(run), price, gpu.name)
+
+
+def steps_of(run: Run) -> int | None:
+    """Optimizer steps: max_steps, or epochs over the rows that `prepare` counted; None if neither is known."""
+    training, recipe = run.recipe.training, run.recipe
+    if training.get("max_steps", -1) > 0:
+        return training["max_steps"]
+    file = Path(recipe.data.prepared) / "report.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        same = report["max_length"] == recipe.max_length and report["packing"] == recipe.packing
+        rows = report["packed_rows"] if same else _rows(report, recipe)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return math.ceil(math.ceil(rows / recipe.global_batch_size) * training.get("num_train_epochs", 3))
+
+
+def _rows(report: dict, recipe: Recipe) -> float:
+    """Rows at another length than `prepare` counted for, by the tokens, packed as well as it found."""
+    if not recipe.packing:
+        return report["train_rows"]
+    return report["tokens"]["total"] / (recipe.max_length * (report["packing_efficiency"] or 1))
+
+
+def as_json(plan: Plan) -> dict:
+    """The exact numbers of `plan --json`, GiB unless the key says otherwise."""
+
+    def gib(sizes: dict[str, float]) -> dict[str, float]:
+        return {name: round(size / GIB, 3) for name, size in sizes.items() if size}
+
+    peak, time = plan.gpu, plan.time
+    return {
+        "recipe": plan.run.recipe_name, "profile": plan.run.profile_name, "method": plan.setup.method,
+        "gpus": plan.setup.ranks if plan.setup.on_gpu else 0, "machines": plan.setup.machines, "fits": plan.fits,
+        "peak_gpu_gib": round(peak.total / GIB, 3) if peak else 0.0,
+        "peak_allocated_gib": round(peak.allocated / GIB, 3) if peak else 0.0,
+        "peak_phase": peak.phase if peak else plan.host_phase,
+        "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
+        "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
+        "micro_batch": plan.setup.micro_batch, "max_length": plan.setup.max_length,
+        "largest_micro_batch": plan.largest_micro_batch, "longest_sequence": plan.longest_sequence,
+        "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
+        "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
+        "merge_host_gib": round(merge_host(plan.setup) / GIB, 3),
+        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "fits": v.fits,
+                      "has": None if math.isinf(v.has) else round(v.has, 3)} for v in plan.verdicts],
+        "changes": plan.changes,
+        "estimate": None if time is None else {
+            "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),
+            "tokens_per_second": round(time.tokens_per_second, 1), "steps": time.steps, "hours": time.hours,
+            "cost": time.cost},
+    }  # fmt: skip

@@ -1,0 +1,257 @@
+"""Searches over plans: the nearest change that fits, the largest batch, the best profile, the matrix of all tiers."""
+
+import math
+import os
+from dataclasses import replace
+from itertools import combinations
+
+from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.schema import Lora, Recipe, Run
+from fitune.errors import UsageError
+from fitune.planning.hardware import GpuModel, Machine, free_disk_gib, this_machine
+from fitune.planning.memory import MEASURED, gpu_peak, host_peak
+from fitune.planning.model_shapes import hub_cache
+from fitune.planning.plan import GPU_COUNT, Limits, Plan, limits_here, limits_of, make_plan, verdicts
+from fitune.planning.sizes import GIB, Setup
+
+MAX_MICRO_BATCH = 1024
+SEQUENCE_STEP = 64  # tokens
+METHODS = ("qlora", "lora", "full")
+CARD_SLACK = 1.1
+"A card of 24 GiB may have no more than 22 free."
+NO_GPU = (
+    "there is no GPU here: plan for another machine, as with --gpus 1 --gpu-memory 24 --host-memory 64, or try "
+    "tiny_qlora with cpu_2proc"
+)
+
+
+def fits(setup: Setup, limits: Limits) -> bool:
+    return all(verdict.fits for verdict in verdicts(setup, limits))
+
+
+def largest_micro_batch(setup: Setup, limits: Limits) -> int:
+    """Rows per pass that fit; 0 if not even one does."""
+    return _largest(MAX_MICRO_BATCH, lambda count: fits(replace(setup, micro_batch=count), limits))
+
+
+def longest_sequence(setup: Setup, limits: Limits) -> int:
+    """max_length that fits with one row per pass, within the model's positions; 0 if none does."""
+    most = setup.shape.max_positions // SEQUENCE_STEP
+    with_one_row = replace(setup, micro_batch=1)
+
+    def does_fit(steps: int) -> bool:
+        return fits(replace(with_one_row, max_length=steps * SEQUENCE_STEP), limits)
+
+    return SEQUENCE_STEP * _largest(most, does_fit)
+
+
+def _largest(most: int, is_good) -> int:
+    """The largest number up to `most` for which `is_good` holds, which it does up to some number."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_good(middle) else (low, middle)
+    return low
+
+
+def nearest_changes(plan: Plan) -> list[str]:
+    """The smallest changes to a run that make it fit: one setting, else two, and profiles for the same hardware."""
+    changes = _settings(plan)
+    found = [text for text, change in changes if fits(replace(plan.setup, **change), plan.limits)]
+    if not found:
+        for (text, change), (other_text, other) in combinations(changes, 2):
+            if not change.keys() & other.keys() and fits(replace(plan.setup, **change | other), plan.limits):
+                found.append(f"{text} {other_text}")
+                break
+    return [*found[:2], *_profiles_that_fit(plan)[:1]]
+
+
+def _settings(plan: Plan) -> list[tuple[str, dict]]:
+    """Changes worth trying, what costs least speed first, as they are typed and as they act."""
+    setup, run = plan.setup, plan.run
+    changes = []
+    for rows in reversed(runs.exact_micro_batches(run.recipe, run.accelerate)):
+        if rows < setup.micro_batch:
+            passes = run.recipe.global_batch_size // (rows * setup.ranks)
+            changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
+    if not setup.checkpointing:
+        changes.append(("--set profile.activation_checkpointing=true", {"checkpointing": True}))
+    if not setup.embedding_offload and not setup.offload and not setup.full:
+        changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
+    if not setup.activation_offload and setup.on_gpu:
+        changes.append(("--set profile.activation_offload=true", {"activation_offload": True, "checkpointing": True}))
+    shorter = longest_sequence(setup, plan.limits)
+    if 0 < shorter < setup.max_length:
+        changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
+    return changes
+
+
+def _profiles_that_fit(plan: Plan) -> list[str]:
+    """Shipped profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
+    found = []
+    for candidates in _runs_of(plan.run.recipe_name, plan.run.recipe):
+        if candidates[0].profile_name != plan.run.profile_name and candidates[0].accelerate.num_machines == 1:
+            other = _first_that_fits(candidates, plan.limits)
+            if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
+                found.append((*_preference(other), f"--profile {profile_as_typed(other.run)}"))
+    return [flags for *_, flags in sorted(found, reverse=True)]
+
+
+def _preference(plan: Plan) -> tuple[bool, float]:
+    """Profiles meant for cards no larger than there are come first, then the fastest."""
+    is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
+    return is_meant_for_it, plan.time.tokens_per_second if plan.time else 0.0
+
+
+def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False):
+    """The runs of a recipe with every shipped profile that is meant for it: at its micro batch, then at smaller ones.
+
+    A micro batch in `overrides` is the only one.
+    """
+    for name in runs.names(runs.PROFILES):
+        if not any_method and not runs.goes_with(recipe_name, recipe, runs.load_profile(name)):
+            continue
+        profile = runs.load_profile(name, overrides).for_recipe(recipe_name)
+        config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
+        accelerate, most = read_accelerate_config(config), profile.micro_batch
+        exact = [rows for rows in runs.exact_micro_batches(recipe, accelerate) if rows <= most]
+        given = [most] if not exact or "micro_batch" in (overrides or {}) else exact[::-1]
+        yield [
+            Run(
+                fitune="", recipe_name=recipe_name, profile_name=name, output_dir="", recipe=recipe,
+                profile=profile.model_copy(update={"micro_batch": rows}), accelerate=accelerate,
+                gradient_accumulation_steps=-(-recipe.global_batch_size // (rows * accelerate.num_processes)),
+            )
+            for rows in given
+        ]  # fmt: skip
+
+
+def _first_that_fits(candidates: list[Run], limits: Limits, gpu: GpuModel | None = None) -> Plan:
+    """The plan of the first run that fits, else of the last."""
+    for run in candidates:
+        plan = make_plan(run, limits, gpu, search=False)
+        if plan.fits:
+            break
+    return plan
+
+
+def unlike_profile(run: Run) -> tuple[str, ...]:
+    """What `--set` needs to make its shipped profile that of a run which was found."""
+    shipped = runs.load_profile(run.profile_name).for_recipe(run.recipe_name).micro_batch
+    rows = run.profile.micro_batch
+    return () if rows == shipped else (f"profile.micro_batch={rows}",)
+
+
+def profile_as_typed(run: Run) -> str:
+    """Its profile's name, and the flags that make the shipped one that of a run which was found."""
+    return " --set ".join([run.profile_name, *unlike_profile(run)])
+
+
+def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None) -> Plan:
+    """The plan of the fastest shipped profile that fits `machine`, if need be at a smaller micro batch.
+
+    Raises UsageError naming the nearest one.
+    """
+    overrides, profile_overrides = runs.parse_sets(sets)
+    recipe = runs.load_recipe(recipe_name, overrides)
+    stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
+    gpu, limits = gpu or machine.model, limits_here(machine)
+    plans = [
+        _first_that_fits(candidates, limits, gpu)
+        for candidates in _runs_of(stem, recipe, profile_overrides)
+        if candidates[0].accelerate.num_machines == 1
+    ]
+    if not plans:
+        raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
+    fitting = [plan for plan in plans if plan.fits]
+    if fitting:
+        return max(fitting, key=_preference)
+    if not machine.gpus:
+        raise UsageError(f"no profile of {stem} fits {_described(machine)}; {NO_GPU}")
+    closest = min(plans, key=_distance)
+    raise UsageError(
+        f"no profile of {stem} fits {_described(machine)}; nearest: {closest.run.profile_name}, {_shortfall(closest)}"
+    )
+
+
+def _distance(plan: Plan) -> tuple[float, float]:
+    """How far a plan is from fitting: GPUs first, then the worst share of a resource."""
+    short = [verdict for verdict in plan.verdicts if not verdict.fits]
+    missing = sum(verdict.needs - verdict.has for verdict in short if verdict.resource == GPU_COUNT)
+    return missing, max((v.needs / max(v.has, 1e-9) for v in short if v.resource != GPU_COUNT), default=0.0)
+
+
+def _described(machine: Machine) -> str:
+    count = len(machine.gpus)
+    gpus = f"{count} GPU{'s' * (count > 1)} with {machine.gpu_memory_gib:.1f} GiB free" if count else "no GPU"
+    host = "" if math.isinf(machine.host_available_gib) else f" and {machine.host_available_gib:.1f} GiB of free RAM"
+    return gpus + host
+
+
+def _shortfall(plan: Plan) -> str:
+    return "; ".join(str(verdict) for verdict in plan.verdicts if not verdict.fits)
+
+
+def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
+    """Every shipped profile against every method for a recipe's model: its micro batch, or what fits of it."""
+    recipe = runs.load_recipe(recipe_name, runs.parse_sets(sets)[0])
+    stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
+    rows = {}
+    for method in METHODS:
+        lora = None if method == "full" else recipe.lora or Lora()
+        variant = recipe.model_copy(update={"method": method, "lora": lora})
+        for candidates in _runs_of(stem, variant, any_method=True):
+            run, name = candidates[0], candidates[0].profile_name
+            if run.accelerate.use_cpu or (run.profile.embedding_offload and method == "full"):
+                continue
+            plan = _first_that_fits(candidates, limits_of(run))
+            rows.setdefault(name, {"profile": name, "gpus": run.profile.num_gpus,
+                                   "gpu_memory_gib": run.profile.gpu_memory_gib,
+                                   "host_memory_gib": run.profile.host_memory_gib, "methods": {}})  # fmt: skip
+            rows[name]["methods"][method] = {
+                "fits": plan.fits,
+                "micro_batch": plan.setup.micro_batch,
+                "peak_gpu_gib": round(gpu_peak(plan.setup).total / GIB, 1),
+                "peak_host_gib": round(host_peak(plan.setup) / GIB, 1),
+                "short_of": [verdict.resource for verdict in plan.verdicts if not verdict.fits],
+            }
+    return list(rows.values())
+
+
+def refusal(plan: Plan) -> str | None:
+    """Why a run cannot fit, in one line that ends with what would; None if it does."""
+    if plan.fits:
+        return None
+    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {_shortfall(plan)}; {way_out(plan)}"
+
+
+def way_out(plan: Plan) -> str:
+    if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
+        return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
+    if not plan.limits.gpus and plan.setup.on_gpu:
+        return NO_GPU
+    if plan.changes:
+        return f"nearest change that fits: {'   or   '.join(plan.changes)}"
+    return "no change of one or two settings makes it fit, nor does another profile"
+
+
+def limits_for_training(run: Run) -> Limits:
+    """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download.
+
+    With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
+    """
+    limits = limits_here(this_machine())
+    cap = os.environ.get("FITUNE_GPU_CAP_GIB")
+    if cap:
+        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=float(cap) + MEASURED.outside_allocator / GIB)
+    saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
+    return replace(
+        limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
+    )  # a resumed run's checkpoints are there already
+
+
+def plan_with_changes(run: Run, limits: Limits) -> Plan:
+    """A plan that looks for the nearest change only where it is needed."""
+    plan = make_plan(run, limits, search=False)
+    return plan if plan.fits else replace(plan, changes=nearest_changes(plan))

@@ -1,0 +1,228 @@
+"""The numbers of a run that decide how much memory it needs, and the bytes of each thing it holds.
+
+h = hidden size, i = intermediate size, T = tokens of one forward pass (micro batch x max_length)
+"""
+
+from dataclasses import dataclass
+
+from fitune.planning.model_shapes import ModelShape
+
+GIB = 2**30
+BF16, FP32 = 2, 4  # bytes
+NF4 = 0.5  # bytes per weight, packed
+NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
+ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
+CHUNK_BYTES, READ_BUFFERS = 64 * 2**20, 4  # of one read, and reads that wait: half a layer of 70B in NF4
+LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplies at once (trl.kernels.chunked_logprob)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The numbers that decide how much memory a run needs. `fitune.planning.plan` fills it from a resolved run."""
+
+    shape: ModelShape
+    method: str
+    ranks: int
+    machines: int
+    micro_batch: int
+    max_length: int
+    accumulation: int
+    "Micro batches per optimizer step."
+    packing: bool
+    compute: int = BF16
+    "Bytes of one activation: bf16 on GPUs, float32 on CPUs."
+    optimizer_state: float = ADAM_STATE
+    "Bytes per trained parameter."
+    lora_r: int = 0
+    lora_targets: frozenset[str] = frozenset()
+    lora_dropout: bool = False
+    trained_tokens: int = 0
+    offload: bool = False
+    "Sharded weights, gradients and optimizer state live in host RAM."
+    embedding_offload: bool = False
+    checkpointing: bool = True
+    activation_offload: bool = False
+    reshard: bool = True
+    on_gpu: bool = True
+    saves: bool = True
+    "Writes checkpoints on the way."
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.max_length
+
+    @property
+    def full(self) -> bool:
+        return self.method == "full"
+
+    # Weights
+
+    @property
+    def weight(self) -> float:
+        """Bytes of one decoder-layer weight as stored: float32 master weights, packed NF4, or as it computes."""
+        return {"full": FP32, "qlora": NF4}.get(self.method, self.compute)
+
+    @property
+    def lora_per_layer(self) -> int:
+        """Parameters of A [r, in] and B [out, r] of every targeted linear."""
+        return sum(self.lora_r * sum(self.shape.linears[name]) for name in self.lora_targets)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters."""
+        if self.full:
+            return self.shape.parameters
+        return self.shape.layers * self.lora_per_layer + 2 * self.trained_tokens * self.shape.hidden
+
+    @property
+    def layer_weights(self) -> float:
+        """Base weights of one layer as stored; norms are never quantised."""
+        norm = FP32 if self.full else self.compute
+        return self.shape.layer_linear_weights * self.weight + self.shape.layer_norm_weights * norm
+
+    @property
+    def embedding(self) -> float:
+        """Embedding or head as stored; neither is ever quantised."""
+        return self.shape.embedding_weights * (FP32 if self.full else self.compute)
+
+    @property
+    def statistics(self) -> float:
+        """NF4's scales, whole on every rank and on the GPU even when the weights are offloaded."""
+        linears = self.shape.layers * self.shape.layer_linear_weights
+        return linears * NF4_STATISTICS if self.method == "qlora" else 0.0
+
+    @property
+    def gathered_layer(self) -> float:
+        """One layer as it computes, all ranks' rows; LoRA is gathered in float32."""
+        if self.full:
+            return (self.shape.layer_linear_weights + self.shape.layer_norm_weights) * self.compute
+        return self.layer_weights + self.lora_per_layer * FP32
+
+    @property
+    def gathered_head(self) -> float:
+        return self.shape.embedding_weights * self.compute
+
+    @property
+    def unsharded_layer(self) -> float:
+        """What a gathered layer takes beside this rank's share. One rank uses what lies on the GPU where it is."""
+        return 0.0 if self._in_place and not self.offload else self.gathered_layer
+
+    @property
+    def unsharded_head(self) -> float:
+        return 0.0 if self._in_place and not (self.offload or self.embedding_offload) else self.gathered_head
+
+    @property
+    def head_copy(self) -> float:
+        """The head with its trained rows in place, for the loss."""
+        return self.gathered_head if self.trained_tokens else 0.0
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether a weight that lies on the GPU is one to compute with: whole, and not in need of a cast."""
+        return self.ranks == 1 and not (self.full and self.compute != FP32)
+
+    @property
+    def gradients(self) -> float:
+        """This rank's, bytes."""
+        return self.trainable / self.ranks * FP32
+
+    @property
+    def last_gradients(self) -> float:
+        """Those of the embedding and the first two layers, which a backward pass comes to last: this rank's, bytes."""
+        if self.full:
+            layer, embedding = (
+                self.shape.layer_linear_weights + self.shape.layer_norm_weights,
+                self.shape.embedding_weights,
+            )
+        else:
+            layer, embedding = self.lora_per_layer, self.trained_tokens * self.shape.hidden
+        return (min(2, self.shape.layers) * layer + embedding) / self.ranks * FP32
+
+    @property
+    def accumulated_on_gpu(self) -> bool:
+        """Whether gradients wait there for the next micro batch: one rank keeps an adapter's even if it offloads."""
+        return self.accumulation > 1 and (not self.offload or (self.ranks == 1 and not self.full))
+
+    # Activations, bytes
+
+    @property
+    def hidden_state(self) -> float:
+        """[T, h]."""
+        return self.tokens * self.shape.hidden * self.compute
+
+    @property
+    def inner_state(self) -> float:
+        """[T, i]."""
+        return self.tokens * self.shape.intermediate * self.compute
+
+    @property
+    def shared_heads(self) -> float:
+        """Keys, or values [T, kv_heads x head_dim]."""
+        return self.tokens * self.shape.kv_heads * self.shape.head_dim * self.compute
+
+    @property
+    def mask_positions(self) -> int:
+        """Pairs of tokens that sdpa has a mask for. On GPUs packed rows need none: see `fitune.model.attention`."""
+        if self.packing:
+            return 0 if self.on_gpu else self.tokens**2
+        return self.micro_batch * self.max_length**2
+
+    @property
+    def down_input(self) -> float:
+        """What down_proj keeps for its backward pass: its input, or LoRA's dropped-out copy and its mask [T, i]."""
+        if self.full or ("down_proj" in self.lora_targets and not self.lora_dropout):
+            return self.inner_state
+        return self.inner_state * (1 + 1 / self.compute) if "down_proj" in self.lora_targets else 0.0
+
+    @property
+    def saved_by_layer(self) -> float:
+        """What one layer keeps for its backward pass with Liger's kernels, its input left out."""
+        h, i = self.hidden_state, self.inner_state
+        if self.mask_positions:
+            attention = 4 * h  # query, keys and values repeated for all heads (a masked sdpa wants that), output
+        else:
+            softmax_sums = self.tokens * self.shape.heads * FP32
+            attention = 2 * h + 2 * self.shared_heads + softmax_sums
+        bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
+        mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
+        return attention + bias + mlp + self._inputs_of_trained_linears() + self.down_input
+
+    def _inputs_of_trained_linears(self) -> float:
+        """All but down_proj. LoRA with dropout keeps a copy and a mask per linear; else linears share their input."""
+        attention = {"q_proj", "k_proj", "v_proj"} & self.lora_targets
+        mlp = {"gate_proj", "up_proj"} & self.lora_targets
+        if self.full:
+            return 2 * self.hidden_state
+        if not self.lora_dropout:
+            return (bool(attention) + bool(mlp)) * self.hidden_state
+        count = len(attention) + len(mlp) + ("o_proj" in self.lora_targets)
+        return count * self.hidden_state * (1 + 1 / self.compute)
+
+    @property
+    def layer_backward(self) -> float:
+        """Peak while a layer is recomputed and goes backward, beside its gathered weights and output gradient."""
+        h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
+        down = self.shape.linears["down_proj"][0] * self.shape.linears["down_proj"][1] * self.compute
+        if self.full:
+            mlp_gradients = 3 * down  # gate, up and down have equally many weights
+            return max(
+                saved + i + down,  # down_proj's backward: its input's gradient and its own
+                saved - 2 * i + 2 * h + mlp_gradients,  # gate's: down's and up's activations are gone
+                self.gathered_layer + 2 * h,  # the end: all gradients of the layer
+            )
+        keeps_input = "down_proj" in self.lora_targets and not self.lora_dropout  # LoRA keeps down_proj's input itself
+        recomputing = saved + 3 * h + (0.0 if keeps_input else i)  # down_proj's output, LoRA's, their sum; its input
+        if self.method == "qlora":
+            recomputing = max(recomputing, saved - self.down_input + 2 * i + down)  # backward: the dequantised weight
+        return recomputing
+
+    @property
+    def kept_activations(self) -> float:
+        """Alive from forward to backward: each layer's input, or without checkpointing all it saves."""
+        per_layer = self.hidden_state if self.checkpointing else self.saved_by_layer + 2 * self.hidden_state
+        return self.shape.layers * per_layer
+
+    @property
+    def loss_tile(self) -> float:
+        tokens, columns = LOSS_TILE
+        return min(self.tokens, tokens) * columns * self.compute

@@ -1,0 +1,98 @@
+"""How long an optimizer step takes: a roofline of a run's sizes and of a GPU model's peak rates. An estimate.
+
+benchmarks/README.md has it beside every run that was timed with a GPU for each rank.
+"""
+
+from fitune.planning.hardware import GpuModel
+from fitune.planning.sizes import BF16, FP32, NF4, Setup
+
+COMPUTE_EFFICIENCY = 0.59
+"""Of the data sheet's peak, in matrix products. With SECONDS_PER_PASS from the sweeps of 8B and 70B on H100s."""
+SECONDS_PER_PASS = 0.0058
+"""Launching one layer's kernels, forward or backward: what one row of 8B waits for on an H100."""
+BANDWIDTH_EFFICIENCY = 0.85
+"""Of the data sheet's, for what a GPU's kernels read and write, and for links."""
+HOST_GB_S = 25
+"""What clipping and AdamW reach in a machine's RAM where weights are offloaded: 13 s for 8B."""
+HOST_ADDING_GB_S = 1.2
+"""Adding gradients to those that wait in host RAM, which FSDP copies there first: 27 s for 8B."""
+MACHINE_NETWORK_GB_S = 12.5
+"""Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
+
+
+def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWORK_GB_S) -> dict[str, float]:
+    """Seconds by what they go to, and their total. Computing and transfers run side by side: the slowest counts."""
+    link = BANDWIDTH_EFFICIENCY * 1e9
+    side_by_side = {
+        "compute": s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model)),
+        "host link": s.accumulation * _host_bytes(s) / (model.host_link_gb_s * link),
+        "network": s.accumulation * _network_bytes(s) / (_network_gb_s(s, model, network_gb_s) * link),
+    }
+    optimizer_gb_s = HOST_GB_S * s.machines / s.ranks if s.offload else model.memory_gb_s
+    one_after_the_other = {
+        "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
+        "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
+    }
+    total = max(side_by_side.values()) + sum(one_after_the_other.values())
+    return {**side_by_side, **one_after_the_other, "total": total}
+
+
+def _launching_seconds(s: Setup) -> float:
+    """Of one micro batch: what Python and the driver need, however few tokens there are."""
+    return s.shape.layers * _layer_passes(s) * SECONDS_PER_PASS
+
+
+def _gpu_seconds(s: Setup, model: GpuModel) -> float:
+    """Of one rank and micro batch: matrix products, and what only moves memory."""
+    products = _flops(s) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
+    return products + _memory_bytes(s) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+
+
+def _layer_passes(s: Setup) -> int:
+    """Forward, backward and, to recompute, forward again."""
+    return 2 + s.checkpointing
+
+
+def _flops(s: Setup) -> float:
+    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers; attention with a mask."""
+    passes = _layer_passes(s) + s.full  # the gradients of trained weights are as much as a pass
+    weights = s.shape.layers * s.shape.layer_linear_weights
+    head = s.shape.embedding_weights
+    products = 2 * s.tokens * (weights * passes + head * (3 + s.full))  # the loss multiplies by the head a second time
+    attention = 4 * s.mask_positions * s.shape.heads * s.shape.head_dim * s.shape.layers * (_layer_passes(s) + 1.5)
+    return products + attention
+
+
+def _memory_bytes(s: Setup) -> float:
+    """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4."""
+    dequantised = s.shape.layer_linear_weights * (NF4 + BF16) if s.method == "qlora" else 0.0
+    return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised)
+
+
+def _host_bytes(s: Setup) -> float:
+    """Of one rank and micro batch: offloaded rows travel for both passes, gradients out, activations out and in."""
+    layers = 2 * s.shape.layers * s.layer_weights / s.ranks * s.offload
+    embeddings = 2 * s.embedding / s.ranks * (s.offload or s.embedding_offload)
+    activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
+    return layers + embeddings + activations + s.gradients * _gradients_travel(s)
+
+
+def _gradients_travel(s: Setup) -> bool:
+    """Whether each micro batch's gradients go to host RAM."""
+    return s.offload and not s.accumulated_on_gpu
+
+
+def _optimizer_bytes(s: Setup) -> float:
+    """Of one rank and step: clipping reads gradients twice and writes them; AdamW reads four values, writes three."""
+    return s.trainable / s.ranks * (3 + 7) * FP32
+
+
+def _network_bytes(s: Setup) -> float:
+    """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
+    gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 2 * s.gathered_head
+    return (gathered + s.trainable * FP32) * (s.ranks - 1) / s.ranks
+
+
+def _network_gb_s(s: Setup, model: GpuModel, between_machines: float) -> float:
+    """A ring that crosses machines runs at the slowest link; all ranks of a machine share its network."""
+    return model.peer_link_gb_s if s.machines == 1 else min(model.peer_link_gb_s, between_machines)

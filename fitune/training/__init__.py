@@ -1,0 +1,1 @@
+"""What runs in each process: training, evaluation, answers."""

@@ -1,0 +1,120 @@
+"""Joins this process to the others: device, process group, device mesh."""
+
+import ctypes
+import os
+import signal
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fitune.config.schema import AccelerateConfig
+from fitune.errors import UsageError
+
+
+def join(settings: AccelerateConfig) -> DeviceMesh:
+    """The one-dimensional mesh over all processes that accelerate launch or torchrun started (or this one alone).
+
+    CPU tensors travel over gloo and GPU tensors over NCCL, since offloaded parameters and their gradients are CPU
+    tensors. Raises UsageError if the launcher started another number of processes than the run was resolved for.
+    """
+    _stand_alone_defaults()
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != settings.num_processes:
+        raise UsageError(
+            f"{world_size} processes were started, the run needs {settings.num_processes} "
+            f"(num_processes in {settings.path})"
+        )
+    if not settings.use_cpu and not torch.cuda.is_available():
+        raise UsageError(f"{settings.path} trains on GPUs and torch sees none here; try --profile cpu_2proc")
+    take_over_from_accelerate()
+    if settings.use_cpu:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+        return init_device_mesh("cpu", (world_size,))
+    device = _own_gpu()
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), device_id=device)
+    return init_device_mesh("cuda", (world_size,))
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this rank.
+
+    With FITUNE_GPU_CAP_GIB the ranks of a machine share its GPUs, each held to that much of torch's memory: a tier of
+    small cards is tried out on a big one (`benchmarks/tiers.py`). NCCL refuses two ranks of one host on one GPU, so
+    each calls itself a host of its own.
+    """
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cap_gib = os.environ.get("FITUNE_GPU_CAP_GIB")
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > gpus:
+        if not cap_gib:
+            raise UsageError(f"the run needs {ranks} GPUs here, torch sees {gpus}")
+        os.environ["NCCL_HOSTID"] = f"host-{int(os.environ['RANK']) // gpus}"
+        local_rank %= gpus
+        os.environ["LOCAL_RANK"] = str(local_rank)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    if cap_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap_gib) * 2**30 / total), device)
+    return device
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this rank when its launcher is killed: ranks run in sessions of their own (Linux prctl)."""
+    set_parent_death_signal = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def leave() -> None:
+    """Closes the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compute_device(mesh: DeviceMesh) -> torch.device:
+    return torch.device("cpu") if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def from_rank_0(value):
+    """Rank 0's value on all ranks: what another machine sees of a shared folder may be a moment old."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other rank has asked before: what one rank or all of them met is told once, by the first."""
+    if not dist.is_initialized():
+        return is_main_process()
+    try:
+        return dist.distributed_c10d._get_default_store().add("fitune/failures", 1) == 1
+    except dist.DistNetworkError:
+        return True
+
+
+def take_over_from_accelerate() -> None:
+    """`accelerate launch` announces FSDP and mixed precision in the environment; fitune has applied both itself.
+
+    Left in place, accelerate would wrap the sharded model a second time and run it under autocast.
+    """
+    for name in [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]:
+        del os.environ[name]
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+
+
+def _stand_alone_defaults() -> None:
+    """`python -m fitune.training.train run.yaml`, without a launcher, is a world of one."""
+    if "WORLD_SIZE" not in os.environ:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")

@@ -1,0 +1,176 @@
+"""Answers from the base and the tuned model of a run, or from a merged model.
+
+    accelerate launch --config_file X.yaml -m fitune.training.generate RUN --prompt "..."
+
+A run's model is sharded as in training, so what could be trained can be asked; a model folder is loaded by plain
+transformers on one device.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from fitune.config.hub import local_folder
+from fitune.config.schema import Run
+from fitune.data.chat_template import end_of_turn_ids, read_tokenizer
+from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.file_formats import first_line
+from fitune.errors import UsageError
+from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.train import load_sharded_model, run_stage
+from fitune.training.tuned import load_tuned_weights, tuned_base_folder
+
+
+class Answerer:
+    """A model, its tokenizer and the tokens at which an answer ends."""
+
+    def __init__(self, model, tokenizer, stop_ids: list[int], device, max_new_tokens: int, temperature: float):
+        self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": stop_ids,
+            "do_sample": temperature > 0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if temperature > 0:
+            self.options["temperature"] = temperature
+
+    @torch.no_grad()
+    def answer(self, messages: list[dict], streamer=None) -> str:
+        """The next assistant turn. On a sharded model every rank must call with the same messages."""
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.device)
+        if self.options["do_sample"]:
+            torch.manual_seed(len(messages))  # all ranks must draw the same token
+        output = self.model.generate(**inputs, **self.options, streamer=streamer)
+        new_tokens = output[0, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
+
+
+def generate(run: Run, options: argparse.Namespace) -> None:
+    """Prints (and with --json writes) the answers of base and tuned model, or holds a conversation with the tuned."""
+    mesh = join(run.accelerate)
+    base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
+    tokenizer = load_tokenizer(run.recipe, base_folder)
+    stop_ids = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
+    tuned_folder = tuned_base_folder(run, base_folder, options.force)
+
+    def load(folder: Path) -> Answerer:
+        model = load_sharded_model(run, folder, tokenizer, mesh)
+        load_tuned_weights(run, model, mesh)
+        dist.fsdp.register_fsdp_forward_method(model, "generate")
+        return Answerer(model, tokenizer, stop_ids, compute_device(mesh), options.max_new_tokens, options.temperature)
+
+    answerer = load(tuned_folder if options.chat else base_folder)
+    if options.chat:
+        chat(answerer, run.recipe.data.system_message)
+    else:
+        conversations = _conversations(run, options)
+        adapter_off = getattr(answerer.model, "disable_adapter", contextlib.nullcontext)
+        with adapter_off():
+            base_answers = [answerer.answer(messages) for messages in conversations]
+        if tuned_folder != base_folder:
+            answerer = load(tuned_folder)
+        tuned_answers = [answerer.answer(messages) for messages in conversations]
+        if is_main_process():
+            _report(conversations, {"base": base_answers, "tuned": tuned_answers}, options.json)
+    leave()
+
+
+def _conversations(run: Run, options: argparse.Namespace) -> list[list[dict]]:
+    """The prompts asked for: --prompt texts, or the first N held-out conversations up to their last answer."""
+    system = run.recipe.data.system_message
+    start = [{"role": "system", "content": system}] if system else []
+    conversations = [[*start, {"role": "user", "content": prompt}] for prompt in options.prompt]
+    if options.test:
+        rows = load_split(run.recipe, "test", run.folder / "cache")
+        conversations += [rows[i]["messages"][:-1] for i in range(min(options.test, len(rows)))]
+    return conversations
+
+
+def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
+    """Answers from a merged (or any chat) model folder, loaded by transformers on one device."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = read_tokenizer(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
+        raise UsageError(f"{folder}: cannot be loaded: {first_line(error)}") from None
+    stop_ids = model.generation_config.eos_token_id
+    answerer = Answerer(model, tokenizer, stop_ids, device, options.max_new_tokens, options.temperature)
+    if options.chat:
+        chat(answerer, None)
+        return
+    conversations = [[{"role": "user", "content": prompt}] for prompt in options.prompt]
+    _report(conversations, {"model": [answerer.answer(messages) for messages in conversations]}, options.json)
+
+
+def chat(answerer: Answerer, system_message: str | None) -> None:
+    """A conversation on the terminal; an empty line or end of input ends it."""
+    from transformers import TextStreamer
+
+    messages = [{"role": "system", "content": system_message}] if system_message else []
+    streamer = (
+        TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_main_process() else None
+    )
+    while line := _read_on_all_ranks():
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": answerer.answer(messages, streamer)})
+
+
+def _read_on_all_ranks() -> str:
+    line = [""]
+    if is_main_process():
+        with contextlib.suppress(EOFError):
+            line = [input("you> ").strip()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(line)
+    return line[0]
+
+
+def _report(conversations: list[list[dict]], answers: dict[str, list[str]], json_file: Path | None) -> None:
+    table = Table(show_lines=True)
+    for column in ("prompt", *answers):
+        table.add_column(column, overflow="fold")
+    for i, messages in enumerate(conversations):
+        table.add_row(messages[-1]["content"], *(texts[i] for texts in answers.values()))
+    Console().print(table, markup=False)
+    if json_file:
+        rows = [
+            {"messages": messages, **{label: texts[i] for label, texts in answers.items()}}
+            for i, messages in enumerate(conversations)
+        ]
+        json_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fitune.training.generate", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder, or a merged model's folder")
+    parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--test", type=int, default=0, help="ask the first N held-out prompts")
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
+    parser.add_argument("--json", type=Path, help="also write the answers to this file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    run_stage(options.run, lambda run: generate(run, options))
+
+
+if __name__ == "__main__":
+    main()

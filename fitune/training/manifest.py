@@ -1,0 +1,191 @@
+"""manifest.json: every file of a checkpoint with its size and SHA-256, and what the checkpoint was trained from.
+
+It is written last, while the folder still has its temporary name. A checkpoint whose manifest does not hold is none.
+"""
+
+import hashlib
+import importlib.metadata
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from fitune.config.schema import Run, Strict
+from fitune.data.chat_template import template_hash, tokenizer_hash
+from fitune.errors import UsageError
+from fitune.training.distributed import from_rank_0, is_main_process
+from fitune.weights.base_identity import BaseRecord
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+class Identity(Strict):
+    """What must be the same in a checkpoint and in the run that goes on from it. Hashes are SHA-256."""
+
+    base: str
+    revision: str | None
+    "The Hub's commit where it is known."
+    base_fingerprint: dict[str, str]
+    data: str
+    "Of train.jsonl."
+    template: str
+    tokenizer: str
+    seed: int
+
+
+class Geometry(Strict):
+    """How a global batch is dealt out. Only the global batch must be the same to go on."""
+
+    world_size: int
+    micro_batch: int
+    gradient_accumulation_steps: int
+    global_batch_size: int
+
+
+class SavedFile(Strict):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    """The contents of manifest.json."""
+
+    version: Literal[1] = 1
+    step: int
+    "Optimizer steps done."
+    samples: int
+    "Rows consumed, all epochs together."
+    geometry: Geometry
+    identity: Identity
+    versions: dict[str, str]
+    files: dict[str, SavedFile]
+    "By path inside the checkpoint."
+
+
+def identify(run: Run, base: BaseRecord, tokenizer) -> Identity:
+    """The identity of a run. Reads its train.jsonl once."""
+    with (Path(run.recipe.data.prepared) / "train.jsonl").open("rb") as stream:
+        data = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Identity(
+        base=base.model,
+        revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        data=data,
+        template=template_hash(tokenizer),
+        tokenizer=tokenizer_hash(tokenizer),
+        seed=run.recipe.seed,
+    )
+
+
+def write_manifest(folder: Path, step: int, run: Run, identity: Identity, waiting=nullcontext) -> None:
+    """Call on all ranks once all files are written: each reads its share of them, rank 0 writes.
+
+    `waiting` is entered where ranks wait for each other.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    with waiting():
+        names = from_rank_0(names)
+    files = {name: saved for part in _on_all_ranks(_describe, folder, names, waiting) for name, saved in part.items()}
+    if is_main_process():
+        manifest = Manifest(
+            step=step,
+            samples=step * run.recipe.global_batch_size,
+            geometry=Geometry(
+                world_size=run.accelerate.num_processes,
+                micro_batch=run.profile.micro_batch,
+                gradient_accumulation_steps=run.gradient_accumulation_steps,
+                global_batch_size=run.recipe.global_batch_size,
+            ),
+            identity=identity,
+            versions={name: importlib.metadata.version(name) for name in PACKAGES},
+            files=dict(sorted(files.items())),
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError that says what is wrong with it."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"no {MANIFEST}: not written by fitune, or never finished") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST}: {error.strerror}") from None
+    except ValidationError as error:
+        raise ValueError(f"{MANIFEST}: {error.errors()[0]['msg']}") from None
+
+
+def find_damage(folder: Path, waiting=nullcontext) -> str | None:
+    """What is wrong with the checkpoint in `folder`, None if it is whole. Call on all ranks: they share the reading.
+
+    `waiting` is entered where they wait for each other.
+    """
+    try:
+        manifest, error = read_manifest(folder), None
+    except ValueError as problem:
+        manifest, error = None, str(problem)
+    with waiting():
+        manifest, error = from_rank_0((manifest, error))
+    if error:
+        return error
+    parts = _on_all_ranks(_compare, folder, list(manifest.files.items()), waiting)
+    found = [damage for part in parts for damage in part]
+    return min(found, default=None)
+
+
+def refuse_another_identity(checkpoint: Path, identity: Identity) -> None:
+    """Raises UsageError if the checkpoint was trained from something else, old and new named."""
+    for key, saved in read_manifest(checkpoint).identity:
+        now = getattr(identity, key)
+        if saved != now:
+            raise UsageError(
+                f"{checkpoint}: trained with {key} {_short(saved)}, this run has {_short(now)}: not the same run; "
+                f"restore what was changed, or train into another --output"
+            )
+
+
+def _on_all_ranks(work, folder: Path, items: list, waiting) -> list:
+    """`work(folder, share)` of every rank, where rank r's share is every world_size-th item from r on."""
+    if not dist.is_initialized():
+        return [work(folder, items)]
+    results = [None] * dist.get_world_size()
+    own = work(folder, items[dist.get_rank() :: dist.get_world_size()])
+    with waiting():
+        dist.all_gather_object(results, own)
+    return results
+
+
+def _describe(folder: Path, names: list[str]) -> dict[str, SavedFile]:
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(lambda name: _saved_file(folder / name), names), strict=True))
+
+
+def _saved_file(path: Path) -> SavedFile:
+    with path.open("rb") as stream:
+        return SavedFile(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _compare(folder: Path, files: list[tuple[str, SavedFile]]) -> list[str]:
+    with ThreadPoolExecutor() as threads:
+        return [damage for damage in threads.map(lambda file: _damage(folder, *file), files) if damage]
+
+
+def _damage(folder: Path, name: str, saved: SavedFile) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != saved.bytes:
+        return f"{name} has {path.stat().st_size} bytes, not {saved.bytes}"
+    return f"{name} has other contents than were written" if _saved_file(path) != saved else None
+
+
+def _short(value) -> str:
+    """A hash cut to what tells it from others; of a fingerprint's hashes the last."""
+    text = str(list(value.values())[-1] if isinstance(value, dict) else value)
+    return text[:12] if len(text) == 64 else text

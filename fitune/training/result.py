@@ -1,0 +1,95 @@
+"""What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from fitune.config.schema import Run
+from fitune.data.chat_template import end_of_turn_ids
+from fitune.model.skeleton import decoder
+from fitune.output_folder import new_folder
+from fitune.weights.adapter import saved_name
+from fitune.weights.base_identity import BaseRecord, write_base_record
+from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
+
+
+def save_result(
+    folder: Path,
+    run: Run,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    base_record: BaseRecord,
+    waiting=nullcontext,
+) -> None:
+    """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
+
+    Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
+    `base_record` is what an adapter remembers of its base. `waiting` is entered where ranks wait for each other.
+    """
+    main = dist.get_rank() == 0
+    with new_folder(folder, replace=True) if main else nullcontext() as unfinished:
+        parameters = _named_for_saving(model, run)
+        writer = CheckpointWriter(unfinished, [spec for _, spec in parameters]) if main else None
+        for parameter, spec in parameters:
+            with waiting():
+                whole = gather_rows(parameter, spec.dtype)
+            if main:
+                writer.write(spec.name, whole)
+        if main:
+            writer.close()
+            _write_companions(unfinished, run, model, tokenizer, base_record)
+    with waiting():
+        dist.barrier()
+
+
+def gather_rows(parameter: DTensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The whole tensor on rank 0 in host RAM, None elsewhere; no GPU memory is used. Call on all ranks."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    local = parameter.detach().to_local().cpu().to(dtype).contiguous()
+    if world_size == 1:
+        return local
+    rows = parameter.shape[0]
+    chunk = -(-rows // world_size)
+    padded = local if local.shape[0] == chunk else local.new_empty((chunk, *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    whole = local.new_empty((chunk * world_size, *local.shape[1:])) if rank == 0 else None
+    dist.gather(padded, list(whole.chunk(world_size)) if rank == 0 else None)  # CPU tensors: over gloo
+    return whole[:rows] if rank == 0 else None  # only the last ranks' chunks are short
+
+
+def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorSpec]]:
+    """Parameters to save with their names and dtypes on disk: PEFT's for an adapter, Llama's for a whole model."""
+    if run.recipe.method == "full":
+        dtype = decoder(model).config.dtype
+        return [(p, TensorSpec(name, dtype, tuple(p.shape))) for name, p in model.named_parameters()]
+    return [
+        (p, TensorSpec(saved_name(name), p.dtype, tuple(p.shape)))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+
+def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord) -> None:
+    tokenizer.save_pretrained(folder)
+    causal_lm = decoder(model)
+    generation_config = copy.deepcopy(causal_lm.generation_config)
+    generation_config.eos_token_id = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
+    generation_config.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        config = copy.deepcopy(model.peft_config["default"])
+        config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        write_base_record(folder, base_record)
+    else:
+        config = copy.deepcopy(causal_lm.config)
+        config.use_cache = True  # off while training
+        config.save_pretrained(folder)

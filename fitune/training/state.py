@@ -1,0 +1,158 @@
+"""What a training checkpoint holds beside the Trainer's own files: trainable weights and optimizer state, per rank.
+
+    checkpoint-N/state/layout.json                          world size, full shapes, optimizer hyperparameters
+    checkpoint-N/state/rank-00000-of-00002/model.safetensors   that rank's rows: NAME, and NAME::exp_avg etc.
+    checkpoint-N/adapter/                                   in place of NAME, where an adapter is trained
+
+Nothing is gathered to save it, and because the layout is known it can be read back on another number of ranks.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fitune.config.schema import ADAPTER
+from fitune.errors import FituneError
+from fitune.model.sharding import local_rows
+from fitune.weights.adapter import AdapterFile, saved_name
+from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
+
+SEPARATOR = "::"
+
+
+def save_training_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
+) -> None:
+    """Writes this rank's rows of every trainable parameter and of its optimizer state. Call on all ranks.
+
+    Parameters are left out if `folder` holds the adapter that they make up. One tensor at a time passes through host
+    RAM. The disk may not have it all yet when this returns.
+    """
+    names = {parameter: name for name, parameter in _trainable(model)}
+    has_adapter = (folder / ADAPTER).is_dir()
+    tensors = {} if has_adapter else {name: _local(parameter) for parameter, name in names.items()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{names[parameter]}{SEPARATOR}{key}"] = _local(torch.as_tensor(value))
+    part = folder / "state" / f"rank-{rank:05d}-of-{world_size:05d}"
+    part.mkdir(parents=True)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, durable=False)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+    if rank == 0:
+        layout = {
+            "world_size": world_size,
+            "shapes": {name: list(parameter.shape) for parameter, name in names.items()},
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                | {"params": [names[parameter] for parameter in group["params"]]}
+                for group in optimizer.param_groups
+            ],
+        }
+        (folder / "state" / "layout.json").write_text(json.dumps(layout, indent=1), encoding="utf-8")
+
+
+def load_trainable_weights(folder: Path, model: nn.Module, rank: int, world_size: int) -> None:
+    """Fills the trainable parameters of the sharded `model` from a checkpoint, each rank its own rows."""
+    with _SavedState(folder) as saved, torch.no_grad():
+        for name, parameter in _trainable(model):
+            saved.check_shape(name, parameter)
+            start, stop = local_rows(parameter.shape[0], rank, world_size)
+            parameter.to_local().copy_(saved.weight(name, start, stop))
+
+
+def load_optimizer_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
+) -> None:
+    """Restores the optimizer's state and hyperparameters from a checkpoint, each rank its own rows."""
+    parameters = dict(_trainable(model))
+    with _SavedState(folder) as saved:
+        state, position = {}, 0
+        groups = saved.layout["param_groups"]
+        for group in groups:
+            for offset, name in enumerate(group["params"]):
+                parameter = parameters[name]
+                start, stop = local_rows(parameter.shape[0], rank, world_size)
+                state[position + offset] = {
+                    key: saved.like(parameter, name, key, start, stop) for key in saved.optimizer_keys(name)
+                }
+            indices = list(range(position, position + len(group["params"])))
+            position += len(indices)
+            group["params"] = indices
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _trainable(model: nn.Module):
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+class _SavedState:
+    """The parts that all ranks of the interrupted run wrote, read as whole tensors by row range."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "state"
+        try:
+            self.layout = json.loads((self.folder / "layout.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FituneError(f"{folder}: not a checkpoint of fitune: state/layout.json: {error}") from None
+        world_size = self.layout["world_size"]
+        self.parts = [Checkpoint(self.folder / f"rank-{r:05d}-of-{world_size:05d}") for r in range(world_size)]
+        self.adapter = AdapterFile(folder / ADAPTER) if (folder / ADAPTER).is_dir() else None
+
+    def check_shape(self, name: str, parameter: torch.Tensor) -> None:
+        saved = self.layout["shapes"].get(name)
+        if saved != list(parameter.shape):
+            raise FituneError(f"{self.folder}: {name} has shape {saved}, the model needs {list(parameter.shape)}")
+
+    def optimizer_keys(self, name: str) -> list[str]:
+        prefix = name + SEPARATOR
+        return [key.removeprefix(prefix) for key in self.parts[0].tensors if key.startswith(prefix)]
+
+    def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of parameter `name`."""
+        if self.adapter:
+            return self.adapter.read_rows(saved_name(name), start, stop)
+        return self.rows(name, name, start, stop)
+
+    def rows(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of tensor `key`, which is split like parameter `name`."""
+        total, found = self.layout["shapes"][name][0], []
+        for rank, part in enumerate(self.parts):
+            first, last = local_rows(total, rank, len(self.parts))
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                found.append(part.read_rows(key, low - first, high - first))
+        if not found:
+            info = self.parts[0][key]
+            return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
+        return torch.cat(found)
+
+    def like(self, parameter: DTensor, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Optimizer state `key` in the parameter's layout; what is not split by rows (a step count) is whole."""
+        full_key = f"{name}{SEPARATOR}{key}"
+        if not self.parts[0][full_key].shape:
+            return self.parts[0].read(full_key)
+        if self.parts[0][full_key].shape[1:] != tuple(self.layout["shapes"][name][1:]):
+            raise FituneError(f"{self.folder}: optimizer state {key} is not split like its weight; cannot be resumed")
+        rows = self.rows(name, full_key, start, stop).to(parameter.to_local().device)
+        return DTensor.from_local(
+            rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for part in self.parts:
+            part.close()
+        if self.adapter:
+            self.adapter.close()

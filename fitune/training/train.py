@@ -1,0 +1,187 @@
+"""One training run, top to bottom: `accelerate launch --config_file X.yaml -m fitune.training.train run.yaml`.
+
+torchrun works in the same way, and so does plain python for a single process.
+"""
+
+import argparse
+import os
+import re
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+from fitune.config import run as runs
+from fitune.config.hub import local_folder
+from fitune.config.schema import Run
+from fitune.data.data_report import check_prepared
+from fitune.data.dataset import load_split, load_tokenizer
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, say_while_training
+from fitune.launching.heartbeat import Heartbeat
+from fitune.launching.run_lock import RunLock, is_held_by_launcher
+from fitune.model.sharding import kept_in_host_ram, shard
+from fitune.model.skeleton import build_skeleton, decoder
+from fitune.output_folder import checkpoints
+from fitune.progress import loading_bar
+from fitune.training.distributed import (
+    compute_device,
+    end_with_launcher,
+    from_rank_0,
+    is_first_to_fail,
+    is_main_process,
+    join,
+    leave,
+)
+from fitune.training.interruption import Interruption
+from fitune.training.manifest import Identity, find_damage, identify, refuse_another_identity
+from fitune.training.measure import Loading, Measurements
+from fitune.training.out_of_memory import explain_out_of_memory
+from fitune.training.state import load_trainable_weights
+from fitune.training.trainer import MetricsFile, ShardedSFTTrainer, set_aside
+from fitune.training.untrained_tokens import refuse_untrained_control_tokens
+from fitune.weights.base_identity import BaseRecord, identify_base
+from fitune.weights.load import Placement, load_weights
+from fitune.weights.safetensors_files import Checkpoint
+
+
+def train(run: Run) -> None:
+    """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
+    end_with_launcher()
+    heartbeat, interruption = Heartbeat(), Interruption()
+    lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
+    with heartbeat.starting():
+        mesh = join(run.accelerate)
+    base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
+    tokenizer = load_tokenizer(run.recipe, base_folder)
+    _check_data(run, tokenizer)
+    refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
+    with heartbeat.using_files():
+        base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
+        checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
+        with Loading() as loading:
+            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
+    heartbeat.count_layers(decoder(model).model.layers)
+    measurements = Measurements(run.folder, loading.report)
+    trainer = ShardedSFTTrainer(
+        run,
+        base_record=base_record,
+        identity=identity,
+        heartbeat=heartbeat,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
+        eval_dataset=_eval_dataset(run),
+        callbacks=[MetricsFile(run.folder), measurements, interruption],
+    )
+    measurements.tokens_so_far = lambda: trainer._total_train_tokens
+    if checkpoint and not trainer.steps_left(checkpoint):
+        with heartbeat.using_files():  # interrupted while it saved the result
+            load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())
+    else:
+        dist.barrier()  # machines may have read for longer than a first step may take
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        interruption.leave_if_told(trainer.state)
+    trainer.save_model()
+    leave()
+    if lock:
+        lock.release()
+
+
+def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None) -> torch.nn.Module:
+    """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
+    dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
+    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
+    shard(model, mesh, run, dtype)
+    device = compute_device(mesh)
+    placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
+    with Checkpoint(base_folder) as checkpoint, loading_bar(model) as advance:
+        load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return model
+
+
+def _check_data(run: Run, tokenizer) -> None:
+    recipe, folder = run.recipe, Path(run.recipe.data.prepared)
+    report = check_prepared(folder, tokenizer, recipe.data.chat_template, recipe.max_length)
+    if report and not report["tokens"] and is_main_process():
+        limit = f"max_length {recipe.max_length}"
+        print(f"note: {folder}: tokens were not counted; what is beyond {limit} will be cut off", file=sys.stderr)
+
+
+def _identify(run: Run, base_folder: Path, tokenizer, heartbeat: Heartbeat) -> tuple[BaseRecord, Identity]:
+    """What adapter and checkpoints will remember of their origin. Rank 0 reads base and data for it."""
+    found = None
+    if is_main_process():
+        record = identify_base(run.recipe.base, base_folder)
+        found = record, identify(run, record, tokenizer)
+    with heartbeat.waiting():
+        return from_rank_0(found)
+
+
+def _eval_dataset(run: Run):
+    if run.recipe.training.get("eval_strategy", "no") == "no":
+        return None
+    return load_split(run.recipe, "test", run.folder / "cache")
+
+
+def _checkpoint_to_resume(run: Run, identity: Identity, heartbeat: Heartbeat) -> Path | None:
+    """The newest whole checkpoint of a run that is resumed, None if it was ended before the first was written.
+
+    Says which it skipped and why, and sets those aside. Call on all ranks.
+    """
+    found = checkpoints(run.folder / "checkpoints") if run.resume else []
+    with heartbeat.waiting():
+        found = from_rank_0(found)
+    if not found:
+        return None
+    skipped = []
+    for checkpoint in reversed(found):
+        damage = find_damage(checkpoint, heartbeat.waiting)
+        if not damage:
+            refuse_another_identity(checkpoint, identity)
+            if is_main_process():
+                set_aside(checkpoint.parent, skipped)
+            return checkpoint
+        skipped.append(checkpoint)
+        if is_main_process():
+            print(f"{checkpoint}: skipped: {damage}", file=sys.stderr)
+    raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train into another --output")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="fitune.training.train", description=__doc__)
+    parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    options = parser.parse_args(arguments)
+    run_stage(options.run, train, resume=options.resume)
+
+
+def run_stage(path: Path, stage, **changes) -> None:
+    """Runs `stage` on a run.yaml; an expected error becomes one line, on however many ranks, and its exit code."""
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between trl, peft and transformers, not ours to mend
+    try:
+        run = runs.load(path)
+        stage(run.model_copy(update={key: value for key, value in changes.items() if value}))
+    except FituneError as error:
+        if is_first_to_fail():
+            say_while_training(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}")
+        sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        say_while_training(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}")
+        sys.exit(FituneError.exit_code)
+    except Exception as error:
+        if re.search("Connection (closed|reset) by peer", str(error)):  # gloo's words; the rank that is gone said why
+            say_while_training(f"rank {os.environ.get('RANK', 0)}: another rank is gone")
+        else:
+            traceback.print_exc()
+        sys.exit(CRASHED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""TRL's SFTTrainer over an already sharded model: what is saved, what is resumed, what is logged."""
+
+import errno
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from trl import SFTConfig, SFTTrainer
+
+from fitune.config.schema import Run
+from fitune.data.dataset import with_filler_rows
+from fitune.errors import FituneError
+from fitune.launching.heartbeat import Heartbeat
+from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
+from fitune.training.bad_rows import name_rows
+from fitune.training.manifest import Identity, find_damage, write_manifest
+from fitune.training.result import save_result
+from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
+from fitune.weights.base_identity import BaseRecord
+
+
+def training_arguments(run: Run) -> SFTConfig:
+    """The SFTConfig of a run: the recipe's `training:` block, and the fields that recipe, profile and config own."""
+    recipe, profile = run.recipe, run.profile
+    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": False} | recipe.training
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
+    return SFTConfig(
+        **values,
+        output_dir=str(run.folder / "checkpoints"),
+        per_device_train_batch_size=profile.micro_batch,
+        per_device_eval_batch_size=profile.micro_batch,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        max_length=recipe.max_length,
+        packing=recipe.packing,
+        packing_strategy="bfd",
+        assistant_only_loss=True,
+        seed=recipe.seed,
+        use_cpu=run.accelerate.use_cpu,
+        bf16=False,  # the model computes in bf16 by itself; no autocast around it
+        activation_checkpointing=profile.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False, "offload": profile.activation_offload},
+        # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows;
+        # for one rank see training_step
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        save_only_model=True,  # Trainer's own way to save optimizers doesn't know this sharding; see _save_checkpoint
+    )
+
+
+class ShardedSFTTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
+
+    `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does; a trainer that
+    saves nothing needs neither. `heartbeat` tells the launcher that this rank gets on.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        base_record: BaseRecord | None = None,
+        identity: Identity | None = None,
+        heartbeat: Heartbeat | None = None,
+        **kwargs,
+    ):
+        self.run, self.base_record, self.identity, self.heartbeat = run, base_record, identity, heartbeat or Heartbeat()
+        self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
+        super().__init__(args=training_arguments(run), **kwargs)
+        self.add_callback(self.heartbeat)
+        batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
+        self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.
+
+        Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by layer.
+        """
+        self.heartbeat.count()
+        if self.args.world_size == 1 and self.run.recipe.method != "full":
+            model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step.append((inputs, loss))
+        return loss
+
+    def prediction_step(self, *args, **kwargs):
+        self.heartbeat.count()
+        return super().prediction_step(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = torch.tensor([not (math.isfinite(norm) and all(math.isfinite(loss) for _, loss in self._step))]).int()
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad.item():
+            self._stop_before_a_bad_step(float(norm))
+        self._step.clear()
+        return norm
+
+    def _stop_before_a_bad_step(self, norm: float) -> None:
+        """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet."""
+        self.heartbeat.rest()  # all of train.jsonl is read
+        bad = [inputs for inputs, loss in self._step if not math.isfinite(loss)]
+        batches = bad or [inputs for inputs, _ in self._step]
+        rows = name_rows(batches, self.processing_class, Path(self.run.recipe.data.prepared) / "train.jsonl")
+        ranks = [None] * self.args.world_size
+        dist.all_gather_object(ranks, (bool(bad), rows))
+        if any(is_bad for is_bad, _ in ranks):
+            where = "; ".join(
+                f"loss is not finite on rank {r}: {rows}" for r, (is_bad, rows) in enumerate(ranks) if is_bad
+            )
+        else:
+            where = "all losses are finite: " + ", ".join(rows for _, rows in ranks)
+        raise FituneError(
+            f"step {self.state.global_step + 1}: the gradient's norm is {norm}; {where}; stopped before the weights "
+            f"changed: look at these rows, or resume from the last checkpoint with a lower learning rate"
+        )
+
+    def steps_left(self, checkpoint: Path) -> int:
+        """Optimizer steps between a checkpoint and the end of training."""
+        *_, planned = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        done = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        return max(0, planned - done)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.run.result_folder)
+        with self.heartbeat.using_files():
+            self._save_result(folder)
+
+    def _save_result(self, folder: Path) -> None:
+        save_result(folder, self.run, self.model, self.processing_class, self.base_record, self.heartbeat.waiting)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
+        dist.barrier()  # one may have logged to a slow server; it is watched from here on
+        try:
+            with self.heartbeat.using_files():
+                self._write_checkpoint()
+        except (OSError, FituneError) as error:
+            raise FituneError(
+                f"step {self.state.global_step} was not saved in {self.args.output_dir}: {error}; the checkpoints "
+                f"before it are whole: make room, then go on with the same command and --resume"
+            ) from error
+        if self.args.should_save:
+            _remove_old(Path(self.args.output_dir), self.args.save_total_limit)
+        dist.barrier()
+
+    def _write_checkpoint(self) -> None:
+        """Result, sharded state, scheduler, RNG, position, manifest; renamed when whole, then read back."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._meet()
+        if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
+            self._save_result(partial / self.run.result_folder.name)
+        save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
+        self._save_position(partial)
+        self._meet()
+        with flushed_meanwhile(partial):
+            write_manifest(partial, self.state.global_step, self.run, self.identity, self.heartbeat.waiting)
+        self._meet()
+        if self.args.should_save:
+            rename_when_whole(partial, folder, replace=True)
+        self._meet()
+        if damage := find_damage(folder, self.heartbeat.waiting):
+            raise FituneError(f"{folder}: read back, {damage}")
+
+    def _meet(self) -> None:
+        with self.heartbeat.waiting():
+            dist.barrier()
+
+    def _save_position(self, folder: Path) -> None:
+        """Each rank's random state; the scheduler, step and counters, which are the same on all."""
+        with _disk_errors_named(folder):
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        if self.args.should_save:
+            self.state.num_input_tokens_seen = int(self._total_train_tokens)
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        dist.barrier()  # see _save_checkpoint
+        with self.heartbeat.evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        with self.heartbeat.using_files():
+            load_trainable_weights(
+                Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        self._total_train_tokens = self.state.num_input_tokens_seen
+        optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
+        with self.heartbeat.using_files():
+            load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self._follow_this_runs_schedule()
+
+    def _follow_this_runs_schedule(self) -> None:
+        """Checkpoints hold the last learning rate and the one it came from; a resumed run may have another schedule."""
+        scheduler, rate = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+@contextmanager
+def _disk_errors_named(folder: Path):
+    """OSError where torch.save, on a disk that is full or broken, says only that its archive is."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+def set_aside(folder: Path, damaged: list[Path]) -> None:
+    """Renames what a run that resumes has skipped: it must not be counted among the checkpoints that are kept.
+
+    Removes what interrupted saves left in `folder`. Main process only.
+    """
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        remove(aside)
+        path.rename(aside)
+    for partial in folder.glob(".checkpoint-*.partial*"):
+        remove(partial)
+
+
+def _remove_old(folder: Path, limit: int | None) -> None:
+    """Keeps `save_total_limit` checkpoints, but never fewer than two."""
+    for path in checkpoints(folder)[: -max(2, limit) if limit else 0]:
+        remove(path)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to metrics.jsonl and draws loss.png at the end. Main process only."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+        self.picture = folder / "loss.png"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forgets what an interrupted run logged after the checkpoint that is resumed."""
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in self._lines() if line["step"] <= state.global_step]
+            rewritten = self.path.with_suffix(".partial")
+            rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            rewritten.replace(self.path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw_loss(self._lines(), self.picture)
+
+    def _lines(self) -> list[dict]:
+        """But for one that a power cut left half written."""
+        lines = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+
+def draw_loss(lines: list[dict], picture: Path) -> None:
+    """The training loss (and the held-out loss, where it was measured) over the steps, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 3 else None)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120, bbox_inches="tight")

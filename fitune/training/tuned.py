@@ -1,0 +1,51 @@
+"""Loads a finished run's result back into its sharded model."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fitune.config.schema import Run
+from fitune.errors import UsageError
+from fitune.model.sharding import local_rows
+from fitune.training.distributed import is_main_process
+from fitune.weights.adapter import AdapterFile, saved_name
+from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
+from fitune.weights.safetensors_files import Checkpoint
+
+
+def tuned_base_folder(run: Run, base_folder: Path, force: bool = False) -> Path:
+    """The checkpoint under the tuned model: the base for an adapter, the result itself for method full.
+
+    Raises UsageError for an unfinished run, and unless `force` for a base that its adapter was not trained on.
+    """
+    result = run.result_folder
+    if not result.is_dir():
+        raise UsageError(f"{result}: no such folder; the run has not finished: `train {run.recipe_name} ... --resume`")
+    if run.recipe.method == "full":
+        return result
+    _check_base(result, base_folder, force)
+    return base_folder
+
+
+def _check_base(adapter: Path, base_folder: Path, force: bool) -> None:
+    record, doubt = read_base_record(adapter), None
+    if record is not None:
+        with Checkpoint(base_folder) as checkpoint:
+            doubt = base_mismatch(record, base_fingerprint(checkpoint))
+    said = settle_doubt(base_folder, adapter, doubt, recorded=record is not None, force=force)
+    if said and is_main_process():
+        print(said, file=sys.stderr)
+
+
+def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
+    """Fills the adapter of the sharded `model` from the run's result, each rank its own rows; method full has none."""
+    if run.recipe.method == "full":
+        return
+    with AdapterFile(run.result_folder) as adapter, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                start, stop = local_rows(parameter.shape[0], mesh.get_rank(), mesh.size())
+                parameter.to_local().copy_(adapter.read_rows(saved_name(name), start, stop))

@@ -1,0 +1,1 @@
+"""Weights between disk and memory: loaded, quantised, merged, a tensor at a time."""

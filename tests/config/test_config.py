@@ -1,0 +1,330 @@
+"""Recipes, memory profiles and accelerate configs: mistakes are named in one line, and every file shipped is right."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.installed_names import sft_config_fields
+from fitune.config.run import ACCELERATE_CONFIGS, PROFILES, RECIPES, load_profile, load_recipe, names, resolve
+from fitune.config.schema import Method, Run
+from fitune.config.training_block import OWNED_ELSEWHERE
+from fitune.errors import UsageError
+from fitune.training.train import run_stage
+
+RECIPE = """\
+description: A recipe.
+base:
+  model: some/model
+data:
+  dataset: some/rows
+  prepared: data/rows
+method: qlora
+lora:
+  r: 8
+  target_modules: [q_proj, v_proj]
+max_length: 512
+global_batch_size: 8
+training:
+  learning_rate: 2e-4
+  num_train_epochs: 1
+"""
+PROFILE = """\
+description: A profile.
+accelerate_config: ACCELERATE
+num_gpus: 2
+gpu_memory_gib: 24
+host_memory_gib: 64
+fits:
+  8b: [qlora, lora]
+micro_batch: 2
+"""
+ACCELERATE = """\
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_offload_params: true
+mixed_precision: bf16
+num_processes: 2
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the three files, `old` replaced by `new` in one of them; returns their paths."""
+
+    def write_files(kind: str = "recipe", old: str = "", new: str = "") -> dict[str, Path]:
+        paths = {name: tmp_path / f"{name}_8b.yaml" for name in ("recipe", "profile", "accelerate")}
+        texts = {"recipe": RECIPE, "profile": PROFILE, "accelerate": ACCELERATE}
+        assert old in texts[kind], old
+        texts[kind] = texts[kind].replace(old, new, 1)
+        for name, path in paths.items():
+            path.write_text(texts[name].replace("ACCELERATE", str(paths["accelerate"])), encoding="utf-8")
+        return paths
+
+    return write_files
+
+
+def _message(paths: dict[str, Path], sets: tuple[str, ...] = ()) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve(str(paths["recipe"]), str(paths["profile"]), sets)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in message
+    assert "Traceback" not in message and "pydantic" not in message
+    return message
+
+
+def test_files_resolve_to_a_run(write, tmp_path):
+    paths = write()
+    run = resolve(str(paths["recipe"]), str(paths["profile"]), output=str(tmp_path / "out"))
+    assert run.gradient_accumulation_steps == 2
+    assert run.recipe.training == {"learning_rate": 2e-4, "num_train_epochs": 1}  # YAML reads 2e-4 as text
+    assert run.accelerate.offload_params and run.accelerate.mixed_precision == "bf16"
+    assert run.result_folder == tmp_path / "out" / "adapter"
+
+    sets = ("training.learning_rate=1e-5", "lora.r=4", "seed=7", "global_batch_size=16", "profile.micro_batch=4")
+    changed = resolve(str(paths["recipe"]), str(paths["profile"]), sets)
+    assert changed.recipe.training == {"learning_rate": 1e-5, "num_train_epochs": 1}
+    assert (changed.recipe.lora.r, changed.recipe.lora.target_modules) == (4, ["q_proj", "v_proj"])
+    assert (changed.recipe.seed, changed.profile.micro_batch, changed.gradient_accumulation_steps) == (7, 4, 2)
+
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    assert runs.load(run.folder) == runs.load(run.folder / "run.yaml") == run
+    moved = run.folder.rename(tmp_path / "moved")
+    assert runs.load(moved) == run.model_copy(update={"output_dir": str(moved)})
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "sets", "rows"),
+    [
+        ("my_8b_chat", (), 4),
+        ("my_70b", (), 1),
+        ("mine", (), 1),
+        ("my_8b_chat", ("profile.micro_batch=2",), 2),
+        ("my_8b_chat", ("profile.micro_batch.8b=2",), 2),
+    ],
+)
+def test_a_profile_has_one_micro_batch_for_all_or_one_for_each_size(recipe_name, sets, rows, write):
+    by_size = "  70b: [qlora]\nmicro_batch: {70b: 1, 8b: 4}"
+    paths = write("profile", "micro_batch: 2", by_size)
+    recipe = paths["recipe"].rename(paths["recipe"].with_name(f"{recipe_name}.yaml"))
+    run = resolve(str(recipe), str(paths["profile"]), sets)
+    assert (run.profile.micro_batch, run.gradient_accumulation_steps) == (rows, 4 // rows)
+
+
+MISTAKES = {
+    # what is wrong: file, text, its replacement, what the message must say beside the file
+    "unknown key": ("recipe", "max_length", "max_lenght", ["'max_lenght'", "did you mean 'max_length'?"]),
+    "unknown key in a block": ("recipe", "  r: 8", "  rank: 8\n  alpa: 3", ["'lora.rank'", "alpha, dropout"]),
+    "typo in a block": ("recipe", "  r: 8", "  alpa: 8", ["'lora.alpa'", "did you mean 'alpha'?"]),
+    "typo in data": ("recipe", "prepared:", "prepard:", ["'data.prepard'", "did you mean 'prepared'?"]),
+    "typo in a list": (
+        "recipe",
+        "  prepared:",
+        "  mix: [{dataset: a/b, wieght: 2}]\n  prepared:",
+        ["'data.mix.0.wieght'", "did you mean 'weight'?"],
+    ),
+    "unknown key in a profile": ("profile", "micro_batch", "micro_batches", ["did you mean 'micro_batch'?"]),
+    "unknown key of accelerate": ("accelerate", "num_processes", "num_proceses", ["did you mean 'num_processes'?"]),
+    "typo in fsdp_config": (
+        "accelerate",
+        "fsdp_offload_params",
+        "fsdp_offload_parms",
+        ["fsdp_config.fsdp_offload_parms", "did you mean 'fsdp_offload_params'?"],
+    ),
+    "missing key": ("recipe", "  model: some/model", "  revision: main", ["'base.model'", "missing"]),
+    "missing process number": ("accelerate", "num_processes: 2\n", "", ["'num_processes'", "missing"]),
+    "text for a number": ("recipe", "max_length: 512", "max_length: many", ["max_length", "integer", "'many'"]),
+    "fraction for a whole number": ("recipe", "  r: 8", "  r: 8.5", ["lora.r", "integer", "8.5"]),
+    "yes for a number": ("recipe", "max_length: 512", "max_length: yes", ["max_length", "True"]),
+    "number for text": ("recipe", "some/model", "7", ["base.model", "string", "7"]),
+    "zero": ("recipe", "global_batch_size: 8", "global_batch_size: 0", ["global_batch_size", "greater than 0"]),
+    "dropout of one": ("recipe", "  r: 8", "  dropout: 1.0", ["lora.dropout", "less than 1"]),
+    "block given as text": ("recipe", "base:\n  model: some/model", "base: some/model", ["base", "Base"]),
+    "null block": ("recipe", "base:\n  model: some/model", "base:", ["base"]),
+    "unknown method": ("recipe", "method: qlora", "method: qlorra", ["method", "'qlora'", "'qlorra'"]),
+    "no GPU memory": ("profile", "gpu_memory_gib: 24\n", "", ["gpu_memory_gib is missing"]),
+    "unknown method in a profile": ("profile", "[qlora, lora]", "[dora]", ["fits.8b.0", "'dora'"]),
+    "micro batch as text": ("profile", "micro_batch: 2", "micro_batch: two", ["yaml: micro_batch: ", "not 'two'"]),
+    "micro batch of none for a size": ("profile", "ch: 2", "ch: {8b: 0}", ["yaml: micro_batch.8b: ", "greater than 0"]),
+    "micro batch of unknown size": ("profile", "ch: 2", "ch: {8b: 1, 7b: 2}", ["each size in 'fits': 8b"]),
+    "text and none, counted once each": (
+        "profile",
+        "host_memory_gib: 64",
+        "host_memory_gib: much\nembedding_offload: perhaps\nactivation_offload: x",
+        ["host_memory_gib: ", "'much'", "(and 2 more)"],
+    ),
+    "one mistake is one": ("profile", "ch: 2", "ch: two\nembedding_offload: x", ["micro_batch: ", "(and 1 more)"]),
+    "null as a key": ("recipe", "max_length: 512", "max_length: 512\nnull: 3", ["None: "]),
+    "null as a key of a block": ("recipe", "training:\n", "training:\n  null: 3\n", ["training.None: "]),
+    "quoted true": ("accelerate", "offload_params: true", "offload_params: 'true'", ["offload_params", "bool"]),
+    "fp16": ("accelerate", "mixed_precision: bf16", "mixed_precision: fp16", ["mixed_precision", "'bf16'", "'fp16'"]),
+    "processes as text": ("accelerate", "num_processes: 2", "num_processes: two", ["num_processes", "'two'"]),
+    "not FSDP": ("accelerate", "type: FSDP", "type: MULTI_GPU", ["distributed_type", "FSDP", "MULTI_GPU"]),
+    "FSDP version 1": ("accelerate", "fsdp_version: 2", "fsdp_version: 1", ["fsdp_config.fsdp_version must be 2"]),
+    "fsdp_config as text": (
+        "accelerate",
+        "fsdp_config:\n  fsdp_version: 2\n  fsdp_offload_params: true",
+        "fsdp_config: fast",
+        ["fsdp_config"],
+    ),
+    "fsdp_config without effect": (
+        "accelerate",
+        "fsdp_offload_params: true",
+        "fsdp_activation_checkpointing: true",
+        ["fsdp_config.fsdp_activation_checkpointing", "activation_checkpointing in the memory profile"],
+    ),
+    "other state dict": (
+        "accelerate",
+        "fsdp_offload_params: true",
+        "fsdp_state_dict_type: FULL_STATE_DICT",
+        ["fsdp_config.fsdp_state_dict_type", "SHARDED_STATE_DICT"],
+    ),
+    "key given twice": ("recipe", "max_length: 512", "max_length: 512\nmax_length: 256", ["'max_length' is given"]),
+    "key twice in a block": ("recipe", "  r: 8", "  r: 8\n  r: 16", ["'r' is given twice", ":10"]),
+    "broken YAML": ("recipe", "method: qlora", "method: [qlora", ["not valid YAML"]),
+    "a tab": ("recipe", "  r: 8", "\tr: 8", ["not valid YAML", ":9"]),
+    "a list key": ("recipe", "method: qlora", "[method]: qlora", ["not valid YAML"]),
+    "a mapping as key": ("recipe", "method: qlora", "{a: b}: qlora", ["not valid YAML"]),
+    "a number as key": ("recipe", "method: qlora", "method: qlora\n7: seven", ["7: "]),
+    "a number as fsdp key": ("accelerate", "fsdp_version: 2", "fsdp_version: 2\n  7: seven", ["7"]),
+    "a tag": ("recipe", "some/model", "!!python/object/apply:os.getcwd []", ["not valid YAML"]),
+    "a list": ("recipe", RECIPE, "- a\n- b\n", ["expected 'key: value' lines", "list"]),
+    "an empty file": ("recipe", RECIPE, "", ["expected 'key: value' lines"]),
+    "unknown training field": (
+        "recipe",
+        "learning_rate",
+        "learning_rat",
+        ["training.learning_rat ", "did you mean 'learning_rate'?"],
+    ),
+    "training field of a wrong type": (
+        "recipe",
+        "learning_rate: 2e-4",
+        "learning_rate: fast",
+        ["training.learning_rate", "'fast'", "float"],
+    ),
+    "training as a list": ("recipe", "  learning_rate: 2e-4\n  num_train_epochs: 1", "  - learning_rate", ["training"]),
+    "a number in training": ("recipe", "num_train_epochs", "1", ["training", "1"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_named_in_one_line(mistake, write):
+    kind, old, new, said = MISTAKES[mistake]
+    paths = write(kind, old, new)
+    message = _message(paths)
+    assert str(paths[kind]) in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("field", OWNED_ELSEWHERE)
+def test_training_field_owned_elsewhere_says_where(field, write):
+    paths = write("recipe", "num_train_epochs: 1", f"{field}: 1")
+    message = _message(paths)
+    assert f"training.{field} is not set here: {OWNED_ELSEWHERE[field]}" in message
+    assert str(paths["recipe"]) in message
+    assert field in sft_config_fields(), "TRL has no such field any more"
+
+
+PAIRS = {
+    "lora block with full": (("method=full",), ["'full'", "lora:", "method: lora"]),
+    "lora without its block": (("lora=null",), ["'qlora'", "lora:"]),
+    "method not in the profile": (("method=full", "lora=null"), ["profile_8b", "lora, qlora", "recipe_8b", "full"]),
+    "batch not divisible": (("global_batch_size=6",), ["global_batch_size 6", "micro_batch 2 x 2", "micro_batch 1, 3"]),
+    "batch too small": (("global_batch_size=3",), ["global_batch_size 3", "a multiple of 2"]),
+    "batch of one": (("global_batch_size=1",), ["global_batch_size 1", "a multiple of 2"]),
+    "GPUs and processes differ": (("profile.num_gpus=4",), ["num_gpus 4", "num_processes 2", "make them equal"]),
+    "GPUs on the CPU": (("profile.num_gpus=0",), ["num_gpus 0", "use_cpu: false"]),
+    "unknown accelerate config": (("profile.accelerate_config=fsdp_2x40bg",), ["'fsdp_2x40bg'", "accelerate config"]),
+    "set without a value": (("seed",), ["--set seed", "key=value"]),
+    "set without a key": (("=3",), ["--set =3", "key=value"]),
+    "set a part of a value": (("seed=1", "seed.x=2"), ["--set seed.x=2", "'seed' already has a value"]),
+    "set broken YAML": (("seed=[1",), ["--set seed=[1", "not valid YAML"]),
+    "set an unknown key": (("sede=1",), ["with --set", "'sede'", "did you mean 'seed'?"]),
+    "set an unknown field": (("training.max_step=1",), ["with --set", "did you mean 'max_steps'?"]),
+    "set the profile to a value": (("profile=3",), ["profile"]),
+    "set an unknown value": (("training.optim=adamw_torh",), ["training.optim", "did you mean 'adamw_torch'?"]),
+    "set an unknown strategy": (("training.save_strategy=never",), ["allowed: best, epoch, no, steps"]),
+    "set a negative number of steps": (("training.max_steps=-5",), ["training.max_steps: -5 is not a number of steps"]),
+    "set the training block": (("training=3",), ["training"]),
+    "set a key of a list": (("lora.target_modules.x=3",), ["lora.target_modules"]),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_impossible_pair_is_named_in_one_line(pair, write):
+    sets, said = PAIRS[pair]
+    message = _message(write(), sets)
+    for part in said:
+        assert part in message
+
+
+def test_wrong_names_and_paths_are_usage_errors(write, tmp_path):
+    paths = write()
+    for recipe, profile, said in (
+        ("llama3_8b_qlor", "x", ["no recipe called 'llama3_8b_qlor'", "did you mean"]),
+        (str(tmp_path / "none.yaml"), "x", ["none.yaml: no such file"]),
+        (str(tmp_path), "x", [str(tmp_path), "no such file"]),
+        (str(paths["recipe"]), "fsdp_4x24bg", ["no memory profile called 'fsdp_4x24bg'", "did you mean"]),
+    ):
+        message = _message({"recipe": recipe, "profile": profile})
+        assert all(part in message for part in said), message
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    assert "binary.yaml" in _message({"recipe": binary, "profile": "x"})
+
+
+def test_stage_prints_one_line_and_exits_with_the_errors_code(write, tmp_path, capsys):
+    run = resolve(str(write()["recipe"]), str(tmp_path / "profile_8b.yaml"))
+    good = yaml.safe_load(runs.dump(run))
+    contents = {
+        "unknown": yaml.safe_dump(good | {"sede": 3}),
+        "wrong": yaml.safe_dump(good | {"gradient_accumulation_steps": "two"}),
+        "broken": "recipe: [",
+        "missing": None,
+    }
+    for name, text in contents.items():
+        path = tmp_path / f"{name}.yaml"
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit) as caught:
+            run_stage(path, lambda run: pytest.fail("the stage was started"))
+        assert caught.value.code == 2
+        [line] = capsys.readouterr().err.split("\n")[1:-1]  # a blank line before it, see say_while_training
+        assert line.startswith("error: ") and str(path) in line
+
+
+@pytest.mark.parametrize("name", names(RECIPES))
+def test_shipped_recipe_is_valid_and_has_a_profile(name):
+    recipe = load_recipe(name)
+    assert recipe.description
+    fitting = [p for p in names(PROFILES) if runs.goes_with(name, recipe, load_profile(p))]
+    assert fitting, "no memory profile goes with it"
+    for profile in fitting:
+        run = resolve(name, profile)
+        assert Run.model_validate(yaml.safe_load(runs.dump(run))) == run
+
+
+@pytest.mark.parametrize("name", names(PROFILES))
+def test_shipped_profile_is_valid_and_names_an_accelerate_config(name):
+    profile = load_profile(name)
+    accelerate = read_accelerate_config(ACCELERATE_CONFIGS / f"{profile.accelerate_config}.yaml")
+    assert profile.accelerate_config == name
+    assert accelerate.num_processes == profile.num_gpus or (accelerate.use_cpu and not profile.num_gpus)
+    assert set(profile.expected) <= set(names(RECIPES))
+
+
+@pytest.mark.parametrize("name", names(ACCELERATE_CONFIGS))
+def test_shipped_accelerate_config_is_valid_and_used(name):
+    assert read_accelerate_config(ACCELERATE_CONFIGS / f"{name}.yaml").num_processes >= 1
+    assert name in {load_profile(profile).accelerate_config for profile in names(PROFILES)}
+
+
+def test_every_method_is_shipped():
+    shipped = {load_recipe(name).method for name in names(RECIPES)}
+    assert shipped == set(Method.__args__)

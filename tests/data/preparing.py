@@ -1,0 +1,51 @@
+"""What the tests of prepare share: rows, files, a run of it and its refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fitune.config.schema import Data
+from fitune.data.prepare import prepare
+from fitune.errors import UsageError
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "instructions" / "instructions.jsonl"
+
+
+def chat(number, answer="Yes.") -> dict:
+    return {"messages": [{"role": "user", "content": f"Question {number}?"}, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, *lines) -> Path:
+    """Lines as they are given (bytes, str) or as JSON."""
+    encoded = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+def run(source, tmp_path, data=None, **options) -> dict:
+    """prepare with `source` as the dataset into tmp_path/out; `data`: further fields of the recipe's data block."""
+    settings = Data(dataset=str(source), prepared="unused", **(data or {}))
+    return prepare(settings, tmp_path / "out", **options)
+
+
+def rows(tmp_path, split="train") -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def refused(source, tmp_path, data=None, **options) -> str:
+    """The message of the error; checks that nothing was left behind."""
+    with pytest.raises(UsageError) as caught:
+        run(source, tmp_path, data, **options)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+    return str(caught.value)
+
+
+QUESTION = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "Because."}
+SYSTEM = {"role": "system", "content": "Be brief."}

@@ -1,0 +1,247 @@
+"""prepare: every usual format in every kind of file, folders of them, one schema out."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from preparing import ANSWER, EXAMPLES, QUESTION, SYSTEM, chat, refused, rows, run, write
+from tiny_tokenizer import tiny_tokenizer
+
+from fitune.config.schema import Data
+
+PARTS = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "value": "y?"}]}
+TURNS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+FORMATS = {
+    "messages": ({"messages": [SYSTEM, QUESTION, ANSWER]}, [SYSTEM, QUESTION, ANSWER]),
+    "messages in parts": ({"messages": [PARTS, ANSWER]}, [QUESTION, ANSWER]),
+    "no_robots": (
+        {"prompt": "Why?", "prompt_id": "a1", "messages": [QUESTION, ANSWER], "category": "Open QA"},
+        [QUESTION, ANSWER],
+    ),
+    "sharegpt": ({"id": "1", "conversations": TURNS}, [QUESTION, ANSWER]),
+    "sharegpt with system": ({"system": "Be brief.", "conversations": TURNS}, [SYSTEM, QUESTION, ANSWER]),
+    "alpaca": ({"instruction": "Why?", "input": "", "output": "Because."}, [QUESTION, ANSWER]),
+    "alpaca with input": (
+        {"instruction": "Translate.", "input": "Warum?", "output": "Why?"},
+        [{"role": "user", "content": "Translate.\n\nWarum?"}, {"role": "assistant", "content": "Why?"}],
+    ),
+    "alpaca with history": (
+        {"instruction": "Why?", "output": "Because.", "history": [["Hi", "Hello"]], "system": "Be brief."},
+        [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, QUESTION, ANSWER],
+    ),
+    "prompt and completion": ({"prompt": "Why?", "completion": "Because."}, [QUESTION, ANSWER]),
+    "prompt and completion as turns": (
+        {"prompt": [SYSTEM, QUESTION], "completion": [ANSWER]},
+        [SYSTEM, QUESTION, ANSWER],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "jsonl.gz", "jsonl.zst", "json.gz"])
+def test_every_format_in_every_kind_of_file(name, kind, tmp_path):
+    row, expected = FORMATS[name]
+    path = tmp_path / f"data.{kind}"
+    other = json.loads(json.dumps(row).replace("Because", "Therefore").replace("Translate", "Interpret"))
+    content = [row, other]
+    if kind == "parquet":
+        if name == "messages in parts":
+            pytest.skip("a Parquet column cannot hold both text and parts")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    else:
+        text = "".join(json.dumps(one) + "\n" for one in content) if "jsonl" in kind else json.dumps(content, indent=1)
+        with pyarrow.output_stream(path, compression={"gz": "gzip", "zst": "zstd"}.get(kind.split(".")[-1])) as file:
+            file.write(text.encode())
+    report = run(path, tmp_path)
+    assert report["rows_kept"] == 2
+    assert {"messages": expected} in rows(tmp_path) + rows(tmp_path, "test")
+
+
+def test_csv_with_quoted_newlines_and_lists_as_json(tmp_path):
+    table = tmp_path / "data.csv"
+    table.write_bytes(
+        b"\xef\xbb\xbfinstruction,output,history\r\n"
+        b'"Two\r\nlines?",Yes,"[[""Hi"", ""Hello""]]"\r\n'
+        b"\r\n"
+        b"Empty?,,\r\n"
+        b"Few\r\n"
+        b"Last?,No,\r\n"
+    )
+    message = refused(table, tmp_path)
+    assert f"{table}:5: 'instruction'" not in message
+    assert f"{table}:5: output: the assistant's content is empty" in message
+    assert f"{table}:6: 1 fields where the header has 3" in message
+    assert "2 of 4 rows cannot be used" in message
+    run(table, tmp_path, drop_invalid=True)
+    written = rows(tmp_path) + rows(tmp_path, "test")
+    assert [message["content"] for message in max(written, key=lambda row: len(row["messages"]))["messages"]] == [
+        "Hi",
+        "Hello",
+        "Two\r\nlines?",
+        "Yes",
+    ]
+
+
+def test_tool_calls_are_kept(tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    openai = {
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+        "messages": [
+            QUESTION,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+            ANSWER,
+        ],
+    }
+    sharegpt = {
+        "tools": json.dumps(openai["tools"]),
+        "conversations": [
+            {"from": "human", "value": "Why?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Ulm"}}'},
+            {"from": "observation", "value": "sun"},
+            {"from": "gpt", "value": "Because."},
+        ],
+    }
+    write(tmp_path / "in" / "a.jsonl", openai)
+    write(tmp_path / "in" / "b.jsonl", sharegpt)
+    report = run(tmp_path / "in", tmp_path, tokenizer=tiny_tokenizer())
+    first, second = sorted(rows(tmp_path) + rows(tmp_path, "test"), key=lambda row: "Ulm" in json.dumps(row))
+    assert first["messages"][1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Bonn"}'}
+    assert first["messages"][2] == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert json.loads(first["tools"]) == json.loads(second["tools"]) == openai["tools"]
+    assert report["tokens"]["total"] > 0
+
+
+def test_columns_can_be_mapped(tmp_path):
+    path = write(tmp_path / "dolly.jsonl", *[{"ask": f"{n}?", "context": "c", "response": "r"} for n in range(5)])
+    message = refused(path, tmp_path)
+    assert f"{path}:1: no known format has the columns 'ask', 'context', 'response'" in message
+    assert "data.columns: {output: response}" in message
+    run(path, tmp_path, {"columns": {"instruction": "ask", "input": "context", "output": "response"}})
+    assert rows(tmp_path)[0]["messages"][1] == {"role": "assistant", "content": "r"}
+
+
+def test_mistyped_column_names_the_nearest(tmp_path):
+    path = write(tmp_path / "a.jsonl", chat(1))
+    assert "did you mean 'instruction'?" in refused(path, tmp_path, {"columns": {"instruktion": "x"}})
+
+
+def test_format_can_be_named(tmp_path):
+    row = chat(1) | {"prompt": "P?", "completion": "C"}
+    path = write(tmp_path / "a.jsonl", row, row | {"prompt": "Q?"})
+    run(path, tmp_path, format="prompt_completion")
+    assert {rows(tmp_path)[0]["messages"][0]["content"], rows(tmp_path, "test")[0]["messages"][0]["content"]} == {
+        "P?",
+        "Q?",
+    }
+    assert "did you mean 'sharegpt'" in refused(path, tmp_path / "other", format="sharegpd")
+
+
+def test_system_message_is_added_where_there_is_none(tmp_path):
+    own = {"messages": [{"role": "system", "content": "Mine."}, QUESTION, ANSWER]}
+    empty = {"messages": [{"role": "system", "content": " "}, QUESTION | {"content": "2"}, ANSWER]}
+    run(write(tmp_path / "a.jsonl", chat(1), own, empty), tmp_path, {"system_message": "Be brief."})
+    first = [row["messages"][0]["content"] for row in rows(tmp_path) + rows(tmp_path, "test")]
+    assert sorted(first) == ["Be brief.", "Be brief.", "Mine."]
+
+
+def test_functions_of_old_openai_files_are_tools(tmp_path):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}}
+    result = {"role": "ipython", "content": "3"}
+    path = write(tmp_path / "a.jsonl", *map(chat, range(3)),
+                 {"messages": [QUESTION, call, result, ANSWER], "functions": [{"name": "f"}]})  # fmt: skip
+    run(path, tmp_path)
+    [row] = [row for row in rows(tmp_path) + rows(tmp_path, "test") if "tools" in row]
+    assert json.loads(row["tools"]) == [{"type": "function", "function": {"name": "f"}}]
+    assert row["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert row["messages"][2]["role"] == "tool"
+
+
+def test_bom_blank_lines_and_crlf_are_accepted(tmp_path):
+    lines = [json.dumps(chat(number)) for number in range(4)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    report = run(tmp_path / "a.jsonl", tmp_path)
+    assert (report["rows_in"], report["rows_kept"], report["dropped"]) == (4, 4, {})
+
+
+def test_lines_of_a_json_list_are_true(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n\n".join(json.dumps(row) for row in (chat(1), {"messages": []}, chat(2))) + "\n]")
+    assert f"{path}:4: no turn of the assistant" in refused(path, tmp_path)
+
+
+def test_jsonl_that_calls_itself_json(tmp_path):
+    assert run(write(tmp_path / "a.json", *map(chat, range(4))), tmp_path)["rows_kept"] == 4
+
+
+def test_files_that_are_not_read_are_mentioned(tmp_path):
+    folder = tmp_path / "in"
+    write(folder / "train.jsonl", *map(chat, range(4)))
+    write(folder / "validation.jsonl", *map(chat, range(4, 6)))
+    (folder / "more.txt").write_text("hello")
+    report = run(folder, tmp_path)
+    assert report["rows_in"] == 4
+    assert (
+        report["notes"][0] == f"not read, neither train nor test: {folder / 'more.txt'}, {folder / 'validation.jsonl'}"
+    )
+
+
+def test_a_file_of_both_splits_is_refused(tmp_path):
+    write(tmp_path / "in" / "train" / "test.jsonl", *map(chat, range(4)))
+    assert "its name says both 'train' and 'test'; rename" in refused(tmp_path / "in", tmp_path)
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "train.jsonl", chat(1))
+    assert "no such file; did you mean 'train.jsonl'?" in refused(tmp_path / "trian.jsonl", tmp_path)
+
+
+def test_folder_with_splits(tmp_path):
+    folder = tmp_path / "in"
+    write(folder / "train-00000.jsonl", *map(chat, range(10)))
+    write(folder / "train-00001.jsonl", *map(chat, range(5, 15)))
+    write(folder / "test.jsonl", chat(3), chat(99), chat(99))
+    report = run(folder, tmp_path)
+    assert (report["train_rows"], report["test_rows"], report["rows_in"]) == (14, 2, 23)
+    assert report["dropped"] == {"duplicate": 6, "shared_with_test": 1}
+    assert rows(tmp_path, "test") == [chat(3), chat(99)]
+    assert chat(3) not in rows(tmp_path)
+    assert len(report["source"]["files"]) == 3
+
+
+def test_tool_calls_that_begin_late_are_loaded(tmp_path):
+    """The schema of a JSON file is otherwise guessed from its first 10 MB."""
+    from fitune.config.schema import Recipe
+    from fitune.data.dataset import load_split
+
+    function = {"name": "f", "arguments": "{}"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    late = {"messages": [{"role": "user", "content": "?"}, call], "tools": "[]"}
+    with (tmp_path / "train.jsonl").open("w") as stream:
+        for number in range(13):
+            stream.write(json.dumps(chat(f"{number} " + "word " * 200_000)) + "\n")
+        stream.write(json.dumps(late) + "\n")
+    recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path)))
+    rows = load_split(recipe, "train", tmp_path / "cache")
+    assert len(rows) == 14 and rows[13]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_parquet_beside_jsonl(tmp_path):
+    path = write(tmp_path / "a.jsonl", *map(chat, range(4)))
+    run(path, tmp_path, parquet=True)
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert [[{key: message[key] for key in ("role", "content")} for message in row["messages"]] for row in table] == [
+        row["messages"] for row in rows(tmp_path)
+    ]
+
+
+def test_the_output_loads_as_a_dataset(tmp_path):
+    from datasets import load_dataset
+
+    run(EXAMPLES, tmp_path)
+    files = {split: str(tmp_path / "out" / f"{split}.jsonl") for split in ("train", "test")}
+    loaded = load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert loaded["train"].column_names == ["messages"]
+    assert loaded["test"][0]["messages"] == rows(tmp_path, "test")[0]["messages"]

@@ -1,0 +1,157 @@
+"""What only a GPU can prove. Several ranks share one GPU, each held to a part of its memory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = os.environ.get("FITUNE_LLAMA3_TOKENIZER")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+    pytest.mark.skipif(not TOKENIZER, reason="FITUNE_LLAMA3_TOKENIZER is not set to a Llama 3 tokenizer's folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Two layers of the 8B shape in bitsandbytes' NF4 format."""
+    return random_checkpoint(tmp_path_factory.mktemp("base") / "nf4")
+
+
+def random_checkpoint(folder: Path, *options: str) -> Path:
+    script = ROOT / "benchmarks" / "random_checkpoint.py"
+    shape = ["--shape", "8b", "--layers", "2", "--tokenizer", TOKENIZER]
+    subprocess.run([sys.executable, script, folder, *shape, *options], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("profile", ["fsdp_2x40gb", "fsdp_4x24gb", "fsdp_offload_2x24gb", "fsdp_offload_4gpu"])
+def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path):
+    assert_bit_exact(profile, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("profile", ["single_gpu", "fsdp_offload_2x24gb"])
+def test_weights_quantised_while_loading_equal_bitsandbytes_own(profile, tmp_path):
+    assert_bit_exact(profile, random_checkpoint(tmp_path / "bf16", "--format", "bf16"), tmp_path)
+
+
+def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path) -> None:
+    from fitune.config import run as runs
+
+    sets = (f"base.model={checkpoint}", "global_batch_size=8")
+    run = runs.resolve("llama3_70b_qlora", profile, sets, str(tmp_path))
+    (tmp_path / "run.yaml").write_text(runs.dump(run))
+    ranks = run.accelerate.num_processes
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"FITUNE_GPU_CAP_GIB": "8", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*command, ROOT / "tests" / "gpu_bit_exact.py", tmp_path / "run.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("changed bytes before 0 after 0") == ranks
+
+
+TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "profile", "extra"),
+    [
+        pytest.param("tiny_qlora", "single_gpu", [], id="qlora"),
+        pytest.param("tiny_lora", "fsdp_1x48gb", [], id="lora"),
+        pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
+        pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
+    ],
+)
+def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_path):
+    """As in `make demo` on the CPU, where the training loss goes from 8 to 0.2."""
+    base, data, run = (tmp_path / name for name in ("base", "data", "run"))
+    sets = [f"base.model={base}", f"data.prepared={data}", "profile.micro_batch=1", "training.logging_steps=1", *extra]
+    flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
+    for command in (
+        ["-m", "fitune.demo.tiny_base", base],
+        ["cli.py", "prepare", recipe, *flags],
+        ["cli.py", "train", recipe, "--profile", profile, "--output", run, *flags],
+    ):
+        done = call(command, cap_gib=8)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    print(f"{recipe} {profile} {extra}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    assert losses[0] > 7 and losses[-1] < 0.5
+
+
+def test_out_of_memory_is_one_line_with_a_way_out(checkpoint, tmp_path):
+    data = tmp_path / "data"
+    rows = ["--dataset", "examples/instructions/instructions.jsonl", "--tokenizer", TOKENIZER, "--template", "plain"]
+    prepared = call(["cli.py", "prepare", *rows, "--output", data])
+    assert prepared.returncode == 0, prepared.stderr
+    sets = [f"base.model={checkpoint}", f"data.prepared={data}", "global_batch_size=2", "profile.micro_batch=1"]
+    flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
+    command = ["cli.py", "train", "llama3_8b_qlora", "--profile", "single_gpu", "--output", tmp_path / "run", *flags]
+    done = call([*command, "--force"], cap_gib=2.7)
+    print(done.stderr[-600:])
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if "GPU memory ran out" in line]
+    assert "rank 0" in line and "that `plan` says; try --set" in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def call(command: list, cap_gib: float | None = None) -> subprocess.CompletedProcess:
+    """Runs Python in the project's root, its ranks held to `cap_gib`."""
+    cap = {"FITUNE_GPU_CAP_GIB": str(cap_gib)} if cap_gib else {}
+    options = {"cwd": ROOT, "env": os.environ | cap, "capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run([sys.executable, *command], **options)
+
+
+def test_packed_attention_is_sdpa_with_a_block_mask():
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from fitune.model.attention import packed_attention
+
+    lengths = [700, 1, 130, 193]
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool().cuda()
+    shapes = [(1, heads, sum(lengths), 128) for heads in (8, 2, 2)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    grouped = [exact[0], *(x.repeat_interleave(4, dim=1) for x in exact[1:])]
+
+    output, _ = packed_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=max(lengths))
+    expected = scaled_dot_product_attention(*grouped, attn_mask=mask).transpose(1, 2)
+    weight = torch.randn_like(expected)
+    (output * weight.to(output.dtype)).sum().backward()
+    (expected * weight).sum().backward()
+
+    for ours, reference in [(output, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]:
+        assert ours.shape == reference.shape
+        assert (ours - reference).norm() < 0.01 * reference.norm()
+
+
+def test_layers_count_while_python_waits_for_the_gpu():
+    """Seconds of queued work: the thread that counts is not held up by the one that waits."""
+    from fitune.launching.heartbeat import GpuProgress
+
+    times = []
+    progress = GpuProgress(lambda: times.append(time.monotonic()))
+    for _ in range(4):
+        torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+        progress.count_when_computed()
+    assert not times
+    progress.start()
+    torch.cuda.synchronize()
+    over = time.monotonic()
+    assert 2 <= sum(moment < over - 0.5 for moment in times) < 4

@@ -1,0 +1,159 @@
+"""The three ways to start a run give the same run: cli.py, accelerate launch, torchrun. Real commands."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fitune.config import run as runs
+from fitune.launching import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def options(tiny_base, prepared) -> list[str]:
+    """A recipe and profile on this test's own model and rows: four steps, a checkpoint after each."""
+    sets = {
+        "base.model": tiny_base,
+        "data.prepared": prepared,
+        "training.max_steps": 4,
+        "training.save_steps": 1,
+        "training.logging_steps": 1,
+        "training.report_to": "none",
+        "lora.r": 4,
+    }
+    flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    return ["train", "tiny_qlora", "--profile", "cpu_2proc", *flags]
+
+
+def start(command: list, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **options,
+    )
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory) -> Path:
+    """A run folder that `cli.py train` left."""
+    folder = tmp_path_factory.mktemp("launch") / "cli"
+    done = start(["cli.py", *options, "--output", folder])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"result: {folder / 'adapter'}" in done.stdout
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    assert len(losses(finished)) == 4
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
+        path.name for path in (finished / "adapter").iterdir()
+    }
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    measured = json.loads((finished / "measurements.json").read_text())
+    assert len(measured["ranks"]) == RANKS and measured["tokens_per_second"] > 0
+    assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])
+    assert len(measured["optimizer_seconds"]) == 4 and 0 < min(measured["optimizer_seconds"]) < 10
+
+
+def test_ranks_with_gpus_get_segments_that_can_grow(monkeypatch):
+    for profile, expected in (("single_gpu", "expandable_segments:True"), ("cpu_2proc", None)):
+        recipe = "tiny_qlora" if expected is None else "llama3_8b_qlora"
+        monkeypatch.setattr(os, "environ", {})
+        launch._set_environment(runs.resolve(recipe, profile))
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_path):
+    shown = start(["cli.py", "show", *options[1:]])
+    starters = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS],
+        "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"],
+    }
+    for name, starter in starters.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.yaml").write_text(shown.stdout)
+        done = start([*starter, "-m", "fitune.training.train", folder / "run.yaml"])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert losses(folder) == losses(finished), name
+
+
+def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "cli.py", *options, "--output", folder],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = start(["cli.py", *options, "--output", folder, "--resume"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(folder) == losses(finished)
+    adapter = "adapter/adapter_model.safetensors"
+    assert (folder / adapter).read_bytes() == (finished / adapter).read_bytes()
+
+
+def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
+    text = (finished / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
+    done = start(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            RANKS,
+            "-m",
+            "fitune.training.train",
+            tmp_path / "run.yaml",
+        ]
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "failures, expected",
+    [
+        ({0: (70, 5), 1: (-9, 5)}, 70),  # killed from outside: a crash, and rank 1 is named
+        ({0: (-9, 36), 1: (1, 5)}, 1),  # explained by rank 1; torch killed rank 0 half a minute later
+        ({0: (-15, 5), 1: (75, 5)}, 75),
+        ({0: (70, 5), 1: (1, 5)}, 1),
+        ({0: (-6, 5), 1: (-9, 5)}, 70),  # gloo aborts a process whose neighbour is gone
+    ],
+)
+def test_the_failure_that_ended_a_run_is_found(failures, expected, capsys):
+    from types import SimpleNamespace
+
+    from fitune.launching.launch import _first_failure
+
+    found = {r: SimpleNamespace(exitcode=code, timestamp=when, pid=r) for r, (code, when) in failures.items()}
+    assert _first_failure(found, explained=()) == expected
+    assert ("rank 1 (pid 1) was ended by SIGKILL" in capsys.readouterr().err) == (failures[1][0] == -9)

@@ -1,0 +1,67 @@
+"""Packed attention against sdpa with a mask: the same logits, each example by itself, no mask made."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, masking_utils
+
+from fitune.model import attention
+
+LENGTHS = [5, 1, 9, 4]
+
+
+def _packed_row() -> dict[str, torch.Tensor]:
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    ids = torch.randint(0, 500, positions.shape, generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(LENGTHS)}
+    return {"input_ids": ids, "position_ids": positions, **packing, "max_length_k": max(LENGTHS)}
+
+
+@pytest.fixture
+def model(tiny_base):
+    return LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+
+
+def test_each_example_of_a_packed_row_attends_to_itself(model):
+    masked = model(**_packed_row(), use_cache=False).logits
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+
+    torch.testing.assert_close(model(**_packed_row(), use_cache=False).logits, masked)
+
+
+def test_no_mask_is_made(model, monkeypatch):
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: pytest.fail("a mask was made"))
+    seen = []
+    original = attention.packed_attention
+    monkeypatch.setitem(
+        attention.AttentionInterface._global_mapping,
+        attention.PACKED_ATTENTION,
+        lambda module, query, key, value, mask, **rest: (
+            seen.append(mask) or original(module, query, key, value, mask, **rest)
+        ),
+    )
+    model(**_packed_row(), use_cache=False)
+    assert seen == [None] * model.config.num_hidden_layers
+
+
+def test_a_packed_row_without_the_length_of_its_longest_example_is_refused(model):
+    """The GPU's kernel needs it; the CPU could do without."""
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    row = {key: value for key, value in _packed_row().items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match="comes with the length of its longest example"):
+        model(**row, use_cache=False)
+
+
+def test_generation_goes_to_sdpa(model):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_padding_is_refused(model):
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    with pytest.raises(ValueError, match="packed attention knows no padding"):
+        model(torch.tensor([[1, 2], [3, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]]))

@@ -1,0 +1,79 @@
+"""One rank: weights that lie on the GPU are not copied, the others are on their way before they are needed."""
+
+import torch
+from ranks import run_alone, run_ranks, sharded_model
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+from fitune.model.skeleton import decoder
+
+TOKENS = torch.randint(0, 509, (1, 19), generator=torch.Generator().manual_seed(0))
+
+
+def _group(module: FSDPModule) -> FSDPParamGroup:
+    return module._get_fsdp_state()._fsdp_param_group
+
+
+def _computes_with(run) -> list[tuple[str, bool, bool]]:
+    """(weight, whether it is the stored one, whether its memory is freed afterwards), as each layer runs."""
+    model, _ = sharded_model(run)
+    stored = {name: p.to_local().untyped_storage().data_ptr() for name, p in model.named_parameters()}
+    used = {}
+
+    def look(prefix):
+        return lambda layer, *_: used.update({f"{prefix}.{n}": p for n, p in layer.named_parameters()})
+
+    for name, module in model.named_modules():
+        if module in decoder(model).model.layers:
+            module.register_forward_pre_hook(look(name))
+    model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    same = {name: p.untyped_storage().data_ptr() == stored[name] for name, p in used.items()}
+    return [(name, same[name], p.untyped_storage().nbytes() == 0) for name, p in used.items()]
+
+
+def _on_their_way(run) -> dict[str, list[int]]:
+    """Layers whose copies have started, but not been waited for, as each layer runs forward and backward."""
+    model, _ = sharded_model(run)
+    layers = decoder(model).model.layers
+    found = {"forward": [], "backward": []}
+
+    def look(way):
+        return lambda *_: found[way].append([i for i, one in enumerate(layers) if _group(one)._all_gather_result])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(look("forward"))
+        layer.self_attn.q_proj.register_full_backward_pre_hook(look("backward"))
+    model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    return found
+
+
+def _gathers(run) -> dict[str, int]:
+    """How often the embedding is gathered in a backward pass, and whether the head's gather leaves a buffer behind."""
+    model, _ = sharded_model(run)
+    backbone = decoder(model).model
+    loss = model(TOKENS, labels=TOKENS, use_cache=False).loss
+    buffer = _group(backbone.norm).comm_ctx.all_gather_state
+    unshards = []
+    group = _group(backbone.embed_tokens)
+    group.wait_for_unshard = lambda: unshards.append(group._all_gather_result) or FSDPParamGroup.wait_for_unshard(group)
+    loss.backward()
+    return {"embedding": sum(result is not None for result in unshards), "buffer": buffer is not None}
+
+
+def test_stored_weights_are_used_in_place(tiny_base, make_run, tmp_path):
+    for method in ("lora", "qlora", "full"):
+        weights = run_alone(_computes_with, make_run(tiny_base, tmp_path, method=method))
+        assert weights
+        assert all(in_place and not freed for _, in_place, freed in weights), method
+
+
+def test_offloaded_weights_are_copied_one_layer_ahead_and_freed(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path, method="qlora", offload_params=True)
+    assert all(freed and not in_place for _, in_place, freed in run_alone(_computes_with, run))
+
+    assert run_alone(_on_their_way, run) == {"forward": [[1], []], "backward": [[0], []]}
+
+
+def test_the_embedding_is_not_gathered_backward_and_the_heads_buffer_is_freed(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path, method="qlora", processes=2)
+    assert run_ranks(_gathers, 2, run) == [{"embedding": 0, "buffer": False}] * 2

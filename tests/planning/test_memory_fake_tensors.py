@@ -1,0 +1,45 @@
+"""planning/memory.py against the model's own code on fake tensors (benchmarks/fake_memory.py shares no formula)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accuracy import FAKE, predicted_phases
+
+ROOT = Path(__file__).resolve().parents[2]
+TIERS = {("llama3_70b_lora", "fsdp_lora_8x80gb"), ("llama3_70b_full", "fsdp_full_16x80gb")}
+"Too large to be measured on one GPU."
+TOLERANCE = 0.10
+PHASES = ("forward, gathering the head", "forward, loss", "backward, loss", "backward, last layer",
+          "backward, second layer", "backward, embedding", "optimizer step")  # fmt: skip
+RESULTS = json.loads(FAKE.read_text(encoding="utf-8"))
+
+
+def test_the_tiers_that_cannot_be_measured_are_there_at_full_depth():
+    assert {(entry["recipe"], entry["profile"]) for entry in RESULTS if entry["layers"] == 80} >= TIERS
+
+
+@pytest.mark.parametrize("entry", RESULTS, ids=lambda entry: entry["profile"])
+def test_phases_agree(entry):
+    assert agree(entry)
+    largest = max(predicted_phases(entry)[phase] for phase in PHASES)
+    assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.02)
+
+
+def test_phases_agree_in_a_run_of_three_layers(tmp_path):
+    """The model's code as it is now: a change to it that takes more memory is noticed."""
+    output = tmp_path / "fake.json"
+    command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, "llama3_70b_qlora", "fsdp_4x24gb"]
+    subprocess.run([*command, "--layers", "3"], check=True, capture_output=True)
+    [entry] = json.loads(output.read_text(encoding="utf-8"))
+    assert agree(entry)
+
+
+def agree(entry: dict) -> bool:
+    predicted = predicted_phases(entry)
+    return {phase: entry["phases"][phase] for phase in PHASES} == pytest.approx(
+        {phase: predicted[phase] for phase in PHASES}, rel=TOLERANCE
+    )

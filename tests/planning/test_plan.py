@@ -1,0 +1,354 @@
+"""`cli.py plan`: verdicts, the nearest change that fits, the matrix, bad input, and its place before `train`."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fitune.config import run as runs
+from fitune.errors import UsageError
+from fitune.planning.hardware import Gpu, Machine
+from fitune.planning.memory import disk, gpu_moments, gpu_peak, host_moments
+from fitune.planning.model_shapes import LLAMA_3_FAMILY, find_shape
+from fitune.planning.plan import Limits, given_machine, limits_of, make_plan, run_on, setup_of
+from fitune.planning.search import (
+    find_profile,
+    fits,
+    largest_micro_batch,
+    longest_sequence,
+    matrix,
+    nearest_changes,
+    refusal,
+    unlike_profile,
+)
+from fitune.planning.sizes import GIB
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "huggingface_hub")
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from cli import cli as group
+
+    return lambda *arguments: CliRunner().invoke(group, ["plan", *map(str, arguments)])
+
+
+def plan_of(recipe="llama3_70b_qlora", profile="fsdp_4x24gb", *sets, limits=None, **options):
+    run = runs.resolve(recipe, profile, sets)
+    return make_plan(run, limits or limits_of(run), **options)
+
+
+def setup(recipe="llama3_70b_qlora", profile="fsdp_4x24gb", *sets):
+    run = runs.resolve(recipe, profile, sets)
+    return setup_of(run, find_shape(run.recipe.base.model))
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("meta-llama/Meta-Llama-3-8B", 8.03), ("meta-llama/Meta-Llama-3-70B-Instruct", 70.55),
+     ("meta-llama/Llama-3.1-405B", 405.85), ("meta-llama/Llama-3.2-1B", 1.236),
+     ("meta-llama/Llama-3.2-3B-Instruct", 3.213), ("meta-llama/Llama-3.3-70B-Instruct", 70.55),
+     ("someone/Meta-Llama-3.1-8B-Instruct", 8.03)],
+)  # fmt: skip
+def test_the_table_of_models_has_the_published_parameter_counts(model, billions):
+    assert find_shape(model).parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_a_local_config_is_read(tmp_path):
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256,
+              "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = find_shape(str(tmp_path))
+    assert (shape.layers, shape.head_dim, shape.tied) == (3, 16, True)
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
+    assert shape.parameters == 3 * layer + 64 + 100 * 64
+
+
+def test_a_cached_config_is_found_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--llama" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--llama" / "refs").mkdir()
+    (tmp_path / "models--some--llama" / "refs" / "main").write_text("abc")
+    shape = LLAMA_3_FAMILY["Llama-3.2-1B"]
+    (snapshot / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": 5, "num_attention_heads": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
+    }))  # fmt: skip
+    assert find_shape("some/llama").layers == 5
+
+
+# Memory
+
+
+def test_weights_are_shared_among_ranks_and_statistics_are_not():
+    one, four = setup(profile="fsdp_1x48gb"), setup()
+    resident, shared = gpu_moments(one)["save"], gpu_moments(four)["save"]
+    assert shared["sharded weights"] == pytest.approx(resident["sharded weights"] / 4)
+    assert shared["quantisation statistics"] == resident["quantisation statistics"]
+    weights = 80 * (855_638_016 / 2 + 2 * 8192 * 2) + 8192 * 2  # NF4 linears, bf16 norms
+    assert resident["sharded weights"] == pytest.approx(weights)
+    assert resident["quantisation statistics"] == pytest.approx(80 * 855_638_016 / 64 * (1 + 4 / 256))
+
+
+def test_full_fine_tuning_takes_16_bytes_a_parameter():
+    full = setup("llama3_70b_full", "fsdp_full_16x80gb")
+    step = gpu_moments(full)["optimizer step"]
+    states = sum(step[name] for name in ("sharded weights", "embedding and head", "optimizer state", "gradients"))
+    assert states * 16 == pytest.approx(16 * full.shape.parameters, rel=1e-4)
+
+
+def test_what_is_turned_on_moves_bytes_where_it_says():
+    base = setup(profile="fsdp_1x48gb")
+    offloaded = replace(base, offload=True)
+    assert "sharded weights" not in gpu_peak(offloaded).components
+    grown = host_moments(offloaded)["step"]["offloaded weights"] - host_moments(base)["step"]["offloaded weights"]
+    assert grown == pytest.approx(80 * base.layer_weights)
+    no_checkpointing = replace(base, checkpointing=False)
+    assert gpu_peak(no_checkpointing).total > gpu_peak(base).total + 60 * GIB
+    activations = replace(base, activation_offload=True)
+    assert gpu_peak(activations).components.get("kept activations", 0) == 0
+    assert host_moments(activations)["step"]["kept activations"] == 80 * 64 * 2**20  # 48 MiB rounded to 64
+
+
+def test_more_of_anything_never_takes_less():
+    base = replace(setup(), accumulation=1)
+    changes = ({"micro_batch": 2}, {"max_length": 4096}, {"lora_r": 64}, {"accumulation": 4}, {"checkpointing": False})
+    for change in changes:
+        assert gpu_peak(replace(base, **change)).total > gpu_peak(base).total, change
+    assert gpu_peak(replace(base, ranks=8)).total < gpu_peak(base).total
+
+
+def test_disk_holds_one_checkpoint_more_than_are_kept():
+    lora = setup().trainable
+    assert disk(setup(), 2)["checkpoints"] == 3 * lora * 12
+    full = setup("llama3_70b_full", "fsdp_full_16x80gb")
+    assert disk(full, 1)["checkpoints"] == 2 * full.trainable * 12
+
+
+# Verdicts and changes
+
+
+def test_a_plan_that_fits_says_by_how_much():
+    plan = plan_of()
+    assert plan.fits and not plan.changes and refusal(plan) is None
+    [gpu] = [verdict for verdict in plan.verdicts if verdict.resource == "GPU memory"]
+    assert f"{gpu.has - gpu.needs:.1f} to spare" in str(gpu)
+
+
+def test_the_nearest_changes_really_fit():
+    plan = plan_of("llama3_70b_qlora", "fsdp_4x24gb", "profile.micro_batch=2")
+    assert not plan.fits
+    assert plan.changes[0] == "--set profile.micro_batch=1"
+    for change in plan.changes:
+        words = change.split()
+        sets = ["profile.micro_batch=2", *(value for flag, value in pairwise(words) if flag == "--set")]
+        profile = words[words.index("--profile") + 1] if "--profile" in words else "fsdp_4x24gb"
+        changed = runs.resolve("llama3_70b_qlora", profile, () if "--profile" in words else tuple(sets))
+        assert make_plan(changed, plan.limits, search=False).fits, change
+    assert "does not fit" in refusal(plan) and "nearest change that fits: --set profile.micro_batch=1" in refusal(plan)
+
+
+def test_two_settings_are_combined_where_one_is_not_enough():
+    plan = plan_of(limits=Limits(gpu=16.9, host=64, gpus=4), search=False)
+    [first, *_] = nearest_changes(plan)
+    assert first.count("--set") == 2
+
+
+def test_what_nothing_can_fit_is_said():
+    plan = plan_of(limits=Limits(gpu=3, host=8, gpus=4))
+    assert plan.changes == [] and "no change of one or two settings" in refusal(plan)
+
+
+def test_largest_batch_and_longest_sequence_are_the_largest():
+    planned, limits = setup(profile="fsdp_offload_2x24gb"), Limits(24, 64, 2)
+    rows, tokens = largest_micro_batch(planned, limits), longest_sequence(planned, limits)
+    assert rows >= 1 and fits(replace(planned, micro_batch=rows), limits)
+    assert not fits(replace(planned, micro_batch=rows + 1), limits)
+    assert tokens % 64 == 0 and tokens <= planned.shape.max_positions
+    small = Limits(10, 64, 2)
+    tokens = longest_sequence(planned, small)
+    assert 0 < tokens < planned.shape.max_positions
+    assert not fits(replace(planned, micro_batch=1, max_length=tokens + 64), small)
+
+
+def test_find_picks_the_fastest_profile_that_fits():
+    four = find_profile("llama3_70b_qlora", (), given_machine(4, 24, 64))
+    assert four.run.profile_name == "fsdp_4x24gb"
+    assert find_profile("llama3_70b_qlora", (), given_machine(1, 12, 64)).run.profile_name == "fsdp_offload_1x12gb"
+    with pytest.raises(UsageError, match=r"no profile of llama3_70b_qlora fits 1 GPU with 6\.0 GiB free.*nearest:"):
+        find_profile("llama3_70b_qlora", (), given_machine(1, 6, 64))
+    assert find_profile("llama3_8b_qlora", (), given_machine(1, 8, 16)).run.profile_name == "single_gpu_8gb"
+    with pytest.raises(UsageError, match="there is no GPU here: plan for another machine, as with --gpus 1"):
+        find_profile("llama3_8b_qlora", (), Machine((), 64, 60))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sets", "gpus", "gib", "profile", "changes"),
+    [
+        ("llama3_8b_lora", (), 1, 48, "fsdp_1x48gb", ()),
+        ("llama3_8b_lora", (), 1, 24, "fsdp_1x48gb", ("profile.micro_batch=4",)),
+        ("llama3_8b_lora", (), 2, 16, "fsdp_2x40gb", ("profile.micro_batch=2",)),
+        ("llama3_8b_qlora", ("global_batch_size=4",), 1, 24, "single_gpu", ("profile.micro_batch=4",)),
+        ("llama3_8b_qlora", ("profile.micro_batch.8b=2",), 1, 24, "single_gpu", ("profile.micro_batch=2",)),
+    ],
+)
+def test_find_takes_fewer_rows_where_the_profiles_do_not_fit(recipe, sets, gpus, gib, profile, changes):
+    run = find_profile(recipe, sets, given_machine(gpus, gib, 64)).run
+    assert (run.profile_name, unlike_profile(run)) == (profile, changes)
+    run_as_told = runs.resolve(recipe, profile, sets + changes)
+    assert run_as_told.profile == run.profile
+    assert run_as_told.gradient_accumulation_steps == run.gradient_accumulation_steps
+
+
+def test_given_hardware_takes_a_micro_batch_by_size():
+    assert run_on(given_machine(1, 24, 64), "llama3_8b_qlora", ("profile.micro_batch.any=2",)).profile.micro_batch == 2
+    with pytest.raises(UsageError, match="--set: micro_batch of 8b: give one number"):
+        run_on(given_machine(1, 24, 64), "llama3_8b_qlora", ("profile.micro_batch.8b=2",))
+
+
+def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
+    plan = make_plan(runs.resolve("llama3_8b_qlora", "single_gpu"), Limits(8, 16, 1), search=False)
+    assert nearest_changes(plan)[-1] == "--profile single_gpu_8gb"
+
+
+def test_the_matrix_has_every_profile_with_gpus_and_every_method():
+    rows = {row["profile"]: row["methods"] for row in matrix("llama3_70b_qlora", ())}
+    assert set(rows) == {name for name in runs.names(runs.PROFILES) if runs.load_profile(name).num_gpus}
+    assert rows["fsdp_4x24gb"]["qlora"]["fits"] and not rows["fsdp_4x24gb"]["full"]["fits"]
+    assert "GPU memory" in rows["fsdp_4x24gb"]["lora"]["short_of"]
+    assert rows["fsdp_4x48gb"]["qlora"]["micro_batch"] == 2
+    assert rows["fsdp_4x48gb"]["lora"]["fits"] and rows["fsdp_4x48gb"]["lora"]["micro_batch"] == 1
+
+
+def test_the_matrix_of_a_file_is_that_of_its_name(tmp_path):
+    file = shutil.copy(runs.RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine_8b.yaml")
+    assert matrix(str(file), ()) == matrix("llama3_8b_qlora", ())
+
+
+# The command
+
+
+def test_tables_and_verdicts_are_printed(cli):
+    result = cli("llama3_70b_qlora", "--profile", "fsdp_4x24gb", "--price-per-hour", "2")
+    assert result.exit_code == 0, result.output
+    for text in ("quantisation statistics", "kept activations", "fits GPU memory: needs 21", "largest", "estimate"):
+        assert text in result.output
+
+
+def test_json_has_the_exact_numbers(cli):
+    result = cli("llama3_70b_qlora", "--profile", "fsdp_4x24gb", "--json")
+    data = json.loads(result.output)
+    keys = {"fits", "peak_gpu_gib", "peak_allocated_gib", "peak_host_gib", "disk_gib", "micro_batch", "max_length",
+            "components", "phases"}  # fmt: skip
+    assert keys <= set(data) and data["fits"] is True
+    assert sum(data["components"].values()) == pytest.approx(data["peak_gpu_gib"], abs=0.01)
+    assert data["phases"][data["peak_phase"]] == data["peak_allocated_gib"]
+
+
+def test_all_and_given_hardware(cli):
+    assert "fsdp_offload_1x12gb" in cli("llama3_70b_qlora", "--all").output
+    given = cli("llama3_70b_qlora", "--gpus", "4", "--gpu-memory", "24", "--json")
+    assert json.loads(given.output)["profile"] == "4 x 24 GiB"
+    found = cli("llama3_70b_qlora", "--gpus", "4", "--gpu-memory", "24", "--find", "--json")
+    assert json.loads(found.output)["profile"] == "fsdp_4x24gb"
+
+
+def test_time_is_that_of_the_gpus_there_are(cli, monkeypatch):
+    def gpu_of(*flags: str) -> str:
+        return json.loads(cli("llama3_8b_qlora", *flags, "--json").output)["estimate"]["gpu"]
+
+    assert gpu_of("--gpus", "1", "--gpu-memory", "80", "--find") == "H100"  # found: fsdp_1x48gb
+    here = Machine((Gpu("NVIDIA GeForce RTX 3090", 24, 23.5),), 64, 60)
+    monkeypatch.setattr("fitune.planning.report.this_machine", lambda: here)
+    assert gpu_of() == "RTX 3090" and gpu_of("--gpu", "RTX 4090") == "RTX 4090"
+
+
+BAD = {
+    "unknown model": (["--profile", "fsdp_4x24gb", "--set", "base.model=foo/bar"], "hf download foo/bar config.json"),
+    "missing folder": (["--profile", "fsdp_4x24gb", "--set", "base.model=./nowhere"], "no such folder"),
+    "zero GPUs": (["--gpus", "0", "--gpu-memory", "24"], "--gpus must be 1 or more"),
+    "no GPU memory": (["--gpus", "1"], "--gpu-memory"),
+    "GPU memory alone": (["--gpu-memory", "24"], "--gpus N"),
+    "profile of another method": (["--profile", "fsdp_full_16x80gb"], "is for full"),
+    "too long": (["--profile", "fsdp_4x24gb", "--set", "max_length=9000"], "beyond the 8192 positions"),
+    "profile and hardware": (["--profile", "fsdp_4x24gb", "--gpus", "2"], "leave out"),
+    "all and find": (["--all", "--find"], "leave out"),
+    "unknown GPU": (["--profile", "fsdp_4x24gb", "--gpu", "GTX 1"], "not in the table"),
+    "unknown linear": (["--profile", "fsdp_4x24gb", "--set", "lora.target_modules=[q_prj]"], "did you mean 'q_proj'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case, cli):
+    arguments, text = BAD[case]
+    result = cli("llama3_70b_qlora", *arguments)
+    assert result.exit_code == 2
+    message = result.stderr.strip()
+    assert text in message and message.count("\n") == 0 and message.startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", [["--profile", "fsdp_4x24gb"], ["--all"]], ids=["profile", "all"])
+def test_answers_in_under_a_second_without_heavy_imports(arguments):
+    code = "import sys, runpy, time; sys.argv[0] = 'cli.py'\n"
+    code += "try: runpy.run_path('cli.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules]); print('CPU', time.process_time())"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, "plan", "llama3_70b_qlora", *arguments],
+                          cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    assert "HEAVY []" in done.stdout
+    assert float(done.stdout.split()[-1]) < 1.5  # of CPU time: a busy machine may take longer
+    assert time.perf_counter() - started < 30
+
+
+# Before training
+
+
+def test_train_refuses_what_cannot_fit_and_force_overrides(monkeypatch, tmp_path):
+    from fitune.launching import preflight
+    from fitune.planning import search as plan_search
+
+    run = runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", output=str(tmp_path / "run"))
+    small = Machine((Gpu("NVIDIA GeForce RTX 4080", 16, 15.5),) * 4, 64, 60)
+    monkeypatch.setattr(plan_search, "this_machine", lambda: small)
+    monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
+    with pytest.raises(UsageError, match=r"does not fit: GPU memory: needs 2\d.* of 15.5.*--force"):
+        preflight.check_fits(run)
+    monkeypatch.setattr(preflight, "local_config", lambda *_: None)
+    prepared = tmp_path / "data"
+    prepared.mkdir()
+    for split in ("train", "test"):
+        (prepared / f"{split}.jsonl").write_text("")
+    recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"prepared": str(prepared)})})
+    run = run.model_copy(update={"recipe": recipe})
+    with pytest.raises(UsageError, match="does not fit"):
+        preflight.check_before_training(run)
+    preflight.check_before_training(run, force=True)
+
+
+def test_ranks_that_share_a_gpu_are_checked_against_their_cap(monkeypatch, tmp_path):
+    from fitune.launching import preflight
+    from fitune.planning import search as plan_search
+
+    one_big_gpu = Machine((Gpu("NVIDIA H200", 140, 139),), 200, 190)
+    monkeypatch.setattr(plan_search, "this_machine", lambda: one_big_gpu)
+    monkeypatch.setattr(plan_search, "free_disk_gib", lambda _: 1000.0)
+    run = runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", output=str(tmp_path / "run"))
+    monkeypatch.setenv("FITUNE_GPU_CAP_GIB", "20.5")
+    preflight.check_fits(run)
+    monkeypatch.setenv("FITUNE_GPU_CAP_GIB", "12")
+    with pytest.raises(UsageError, match="GPU memory"):
+        preflight.check_fits(run)

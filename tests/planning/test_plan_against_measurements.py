@@ -1,0 +1,51 @@
+"""Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 15 or 25 %."""
+
+import pytest
+
+from benchmarks import accuracy
+from fitune.planning.memory import gpu_peak, host_peak
+from fitune.planning.sizes import GIB
+
+GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
+MEASURED_RUNS = accuracy.measured_runs()
+ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
+
+
+def name(entry: dict) -> str:
+    return f"{entry['recipe']}-{entry['profile']}-{entry['layers']}-{entry['date']}"
+
+
+def test_there_are_measured_runs():
+    assert len(MEASURED_RUNS) >= 3
+
+
+@pytest.mark.parametrize("entry", ALL_RUNS, ids=name)
+def test_the_setup_is_the_measured_one(entry):
+    setup = accuracy.setup_of_measured(entry)
+    assert (setup.ranks, setup.offload, setup.method) == (entry["num_gpus"], entry["offload"], entry["method"])
+    assert (setup.shape.layers, setup.max_length) == (entry["layers"], entry["max_length"])
+    assert setup.accumulation == entry["gradient_accumulation_steps"]
+
+
+@pytest.mark.parametrize("entry", ALL_RUNS, ids=name)
+def test_gpu_peak_is_predicted(entry):
+    peak = gpu_peak(accuracy.setup_of_measured(entry))
+    assert abs(accuracy.gpu_error(entry)) <= GPU_TOLERANCE
+    assert peak.allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=GPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
+def test_host_peak_is_predicted(entry):
+    predicted = host_peak(accuracy.setup_of_measured(entry)) / GIB
+    assert predicted == pytest.approx(entry["peak_host_gib"], rel=HOST_TOLERANCE)
+
+
+@pytest.mark.parametrize("entry", accuracy.timed_runs(), ids=name)
+def test_time_is_predicted(entry):
+    """Runs of one row wait for Python: two of the same are up to 20 % apart."""
+    measured, tolerance = accuracy.measured_step_seconds(entry), 0.15 if entry["micro_batch"] > 1 else 0.25
+    assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
+
+
+def test_the_published_errors_are_these():
+    assert accuracy.PAGE.read_text(encoding="utf-8") == accuracy.page(), "run: python benchmarks/accuracy.py"

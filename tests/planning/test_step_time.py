@@ -1,0 +1,53 @@
+"""What `plan` says of time and money: the parts of a step, the number of steps, their price."""
+
+import json
+
+import pytest
+
+from fitune.config import run as runs
+from fitune.planning.hardware import gpu_model
+from fitune.planning.model_shapes import find_shape
+from fitune.planning.plan import limits_of, make_plan, setup_of, steps_of
+from fitune.planning.step_time import step_seconds
+
+
+def test_each_part_of_a_step_is_what_moves_it():
+    h100 = gpu_model("H100")
+
+    def parts(recipe: str, profile: str, *sets: str, **machines) -> dict[str, float]:
+        run = runs.resolve(recipe, profile, sets)
+        return step_seconds(setup_of(run, find_shape(run.recipe.base.model)), h100, **machines)
+
+    one, two = (parts("llama3_8b_full", "fsdp_offload_1x80gb", f"profile.micro_batch={rows}") for rows in (16, 8))
+    assert one["adding gradients"] == 0 and two["adding gradients"] == pytest.approx(26.8, abs=0.1)  # measured: 27
+    assert one["optimizer"] == two["optimizer"] and one["total"] < two["total"] / 2
+
+    adapter = parts("llama3_70b_qlora", "fsdp_offload_4gpu", "profile.micro_batch=1")
+    assert adapter["optimizer"] == parts("llama3_70b_qlora", "fsdp_offload_1x12gb")["optimizer"]  # one machine's RAM
+    assert parts("llama3_70b_qlora", "fsdp_1x48gb")["network"] == 0 < adapter["network"]
+
+    kept, moved = (parts("llama3_70b_qlora", "fsdp_4x24gb", f"profile.activation_offload={on}") for on in (False, True))
+    sent = 2 * 80 * 3072 * 8192 * 2 * 2  # out and in, 80 inputs of layers in bf16, 2 passes
+    assert moved["host link"] - kept["host link"] == pytest.approx(sent / (64e9 * 0.85))
+
+    slow, fast = (parts("llama3_70b_full", "fsdp_full_16x80gb", network_gb_s=speed) for speed in (10, 20))
+    assert slow["total"] - slow["optimizer"] == pytest.approx(2 * (fast["total"] - fast["optimizer"]))
+
+
+def test_steps_come_from_what_prepare_counted(tmp_path):
+    report = {"max_length": 3072, "packing": True, "packed_rows": 100, "packing_efficiency": 0.9, "train_rows": 700,
+              "tokens": {"total": 276_480}}  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    at = f"data.prepared={tmp_path}"
+    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) == 13 * 3  # 100 rows, 8 a step, 3 epochs
+    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "max_length=1536"))) == 25 * 3
+    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "training.max_steps=7"))) == 7
+    (tmp_path / "report.json").write_text("{")
+    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) is None
+
+
+def test_money_is_hours_times_price():
+    run = runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", ("training.max_steps=100",))
+    plan = make_plan(run, limits_of(run), price=2.0)
+    assert plan.time.cost == pytest.approx(plan.time.hours * 2.0)
+    assert plan.time.hours == pytest.approx(100 * plan.time.parts["total"] / 3600)

@@ -1,0 +1,50 @@
+"""A step whose gradient is not finite never reaches the weights."""
+
+import json
+import re
+
+import pytest
+import torch
+from ranks import run_ranks, train_here
+
+from fitune.errors import FituneError
+
+
+def poisoned(run) -> tuple[str, str]:
+    """Trains with a loss that turns to NaN on the last rank in the third step; the error, and that batch's text."""
+    import torch.distributed as dist
+
+    from fitune.training.trainer import ShardedSFTTrainer
+
+    compute_loss = ShardedSFTTrainer.compute_loss
+    texts = []
+
+    def poison(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if self.state.global_step != 2 or dist.get_rank() != dist.get_world_size() - 1:
+            return loss
+        texts.append(self.processing_class.decode(inputs["input_ids"].flatten()))
+        return loss * torch.nan
+
+    ShardedSFTTrainer.compute_loss = poison
+    with pytest.raises(FituneError) as caught:
+        train_here(run)
+    return str(caught.value), "".join(texts)
+
+
+@pytest.mark.parametrize(("method", "packing"), [("full", False), ("qlora", True)])
+def test_all_ranks_stop_before_the_optimizer_step(method, packing, make_run, tiny_base, prepared, tmp_path):
+    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    run = make_run(tiny_base, tmp_path, method, processes=2, batch=2, packing=packing, training=training)
+    (message, _), (other_message, text) = run_ranks(poisoned, 2, run)
+    assert message == other_message
+    assert message.startswith("step 3: the gradient's norm is nan; loss is not finite on rank 1: ")
+    named = {int(line) for line in re.findall(r"train\.jsonl:(\d+)", message)}
+    lines = (prepared / "train.jsonl").read_text().splitlines()
+    assert named == {
+        n for n, line in enumerate(lines, 1) if all(m["content"] in text for m in json.loads(line)["messages"])
+    }
+    assert len(named) > 1 if packing else len(named) == 1
+    checkpoints = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-1", "checkpoint-2"], "no checkpoint of the bad step"
+    assert not run.result_folder.exists()

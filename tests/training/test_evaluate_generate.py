@@ -1,0 +1,117 @@
+"""`eval` and `generate` of a run, on one and two ranks, against plain transformers + PEFT on the same adapter."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks, sharded_model, train_here
+
+from fitune.data.chat_template import end_of_turn_ids
+from fitune.data.dataset import load_tokenizer
+from fitune.training.evaluate import evaluate
+from fitune.training.generate import generate
+from fitune.training.result import save_result
+from fitune.weights.base_identity import identify_base
+
+PROMPTS = ["River stone letter.", "Winter garden"]
+
+
+def write_adapter(run) -> None:
+    """An adapter with B far from zero, so that base and tuned model differ."""
+    model, tokenizer = sharded_model(run)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.to_local().copy_(torch.randn(parameter.shape, generator=generator))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    record = identify_base(run.recipe.base, Path(run.recipe.base.model))
+    save_result(run.result_folder, run, model, tokenizer, record)
+
+
+def ask(run) -> None:
+    file = run.folder / f"answers-{run.accelerate.num_processes}.json"
+    generate(
+        run, Namespace(prompt=PROMPTS, test=1, chat=False, max_new_tokens=12, temperature=0.0, json=file, force=False)
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["rows", "packed"])
+def runs(request, make_run, tiny_base, tmp_path_factory):
+    """The same lora run resolved for one and for two processes, its adapter written."""
+    folder, options = tmp_path_factory.mktemp("run"), {"batch": 2, "micro_batch": 1, "packing": request.param}
+    by_processes = {n: make_run(tiny_base, folder, "lora", processes=n, **options) for n in (1, 2)}
+    run_ranks(write_adapter, 1, by_processes[1])
+    return by_processes
+
+
+def reference(run):
+    """(tokenizer, base, tuned) by plain transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(run.recipe.base.model)
+    base, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    return load_tokenizer(run.recipe, folder), base, PeftModel.from_pretrained(other, run.result_folder).eval()
+
+
+@torch.no_grad()
+def plain_metrics(model, tokenizer, run) -> dict[str, float]:
+    rows = (Path(run.recipe.data.prepared) / "test.jsonl").read_text().splitlines()
+    loss = right = tokens = 0
+    for row in map(json.loads, rows):
+        encoded = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        logits = model(input_ids=encoded["input_ids"]).logits[0, :-1]
+        targets, mask = encoded["input_ids"][0, 1:], encoded["assistant_masks"][0, 1:].bool()
+        loss += torch.nn.functional.cross_entropy(logits[mask], targets[mask], reduction="sum").item()
+        right += (logits.argmax(-1) == targets)[mask].sum().item()
+        tokens += int(mask.sum())
+    return {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": tokens}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_counts_every_answer_token_once(runs, processes):
+    run = runs[processes]
+    run_ranks(evaluate, processes, run)
+    report = json.loads((run.folder / "eval.json").read_text())
+    tokenizer, base, tuned = reference(run)
+    assert report["rows"] == 8
+    for label, model in (("base", base), ("tuned", tuned)):
+        expected = plain_metrics(model, tokenizer, run)
+        assert report[label]["tokens"] == expected["tokens"]
+        # float32 sums in another order: differences of a few units in the sixth digit
+        assert report[label]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert report[label]["token_accuracy"] == pytest.approx(expected["token_accuracy"])
+    assert abs(report["base"]["loss"] - report["tuned"]["loss"]) > 0.01
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_answers_equal_plain_generation(runs, processes):
+    run = runs[processes]
+    run_ranks(ask, processes, run)
+    answers = json.loads((run.folder / f"answers-{processes}.json").read_text())
+    assert len(answers) == len(PROMPTS) + 1, "the prompts, and one held-out conversation"
+    tokenizer, base, tuned = reference(run)
+    for entry in answers:
+        inputs = tokenizer.apply_chat_template(
+            entry["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        for label, model in (("base", base), ("tuned", tuned)):
+            output = model.generate(
+                **inputs, max_new_tokens=12, do_sample=False, eos_token_id=end_of_turn_ids(tokenizer, "llama3")
+            )
+            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            assert entry[label] == text
+    assert any(entry["base"] != entry["tuned"] for entry in answers)
+
+
+def test_a_full_run_is_evaluated_against_its_base(make_run, tiny_base, tmp_path):
+    run = make_run(tiny_base, tmp_path, "full", processes=2, batch=2, training={"max_steps": 2, "learning_rate": 1e-2})
+    run_ranks(train_here, 2, run)
+    run_ranks(evaluate, 2, run)
+    report = json.loads((run.folder / "eval.json").read_text())
+    assert report["tuned"]["loss"] < report["base"]["loss"] - 0.05

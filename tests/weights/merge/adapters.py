@@ -1,0 +1,58 @@
+"""What the tests of merge share: adapters as PEFT saves them, their logits, refusals."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fitune.errors import UsageError
+from fitune.weights.merge import merge_adapter
+
+SIZES = {"num_layers": 2, "max_shard_bytes": 300_000}
+TOKENS = [2043, 2046, 2044]  # not in order: rows follow the list
+IDS = torch.tensor([[2037, 5, 77, 2043, 300, 2044, 9, 2046, 1200, 801]])
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def make_adapter(base: Path, folder: Path, **options) -> Path:
+    """An adapter as PEFT saves it, with weights that change every logit."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(1)
+    save_file({n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in load_file(file).items()}, file)
+    return folder
+
+
+def logits(folder, adapter=None) -> torch.Tensor:
+    """By plain transformers and PEFT, in fp32 whatever the stored dtype, so that only stored values differ."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def relative(a, b) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def set_values(file: Path, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def refused(said, *arguments, kind=UsageError, **options):
+    with pytest.raises(kind, match=said) as caught:
+        merge_adapter(*arguments, progress=False, **options)
+    assert "\n" not in str(caught.value)
+    assert not list(arguments[2].parent.glob(f"*{arguments[2].name}*"))
+
+
+def truncate_shard(folder):
+    file = sorted(folder.glob("model-*.safetensors"))[-1]
+    os.truncate(file, file.stat().st_size - 1)

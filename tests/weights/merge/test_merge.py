@@ -1,0 +1,199 @@
+"""What merge writes: the weights PEFT computes, files that other tools read, nothing where it fails half way."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections import namedtuple
+
+import pytest
+import torch
+from adapters import ATTENTION, IDS, TOKENS, logits, make_adapter, refused, relative, set_values, truncate_shard
+from bitsandbytes.functional import quantize_4bit
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fitune.errors import FituneError, UsageError
+from fitune.weights import base_weights
+from fitune.weights.base_identity import BASE_RECORD
+from fitune.weights.merge import merge_adapter, merge_full
+from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter
+
+VARIANTS = {
+    "plain": {},
+    "attention only": {"target_modules": ATTENTION},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"down_proj": 2, r"layers\.0.*q_proj": 3}, "alpha_pattern": {"self_attn.k_proj": 32}},
+    "head": {"target_modules": [*ATTENTION, "lm_head"]},
+    "token list": {"trainable_token_indices": TOKENS},
+    "token table": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [3]}},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_merging_in_fp32_is_what_peft_computes(base, tmp_path, options):
+    """No rounding of the merged weights: only the order of fp32 additions differs."""
+    adapter = make_adapter(base, tmp_path / "adapter", **options)
+    merge_adapter(base, adapter, tmp_path / "out", dtype=torch.float32, progress=False)
+    assert relative(logits(tmp_path / "out"), logits(base, adapter)) < 1e-5
+
+
+def test_merged_bf16_logits_equal_adapter_on_bf16_base(base, adapter, tmp_path):
+    """Each merged weight is rounded to bf16 once, by up to 2^-9 of itself: below 1 % in the logits of 2 layers."""
+    merge_adapter(base, adapter, tmp_path / "out", progress=False)
+    expected = logits(base, adapter)
+    assert relative(logits(tmp_path / "out"), expected) < 0.01
+    assert relative(logits(base), expected) > 0.3
+
+
+def test_result_loads_with_plain_transformers_and_generates(base, adapter, tmp_path):
+    out = merge_adapter(base, adapter, tmp_path / "out", progress=False, max_shard_bytes=400_000)
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values())
+    assert model.dtype == torch.bfloat16
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_nf4_base_equals_peft_on_the_quantised_model(nf4_base, adapter, tmp_path):
+    config = json.loads((nf4_base / "config.json").read_text())
+    assert config["quantization_config"]["load_in_4bit"]
+    out = merge_adapter(nf4_base, adapter, tmp_path / "out", dtype=torch.float32, progress=False)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    with Checkpoint(out) as checkpoint:
+        assert {info.dtype for info in checkpoint.tensors.values()} == {torch.float32}
+        assert not any("absmax" in name or "quant" in name for name in checkpoint.tensors)
+    plain = AutoModelForCausalLM.from_pretrained(nf4_base, dtype=torch.float32).dequantize().float()
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
+    assert relative(logits(out), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (5, 96), (3, 33)], ids=str)
+def test_nf4_rows_that_are_not_whole_blocks_are_dequantised(shape, tmp_path):
+    """As the format says: the code's value times its block's absmax, in bf16."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    parts = {"w": packed} | {f"w.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(parts, tmp_path / "model.safetensors")
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=1).view(-1)[: weight.numel()]
+    expected = state.code[codes.long()] * state.absmax.repeat_interleave(64)[: weight.numel()]
+    with Checkpoint(tmp_path) as checkpoint:
+        found = base_weights.BaseWeights(checkpoint).rows("w", 0, shape[0])
+    assert torch.equal(found, expected.view(shape).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_row_chunks_do_not_change_the_result(base, nf4_base, adapter, tmp_path, monkeypatch, kind):
+    """Up to the order of fp32 additions in a matrix product of other height."""
+    source = base if kind == "bf16" else nf4_base
+    whole = merge_adapter(source, adapter, tmp_path / "whole", dtype=torch.float32, progress=False)
+    monkeypatch.setattr(base_weights, "CHUNK_WEIGHTS", 1000)
+    with Checkpoint(source) as checkpoint:
+        assert len(base_weights.BaseWeights(checkpoint).row_chunks("model.layers.0.mlp.down_proj.weight")) > 10
+    pieces = merge_adapter(source, adapter, tmp_path / "pieces", dtype=torch.float32, progress=False)
+    with Checkpoint(whole) as one, Checkpoint(pieces) as other:
+        for name in one.tensors:
+            torch.testing.assert_close(other.read(name), one.read(name), rtol=1e-5, atol=1e-7)
+
+
+def test_config_and_tokenizer_come_from_the_right_folder(own_base, own_adapter, tmp_path):
+    set_values(own_base / "config.json", use_cache=False, torch_dtype="float16", _name_or_path="elsewhere")
+    (own_base / "LICENSE").write_text("the base's licence")
+    tokenizer = AutoTokenizer.from_pretrained(own_base)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(own_adapter)
+    out = merge_adapter(own_base, own_adapter, tmp_path / "out", progress=False)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["use_cache"]) == ("bfloat16", "bfloat16", True)
+    assert "_name_or_path" not in config
+    assert (out / "LICENSE").read_text() == "the base's licence"
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert not list(out.glob("adapter*")) and not (out / BASE_RECORD).exists()
+
+
+@pytest.mark.parametrize(
+    "in_base, in_adapter, expected",
+    [
+        (2038, None, [2038, 2046]),
+        ([2038, 7], None, [2038, 7, 2046]),
+        (2038, [2046, 5], [2046, 5]),
+        (None, None, [2038, 2046]),
+    ],
+)
+def test_stop_tokens(own_base, own_adapter, tmp_path, in_base, in_adapter, expected):
+    """The adapter's own, else the base's, else config.json's; the template's <|eot_id|> (2046) is always among them."""
+    (own_base / "generation_config.json").unlink()
+    for folder, stop in ((own_base, in_base), (own_adapter, in_adapter)):
+        if stop is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop, "top_p": 0.9}))
+    out = merge_adapter(own_base, own_adapter, tmp_path / "out", progress=False)
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == expected
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+def test_failure_half_way_leaves_nothing(base, adapter, tmp_path, monkeypatch, failure):
+    write, calls = CheckpointWriter.write, []
+
+    def failing_write(self, name, tensor):
+        calls.append(name)
+        if len(calls) == 5:
+            assert list(tmp_path.glob(".out.partial-*/*.safetensors"))
+            raise failure
+        write(self, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", failing_write)
+    kind = FituneError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(kind):
+        merge_adapter(base, adapter, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused_and_untouched(base, adapter, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        merge_adapter(base, adapter, out, progress=False)
+    assert list(out.iterdir()) == []
+    dangling = tmp_path / "link"
+    dangling.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="exists already"):
+        merge_adapter(base, adapter, dangling, progress=False)
+
+
+def test_disk_space_is_checked_first(base, adapter, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
+    refused(r"needs 0\.1 GiB, .* has 0\.0 GiB free", base, adapter, tmp_path / "new" / "out", kind=FituneError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_modes_follow_the_umask(base, adapter, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        out = merge_adapter(base, adapter, tmp_path / "out", progress=False)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o666 & ~umask}
+
+
+def test_full_is_copied_whole(own_base, tmp_path):
+    (own_base / "optimizer.pt").write_text("not part of a model")
+    out = merge_full(own_base, tmp_path / "out", progress=False)
+    assert torch.equal(logits(out), logits(own_base))
+    expected = {file.name for file in own_base.iterdir()} - {"optimizer.pt"}
+    assert {file.name for file in out.iterdir()} == expected
+    with pytest.raises(UsageError, match="exists already"):
+        merge_full(own_base, out, progress=False)
+    truncate_shard(own_base)
+    with pytest.raises(FituneError, match="truncated"):
+        merge_full(own_base, tmp_path / "again", progress=False)
+    assert not (tmp_path / "again").exists()

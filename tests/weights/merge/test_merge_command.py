@@ -1,0 +1,163 @@
+"""`cli.py merge` on run folders made by hand: run.yaml as `train` writes it, an adapter as PEFT does."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cli import cli
+from fitune.config import run as runs
+from fitune.data.dataset import load_tokenizer
+from fitune.training.manifest import identify, write_manifest
+from fitune.weights.base_identity import identify_base, write_base_record
+
+IDS = torch.tensor([[5, 77, 300, 9, 1, 80]])
+
+
+@pytest.fixture(scope="module")
+def other_base(tiny_base, tmp_path_factory):
+    """The shapes of `tiny_base`, other weights."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("models") / "other"))
+    file = folder / "model.safetensors"
+    save_file(
+        {name: tensor.flip(0).contiguous() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
+    return folder
+
+
+def _write_run(run) -> Path:
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    return run.folder
+
+
+def _make_adapter(run, folder: Path, scale: float = 0.05) -> None:
+    """With weights that change every logit, and the record that training leaves."""
+    base = Path(run.recipe.base.model)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
+    file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(1)
+    save_file({n: torch.randn(t.shape, generator=generator) * scale for n, t in load_file(file).items()}, file)
+    write_base_record(folder, identify_base(run.recipe.base, base))
+
+
+@pytest.fixture
+def run(tiny_base, make_run, tmp_path):
+    """A finished qlora run with one checkpoint, whose adapter differs from the result's."""
+    run = make_run(tiny_base, tmp_path / "run", "qlora")
+    _write_run(run)
+    _make_adapter(run, run.result_folder)
+    checkpoint = run.folder / "checkpoints" / "checkpoint-5"
+    _make_adapter(run, checkpoint / "adapter", scale=0.1)
+    base = identify_base(run.recipe.base, tiny_base)
+    write_manifest(checkpoint, 5, run, identify(run, base, load_tokenizer(run.recipe, tiny_base)))
+    return run
+
+
+def _merge(*arguments):
+    return CliRunner().invoke(cli, ["merge", *map(str, arguments)])
+
+
+def _refused(*arguments) -> str:
+    """The one line of a refusal with exit code 2; checks that no output was made."""
+    outcome = _merge(*arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert isinstance(outcome.exception, SystemExit)
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.stdout == ""
+    output = Path(arguments[arguments.index("--output") + 1])
+    assert not list(output.parent.glob(f".{output.name}*"))
+    return outcome.stderr
+
+
+def _logits(folder, adapter=None) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def _assert_merged(output, base, adapter):
+    """Up to the rounding of merged weights to bf16, the logits are those of the adapter on its base."""
+    expected = _logits(base, adapter)
+    assert (_logits(output) - expected).norm() / expected.norm() < 0.01
+    assert (_logits(base) - expected).norm() / expected.norm() > 0.1
+
+
+def test_a_run_is_merged_into_its_own_base(run, tiny_base, tmp_path):
+    outcome = _merge(run.folder, "--output", tmp_path / "new" / "out")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout.startswith(f"merged: {tmp_path}/new/out   next: python cli.py generate")
+    assert "warning" not in outcome.stderr and "note" not in outcome.stderr
+    _assert_merged(tmp_path / "new" / "out", tiny_base, run.result_folder)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["by path", "from inside"])
+def test_a_checkpoint_of_an_unfinished_run_is_merged(run, tiny_base, tmp_path, monkeypatch, inside):
+    shutil.rmtree(run.result_folder)
+    checkpoint = run.folder / "checkpoints" / "checkpoint-5"
+    if inside:
+        monkeypatch.chdir(checkpoint.parent)
+    outcome = _merge("checkpoint-5" if inside else checkpoint, "--output", tmp_path / "out")
+    assert outcome.exit_code == 0, outcome.output
+    _assert_merged(tmp_path / "out", tiny_base, checkpoint / "adapter")
+
+
+def test_base_names_another_base_which_needs_force(run, tiny_base, other_base, tmp_path):
+    said = _refused(run.folder, "--output", tmp_path / "out", "--base", other_base)
+    assert f"{other_base}: has the shapes but not the weights of the adapter's base {tiny_base}" in said
+    assert not (tmp_path / "out").exists()
+    outcome = _merge(run.folder, "--output", tmp_path / "out", "--base", other_base, "--force")
+    assert outcome.exit_code == 0, outcome.output
+    assert "warning" in outcome.stderr
+    _assert_merged(tmp_path / "out", other_base, run.result_folder)
+
+
+def test_method_full_is_copied(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path / "run", "full")
+    _write_run(run)
+    shutil.copytree(tiny_base, run.result_folder)
+    said = _refused(run.folder, "--output", tmp_path / "out", "--base", tiny_base)
+    assert "method full leaves a whole model, nothing to merge into --base" in said
+    outcome = _merge(run.folder, "--output", tmp_path / "out")
+    assert outcome.exit_code == 0, outcome.output
+    assert torch.equal(_logits(tmp_path / "out"), _logits(tiny_base))
+    checkpoint = run.folder / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    assert "checkpoints of method full only resume a run" in _refused(checkpoint, "--output", tmp_path / "again")
+
+
+def test_what_is_not_a_run_is_refused(run, tmp_path):
+    output = ("--output", tmp_path / "out")
+    for wrong in (tmp_path / "nowhere", tmp_path, run.result_folder, tmp_path / "checkpoints" / "checkpoint-1"):
+        assert "no such file; expected a run folder" in _refused(wrong, *output)
+    assert "checkpoint-6/adapter: no such folder" in _refused(run.folder / "checkpoints" / "checkpoint-6", *output)
+    shutil.rmtree(run.result_folder)
+    assert "the run has not finished" in _refused(run.folder, *output)
+    run_yaml = run.folder / "run.yaml"
+    run_yaml.write_text(run_yaml.read_text().replace("seed:", "sed:"))
+    assert f"{run_yaml}: " in _refused(run.folder, *output)
+
+
+def test_damaged_adapters_and_missing_bases_are_refused(run, tiny_base, tmp_path):
+    output = ("--output", tmp_path / "out")
+    assert "no such folder, and not a Hugging Face id" in _refused(run.folder, *output, "--base", "no-such-model")
+    config = run.result_folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    assert "use_dora=True is not supported" in _refused(run.folder, *output)
+    config.unlink()
+    assert "adapter_config.json: no such file" in _refused(run.folder, *output)
+
+
+def test_existing_output_is_refused_before_a_base_is_looked_for(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    said = _refused(run.folder, "--output", tmp_path / "out", "--base", "no-such-model")
+    assert f"{tmp_path}/out: exists already" in said
+    assert not list((tmp_path / "out").iterdir())
