@@ -98,7 +98,6 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
         (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
         tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict, convert_tokens_to_ids=list)
         model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu")
-    decoder(model).set_attn_implementation(attention.PACKED_ATTENTION)
     add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
     shard(model, mesh, run, torch.bfloat16)
     if run.profile.activation_checkpointing:
@@ -229,7 +228,7 @@ class _Rope(torch.autograd.Function):
 
 def _pretend_gpu_kernels() -> None:
     """Flash attention, Liger's kernels, CUDA's dropout (a mask of a byte each), TRL's Triton kernels (nothing)."""
-    attention.varlen_attn = lambda query, key, value, *args, **kwargs: _Attention.apply(query, key, value)
+    attention._by_example = lambda query, key, value, *rest: _Attention.apply(query, key, value)
     llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
     llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
     llama.apply_rotary_pos_emb = lambda query, key, cos, sin, unsqueeze_dim=1: _Rope.apply(query, key)

@@ -18,7 +18,7 @@ from fitune.data.chat_template import training_template
 from fitune.errors import FituneError, UsageError
 from fitune.output_folder import new_folder, refuse_existing
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "instructions" / "instructions.jsonl"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "instructions" / "instructions.jsonl"
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -14,7 +14,7 @@ from fitune.demo.tiny_base import EXAMPLES, build_tiny_base
 from fitune.errors import UsageError
 from fitune.weights.safetensors_files import Checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONVERSATION = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Green."}]
 
 

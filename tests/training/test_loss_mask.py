@@ -106,7 +106,8 @@ def _packed(run) -> dict:
     generator = torch.Generator().manual_seed(0)
     for row in rows[:2]:
         packed = logits([row])
-        mask = torch.ones(1, len(row["input_ids"]), dtype=torch.long)
+        length = len(row["input_ids"])
+        one_example = {"cu_seq_lens_q": torch.tensor([0, length], dtype=torch.int32), "max_length_q": length}
         learned, losses = [], []
         for segment in _segments(row):
             noise = torch.randint(0, 250, (len(row["input_ids"]),), generator=generator)
@@ -118,7 +119,7 @@ def _packed(run) -> dict:
                     "alone": logits([alone]),
                     "other neighbours": logits([row | {"input_ids": noise.tolist()}])[segment],
                     "two rows": logits([row, rows[2]])[segment],
-                    "leaking": logits([row], attention_mask=mask)[segment] if segment.start else None,
+                    "leaking": logits([row], **one_example)[segment] if segment.start else None,
                 }
             )
             learned.append(sum(label != IGNORED for label in alone["labels"]))
