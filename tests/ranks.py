@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from fitune.config.schema import Run
 from fitune.data.dataset import load_tokenizer
@@ -73,6 +74,11 @@ def train_here(run: Run) -> None:
     """Trains `run` on the ranks that call this together."""
     run.folder.mkdir(parents=True, exist_ok=True)
     train(run)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, a gradient or an optimizer's state from all ranks that hold a part of it. Call on all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def memory_mib(key: str, *, forget_peak: bool = False) -> float:

@@ -13,7 +13,7 @@ from fitune.errors import UsageError, nearest
 
 USED_FSDP_KEYS = {"fsdp_version", "fsdp_offload_params", "fsdp_reshard_after_forward", "fsdp_state_dict_type"}
 IGNORED_FSDP_KEYS = {
-    "fsdp_activation_checkpointing": "set activation_checkpointing in the memory profile",
+    "fsdp_activation_checkpointing": "set kept_layers in the memory profile",
     "fsdp_activation_checkpointing_offload": "set activation_offload in the memory profile",
 }
 

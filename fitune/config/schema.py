@@ -138,10 +138,10 @@ class Profile(Strict):
     "Methods by model size, as it appears in recipe names: `70b: [qlora]`."
     micro_batch: PositiveInt | dict[str, PositiveInt]
     "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: 8}`. A run has one number."
-    activation_checkpointing: bool = True
-    "Keep one activation per layer and recompute the rest in the backward pass."
+    kept_layers: Annotated[int, Field(ge=0)] = 0
+    "Layers that keep their activations for the backward pass; the others keep their input and compute the rest again."
     activation_offload: bool = False
-    "Move the kept activations to host RAM until the backward pass needs them."
+    "Move those inputs to host RAM until the backward pass needs them."
     embedding_offload: bool = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."
     expected: dict[str, Expectation] = {}

@@ -64,5 +64,33 @@ def _by_example(query, key, value, bounds, longest, scaling):
     return torch.cat(parts, dim=1).transpose(0, 1)
 
 
+def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: float) -> tuple[torch.Tensor, tuple]:
+    """([T, heads, head_dim], what `backward` needs beside it) of packed examples, without autograd.
+
+    Query [T, heads, head_dim]; key and value may have fewer heads, each shared by neighbouring query heads.
+    """
+    if not query.is_cuda:
+        return _by_example(query, key, value, bounds, longest, scaling), ()
+    output, log_sums, *random_state, _ = torch.ops.aten._flash_attention_forward(
+        query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
+    )
+    return output, (log_sums, *random_state)
+
+
+def backward(gradient, query, key, value, output, statistics, bounds, longest: int, scaling: float):
+    """The gradients of query, key and value from that of the output."""
+    if not query.is_cuda:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+            return list(torch.autograd.grad(_by_example(*inputs, bounds, longest, scaling), inputs, gradient))
+    log_sums, *random_state = statistics
+    return list(
+        torch.ops.aten._flash_attention_backward(
+            gradient, query, key, value, output, log_sums, bounds, bounds, longest, longest, 0.0, True, *random_state,
+            scale=scaling,
+        )
+    )  # fmt: skip
+
+
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, flash_attention_mask)

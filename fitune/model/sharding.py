@@ -20,9 +20,13 @@ from fitune.model.skeleton import decoder
 def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
     """Turns every parameter into a DTensor split along dimension 0, in place. The model must still be on meta.
 
-    One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more.
+    One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more. Where
+    nothing has to travel, parameters stay as they are, and FSDP's hooks out of the way.
     """
     causal_lm = decoder(model)
+    _tell_transformers(causal_lm)
+    if not _something_travels(mesh, run):
+        return
     options = {"mesh": mesh, "mp_policy": _mixed_precision(model, compute_dtype)}
     in_host_ram = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     everything = in_host_ram if run.accelerate.offload_params else OffloadPolicy()
@@ -48,7 +52,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
         use_weights_in_place(_parameter_groups(model))
         prefetch_in_order(causal_lm.model.layers)
     _check_gathered_as_bytes(model)
-    _tell_transformers(causal_lm)
+
+
+def _something_travels(mesh: DeviceMesh, run: Run) -> bool:
+    """Between ranks, from host RAM, or from float32 master weights to the dtype of the computation."""
+    from_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
+    return mesh.size() > 1 or from_host_ram or run.recipe.method == "full"
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a parameter or its optimizer state; all of it where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:

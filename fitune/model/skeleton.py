@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from fitune.config.schema import Lora, Recipe
 from fitune.errors import UsageError
 from fitune.model.attention import PACKED_ATTENTION
+from fitune.model.layer import use_written_out_layers
 from fitune.model.nf4 import BLOCK, NF4Linear
 
 
@@ -29,9 +30,9 @@ def build_skeleton(
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     _check_architecture(config, base_folder, recipe)
     stored_dtype = config.dtype or torch.bfloat16
-    attention = PACKED_ATTENTION if recipe.packing else "sdpa"
     with torch.device("meta"):
         dtype = torch.float32 if recipe.method == "full" else compute_dtype
+        attention = "sdpa" if recipe.method == "full" and not recipe.packing else PACKED_ATTENTION
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
@@ -43,6 +44,7 @@ def build_skeleton(
         return model
     if recipe.method == "qlora":
         _quantise_linears(model)
+    use_written_out_layers(model)
     return _add_lora(model, recipe.lora, tokenizer)
 
 

@@ -76,7 +76,7 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
             passes = run.recipe.global_batch_size // (rows * setup.ranks)
             changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
     if not setup.checkpointing:
-        changes.append(("--set profile.activation_checkpointing=true", {"checkpointing": True}))
+        changes.append(("--set profile.kept_layers=0", {"checkpointing": True}))
     if not setup.embedding_offload and not setup.offload and not setup.full:
         changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
     if not setup.activation_offload and setup.on_gpu:

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids
+from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
 from fitune.output_folder import new_folder
 from fitune.weights.adapter import saved_name
@@ -49,10 +49,10 @@ def save_result(
         dist.barrier()
 
 
-def gather_rows(parameter: DTensor, dtype: torch.dtype) -> torch.Tensor | None:
+def gather_rows(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The whole tensor on rank 0 in host RAM, None elsewhere; no GPU memory is used. Call on all ranks."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    local = parameter.detach().to_local().cpu().to(dtype).contiguous()
+    local = local_part(parameter.detach()).cpu().to(dtype).contiguous()
     if world_size == 1:
         return local
     rows = parameter.shape[0]
@@ -64,7 +64,7 @@ def gather_rows(parameter: DTensor, dtype: torch.dtype) -> torch.Tensor | None:
     return whole[:rows] if rank == 0 else None  # only the last ranks' chunks are short
 
 
-def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[DTensor, TensorSpec]]:
+def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[torch.Tensor, TensorSpec]]:
     """Parameters to save with their names and dtypes on disk: PEFT's for an adapter, Llama's for a whole model."""
     if run.recipe.method == "full":
         dtype = decoder(model).config.dtype

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fitune.config.schema import ADAPTER
 from fitune.errors import FituneError
-from fitune.model.sharding import local_rows
+from fitune.model.sharding import local_part, local_rows
 from fitune.weights.adapter import AdapterFile, saved_name
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
@@ -33,10 +33,10 @@ def save_training_state(
     """
     names = {parameter: name for name, parameter in _trainable(model)}
     has_adapter = (folder / ADAPTER).is_dir()
-    tensors = {} if has_adapter else {name: _local(parameter) for parameter, name in names.items()}
+    tensors = {} if has_adapter else {name: local_part(parameter).detach() for parameter, name in names.items()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            tensors[f"{names[parameter]}{SEPARATOR}{key}"] = _local(torch.as_tensor(value))
+            tensors[f"{names[parameter]}{SEPARATOR}{key}"] = local_part(torch.as_tensor(value)).detach()
     part = folder / "state" / f"rank-{rank:05d}-of-{world_size:05d}"
     part.mkdir(parents=True)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -63,7 +63,7 @@ def load_trainable_weights(folder: Path, model: nn.Module, rank: int, world_size
         for name, parameter in _trainable(model):
             saved.check_shape(name, parameter)
             start, stop = local_rows(parameter.shape[0], rank, world_size)
-            parameter.to_local().copy_(saved.weight(name, start, stop))
+            local_part(parameter).copy_(saved.weight(name, start, stop))
 
 
 def load_optimizer_state(
@@ -89,10 +89,6 @@ def load_optimizer_state(
 
 def _trainable(model: nn.Module):
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 class _SavedState:
@@ -136,14 +132,16 @@ class _SavedState:
             return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
         return torch.cat(found)
 
-    def like(self, parameter: DTensor, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+    def like(self, parameter: torch.Tensor, name: str, key: str, start: int, stop: int) -> torch.Tensor:
         """Optimizer state `key` in the parameter's layout; what is not split by rows (a step count) is whole."""
         full_key = f"{name}{SEPARATOR}{key}"
         if not self.parts[0][full_key].shape:
             return self.parts[0].read(full_key)
         if self.parts[0][full_key].shape[1:] != tuple(self.layout["shapes"][name][1:]):
             raise FituneError(f"{self.folder}: optimizer state {key} is not split like its weight; cannot be resumed")
-        rows = self.rows(name, full_key, start, stop).to(parameter.to_local().device)
+        rows = self.rows(name, full_key, start, stop).to(local_part(parameter).device)
+        if not isinstance(parameter, DTensor):
+            return rows
         return DTensor.from_local(
             rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
         )

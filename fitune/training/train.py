@@ -23,6 +23,7 @@ from fitune.data.dataset import load_split, load_tokenizer
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, say_while_training
 from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
+from fitune.model.activations import keep_activations
 from fitune.model.sharding import kept_in_host_ram, shard
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
@@ -95,6 +96,7 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_step=lam
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
+    keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)
     placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))

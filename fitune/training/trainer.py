@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -20,6 +21,7 @@ from fitune.config.schema import Run
 from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
+from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
 from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
 from fitune.training.bad_rows import name_rows
 from fitune.training.manifest import Identity, find_damage, write_manifest
@@ -46,8 +48,6 @@ def training_arguments(run: Run) -> SFTConfig:
         seed=recipe.seed,
         use_cpu=run.accelerate.use_cpu,
         bf16=False,  # the model computes in bf16 by itself; no autocast around it
-        activation_checkpointing=profile.activation_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False, "offload": profile.activation_offload},
         # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows;
         # for one rank see training_step
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
@@ -83,8 +83,17 @@ class ShardedSFTTrainer(SFTTrainer):
         Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by layer.
         """
         self.heartbeat.count()
-        if self.args.world_size == 1 and self.run.recipe.method != "full":
+        if isinstance(model, FSDPModule) and self.args.world_size == 1 and self.run.recipe.method != "full":
             model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        if self.run.recipe.lora and self.run.recipe.lora.dropout:
+            inputs = self._prepare_inputs(inputs)
+            inputs[DROPOUT_KEYS] = dropout_keys(
+                inputs["input_ids"],
+                inputs.get("cu_seq_lens_q"),
+                inputs.get("attention_mask"),
+                self.run.recipe.seed,
+                self.state.global_step,
+            )
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step.append((inputs, loss))
         return loss

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.model.sharding import local_rows
+from fitune.model.sharding import local_part, local_rows
 from fitune.training.distributed import is_main_process
 from fitune.weights.adapter import AdapterFile, saved_name
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
@@ -48,4 +48,4 @@ def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 start, stop = local_rows(parameter.shape[0], mesh.get_rank(), mesh.size())
-                parameter.to_local().copy_(adapter.read_rows(saved_name(name), start, stop))
+                local_part(parameter).copy_(adapter.read_rows(saved_name(name), start, stop))

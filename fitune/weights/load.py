@@ -16,11 +16,10 @@ from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, qu
 from bitsandbytes.utils import unpack_tensor_to_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fitune.errors import FituneError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
-from fitune.model.sharding import fsdp_parameters, local_rows, pad
+from fitune.model.sharding import fsdp_parameters, local_part, local_rows, pad
 from fitune.model.skeleton import decoder
 from fitune.planning.sizes import CHUNK_BYTES
 from fitune.weights.safetensors_files import Checkpoint
@@ -68,8 +67,9 @@ def load_weights(
         for prefix, module in model.named_modules():
             module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                if parameter.to_local().nbytes >= PIN_FROM_BYTES:
-                    pad(parameter, kept_by_fsdp[module, name.rpartition(".")[2]])
+                place = module, name.rpartition(".")[2]
+                if place in kept_by_fsdp and local_part(parameter).nbytes >= PIN_FROM_BYTES:
+                    pad(parameter, kept_by_fsdp[place])
                 yield from loader.fill(name, parameter, plan[name])
                 yield partial(on_tensor, name)
 
@@ -175,9 +175,9 @@ class _Loader:
         self.placement = placement
         self.seed = seed
 
-    def fill(self, name: str, parameter: DTensor, source: str | None) -> Iterator[Step]:
+    def fill(self, name: str, parameter: torch.Tensor, source: str | None) -> Iterator[Step]:
         """The steps that fill one parameter, and page-lock it if it stays in host RAM."""
-        local = parameter.to_local()
+        local = local_part(parameter)
         start, stop = local_rows(parameter.shape[0], self.placement.rank, self.placement.world_size)
         if local.shape[0] != stop - start:
             raise FituneError(f"{name}: FSDP keeps {local.shape[0]} rows here, expected {stop - start}")

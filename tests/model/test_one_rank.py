@@ -5,6 +5,7 @@ from ranks import run_alone, run_ranks, sharded_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
 
 TOKENS = torch.randint(0, 509, (1, 19), generator=torch.Generator().manual_seed(0))
@@ -17,7 +18,7 @@ def _group(module: FSDPModule) -> FSDPParamGroup:
 def _computes_with(run) -> list[tuple[str, bool, bool]]:
     """(weight, whether it is the stored one, whether its memory is freed afterwards), as each layer runs."""
     model, _ = sharded_model(run)
-    stored = {name: p.to_local().untyped_storage().data_ptr() for name, p in model.named_parameters()}
+    stored = {name: local_part(p).untyped_storage().data_ptr() for name, p in model.named_parameters()}
     used = {}
 
     def look(prefix):

@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from ranks import run_ranks, sharded_model
+from ranks import run_ranks, sharded_model, whole
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from fitune.errors import FituneError, UsageError
 from fitune.model import sharding
 from fitune.model.nf4 import NF4Linear
+from fitune.model.sharding import local_part
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.training.result import gather_rows
 
@@ -33,7 +34,7 @@ CASES = {
 
 
 def _share(parameter: DTensor) -> tuple:
-    local = parameter.to_local()
+    local = local_part(parameter)
     return tuple(parameter.shape), parameter.dtype, tuple(local.shape), local.untyped_storage().nbytes()
 
 
@@ -41,16 +42,18 @@ def _randomise_lora_b(model) -> None:
     """B starts at zero, which would hide the whole adapter from the logits."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-            parameter.data.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(values)
 
 
 def _is_saved_whole(parameter: DTensor) -> bool | None:
-    whole, expected = parameter.full_tensor(), []
+    gathered, expected = whole(parameter), []
     for dtype in {parameter.dtype, torch.bfloat16 if parameter.is_floating_point() else torch.uint8}:
         saved = gather_rows(parameter, dtype)
         if saved is not None:
-            expected.append(torch.equal(saved.view(torch.uint8), whole.to(dtype).view(torch.uint8)))
+            expected.append(torch.equal(saved.view(torch.uint8), gathered.to(dtype).view(torch.uint8)))
     return all(expected) if expected else None
 
 
@@ -68,9 +71,9 @@ def _report(runs: dict) -> dict:
         found["logits"] = output.logits.detach()
         found["shares after a step"] = {name: _share(parameter) for name, parameter in model.named_parameters()}
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        found["gradients"] = {n: p.grad.full_tensor() for n, p in trainable.items()}
+        found["gradients"] = {n: whole(p.grad) for n, p in trainable.items()}
         found["saved"] = {name: _is_saved_whole(parameter) for name, parameter in model.named_parameters()}
-        found["trainable"] = {n: p.full_tensor().detach() for n, p in trainable.items()}
+        found["trainable"] = {n: whole(p).detach() for n, p in trainable.items()}
     return report
 
 

@@ -10,6 +10,7 @@ from ranks import run_ranks, sharded_model, train_here
 
 from fitune.data.chat_template import end_of_turn_ids
 from fitune.data.dataset import load_tokenizer
+from fitune.model.sharding import local_part
 from fitune.training.evaluate import evaluate
 from fitune.training.generate import generate
 from fitune.training.result import save_result
@@ -25,7 +26,7 @@ def write_adapter(run) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.to_local().copy_(torch.randn(parameter.shape, generator=generator))
+                local_part(parameter).copy_(torch.randn(parameter.shape, generator=generator))
     run.folder.mkdir(parents=True, exist_ok=True)
     record = identify_base(run.recipe.base, Path(run.recipe.base.model))
     save_result(run.result_folder, run, model, tokenizer, record)

@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from ranks import run_alone, run_ranks, sharded_model, train_here
+from ranks import run_alone, run_ranks, sharded_model, train_here, whole
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -58,7 +58,7 @@ def _assert_same_curve(found: dict, expected: dict, name: str) -> None:
 def _initial_adapter(run) -> dict[str, torch.Tensor]:
     model, _ = sharded_model(run)
     return {
-        name.replace(".default", ""): parameter.full_tensor().detach()
+        name.replace(".default", ""): whole(parameter).detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

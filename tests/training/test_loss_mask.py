@@ -8,6 +8,7 @@ import torch
 from ranks import run_ranks, sharded_model
 
 from fitune.data.dataset import load_split
+from fitune.model.sharding import local_part
 from fitune.training.trainer import ShardedSFTTrainer
 
 IGNORED = -100
@@ -90,7 +91,7 @@ def _packed(run) -> dict:
     model, collate = trainer.model.train(), trainer.data_collator
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start
-            torch.nn.init.normal_(parameter.to_local(), std=0.1, generator=torch.Generator().manual_seed(len(name)))
+            torch.nn.init.normal_(local_part(parameter), std=0.1, generator=torch.Generator().manual_seed(len(name)))
 
     @torch.no_grad()
     def logits(rows, **more):

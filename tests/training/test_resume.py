@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks, sharded_model, train_here
+from ranks import run_ranks, sharded_model, train_here, whole
 from torch.distributed.tensor import distribute_tensor
 
 from fitune.errors import FituneError, UsageError
 from fitune.launching.heartbeat import Heartbeat
+from fitune.model.sharding import local_part
 from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
 from fitune.training.train import _checkpoint_to_resume
 from fitune.weights.safetensors_files import Checkpoint
@@ -122,9 +123,9 @@ def _whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            state[name] = parameter.full_tensor().detach().clone()
+            state[name] = whole(parameter).detach().clone()
             for key, value in optimizer.state[parameter].items():
-                state[f"{name} {key}"] = (value.full_tensor() if value.ndim else value).clone()
+                state[f"{name} {key}"] = (whole(value) if value.ndim else value).clone()
     return state
 
 
@@ -156,7 +157,7 @@ def _load(runs: dict, folder: Path) -> dict:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.to_local().fill_(7)
+                    local_part(parameter).fill_(7)
         optimizer = _optimizer(model, lr=1.0)
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         load_trainable_weights(folder / case, model, rank, world_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from ranks import run_ranks, sharded_model, train_here
+from ranks import run_ranks, sharded_model, train_here, whole
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -67,7 +67,7 @@ def _gradients(run, tokens) -> dict[str, torch.Tensor]:
     labels[:, :3] = -100
     model(input_ids=tokens, labels=labels, fused_lm_head=True).loss.backward()
     deltas = {n: p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}
-    return {"lm_head" if "lm_head" in n else "model.embed_tokens": p.grad.full_tensor() for n, p in deltas.items()}
+    return {"lm_head" if "lm_head" in n else "model.embed_tokens": whole(p.grad) for n, p in deltas.items()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

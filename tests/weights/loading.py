@@ -4,9 +4,8 @@ import shutil
 
 import torch
 from bitsandbytes.functional import QuantState
-from ranks import sharded_model
+from ranks import sharded_model, whole
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 from fitune.model.nf4 import NF4Linear
 from fitune.weights.safetensors_files import Checkpoint
@@ -33,8 +32,7 @@ def same(found, expected) -> bool:
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return whole.detach().view(torch.uint8).view(-1).clone()
+    return whole(weight).detach().view(torch.uint8).view(-1).clone()
 
 
 def quantised(model) -> dict:

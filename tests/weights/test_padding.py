@@ -4,6 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks, sharded_model
 
+from fitune.model.sharding import local_part
 from fitune.weights import load as weights
 
 
@@ -23,7 +24,7 @@ def _before_and_after_a_forward(run) -> dict:
 
 def _shares(model) -> dict[str, tuple[int, torch.Tensor]]:
     """Where each parameter's share lies, and its bytes."""
-    shares = {name: parameter.to_local().detach() for name, parameter in model.named_parameters()}
+    shares = {name: local_part(parameter).detach() for name, parameter in model.named_parameters()}
     return {name: (share.data_ptr(), share.view(torch.uint8).clone()) for name, share in shares.items()}
 
 

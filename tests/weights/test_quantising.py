@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from loading import CPU, load_and_count_bytes, quantised, same, state_content
-from ranks import run_ranks, sharded_model
+from ranks import run_ranks, sharded_model, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -55,8 +55,8 @@ def _quantise_shapes(folder, dtypes: list[torch.dtype]) -> dict:
 def _load_both(run, folder, dtypes, chunk_bytes: int) -> dict:
     weights.CHUNK_BYTES = chunk_bytes
     model, count = load_and_count_bytes(run)
-    lora = {name: parameter.full_tensor() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    norms = {name: p.full_tensor() for name, p in model.named_parameters() if "norm" in name}
+    lora = {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = {name: whole(p) for name, p in model.named_parameters() if "norm" in name}
     return {
         "model": quantised(model),
         "bytes": count,
@@ -142,4 +142,4 @@ def test_lora_starts_as_in_peft_and_differs_by_seed_and_layer(uneven_base, make_
 
 def _adapter(run) -> dict:
     model, _ = sharded_model(run)
-    return {name: p.full_tensor().detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p).detach() for name, p in model.named_parameters() if p.requires_grad}

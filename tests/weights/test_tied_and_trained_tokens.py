@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import run_ranks, sharded_model
+from ranks import run_ranks, sharded_model, whole
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
@@ -21,7 +21,7 @@ def _logits_and_tokens(runs: dict, tokens) -> dict:
         deltas = {n: p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}
         report[case] = {"logits": model(tokens).logits.detach(), "ids": ids}
         if deltas:
-            report[case]["start"] = {_layer_of(n): delta.full_tensor().detach().clone() for n, delta in deltas.items()}
+            report[case]["start"] = {_layer_of(n): whole(delta).detach().clone() for n, delta in deltas.items()}
             model.apply(lambda module: module.reshard() if isinstance(module, FSDPModule) else None)
             for delta in deltas.values():
                 delta.data.mul_(-1)

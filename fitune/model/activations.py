@@ -1,0 +1,24 @@
+"""Which layers keep their activations for the backward pass, and which compute them again."""
+
+from torch import nn
+
+from fitune.model.layer import DecoderLayer
+from fitune.model.skeleton import decoder
+
+
+def keep_activations(model: nn.Module, kept_layers: int, *, offload: bool) -> None:
+    """The last `kept_layers` keep theirs, since the backward pass frees them first; the others keep their input.
+
+    With `offload` the inputs of the others wait in host RAM.
+    """
+    causal_lm = decoder(model)
+    layers = causal_lm.model.layers
+    first_kept = max(0, len(layers) - kept_layers)
+    if not isinstance(layers[0], DecoderLayer) and first_kept:
+        causal_lm.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    for number, layer in enumerate(layers):
+        keep = number >= first_kept
+        if isinstance(layer, DecoderLayer):
+            layer.keep, layer.offload = keep, offload and not keep
+        elif keep:
+            layer.gradient_checkpointing = False

@@ -1,0 +1,155 @@
+"""The decoder layer's elementwise work, each a single pass over its tokens: RMSNorm, SwiGLU, RoPE, dropout, gradients.
+
+On a GPU each function is one Triton kernel (`fitune.model.elementwise_triton`) that never compiles again for batches of
+other lengths; elsewhere it is the formula below, which the kernels are tested against. T tokens, h hidden size, i
+intermediate size.
+
+Dropout keeps neither mask nor dropped copy: whether element (token, channel) is kept follows from the token's key, the
+place in the model and the channel, so every pass finds the same mask again. See `fitune.model.dropout_keys`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+WORD = 0xFFFFFFFF
+GOLDEN = 0x9E3779B1  # 2**32 / golden ratio: spreads neighbouring channels
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements of one place in the model are kept. `keys`: int32 [T], one per token."""
+
+    p: float
+    keys: torch.Tensor
+    place: int
+    "A number of its own for every place in the model."
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.p)
+
+    @property
+    def threshold(self) -> int:
+        "A kept element's 32-bit number is at least this."
+        return int(self.p * 2**32)
+
+    def rows(self, start: int, stop: int) -> "Dropout":
+        """The same place for tokens [start, stop)."""
+        return Dropout(self.p, self.keys[start:stop], self.place)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit numbers (in int64) whose every output bit depends on every input bit."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & WORD
+    x = (x ^ (x >> 15)) * 0x846CA68B & WORD
+    return x ^ (x >> 16)
+
+
+def factors(dropout: Dropout, channels: int) -> torch.Tensor:
+    """[T, channels] float32: 0 for a dropped element, 1 / (1 - p) for a kept one."""
+    keys = mix(dropout.keys.long() & WORD ^ dropout.place).unsqueeze(1)
+    columns = torch.arange(channels, device=keys.device) * GOLDEN & WORD
+    return (mix(keys ^ columns) >= dropout.threshold).float() * dropout.scale
+
+
+def _kernels():
+    from fitune.model import elementwise_triton
+
+    return elementwise_triton
+
+
+def drop(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    """x [T, c] with dropout; x itself where there is none."""
+    if dropout is None:
+        return x
+    if x.is_cuda:
+        return _kernels().drop(x, dropout)
+    return (x.float() * factors(dropout, x.shape[1])).to(x.dtype)
+
+
+def add_dropped_(total: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """total += drop(x), [T, c], in place: the gradient of dropout."""
+    if x.is_cuda:
+        return _kernels().add_dropped_(total, x, dropout)
+    return total.add_(drop(x, dropout))
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dropout: Dropout | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm, norm with dropout) of x [T, h]; the same tensor twice where there is none."""
+    if x.is_cuda:
+        return _kernels().rms_norm(x, weight, eps, dropout)
+    wide = _wide(x)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return normed, drop(normed, dropout)
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor,
+    dropped: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    dropout: Dropout | None,
+    residual: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of x [T, h], plus `residual`.
+
+    `gradient` is that of the norm, `dropped` that of its copy with dropout, which `gradient` includes where there is
+    no dropout.
+    """
+    if x.is_cuda:
+        return _kernels().rms_norm_backward(gradient, dropped, x, weight, eps, dropout, residual)
+    if dropped is not None:
+        gradient = gradient + drop(dropped, dropout)
+    wide = _wide(x)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    g = _wide(gradient) * _wide(weight)
+    inner = (g * wide).mean(-1, keepdim=True)
+    return (_wide(residual) + inverse * g - wide * inverse.pow(3) * inner).to(x.dtype)
+
+
+def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(silu(gate) * up, the same with dropout) of gate_up [T, 2 i]."""
+    if gate_up.is_cuda:
+        return _kernels().swiglu(gate_up, dropout)
+    gate, up = gate_up.chunk(2, -1)
+    product = F.silu(gate) * up
+    return product, drop(product, dropout)
+
+
+def swiglu_backward_(
+    gradient: torch.Tensor, dropped: torch.Tensor | None, gate_up: torch.Tensor, dropout: Dropout | None
+) -> torch.Tensor:
+    """Writes the gradient of gate_up [T, 2 i] over it; returns silu(gate) * up with dropout, [T, i].
+
+    `gradient` and `dropped` as in `rms_norm_backward`.
+    """
+    if gate_up.is_cuda:
+        return _kernels().swiglu_backward_(gradient, dropped, gate_up, dropout)
+    if dropped is not None:
+        gradient = gradient + drop(dropped, dropout)
+    gate, up = (_wide(part) for part in gate_up.chunk(2, -1))
+    sigmoid, d = torch.sigmoid(gate), _wide(gradient)
+    silu = gate * sigmoid
+    product = (silu.to(gate_up.dtype) * up).to(gate_up.dtype)
+    gate_up.copy_(torch.cat([d * up * (sigmoid + silu * (1 - sigmoid)), d * silu], -1))
+    return drop(product, dropout)
+
+
+def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool = False) -> None:
+    """Rotates heads [T, n, d] by their tokens' angles (cos, sin [T, d], halves alike), or back, in place."""
+    if heads.is_cuda:
+        _kernels().rope_(heads, cos, sin, backward)
+        return
+    first, second = heads.chunk(2, -1)
+    half = heads.shape[-1] // 2
+    c, s = cos[:, None, :half], sin[:, None, :half] * (-1 if backward else 1)
+    heads.copy_(torch.cat([first * c - second * s, second * c + first * s], -1))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.dtype == torch.float64 else x.float()

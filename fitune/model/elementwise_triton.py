@@ -1,0 +1,219 @@
+"""Triton kernels of `fitune.model.elementwise`, which says what each computes. Imported on GPUs alone.
+
+One program per token (and block of channels). The number of tokens is the grid, so no batch compiles anything anew;
+sizes of the model are compile-time constants. Computing is in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fitune.model.elementwise import Dropout
+
+BLOCK = 2048  # channels of one program where a row needs no sum
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _factors(keys, token, columns, place, threshold, scale):
+    key = tl.load(keys + token).to(tl.uint32, bitcast=True) ^ place.to(tl.uint32)
+    number = _mix(_mix(key) ^ (columns.to(tl.uint32) * 0x9E3779B1))
+    return tl.where(number >= threshold.to(tl.uint32), scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["place", "threshold"])
+def _drop_kernel(x, x_row, total, total_row, keys, place, threshold, scale, channels,
+                 ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < channels
+    value = tl.load(x + token * x_row + columns, mask=inside).to(tl.float32)
+    value *= _factors(keys, token, columns, place, threshold, scale)
+    target = total + token * total_row + columns
+    if ADD:
+        value += tl.load(target, mask=inside).to(tl.float32)
+    tl.store(target, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["place", "threshold"])
+def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, eps,
+                     CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < CHANNELS
+    row = token * CHANNELS + columns
+    value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
+    kind = normed.dtype.element_ty
+    result = (value * inverse).to(kind).to(tl.float32) * tl.load(weight + columns, mask=inside).to(tl.float32)
+    tl.store(normed + row, result, mask=inside)
+    if DROP:
+        result = result.to(kind).to(tl.float32) * _factors(keys, token, columns, place, threshold, scale)
+        tl.store(dropped + row, result, mask=inside)
+
+
+@triton.jit(do_not_specialize=["place", "threshold"])
+def _rms_norm_backward_kernel(gradient, dropped, x, weight, residual, out, keys, place, threshold, scale, eps,
+                              CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < CHANNELS
+    row = token * CHANNELS + columns
+    value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
+    if DROP:
+        more = tl.load(dropped + row, mask=inside, other=0.0).to(tl.float32)
+        g += more * _factors(keys, token, columns, place, threshold, scale)
+    g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
+    inner = tl.sum(g * value) / CHANNELS
+    result = inverse * g - value * inverse * inverse * inverse * inner
+    result += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row, result, mask=inside)
+
+
+@triton.jit(do_not_specialize=["place", "threshold"])
+def _swiglu_kernel(gate_up, product, dropped, keys, place, threshold, scale,
+                   CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < CHANNELS
+    gate_at = gate_up + token * 2 * CHANNELS + columns
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+    kind = product.dtype.element_ty
+    value = ((gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * up).to(kind)
+    row = token * CHANNELS + columns
+    tl.store(product + row, value, mask=inside)
+    if DROP:
+        value = value.to(tl.float32) * _factors(keys, token, columns, place, threshold, scale)
+        tl.store(dropped + row, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["place", "threshold"])
+def _swiglu_backward_kernel(gradient, more, gate_up, product, keys, place, threshold, scale,
+                            CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < CHANNELS
+    gate_at = gate_up + token * 2 * CHANNELS + columns
+    row = token * CHANNELS + columns
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
+    kind = product.dtype.element_ty
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    value = (silu.to(kind).to(tl.float32) * up).to(kind).to(tl.float32)
+    if DROP:
+        factor = _factors(keys, token, columns, place, threshold, scale)
+        d += tl.load(more + row, mask=inside, other=0.0).to(tl.float32) * factor
+        value *= factor
+    tl.store(product + row, value, mask=inside)
+    tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+    tl.store(gate_at + CHANNELS, d * silu, mask=inside)
+
+
+@triton.jit
+def _rope_kernel(heads, token_stride, cos, sin, angle_stride, sign,
+                 HEADS: tl.constexpr, HALF: tl.constexpr,
+                 HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)[:, None]
+    column = tl.arange(0, HALF_BLOCK)[None, :]
+    inside = (head < HEADS) & (column < HALF)
+    at = heads + token * token_stride + head * 2 * HALF + column
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32) * sign
+    tl.store(at, first * c - second * s, mask=inside)
+    tl.store(at + HALF, second * c + first * s, mask=inside)
+
+
+def _dropping(dropout: Dropout | None, unused: torch.Tensor) -> tuple:
+    """(keys, place, threshold, scale) for a kernel; without dropout it looks at none of them."""
+    if dropout is None:
+        return unused, 0, 0, 1.0
+    return dropout.keys, dropout.place, dropout.threshold, dropout.scale
+
+
+def _blocks(tokens: int, channels: int) -> tuple[int, int]:
+    return tokens, triton.cdiv(channels, BLOCK)
+
+
+def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tokens, channels = x.shape
+    places = x, x.stride(0), out, out.stride(0)
+    _drop_kernel[_blocks(tokens, channels)](*places, *_dropping(dropout, x), channels, ADD=False, BLOCK=BLOCK)
+    return out
+
+
+def add_dropped_(total: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    tokens, channels = x.shape
+    places = x, x.stride(0), total, total.stride(0)
+    _drop_kernel[_blocks(tokens, channels)](*places, *_dropping(dropout, x), channels, ADD=True, BLOCK=BLOCK)
+    return total
+
+
+def rms_norm(x, weight, eps: float, dropout: Dropout | None):
+    tokens, channels = x.shape
+    normed = torch.empty_like(x)
+    dropped = torch.empty_like(x) if dropout else normed
+    _rms_norm_kernel[(tokens,)](
+        x, weight, normed, dropped, *_dropping(dropout, x), eps, CHANNELS=channels, DROP=dropout is not None,
+        BLOCK=triton.next_power_of_2(channels), num_warps=8,
+    )  # fmt: skip
+    return normed, dropped
+
+
+def rms_norm_backward(gradient, dropped, x, weight, eps: float, dropout: Dropout | None, residual):
+    tokens, channels = x.shape
+    out = torch.empty_like(x)
+    dropping = dropped is not None
+    _rms_norm_backward_kernel[(tokens,)](
+        gradient, dropped if dropping else gradient, x, weight, residual, out,
+        *_dropping(dropout if dropping else None, x), eps, CHANNELS=channels, DROP=dropping,
+        BLOCK=triton.next_power_of_2(channels), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def swiglu(gate_up, dropout: Dropout | None):
+    tokens, channels = gate_up.shape[0], gate_up.shape[1] // 2
+    product = gate_up.new_empty(tokens, channels)
+    dropped = torch.empty_like(product) if dropout else product
+    _swiglu_kernel[_blocks(tokens, channels)](
+        gate_up, product, dropped, *_dropping(dropout, gate_up), CHANNELS=channels, DROP=dropout is not None,
+        BLOCK=BLOCK,
+    )  # fmt: skip
+    return product, dropped
+
+
+def swiglu_backward_(gradient, dropped, gate_up, dropout: Dropout | None):
+    tokens, channels = gradient.shape
+    product = torch.empty_like(gradient)
+    dropping = dropped is not None
+    _swiglu_backward_kernel[_blocks(tokens, channels)](
+        gradient, dropped if dropping else gradient, gate_up, product,
+        *_dropping(dropout if dropping else None, gradient), CHANNELS=channels, DROP=dropping, BLOCK=BLOCK,
+    )  # fmt: skip
+    return product
+
+
+def rope_(heads, cos, sin, backward: bool) -> None:
+    tokens, count, size = heads.shape
+    if heads.stride(2) != 1 or heads.stride(1) != size:
+        raise ValueError(f"RoPE needs the heads of a token side by side, got strides {heads.stride()}")
+    block = min(16, triton.next_power_of_2(count))
+    _rope_kernel[(tokens, triton.cdiv(count, block))](
+        heads, heads.stride(0), cos, sin, cos.stride(0), -1.0 if backward else 1.0,
+        HEADS=count, HALF=size // 2, HEADS_BLOCK=block, HALF_BLOCK=triton.next_power_of_2(size // 2),
+    )  # fmt: skip
