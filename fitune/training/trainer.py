@@ -47,6 +47,7 @@ def training_arguments(run: Run) -> SFTConfig:
         assistant_only_loss=True,
         seed=recipe.seed,
         use_cpu=run.accelerate.use_cpu,
+        activation_checkpointing=False,  # the layers see to it: fitune.model.activations
         bf16=False,  # the model computes in bf16 by itself; no autocast around it
         # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows;
         # for one rank see training_step
