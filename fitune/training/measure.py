@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,7 @@ class Measurements(TrainerCallback):
                 "tokens_per_second": self._tokens_per_second(),
                 "tokens_per_second_per_gpu": self._tokens_per_second() / len(ranks),
                 "step_seconds": [round(seconds, 3) for seconds, _ in self.steps],
+                "step_tokens": [tokens for _, tokens in self.steps],
                 "optimizer_seconds": [round(seconds, 3) for seconds in self.optimizer_seconds],
                 "peak_allocated_gib": max(rank["peak_allocated_gib"] for rank in ranks),
                 "peak_reserved_gib": max(rank["peak_reserved_gib"] for rank in ranks),
@@ -77,9 +79,8 @@ class Measurements(TrainerCallback):
             self.file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def _tokens_per_second(self) -> float:
-        """Over all ranks and all steps but the first, which compiles; saves and evaluations don't count."""
-        seconds = sum(seconds for seconds, _ in self.steps)
-        return sum(tokens for _, tokens in self.steps) / seconds if seconds else 0.0
+        """The median step's, over all ranks; the first, which compiles, saves and evaluations don't count."""
+        return median(tokens / seconds for seconds, tokens in self.steps) if self.steps else 0.0
 
 
 def process_peaks() -> dict[str, float]:

@@ -73,6 +73,8 @@ class ShardedSFTTrainer(SFTTrainer):
     ):
         self.run, self.base_record, self.identity, self.heartbeat = run, base_record, identity, heartbeat or Heartbeat()
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
+        self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
+        self._unlogged: list[torch.Tensor] = []  # (answer tokens, their entropy, right ones) by micro batch
         super().__init__(args=training_arguments(run), **kwargs)
         self.add_callback(self.heartbeat)
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
@@ -99,6 +101,31 @@ class ShardedSFTTrainer(SFTTrainer):
         self._step.append((inputs, loss))
         return loss
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss of training, without asking the GPU for numbers: Python goes on while it computes.
+
+        What TRL logs beside the loss is summed up on the GPU and read in `log`.
+        """
+        plain = self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
+        if not (self.model.training and plain) or return_outputs or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
+        self._unlogged.append(torch.stack([number.float() for number in sums]))
+        counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        self._uncounted_tokens.append(counted)
+        loss = -outputs.log_probs.sum() / num_items_in_batch.clamp(min=1)
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._unlogged:
+            tokens, entropy, right = self.accelerator.reduce(torch.stack(self._unlogged).sum(0)).tolist()
+            self._unlogged.clear()
+            means = {"entropy": entropy / max(tokens, 1), "mean_token_accuracy": right / max(tokens, 1)}
+            self._metrics["train"] |= {name: [mean] for name, mean in means.items()}
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
     def prediction_step(self, *args, **kwargs):
         self.heartbeat.count()
         return super().prediction_step(*args, **kwargs)
@@ -107,10 +134,13 @@ class ShardedSFTTrainer(SFTTrainer):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        bad = torch.tensor([not (math.isfinite(norm) and all(math.isfinite(loss) for _, loss in self._step))]).int()
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad.item():
+        bad = not (math.isfinite(norm) and torch.stack([loss for _, loss in self._step]).isfinite().all())
+        over_all_ranks = torch.tensor([bad, sum(map(int, self._uncounted_tokens))], dtype=torch.float64)
+        dist.all_reduce(over_all_ranks)
+        if over_all_ranks[0]:
             self._stop_before_a_bad_step(float(norm))
+        self._total_train_tokens += int(over_all_ranks[1])
+        self._uncounted_tokens.clear()
         self._step.clear()
         return norm
 
