@@ -148,7 +148,7 @@ class _Work:
 
     def __init__(self, layer: DecoderLayer, batch: Batch, parameters, dtype: torch.dtype):
         self.layer, self.batch = layer, batch
-        linears = layer.linears()
+        self.linears = linears = layer.linears()
         self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in linears]
         self.parameters = parameters
         self.adapters = self._stack_adapters(linears, dtype)
@@ -177,9 +177,9 @@ class _Work:
         return adapters
 
     def dropout(self, group: int) -> Dropout | None:
-        linear = next((m for n in GROUPS[group] if isinstance(m := self.layer.linears()[n], LoraLayer)), None)
         if group not in self.adapters or not self.layer.training:
             return None
+        linear = self.linears[self.adapters[group].ups[0][0]]
         p = getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0)
         if not p:
             return None

@@ -7,14 +7,19 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
-from fitune.model.nf4 import NF4Linear
+from fitune.model.nf4 import BLOCK, NF4Linear
 
 
 def weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """[out, in]."""
-    if isinstance(base, NF4Linear):
-        return dequantize_4bit(base.weight.view(torch.uint8).view(-1, 1), base.quant_state).to(dtype)
-    return base.weight
+    if not isinstance(base, NF4Linear):
+        return base.weight
+    packed, state = base.weight.view(torch.uint8).view(-1, 1), base.quant_state
+    if packed.is_cuda and state.nested and state.blocksize == BLOCK:
+        from fitune.model.nf4_triton import dequantise
+
+        return dequantise(packed, state).to(dtype)
+    return dequantize_4bit(packed, state).to(dtype)
 
 
 def multiply(x: torch.Tensor, base: nn.Linear, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:

@@ -22,8 +22,10 @@ from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
+from fitune.model.skeleton import decoder
 from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
 from fitune.training.bad_rows import name_rows
+from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity, find_damage, write_manifest
 from fitune.training.result import save_result
 from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
@@ -74,9 +76,11 @@ class ShardedSFTTrainer(SFTTrainer):
         self.run, self.base_record, self.identity, self.heartbeat = run, base_record, identity, heartbeat or Heartbeat()
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
         self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
-        self._unlogged: list[torch.Tensor] = []  # (answer tokens, their entropy, right ones) by micro batch
+        self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
+        self._unlogged_tokens = 0
         super().__init__(args=training_arguments(run), **kwargs)
         self.add_callback(self.heartbeat)
+        add_answer_loss(decoder(self.model))
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
 
@@ -101,26 +105,37 @@ class ShardedSFTTrainer(SFTTrainer):
         self._step.append((inputs, loss))
         return loss
 
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            batch[ANSWERS] = find_answers(batch["labels"])
+        return batches, items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of training, without asking the GPU for numbers: Python goes on while it computes.
 
         What TRL logs beside the loss is summed up on the GPU and read in `log`.
         """
         plain = self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
-        if not (self.model.training and plain) or return_outputs or num_items_in_batch is None:
+        if not plain or ANSWERS not in inputs or return_outputs or num_items_in_batch is None:
+            inputs.pop(ANSWERS, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        sums = outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
-        self._unlogged.append(torch.stack([number.float() for number in sums]))
+        sums = model(**inputs, use_cache=False)
+        self._unlogged.append(torch.stack([sums.entropy, sums.right.to(sums.entropy)]))
+        self._unlogged_tokens += len(inputs[ANSWERS].tokens)
         counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         self._uncounted_tokens.append(counted)
-        loss = -outputs.log_probs.sum() / num_items_in_batch.clamp(min=1)
+        loss = sums.loss / num_items_in_batch.clamp(min=1)
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._unlogged:
-            tokens, entropy, right = self.accelerator.reduce(torch.stack(self._unlogged).sum(0)).tolist()
+            sums = torch.stack(self._unlogged).sum(0).tolist()
+            over_all_ranks = torch.tensor([self._unlogged_tokens, *sums], dtype=torch.float64)
+            dist.all_reduce(over_all_ranks)
+            tokens, entropy, right = over_all_ranks.tolist()
             self._unlogged.clear()
+            self._unlogged_tokens = 0
             means = {"entropy": entropy / max(tokens, 1), "mean_token_accuracy": right / max(tokens, 1)}
             self._metrics["train"] |= {name: [mean] for name, mean in means.items()}
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]

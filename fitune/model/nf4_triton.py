@@ -1,0 +1,37 @@
+"""NF4 weights dequantised by one kernel, scales included. Imported on GPUs alone.
+
+bitsandbytes takes four launches for a weight with double quantisation: it writes the scales out first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from bitsandbytes.functional import QuantState
+
+BLOCKS = 64  # of 64 weights, for one program
+
+
+@triton.jit
+def _kernel(
+    packed, out, scales, scale_code, nested, offset, code, blocks, PER_NESTED: tl.constexpr, BLOCKS: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < blocks
+    scale = tl.load(scale_code + tl.load(scales + block, mask=inside, other=0).to(tl.int32))
+    scale = scale * tl.load(nested + block // PER_NESTED, mask=inside, other=0.0) + tl.load(offset)
+    byte = tl.arange(0, 32)[None, :]
+    pair = tl.load(packed + block[:, None] * 32 + byte, mask=inside[:, None], other=0).to(tl.int32)
+    first, second = tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))  # the high half comes first
+    weights = tl.reshape(tl.join(first, second), (BLOCKS, 64)) * scale[:, None]
+    tl.store(out + block[:, None] * 64 + tl.arange(0, 64)[None, :], weights, mask=inside[:, None])
+
+
+def dequantise(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """[out, in] in the state's dtype from its packed bytes (uint8), with blocks of 64 and double quantisation."""
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    blocks, nested = out.numel() // 64, state.state2
+    _kernel[(triton.cdiv(blocks, BLOCKS),)](
+        packed, out, state.absmax, nested.code, nested.absmax, state.offset, state.code, blocks,
+        PER_NESTED=nested.blocksize, BLOCKS=BLOCKS,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,65 @@
+"""The loss of training: TRL's fused head on the answer tokens alone, whose places are known before a step begins.
+
+TRL finds them in the middle of each pass. The GPU stands still meanwhile, since Python waits for their number. Here
+Python asks for it when the GPU has nothing to do anyway.
+"""
+
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import nn
+from trl.kernels import ChunkedLogProbFunction
+
+ANSWERS = "answers"
+"The name under which `Answers` travel with a batch to the model."
+VOCABULARY_TILE = 32768
+"Columns of the logits that are there at a time, as in TRL: see LOSS_TILE in `fitune.planning.sizes`."
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The tokens of a batch that are learned: each is predicted from the hidden state before it."""
+
+    places: torch.Tensor
+    "[answers], of those hidden states among the batch's rows one after the other."
+    tokens: torch.Tensor
+    "[answers]"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over a batch's answer tokens."""
+
+    loss: torch.Tensor
+    "Negative log-likelihood, nats."
+    entropy: torch.Tensor
+    right: torch.Tensor
+    "How many have the highest probability of all."
+
+
+def find_answers(labels: torch.Tensor) -> Answers:
+    """Of labels [rows, length]; -100 is no answer. Waits for the GPU."""
+    length = labels.shape[1]
+    row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return Answers(row * length + column, labels[row, column + 1])
+
+
+def add_answer_loss(causal_lm: nn.Module) -> None:
+    """`causal_lm(..., answers=Answers)` returns `Sums`; without answers everything is as it was."""
+    without = causal_lm.forward
+
+    def forward(self, *args, answers: Answers | None = None, **kwargs):
+        if answers is None:
+            return without(*args, **kwargs)
+        kwargs.pop("labels", None)
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        head = self.get_output_embeddings()
+        chosen = hidden.flatten(0, 1).index_select(0, answers.places)
+        wanted = ("entropy", "is_top1")
+        log_probs, entropy, _, _, right = ChunkedLogProbFunction.apply(
+            chosen, head.weight, head.bias, answers.tokens, 1.0, VOCABULARY_TILE, None, 1.0, wanted
+        )
+        return Sums(-log_probs.sum(), entropy.detach().sum(), right.sum())
+
+    causal_lm.forward = MethodType(forward, causal_lm)
