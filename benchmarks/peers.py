@@ -1,0 +1,132 @@
+"""fitune beside its peers on the same work and the same kind of card, in one run: `benchmarks/peers.json` says what.
+
+    python benchmarks/peers.py OUTPUT --models FOLDER --data FOLDER --seconds 500 [--only WORD ...] [--unsloth SITE]
+
+Each entry has a GPU of its own; as many run side by side as there are GPUs, entries of several GPUs alone at the end.
+fitune runs through its own command, on packed rows that `prepare` made (`--data`); a peer through
+`benchmarks/peer_run.py`. `--models` holds checkpoints of `benchmarks/random_checkpoint.py`, by name. `--unsloth` is a
+folder of packages of its own, since Unsloth pins other versions. Writes OUTPUT/peers.json and prints a table.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARGIN_GIB = 1.6
+"Of a card's memory: what lies outside torch, and what the driver keeps."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="No entry starts that may end later.")
+    parser.add_argument("--only", nargs="*", help="Entries whose name has one of these words.")
+    parser.add_argument("--unsloth", help="Python path of Unsloth's packages.")
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    import torch
+
+    gpus, deadline = torch.cuda.device_count(), time.monotonic() + options.seconds
+    entries = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
+    entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
+    report = {
+        "date": date.today().isoformat(), "commit": options.commit, "command": " ".join(sys.argv),
+        "hardware": f"{gpus} x {torch.cuda.get_device_name()}", "figures": "median step; GiB that torch allocated",
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+        "runs": [],
+    }  # fmt: skip
+    options.output.mkdir(parents=True, exist_ok=True)
+    waiting = queue.Queue()
+    for entry in entries:
+        if entry.get("gpus", 1) == 1:
+            waiting.put(entry)
+
+    def serve(gpu: int) -> None:
+        while not waiting.empty():
+            entry = waiting.get()
+            report["runs"].append(_run(entry, options, str(gpu), deadline))
+            _save(report, options.output)
+
+    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in range(gpus)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for entry in entries:
+        if 1 < entry.get("gpus", 1) <= gpus:
+            report["runs"].append(_run(entry, options, ",".join(map(str, range(entry["gpus"]))), deadline))
+            _save(report, options.output)
+    for run in sorted(report["runs"], key=lambda run: run["work"]):
+        print(f"{run['work']:34} {run['name']:44} {_words(run)}")
+
+
+def _save(report: dict, folder: Path) -> None:
+    (folder / "peers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _words(run: dict) -> str:
+    if "error" in run:
+        return run["error"][-150:].replace("\n", " ")
+    return f"{run['tokens_per_second']:8,.0f} tokens/s  {run['peak_allocated_gib']:5.1f} GiB"
+
+
+def _run(entry: dict, options, gpus: str, deadline: float) -> dict:
+    patience = min(entry.get("seconds", 100), deadline - time.monotonic())
+    if patience < 30:
+        return entry | {"error": "not started: no time was left"}
+    command, environment, result = (_fitune if entry["who"] == "fitune" else _peer)(entry, options)
+    environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": gpus}
+    try:
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience
+        )
+    except subprocess.TimeoutExpired:
+        return entry | {"error": f"not done after {patience:.0f} s"}
+    try:
+        return entry | result(done)
+    except (OSError, ValueError, IndexError):
+        return entry | {"error": (done.stderr or done.stdout)[-1500:]}
+
+
+def _fitune(entry: dict, options):
+    folder = options.output / entry["name"].replace(" ", "-").replace(",", "")
+    sets = {
+        "base.model": options.models / entry["model"], "data.prepared": options.data, "data.chat_template": "plain",
+        "training.save_strategy": "'no'", "training.report_to": "none", "training.max_steps": 6,
+        "training.logging_steps": 1, "training.disable_tqdm": "true", "global_batch_size": 8, **entry.get("set", {}),
+    }  # fmt: skip
+    command = [sys.executable, "cli.py", "train", entry["recipe"], "--profile", entry["profile"], "--output", folder,
+               "--force", *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))]  # fmt: skip
+
+    def result(done) -> dict:
+        measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
+        keys = ("step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds")
+        found = {key: measured[key] for key in keys}
+        return found | {"tokens_per_second": round(measured["tokens_per_second_per_gpu"])}
+
+    cap = {"FITUNE_GPU_CAP_GIB": str(entry["card_gib"] - MARGIN_GIB)} if "card_gib" in entry else {}
+    return command, cap, result
+
+
+def _peer(entry: dict, options):
+    command = [sys.executable, "benchmarks/peer_run.py", entry["who"], options.models / entry["model"],
+               "--rows-a-pass", entry["rows"], "--recompute", entry["recompute"]]  # fmt: skip
+    if "card_gib" in entry:
+        command += ["--cap", entry["card_gib"] - MARGIN_GIB]
+    path = {"PYTHONPATH": options.unsloth} if entry["who"] == "unsloth" and options.unsloth else {}
+    return command, path, lambda done: json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
