@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 
 STEPS, ROWS, LENGTH, SEED = 6, 8, 3072, 0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -99,7 +100,7 @@ def _train(options, model, adapter) -> list[float]:
             callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 if __name__ == "__main__":
