@@ -1,4 +1,7 @@
-"""What `cli.py doctor` checks: versions, GPUs, memory, disk, login and access; each finding says what to do."""
+"""What `cli.py doctor` checks: versions, GPUs, memory, disk, login and access; each finding says what to do.
+
+It stands in launching/ with the other checks that come before a start.
+"""
 
 import importlib.metadata
 import importlib.util

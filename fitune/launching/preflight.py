@@ -31,9 +31,10 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
 
 def check_fits(run: Run) -> None:
     """Raises UsageError if the run needs more than this machine has free, in the words of `plan`."""
-    from fitune.planning.search import limits_for_training, plan_with_changes, refusal
+    from fitune.planning.plan import make_plan
+    from fitune.planning.search import limits_for_training, refusal
 
-    reason = refusal(plan_with_changes(run, limits_for_training(run)))
+    reason = refusal(make_plan(run, limits_for_training(run)))
     if reason:
         raise UsageError(f"{reason}; --force trains anyway")
 
