@@ -172,11 +172,11 @@ def _generation_config(tokenizer):
 def _random_weights(config, seed: int) -> dict:
     """Tensors sorted by name, drawn in fp32, so that a seed means the same model in every dtype, then cast."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     # 0.02 suits a width of thousands; at 128 it keeps every logit below 3, and an adapter can't scale a frozen head
     model.lm_head.weight.data *= config.hidden_size**-0.5 / config.initializer_range
     return {name: weight.to(config.dtype) for name, weight in sorted(model.state_dict().items())}
