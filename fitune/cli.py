@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""fitune's command line: pick a recipe and a memory profile, prepare, train, evaluate, generate, merge.
+"""The command line: pick a recipe and a memory profile, prepare, train, evaluate, generate, merge.
 
 Nothing heavy is imported before a command needs it: `--help`, `list` and `show` answer at once.
 """
@@ -11,13 +10,23 @@ from pathlib import Path
 import click
 
 from fitune.config import run as runs
+from fitune.config.command_name import command, remember
 from fitune.errors import FituneError, UsageError
 
-EPILOG = "Start with:  make demo   or   python cli.py list"
+
+class Command(click.Command):
+    """A command whose example is shown as the user would type it: `fitune` may have been called otherwise."""
+
+    def format_epilog(self, ctx, formatter) -> None:
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(self.epilog.replace("fitune ", f"{command()} "))
 
 
-class Cli(click.Group):
+class Cli(Command, click.Group):
     """Prints an expected error as one line and exits with its code; --debug shows the traceback."""
+
+    command_class = Command
 
     def invoke(self, ctx):
         try:
@@ -57,14 +66,14 @@ force_option = click.option("--force", is_flag=True, help="Go on even if the bas
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 
 
-@click.group(cls=Cli, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Cli, epilog="Start with:  fitune list", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(runs.__version__, prog_name="fitune")
 def cli(debug):
     """Fine-tune Llama 3, 70B above all, on the GPUs you own."""
 
 
-@cli.command("list", epilog="Example:  python cli.py list")
+@cli.command("list", epilog="Example:  fitune list")
 def list_command():
     """Recipes, memory profiles, accelerate configs, and which go together."""
     from fitune.config.catalogue import print_catalogue
@@ -72,7 +81,7 @@ def list_command():
     print_catalogue()
 
 
-@cli.command(epilog="Example:  python cli.py show llama3_70b_qlora --profile fsdp_4x24gb")
+@cli.command(epilog="Example:  fitune show llama3_70b_qlora --profile fsdp_4x24gb")
 @recipe_argument
 @profile_option
 @set_option
@@ -84,7 +93,7 @@ def show(recipe, profile, sets, output):
     click.echo("\n# " + _launch_line(run, "fitune.training.train"))
 
 
-@cli.command(epilog="Example:  python cli.py plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
+@cli.command(epilog="Example:  fitune plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
 @recipe_argument
 @fitting_profile_option
 @click.option("--gpus", type=int, help="Number of GPUs, instead of this machine.")
@@ -106,9 +115,7 @@ def plan(recipe, profile, sets, **options):
     plan_command(recipe, profile, sets, **options)
 
 
-@cli.command(
-    epilog="Example:  python cli.py prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine"
-)
+@cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
 @click.argument("recipe", required=False, shell_complete=completed_from(runs.RECIPES))
 @click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
 @click.option(
@@ -175,7 +182,7 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
     )
 
 
-@cli.command(epilog="Example:  python cli.py train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
+@cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
 @recipe_argument
 @fitting_profile_option
 @set_option
@@ -230,12 +237,10 @@ def train(
         code = train_with_restarts(run, resume=resume, max_restarts=max_restarts, accelerate_flags=given)
     if code:
         sys.exit(code)
-    click.echo(
-        f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: python cli.py eval {run.folder}"
-    )
+    click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}")
 
 
-@cli.command("eval", epilog="Example:  python cli.py eval runs/tiny_qlora-cpu_2proc")
+@cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @force_option
 def eval_command(run_folder, force):
@@ -243,7 +248,7 @@ def eval_command(run_folder, force):
     _launch(_finished_run(run_folder), "fitune.training.evaluate", *(["--force"] if force else []))
 
 
-@cli.command(epilog='Example:  python cli.py generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
+@cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
 @click.argument("run_or_model", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
 @click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
@@ -278,7 +283,7 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         _launch(_finished_run(run_or_model), "fitune.training.generate", *arguments)
 
 
-@cli.command(epilog="Example:  python cli.py quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
+@cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -297,7 +302,7 @@ def quantize(model, revision, output):
     click.echo(f"{output}: train on it with --set base.model={output}")
 
 
-@cli.command(epilog="Example:  python cli.py doctor --model meta-llama/Meta-Llama-3-70B")
+@cli.command(epilog="Example:  fitune doctor --model meta-llama/Meta-Llama-3-70B")
 @click.option("--model", help="Check access to this model. [default: Llama 3 8B]")
 def doctor(model):
     """Versions, GPUs, memory, disk, login, access to the base; says what to fix."""
@@ -306,7 +311,7 @@ def doctor(model):
     sys.exit(0 if check(model) else 1)
 
 
-@cli.command(epilog="Example:  python cli.py merge runs/tiny_qlora-cpu_2proc --output merged")
+@cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @click.option("--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force).")
@@ -317,16 +322,23 @@ def merge(run_folder, output, base, force):
     from fitune.weights.merge import merge_run
 
     merge_run(run, result, output, base=base, force=force)
-    click.echo(f'merged: {output}   next: python cli.py generate {output} --prompt "..."')
+    click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')
 
 
-@cli.command(epilog="Example:  ./cli.py completion bash >> ~/.bashrc   (then use ./cli.py)")
+@cli.command(epilog="Example:  fitune completion bash >> ~/.bashrc")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell):
     """The completion script for a shell."""
     from click.shell_completion import get_completion_class
 
-    click.echo(get_completion_class(shell)(cli, {}, "cli.py", "_CLI_PY_COMPLETE").source())
+    program, variable = _completed_program()
+    click.echo(f"# completes {'./' if program.endswith('.py') else ''}{program}")
+    click.echo(get_completion_class(shell)(cli, {}, program, variable).source())
+
+
+def _completed_program() -> tuple[str, str]:
+    """The program that a shell completes, and the environment variable by which it asks."""
+    return ("cli.py", "_CLI_PY_COMPLETE") if command().endswith(".py") else ("fitune", "_FITUNE_COMPLETE")
 
 
 def _finished_run(folder: Path):
@@ -359,7 +371,7 @@ def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, 
     from fitune.planning.search import find_profile, profile_as_typed, unlike_profile
 
     run = find_profile(recipe, sets, this_machine()).run
-    click.echo(f"profile: {profile_as_typed(run)}, the fastest that fits this machine (see: cli.py plan {recipe})")
+    click.echo(f"profile: {profile_as_typed(run)}, the fastest that fits this machine (see: {command()} plan {recipe})")
     return run.profile_name, unlike_profile(run)
 
 
@@ -377,5 +389,7 @@ def _launch(run, module: str, *arguments: str, **options) -> None:
         sys.exit(code)
 
 
-if __name__ == "__main__":
-    cli(prog_name="cli.py")
+def main() -> None:
+    """What `fitune`, `python cli.py` and `python -m fitune` run."""
+    name = remember(sys.argv[0])
+    cli(prog_name=name, complete_var=_completed_program()[1])

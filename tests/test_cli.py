@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def cli(monkeypatch, tmp_path):
     """Runs a command line in an empty folder; returns click's result."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    from cli import cli as group
+    from fitune.cli import cli as group
 
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(group, [str(argument) for argument in arguments])
@@ -32,7 +31,7 @@ def test_help_answers_at_once():
 
 
 def test_every_command_has_an_example(cli):
-    from cli import cli as group
+    from fitune.cli import cli as group
 
     for name, command in group.commands.items():
         assert command.epilog.startswith("Example:"), name

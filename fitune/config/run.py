@@ -8,15 +8,12 @@ import yaml
 
 from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.command_name import command
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
 from fitune.config.training_block import check_training_block
 from fitune.config.yaml_file import parse, read_yaml
 from fitune.errors import UsageError, nearest
-
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "recipes"
-PROFILES = RECIPES / "memory_profiles"
-ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 
 
 def names(folder: Path) -> list[str]:
@@ -166,5 +163,5 @@ def load(path: Path) -> Run:
     """A run.yaml, or the run folder that holds one."""
     path = path / "run.yaml" if path.is_dir() else path
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a run folder written by `python cli.py train`")
+        raise UsageError(f"{path}: no such file; expected a run folder written by `{command()} train`")
     return parse(Run, read_yaml(path) | {"output_dir": str(path.absolute().parent)}, str(path))  # it may have moved

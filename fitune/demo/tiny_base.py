@@ -14,12 +14,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fitune.config.shipped import EXAMPLES
 from fitune.data.chat_template import training_template
 from fitune.errors import FituneError, UsageError
 from fitune.output_folder import new_folder, refuse_existing
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "instructions" / "instructions.jsonl"
-
+TEXTS = EXAMPLES / "instructions" / "instructions.jsonl"
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,9 +89,9 @@ def _check_sizes(vocab_size: int, hidden_size: int, num_heads: int, num_kv_heads
 def _example_texts() -> Iterator[str]:
     """The message contents of the shipped examples."""
     try:
-        lines = EXAMPLES.read_text(encoding="utf-8").splitlines()
+        lines = TEXTS.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UsageError(f"{EXAMPLES}: no such file; run from a full clone of the repository") from None
+        raise UsageError(f"{TEXTS}: no such file; install fitune again") from None
     for line in lines:
         for message in json.loads(line)["messages"]:
             yield message["content"]

@@ -7,6 +7,7 @@ from itertools import combinations
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.command_name import command
 from fitune.config.schema import Lora, Recipe, Run
 from fitune.errors import UsageError
 from fitune.planning.hardware import GpuModel, Machine, free_disk_gib, this_machine
@@ -183,7 +184,7 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
         if candidates[0].accelerate.num_machines == 1
     ]
     if not plans:
-        raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
+        raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: {command()} list")
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return max(fitting, key=_preference)

@@ -37,8 +37,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bits
 
 @pytest.fixture
 def cli(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from cli import cli as group
+    from fitune.cli import cli as group
 
     return lambda *arguments: CliRunner().invoke(group, ["plan", *map(str, arguments)])
 
