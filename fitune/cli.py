@@ -154,8 +154,10 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
 
     if recipe:
         resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
-        data, base = resolved.data, resolved.base
-        folder = None if no_tokens or tokenizer else local_config(base.model, base.revision)
+        data, base, needs_base = resolved.data, resolved.base, not (no_tokens or tokenizer)
+        read = ["data.dataset", "data.mix", *([] if template_choice else ["data.chat_template"])]
+        runs.check_paths(recipe, sets, *read, *(["base.model"] if needs_base else []))
+        folder = local_config(base.model, base.revision) if needs_base else None
         options |= {
             "max_length": max_length or resolved.max_length,
             "packing": resolved.packing,
@@ -225,6 +227,7 @@ def train(
     if resume and (finished := nothing_left(run)):
         click.echo(finished)
         return
+    runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
     check_before_training(run, force=force)
     click.echo(_launch_line(run, "fitune.training.train"))
     flags = {

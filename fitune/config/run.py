@@ -9,6 +9,7 @@ import yaml
 from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
+from fitune.config.recipe_paths import found_beside, refuse_missing
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
 from fitune.config.training_block import check_training_block
@@ -66,11 +67,20 @@ def _merged(data: dict, overrides: dict) -> dict:
 
 
 def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
-    """A recipe by name or path, with overrides applied; paths inside it are relative to the current folder."""
+    """A recipe by name or path, with overrides applied.
+
+    Relative paths inside it are looked for beside it, then in the working folder (`fitune.config.recipe_paths`).
+    """
     path = find(name, RECIPES, "recipe")
     source = f"{path}{' with --set' if overrides else ''}"
-    recipe = parse(Recipe, _merged(read_yaml(path), overrides or {}), source)
+    recipe = parse(Recipe, _merged(found_beside(read_yaml(path), path), overrides or {}), source)
     return recipe.model_copy(update={"training": check_training_block(recipe.training, source)})
+
+
+def check_paths(name: str, sets: tuple[str, ...], *keys: str) -> None:
+    """Raises UsageError, which says where it looked, if a path that a recipe has under one of `keys` leads nowhere."""
+    path = find(name, RECIPES, "recipe")
+    refuse_missing(read_yaml(path), parse_sets(sets)[0], path, name, keys)
 
 
 def load_profile(name: str, overrides: dict | None = None) -> Profile:

@@ -29,6 +29,7 @@ def plan_command(
     if all_tiers:
         rows = matrix(recipe, sets)
         return print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
+    runs.check_paths(recipe, sets, "base.model")
     model = gpu_model(gpu) if gpu else None
     if profile:
         run = runs.resolve(recipe, profile, sets)
