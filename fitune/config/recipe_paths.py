@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fitune.config.command_name import command
+from fitune.config.shipped import RECIPES
 from fitune.errors import UsageError
 
 KEYS = ("base.model", "data.dataset", "data.mix", "data.prepared", "data.chat_template")
@@ -40,13 +41,20 @@ def refuse_missing(recipe: dict, overrides: dict, file: Path, name_as_typed: str
             continue
         for values, inner in _places(base, data, only=name):
             text = values[inner]
-            beside, here = file.parent / text, Path(text).expanduser()
-            if beside.exists() or here.exists() or not _is_path(name, text, file.parent):
-                continue
-            looked = f": looked for {beside.absolute()}, beside the recipe, and for {here.absolute()}"
-            where = "" if here.is_absolute() or beside.resolve() == here.resolve() else looked
-            hint = f"; run: {command()} prepare {name_as_typed}" if name == "data.prepared" else ""
-            raise UsageError(f"{file}: {name} {text}: no such file or folder{where}{hint}")
+            found = (file.parent / text).exists() or Path(text).expanduser().exists()
+            if not found and _is_path(name, text, file.parent):
+                hint = f"; run: {command()} prepare {name_as_typed}" if name == "data.prepared" else ""
+                raise UsageError(f"{file}: {name} {text}: no such file or folder{_where(text, file)}{hint}")
+
+
+def _where(text: str, file: Path) -> str:
+    """In which folders a path was looked for; nobody keeps data beside a shipped recipe."""
+    beside, here = (file.parent / text).absolute(), Path(text).expanduser()
+    if here.is_absolute():
+        return ""
+    if file.parent == RECIPES or beside.resolve() == here.resolve():
+        return f" in {Path.cwd()}"
+    return f": looked for {beside}, beside the recipe, and for {here.absolute()}"
 
 
 def _block(values: dict, name: str) -> dict:

@@ -1,4 +1,4 @@
-"""What `cli.py doctor` checks: versions, GPUs, memory, disk, login and access; each finding says what to do.
+"""What `fitune doctor` checks: versions, GPUs, memory, disk, login and access; each finding says what to do.
 
 It stands in launching/ with the other checks that come before a start.
 """

@@ -1,4 +1,4 @@
-"""`cli.py plan`: what a run needs, whether it fits, how long it takes. No torch, no GPU, nothing is loaded."""
+"""`fitune plan`: what a run needs, whether it fits, how long it takes. No torch, no GPU, nothing is loaded."""
 
 import json
 import math

@@ -23,7 +23,7 @@ def plan_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, gpu_memory: float | None,
     host_memory: float | None, gpu: str | None, find: bool, all_tiers: bool, in_json: bool, **options,
 ) -> None:  # fmt: skip
-    """What `cli.py plan` does with its flags."""
+    """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, gpu_memory, host_memory, find, all_tiers)
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
     if all_tiers:

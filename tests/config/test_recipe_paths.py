@@ -130,6 +130,14 @@ def test_an_error_says_where_it_looked(project, tmp_path, command, key, text):
     assert (f"run: python cli.py prepare {recipe}" in outcome.stderr) == (key == "data.prepared")
 
 
+def test_a_shipped_recipe_names_the_working_folder_alone(project, tmp_path):
+    outcome = run("train", "tiny_qlora", "--profile", "cpu_2proc")
+    said = (
+        f"data.prepared data/tiny: no such file or folder in {tmp_path / 'elsewhere'}; run: python cli.py prepare tiny"
+    )
+    assert said in outcome.stderr
+
+
 def test_a_path_given_with_set_is_not_looked_for_beside_the_recipe(project):
     build_tiny_base(project / "base", num_layers=1)
     outcome = run("plan", write_recipe(project), "--profile", "cpu_2proc", "--set", "base.model=./base")
