@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED)  ## make .venv and install requirements.txt
+setup: $(INSTALLED)  ## make .venv, install requirements.txt and the command .venv/bin/fitune
 
-$(INSTALLED): requirements.txt requirements-gpu.txt
+$(INSTALLED): requirements.txt requirements-gpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fitune needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt $(if $(shell command -v nvidia-smi),-r requirements-gpu.txt)
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(DEV_INSTALLED): $(INSTALLED) requirements-dev.txt

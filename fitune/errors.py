@@ -4,13 +4,13 @@ import sys
 from difflib import get_close_matches
 
 CRASHED = 70
-"A rank's exit code for what nobody expected; `cli.py train` may start again after it, and ends with 1."
+"A rank's exit code for what nobody expected; `fitune train` may start again after it, and ends with 1."
 INTERRUPTED = 75
 "Exit code of a run that was told to stop and has saved what it did."
 
 
 class FituneError(Exception):
-    """A run that cannot go on. `cli.py` prints the message without a traceback and exits with `exit_code`."""
+    """A run that cannot go on. The command line prints the message without a traceback and exits with `exit_code`."""
 
     exit_code = 1
 

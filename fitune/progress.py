@@ -1,4 +1,4 @@
-"""Progress bars on stderr, from the main process only."""
+"""Progress bars on stderr."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,16 +6,13 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
-
-from fitune.training.distributed import is_main_process
 
 REDRAW_SECONDS = 0.1
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar of `total` steps; call what it yields after each."""
+def bar(description: str, total: int, *, show: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar of `total` steps; call what it yields after each. Of several ranks only one should `show` it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,7 +21,7 @@ def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     # drawn by the caller alone: a thread that draws on would look like progress to who watches for ranks that hang
-    options = {"console": Console(stderr=True), "disable": not is_main_process(), "auto_refresh": False}
+    options = {"console": Console(stderr=True), "disable": not show, "auto_refresh": False}
     with Progress(*columns, **options) as progress:
         task, drawn = progress.add_task(description, total=total), 0.0
 
@@ -37,8 +34,3 @@ def bar(description: str, total: int) -> Iterator[Callable[..., None]]:
                 drawn = now
 
         yield advance
-
-
-def loading_bar(model: nn.Module):
-    """A bar over the model's parameters."""
-    return bar("loading weights", sum(1 for _ in model.parameters()))

@@ -22,7 +22,7 @@ def code(page: Path) -> list[str]:
 
 def cli_lines() -> list[str]:
     lines = [line for page in PAGES for line in code(page)]
-    return sorted({line for line in lines if re.match(r"(python |\./)cli\.py ", line)})
+    return sorted({line for line in lines if re.match(r"((python |\./)cli\.py|fitune) ", line)})
 
 
 @pytest.mark.parametrize("line", cli_lines())
@@ -30,10 +30,9 @@ def test_every_command_parses(line):
     from click import Context
     from click.exceptions import Exit
 
-    sys.path.insert(0, str(ROOT))
-    from cli import cli
+    from fitune.cli import cli
 
-    words = re.findall(r'"[^"]*"|\S+', re.sub(r"^(python |\./)cli\.py ", "", line))
+    words = re.findall(r'"[^"]*"|\S+', re.sub(r"^((python |\./)cli\.py|fitune) ", "", line))
     words = [word.strip('"') for word in words if not word.startswith(">")]
     name, *rest = words
     assert name in cli.commands, line

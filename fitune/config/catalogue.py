@@ -1,4 +1,4 @@
-"""What `cli.py list` prints."""
+"""What `fitune list` prints."""
 
 import click
 

@@ -1,6 +1,7 @@
 """Where a model lies: a local folder, taken as it is, or a Hugging Face Hub id, in the Hub's cache or downloaded to it.
 
 The login is huggingface_hub's own (HF_TOKEN, or `hf auth login`); no token passes through here.
+It stands in config/ because `prepare` and the checks before a start need it too, not only what reads weights.
 """
 
 import re

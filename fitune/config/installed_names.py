@@ -5,13 +5,14 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from fitune.config.shipped import how_to_install
 from fitune.errors import FituneError
 
 
 def _source(package: str, file: str) -> ast.Module:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise FituneError(f"{package} is not installed; run: make setup")
+        raise FituneError(f"{package} is not installed; run: {how_to_install(package)}")
     return ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
 
 

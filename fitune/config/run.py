@@ -8,15 +8,13 @@ import yaml
 
 from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.command_name import command
+from fitune.config.recipe_paths import found_beside, refuse_missing
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
 from fitune.config.training_block import check_training_block
 from fitune.config.yaml_file import parse, read_yaml
 from fitune.errors import UsageError, nearest
-
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "recipes"
-PROFILES = RECIPES / "memory_profiles"
-ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 
 
 def names(folder: Path) -> list[str]:
@@ -69,11 +67,20 @@ def _merged(data: dict, overrides: dict) -> dict:
 
 
 def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
-    """A recipe by name or path, with overrides applied; paths inside it are relative to the current folder."""
+    """A recipe by name or path, with overrides applied.
+
+    Relative paths inside it are looked for beside it, then in the working folder (`fitune.config.recipe_paths`).
+    """
     path = find(name, RECIPES, "recipe")
     source = f"{path}{' with --set' if overrides else ''}"
-    recipe = parse(Recipe, _merged(read_yaml(path), overrides or {}), source)
+    recipe = parse(Recipe, _merged(found_beside(read_yaml(path), path), overrides or {}), source)
     return recipe.model_copy(update={"training": check_training_block(recipe.training, source)})
+
+
+def check_paths(name: str, sets: tuple[str, ...], *keys: str) -> None:
+    """Raises UsageError, which says where it looked, if a path that a recipe has under one of `keys` leads nowhere."""
+    path = find(name, RECIPES, "recipe")
+    refuse_missing(read_yaml(path), parse_sets(sets)[0], path, name, keys)
 
 
 def load_profile(name: str, overrides: dict | None = None) -> Profile:
@@ -166,5 +173,5 @@ def load(path: Path) -> Run:
     """A run.yaml, or the run folder that holds one."""
     path = path / "run.yaml" if path.is_dir() else path
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a run folder written by `python cli.py train`")
+        raise UsageError(f"{path}: no such file; expected a run folder written by `{command()} train`")
     return parse(Run, read_yaml(path) | {"output_dir": str(path.absolute().parent)}, str(path))  # it may have moved

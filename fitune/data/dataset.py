@@ -5,6 +5,7 @@ from pathlib import Path
 from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from fitune.config.command_name import command
 from fitune.config.schema import Recipe
 from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
 from fitune.data.file_formats import optional_keys, row_schema
@@ -22,7 +23,7 @@ def load_split(recipe: Recipe, split: str, cache: Path) -> Dataset:
     """The `train` or `test` rows that `prepare` wrote: one column, `messages`. Memory-mapped from `cache`."""
     file = Path(recipe.data.prepared) / f"{split}.jsonl"
     if not file.is_file():
-        raise UsageError(f"{file}: no such file; run `python cli.py prepare RECIPE` first, or set data.prepared")
+        raise UsageError(f"{file}: no such file; run `{command()} prepare RECIPE` first, or set data.prepared")
     features = Features.from_arrow_schema(row_schema(optional_keys(file)))  # the first tool call may come late
     return load_dataset("json", data_files=str(file), features=features, split="train", cache_dir=str(cache))
 

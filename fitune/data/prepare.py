@@ -48,7 +48,7 @@ def prepare(
 ) -> dict:
     """Write `output`/train.jsonl, test.jsonl and report.json; return the report.
 
-    Flags of `cli.py prepare`, in its words, and what it takes from the recipe:
+    Flags of `fitune prepare`, in its words, and what it takes from the recipe:
 
     --tokenizer (`tokenizer`)          folder or Hub id, or a transformers tokenizer; None: tokens are not counted
     --template (`template_choice`)     instead of the recipe's `chat_template`

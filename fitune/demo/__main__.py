@@ -9,6 +9,7 @@ over gloo, an NF4 base and LoRA on all linears: the code path that trains 70B.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fitune.config.run import ROOT, load_recipe
+from fitune.config.command_name import COMMAND, command
+from fitune.config.run import load_recipe
 from fitune.errors import FituneError
 
 RECIPE, PROFILE = "tiny_qlora", "cpu_2proc"
@@ -33,30 +35,33 @@ def demo(folder: Path, console: Console) -> None:
     base, data = Path(recipe.base.model), Path(recipe.data.prepared)
     run, merged = folder / "run", folder / "merged"
     _remake(console, base, ["-m", "fitune.demo.tiny_base", str(base)])
-    _remake(console, data, ["cli.py", "prepare", RECIPE])
-    _stage(console, ["cli.py", "train", RECIPE, "--profile", PROFILE, "--output", str(run)])
-    _stage(console, ["cli.py", "eval", str(run)])
-    _stage(console, ["cli.py", "merge", str(run), "--output", str(merged)])
+    _remake(console, data, ["-m", "fitune", "prepare", RECIPE])
+    _stage(console, ["-m", "fitune", "train", RECIPE, "--profile", PROFILE, "--output", str(run)])
+    _stage(console, ["-m", "fitune", "eval", str(run)])
+    _stage(console, ["-m", "fitune", "merge", str(run), "--output", str(merged)])
     prompts = [row["messages"][0]["content"] for row in _rows(data / "train.jsonl")[:3]]
     asked = [part for prompt in prompts for part in ("--prompt", prompt)]
-    _stage(console, ["cli.py", "generate", str(run), *asked, "--max-new-tokens", "40"])
+    _stage(console, ["-m", "fitune", "generate", str(run), *asked, "--max-new-tokens", "40"])
     report = memorised(base, merged, _rows(data / "train.jsonl")[:MEMORISED])
     (folder / "memorised.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _summary(console, folder, report, time.perf_counter() - started)
     _refuse_a_demo_that_learned_nothing(report, json.loads((run / "eval.json").read_text()))
 
 
-def _remake(console: Console, target: Path, command: list[str]) -> None:
+def _remake(console: Console, target: Path, arguments: list[str]) -> None:
     if target.exists():
         console.print(f"[dim]{target} is there already[/dim]")
     else:
-        _stage(console, command)
+        _stage(console, arguments)
 
 
-def _stage(console: Console, command: list[str]) -> None:
+def _stage(console: Console, arguments: list[str]) -> None:
+    """One stage, as arguments of Python; shown as it would be typed."""
     console.rule(style="dim")
-    console.print("$ python " + shlex.join(command), style="bold", markup=False, soft_wrap=True)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
+    is_command = arguments[:2] == ["-m", "fitune"]
+    typed = f"{command()} {shlex.join(arguments[2:])}" if is_command else f"python {shlex.join(arguments)}"
+    console.print(f"$ {typed}", style="bold", markup=False, soft_wrap=True)
+    done = subprocess.run([sys.executable, *arguments], env=os.environ | {COMMAND: command()}, check=False)
     if done.returncode:
         raise FituneError(f"the stage above ended with exit code {done.returncode}")
 
@@ -114,7 +119,7 @@ def _summary(console: Console, folder: Path, report: dict, seconds: float) -> No
     )
     console.print(
         "\non a real GPU (24 GB, after `hf auth login`):\n"
-        "  python cli.py prepare llama3_8b_qlora && python cli.py train llama3_8b_qlora --profile single_gpu",
+        f"  {command()} prepare llama3_8b_qlora && {command()} train llama3_8b_qlora --profile single_gpu",
         soft_wrap=True,
     )
 

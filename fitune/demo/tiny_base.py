@@ -14,12 +14,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fitune.config.shipped import EXAMPLES
 from fitune.data.chat_template import training_template
 from fitune.errors import FituneError, UsageError
 from fitune.output_folder import new_folder, refuse_existing
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "instructions" / "instructions.jsonl"
-
+TEXTS = EXAMPLES / "instructions" / "instructions.jsonl"
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,9 +89,9 @@ def _check_sizes(vocab_size: int, hidden_size: int, num_heads: int, num_kv_heads
 def _example_texts() -> Iterator[str]:
     """The message contents of the shipped examples."""
     try:
-        lines = EXAMPLES.read_text(encoding="utf-8").splitlines()
+        lines = TEXTS.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UsageError(f"{EXAMPLES}: no such file; run from a full clone of the repository") from None
+        raise UsageError(f"{TEXTS}: no such file; install fitune again") from None
     for line in lines:
         for message in json.loads(line)["messages"]:
             yield message["content"]
@@ -172,11 +172,11 @@ def _generation_config(tokenizer):
 def _random_weights(config, seed: int) -> dict:
     """Tensors sorted by name, drawn in fp32, so that a seed means the same model in every dtype, then cast."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     # 0.02 suits a width of thousands; at 128 it keeps every logit below 3, and an adapter can't scale a frozen head
     model.lm_head.weight.data *= config.hidden_size**-0.5 / config.initializer_range
     return {name: weight.to(config.dtype) for name, weight in sorted(model.state_dict().items())}

@@ -1,4 +1,7 @@
-"""What `cli.py doctor` checks: versions, GPUs, memory, disk, login and access; each finding says what to do."""
+"""What `fitune doctor` checks: versions, GPUs, memory, disk, login and access; each finding says what to do.
+
+It stands in launching/ with the other checks that come before a start.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +14,8 @@ from pathlib import Path
 
 import click
 
-from fitune.config.run import ROOT, load_recipe
+from fitune.config.run import load_recipe
+from fitune.config.shipped import how_to_install, pinned_versions
 from fitune.errors import FituneError
 
 GATED_RECIPE = "llama3_8b_qlora"
@@ -53,32 +57,26 @@ def doctor(model: str | None) -> bool:
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     good = sys.version_info >= (3, 11)
-    return Finding("python", good, version, "" if good else "install Python 3.11 or newer, then: make setup")
+    return Finding("python", good, version, "" if good else "install Python 3.11 or newer, then fitune again")
 
 
 def _packages() -> list[Finding]:
-    """Installed versions against the pins of the requirements files."""
-    files = ["requirements.txt", *(["requirements-gpu.txt"] if shutil.which("nvidia-smi") else [])]
-    pins = dict(line.strip().split("==") for file in files for line in _lines(ROOT / file) if "==" in line)
-    wrong = []
+    """Installed versions against the pinned ones."""
+    pins, wrong = pinned_versions(), {}
     for name, wanted in pins.items():
         try:
             found = importlib.metadata.version(name).split("+")[0]
         except importlib.metadata.PackageNotFoundError:
             found = "missing"
         if found != wanted:
-            wrong.append(f"{name} {found} (want {wanted})")
-    text = f"{len(pins)} pinned packages as in {' and '.join(files)}" if not wrong else ", ".join(wrong)
-    return [Finding("packages", not wrong, text, "run: make setup" if wrong else "")]
-
-
-def _lines(file: Path) -> list[str]:
-    return [line.split("#")[0] for line in file.read_text(encoding="utf-8").splitlines()]
+            wrong[name] = f"{name} {found} (want {wanted})"
+    text = ", ".join(wrong.values()) or f"all {len(pins)} have the pinned versions"
+    return [Finding("packages", not wrong, text, f"run: {how_to_install(*wrong)}" if wrong else "")]
 
 
 def _torch() -> Finding:
     if importlib.util.find_spec("torch") is None:
-        return Finding("torch", False, "missing", "run: make setup")
+        return Finding("torch", False, "missing", f"run: {how_to_install('torch')}")
     import torch
 
     cuda = torch.version.cuda
@@ -112,7 +110,7 @@ def _host_memory() -> Finding:
 
 def _disk() -> Finding:
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    free_here, free_cache = shutil.disk_usage(ROOT).free / GB, shutil.disk_usage(_existing(cache)).free / GB
+    free_here, free_cache = shutil.disk_usage(Path.cwd()).free / GB, shutil.disk_usage(_existing(cache)).free / GB
     good = free_cache > 20
     fix = "" if good else "8B needs 16 GB, 70B 141 GB (40 GB quantised); set HF_HOME to a larger disk"
     return Finding(

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
-from fitune.config.run import ROOT
 from fitune.config.schema import Run
+from fitune.config.shipped import CHECKOUT
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 
 
@@ -136,7 +136,8 @@ def _signals_go_to_the_ranks():
 
 
 def _set_environment(run: Run) -> None:
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if CHECKOUT:  # an installed package is found by itself, and its folder must not come before Python's own
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     if run.accelerate.use_cpu:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.accelerate.num_processes)))

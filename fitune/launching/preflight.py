@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fitune.config import run as runs
+from fitune.config.command_name import command
 from fitune.config.hub import local_config
 from fitune.config.schema import Run, Strict
 from fitune.errors import UsageError
@@ -23,7 +24,7 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
     for split in ("train", "test"):
         file = Path(run.recipe.data.prepared) / f"{split}.jsonl"
         if not file.is_file():
-            raise UsageError(f"{file}: no such file; run: python cli.py prepare {run.recipe_name}")
+            raise UsageError(f"{file}: no such file; run: {command()} prepare {run.recipe_name}")
     local_config(run.recipe.base.model, run.recipe.base.revision)
     if not force:
         check_fits(run)
@@ -31,9 +32,10 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
 
 def check_fits(run: Run) -> None:
     """Raises UsageError if the run needs more than this machine has free, in the words of `plan`."""
-    from fitune.planning.search import limits_for_training, plan_with_changes, refusal
+    from fitune.planning.plan import make_plan
+    from fitune.planning.search import limits_for_training, refusal
 
-    reason = refusal(plan_with_changes(run, limits_for_training(run)))
+    reason = refusal(make_plan(run, limits_for_training(run)))
     if reason:
         raise UsageError(f"{reason}; --force trains anyway")
 

@@ -1,4 +1,4 @@
-"""run.lock: one run at a time in a folder. Held by `cli.py train`, or by rank 0 where another launcher is used."""
+"""run.lock: one run at a time in a folder. Held by `fitune train`, or by rank 0 where another launcher is used."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from fitune.errors import UsageError
 
 LOCK = "run.lock"
 HELD = "FITUNE_RUN_LOCK_HELD"
-"The environment variable by which `cli.py train` tells its ranks that it holds the lock."
+"The environment variable by which `fitune train` tells its ranks that it holds the lock."
 
 
 def is_held_by_launcher() -> bool:

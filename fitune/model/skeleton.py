@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from fitune.config.schema import Lora, Recipe
+from fitune.config.shipped import how_to_install
 from fitune.errors import UsageError
 from fitune.model.attention import PACKED_ATTENTION
 from fitune.model.layer import use_written_out_layers
@@ -79,7 +80,7 @@ def _use_liger_kernels(model: PreTrainedModel) -> None:
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
     except ImportError:
-        raise UsageError("liger-kernel is not installed; run: pip install -r requirements-gpu.txt") from None
+        raise UsageError(f"liger-kernel is not installed; run: {how_to_install('liger-kernel')}") from None
     apply_liger_kernel_to_llama(
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )

@@ -8,7 +8,8 @@ answer token, and every row to be full.
 
 from dataclasses import dataclass
 
-from fitune.planning.sizes import BF16, CHUNK_BYTES, FP32, GIB, NF4, NF4_STATISTICS, READ_BUFFERS, Setup
+from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
+from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""`cli.py plan`: what a run needs, whether it fits, how long it takes. No torch, no GPU, nothing is loaded."""
+"""`fitune plan`: what a run needs, whether it fits, how long it takes. No torch, no GPU, nothing is loaded."""
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fitune import __version__
@@ -11,7 +11,7 @@ from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError, nearest
 from fitune.planning.hardware import Gpu, GpuModel, Machine, likely_model
-from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak, merge_host
+from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
 from fitune.planning.model_shapes import ModelShape, find_shape, has_weights
 from fitune.planning.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
 from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
@@ -99,10 +99,6 @@ class Plan:
     "Bytes by purpose."
     verdicts: list[Verdict]
     time: Time | None
-    changes: list[str] = field(default_factory=list)
-    "The nearest changes that fit, if it does not."
-    largest_micro_batch: int = 0
-    longest_sequence: int = 0
 
     @property
     def fits(self) -> bool:
@@ -113,28 +109,22 @@ class Plan:
         return max(self.host, key=lambda phase: sum(self.host[phase].values()))
 
 
-def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, *, search: bool = True, **options) -> Plan:
-    """Everything `plan` says about one run. `search=False` leaves out the nearest changes and the largest batch."""
+def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) -> Plan:
+    """Needs, verdicts and time of one run; what else would fit is for `fitune.planning.search` to find."""
     shape = find_shape(run.recipe.base.model, run.recipe.base.revision)
     setup = setup_of(run, shape)
-    peak = gpu_peak(setup) if setup.on_gpu else None
-    host = host_moments(setup)
     space = disk(setup, kept_checkpoints(run))
     if has_weights(run.recipe.base.model, run.recipe.base.revision):
         space["download"] = 0.0
-    plan = Plan(
-        run=run, setup=setup, limits=limits, gpu=peak, host=host, disk=space, verdicts=verdicts(setup, limits, space),
+    return Plan(
+        run=run,
+        setup=setup,
+        limits=limits,
+        gpu=gpu_peak(setup) if setup.on_gpu else None,
+        host=host_moments(setup),
+        disk=space,
+        verdicts=verdicts(setup, limits, space),
         time=_time(run, setup, gpu, **options) if setup.on_gpu else None,
-    )  # fmt: skip
-    if not search:
-        return plan
-    from fitune.planning import search as plan_search
-
-    return replace(
-        plan,
-        changes=[] if plan.fits else plan_search.nearest_changes(plan),
-        largest_micro_batch=plan_search.largest_micro_batch(setup, limits),
-        longest_sequence=plan_search.longest_sequence(setup, limits),
     )
 
 
@@ -280,33 +270,3 @@ def _rows(report: dict, recipe: Recipe) -> float:
     if not recipe.packing:
         return report["train_rows"]
     return report["tokens"]["total"] / (recipe.max_length * (report["packing_efficiency"] or 1))
-
-
-def as_json(plan: Plan) -> dict:
-    """The exact numbers of `plan --json`, GiB unless the key says otherwise."""
-
-    def gib(sizes: dict[str, float]) -> dict[str, float]:
-        return {name: round(size / GIB, 3) for name, size in sizes.items() if size}
-
-    peak, time = plan.gpu, plan.time
-    return {
-        "recipe": plan.run.recipe_name, "profile": plan.run.profile_name, "method": plan.setup.method,
-        "gpus": plan.setup.ranks if plan.setup.on_gpu else 0, "machines": plan.setup.machines, "fits": plan.fits,
-        "peak_gpu_gib": round(peak.total / GIB, 3) if peak else 0.0,
-        "peak_allocated_gib": round(peak.allocated / GIB, 3) if peak else 0.0,
-        "peak_phase": peak.phase if peak else plan.host_phase,
-        "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
-        "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
-        "micro_batch": plan.setup.micro_batch, "max_length": plan.setup.max_length,
-        "largest_micro_batch": plan.largest_micro_batch, "longest_sequence": plan.longest_sequence,
-        "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
-        "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
-        "merge_host_gib": round(merge_host(plan.setup) / GIB, 3),
-        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "fits": v.fits,
-                      "has": None if math.isinf(v.has) else round(v.has, 3)} for v in plan.verdicts],
-        "changes": plan.changes,
-        "estimate": None if time is None else {
-            "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),
-            "tokens_per_second": round(time.tokens_per_second, 1), "steps": time.steps, "hours": time.hours,
-            "cost": time.cost},
-    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How `plan` prints: tables with bars, a verdict per resource, the estimate, the matrix of tiers."""
+"""How `plan` answers: tables with bars, a verdict per resource, the estimate, the matrix of tiers, or JSON."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from fitune.config import run as runs
 from fitune.errors import UsageError
 from fitune.planning.hardware import gpu_model, this_machine
 from fitune.planning.memory import merge_host
-from fitune.planning.plan import Plan, as_json, given_machine, limits_here, limits_of, make_plan, needed_disk, run_on
-from fitune.planning.search import METHODS, find_profile, matrix, unlike_profile, way_out
+from fitune.planning.plan import Plan, given_machine, limits_here, limits_of, make_plan, needed_disk, run_on
+from fitune.planning.search import METHODS, Outlook, find_profile, look_around, matrix, unlike_profile, way_out
 from fitune.planning.sizes import GIB
 
 BAR = 32  # characters
@@ -23,12 +23,13 @@ def plan_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, gpu_memory: float | None,
     host_memory: float | None, gpu: str | None, find: bool, all_tiers: bool, in_json: bool, **options,
 ) -> None:  # fmt: skip
-    """What `cli.py plan` does with its flags."""
+    """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, gpu_memory, host_memory, find, all_tiers)
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
     if all_tiers:
         rows = matrix(recipe, sets)
         return print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
+    runs.check_paths(recipe, sets, "base.model")
     model = gpu_model(gpu) if gpu else None
     if profile:
         run = runs.resolve(recipe, profile, sets)
@@ -41,7 +42,38 @@ def plan_command(
         plan = make_plan(run, limits_here(machine), model, **options)
         if find and not in_json and (changes := unlike_profile(run)):
             console.print(f"{run.profile_name} fits with --set {' --set '.join(changes)}:")
-    return print(json.dumps(as_json(plan), indent=2)) if in_json else print_plan(plan, console)
+    outlook = look_around(plan)
+    return print(json.dumps(as_json(plan, outlook), indent=2)) if in_json else print_plan(plan, outlook, console)
+
+
+def as_json(plan: Plan, outlook: Outlook) -> dict:
+    """The exact numbers of `plan --json`, GiB unless the key says otherwise."""
+
+    def gib(sizes: dict[str, float]) -> dict[str, float]:
+        return {name: round(size / GIB, 3) for name, size in sizes.items() if size}
+
+    peak, time = plan.gpu, plan.time
+    return {
+        "recipe": plan.run.recipe_name, "profile": plan.run.profile_name, "method": plan.setup.method,
+        "gpus": plan.setup.ranks if plan.setup.on_gpu else 0, "machines": plan.setup.machines, "fits": plan.fits,
+        "peak_gpu_gib": round(peak.total / GIB, 3) if peak else 0.0,
+        "peak_allocated_gib": round(peak.allocated / GIB, 3) if peak else 0.0,
+        "peak_phase": peak.phase if peak else plan.host_phase,
+        "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
+        "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
+        "micro_batch": plan.setup.micro_batch, "max_length": plan.setup.max_length,
+        "largest_micro_batch": outlook.largest_micro_batch, "longest_sequence": outlook.longest_sequence,
+        "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
+        "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
+        "merge_host_gib": round(merge_host(plan.setup) / GIB, 3),
+        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "fits": v.fits,
+                      "has": None if math.isinf(v.has) else round(v.has, 3)} for v in plan.verdicts],
+        "changes": outlook.changes,
+        "estimate": None if time is None else {
+            "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),
+            "tokens_per_second": round(time.tokens_per_second, 1), "steps": time.steps, "hours": time.hours,
+            "cost": time.cost},
+    }  # fmt: skip
 
 
 def _refuse_combinations(profile, gpus, gpu_memory, host_memory, find, all_tiers) -> None:
@@ -54,7 +86,7 @@ def _refuse_combinations(profile, gpus, gpu_memory, host_memory, find, all_tiers
         raise UsageError("--gpu-memory and --host-memory describe hardware together with --gpus N")
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, outlook: Outlook, console: Console) -> None:
     """Where the bytes go, whether they fit, the largest batch, the time."""
     console.print(_headline(plan))
     if plan.gpu:
@@ -63,8 +95,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_host_table(plan))
     console.print(_disk_line(plan))
     console.print()
-    _print_verdicts(plan, console)
-    _print_limits(plan, console)
+    _print_verdicts(plan, outlook, console)
+    _print_limits(plan, outlook, console)
     if plan.time:
         _print_estimate(plan, console)
 
@@ -121,20 +153,20 @@ def _disk_line(plan: Plan) -> str:
     return f"disk, GB: {needed_disk(plan.disk) / 1e9:.1f} to train ({parts})"
 
 
-def _print_verdicts(plan: Plan, console: Console) -> None:
+def _print_verdicts(plan: Plan, outlook: Outlook, console: Console) -> None:
     for verdict in plan.verdicts:
         mark = Text("fits " if verdict.fits else "no   ", style="bold green" if verdict.fits else "bold red")
         console.print(mark + Text(str(verdict)))
     if not plan.fits:
-        console.print(Text(way_out(plan), style="bold"))
+        console.print(Text(way_out(plan, outlook.changes), style="bold"))
 
 
-def _print_limits(plan: Plan, console: Console) -> None:
-    if not plan.largest_micro_batch:
+def _print_limits(plan: Plan, outlook: Outlook, console: Console) -> None:
+    if not outlook.largest_micro_batch:
         return
     console.print(
-        f"largest micro batch: {plan.largest_micro_batch} x {plan.setup.max_length:,} tokens; "
-        f"longest sequence: {plan.longest_sequence:,} tokens, one row a pass"
+        f"largest micro batch: {outlook.largest_micro_batch} x {plan.setup.max_length:,} tokens; "
+        f"longest sequence: {outlook.longest_sequence:,} tokens, one row a pass"
     )
 
 

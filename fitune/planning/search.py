@@ -2,11 +2,12 @@
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.command_name import command
 from fitune.config.schema import Lora, Recipe, Run
 from fitune.errors import UsageError
 from fitune.planning.hardware import GpuModel, Machine, free_disk_gib, this_machine
@@ -24,6 +25,26 @@ NO_GPU = (
     "there is no GPU here: plan for another machine, as with --gpus 1 --gpu-memory 24 --host-memory 64, or try "
     "tiny_qlora with cpu_2proc"
 )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What else would fit where a plan was made for."""
+
+    changes: list[str]
+    "The nearest changes that fit, as they are typed; none where the plan itself fits."
+    largest_micro_batch: int
+    longest_sequence: int
+    "Tokens, with one row a pass."
+
+
+def look_around(plan: Plan) -> Outlook:
+    """Everything that `plan` says beside the run that was asked for."""
+    return Outlook(
+        [] if plan.fits else nearest_changes(plan),
+        largest_micro_batch(plan.setup, plan.limits),
+        longest_sequence(plan.setup, plan.limits),
+    )
 
 
 def fits(setup: Setup, limits: Limits) -> bool:
@@ -130,7 +151,7 @@ def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *,
 def _first_that_fits(candidates: list[Run], limits: Limits, gpu: GpuModel | None = None) -> Plan:
     """The plan of the first run that fits, else of the last."""
     for run in candidates:
-        plan = make_plan(run, limits, gpu, search=False)
+        plan = make_plan(run, limits, gpu)
         if plan.fits:
             break
     return plan
@@ -163,7 +184,7 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
         if candidates[0].accelerate.num_machines == 1
     ]
     if not plans:
-        raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: python cli.py list")
+        raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: {command()} list")
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
         return max(fitting, key=_preference)
@@ -223,16 +244,18 @@ def refusal(plan: Plan) -> str | None:
     """Why a run cannot fit, in one line that ends with what would; None if it does."""
     if plan.fits:
         return None
-    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {_shortfall(plan)}; {way_out(plan)}"
+    instead = way_out(plan, nearest_changes(plan))
+    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {_shortfall(plan)}; {instead}"
 
 
-def way_out(plan: Plan) -> str:
+def way_out(plan: Plan, changes: list[str]) -> str:
+    """What to do about a plan that does not fit; `changes` are the nearest that do."""
     if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
         return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
     if not plan.limits.gpus and plan.setup.on_gpu:
         return NO_GPU
-    if plan.changes:
-        return f"nearest change that fits: {'   or   '.join(plan.changes)}"
+    if changes:
+        return f"nearest change that fits: {'   or   '.join(changes)}"
     return "no change of one or two settings makes it fit, nor does another profile"
 
 
@@ -249,9 +272,3 @@ def limits_for_training(run: Run) -> Limits:
     return replace(
         limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
     )  # a resumed run's checkpoints are there already
-
-
-def plan_with_changes(run: Run, limits: Limits) -> Plan:
-    """A plan that looks for the nearest change only where it is needed."""
-    plan = make_plan(run, limits, search=False)
-    return plan if plan.fits else replace(plan, changes=nearest_changes(plan))

@@ -12,7 +12,6 @@ BF16, FP32 = 2, 4  # bytes
 NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
-CHUNK_BYTES, READ_BUFFERS = 64 * 2**20, 4  # of one read, and reads that wait: half a layer of 70B in NF4
 LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplies at once (trl.kernels.chunked_logprob)
 
 

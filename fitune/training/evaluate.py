@@ -62,7 +62,7 @@ def token_metrics(trainer: ShardedSFTTrainer, description: str, device: torch.de
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # log-likelihood, correct tokens, tokens
     trainer.model.eval()
     passes = len(rows) // (world_size * size)
-    with bar(description, passes) as advance:
+    with bar(description, passes, show=is_main_process()) as advance:
         for step in range(passes):
             indices = [(step * size + offset) * world_size + rank for offset in range(size)]
             batch = send_to_device(trainer.data_collator([rows[index] for index in indices]), device)

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: all ranks finish the optimizer step, save it, and leave with exit code 75."""
+"""SIGTERM and Ctrl-C: all ranks finish the optimizer step, save it, and leave with exit code 75.
+
+The launcher only passes the signal on; this is a callback of the trainer, and so it stands in training/.
+"""
 
 import signal
 import sys

@@ -7,8 +7,8 @@ import torch
 
 from fitune.config.schema import Run
 from fitune.errors import FituneError
-from fitune.planning.plan import limits_of
-from fitune.planning.search import nearest_changes, plan_with_changes
+from fitune.planning.plan import limits_of, make_plan
+from fitune.planning.search import nearest_changes
 from fitune.planning.sizes import GIB
 
 
@@ -16,7 +16,7 @@ def explain_out_of_memory(run: Run, rank: int, error: torch.OutOfMemoryError) ->
     """The error to show instead of torch's."""
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     held = torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
-    plan = plan_with_changes(run, limits_of(run))
+    plan = make_plan(run, limits_of(run))
     predicted = plan.gpu.allocated / GIB if plan.gpu else 0.0
     compared = f"{held - predicted:+.1f} GiB to" if held > predicted else f"within {predicted - held:.1f} GiB of"
     # whatever the plan missed: a setting that it thinks takes a tenth less than this run

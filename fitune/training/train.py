@@ -27,7 +27,7 @@ from fitune.model.activations import keep_activations
 from fitune.model.sharding import kept_in_host_ram, shard
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
-from fitune.progress import loading_bar
+from fitune.progress import bar
 from fitune.training.distributed import (
     compute_device,
     end_with_launcher,
@@ -100,11 +100,16 @@ def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_step=lam
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)
     placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
-    with Checkpoint(base_folder) as checkpoint, loading_bar(model) as advance:
+    with Checkpoint(base_folder) as checkpoint, _loading_bar(model) as advance:
         load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
+
+
+def _loading_bar(model: torch.nn.Module):
+    """A bar over the model's parameters, drawn by one rank."""
+    return bar("loading weights", sum(1 for _ in model.parameters()), show=is_main_process())
 
 
 def _check_data(run: Run, tokenizer) -> None:

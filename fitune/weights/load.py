@@ -17,11 +17,11 @@ from bitsandbytes.utils import unpack_tensor_to_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
+from fitune.config.read_buffers import CHUNK_BYTES
 from fitune.errors import FituneError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.model.sharding import fsdp_parameters, local_part, local_rows, pad
 from fitune.model.skeleton import decoder
-from fitune.planning.sizes import CHUNK_BYTES
 from fitune.weights.safetensors_files import Checkpoint
 from fitune.weights.streaming import PIN_FROM_BYTES, Read, Step, pin_in_place, stream
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fitune.planning.sizes import CHUNK_BYTES, READ_BUFFERS
+from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
 from fitune.weights.safetensors_files import Checkpoint
 
 THREADS = 8

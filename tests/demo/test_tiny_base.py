@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fitune.demo.tiny_base import EXAMPLES, build_tiny_base
+from fitune.demo.tiny_base import TEXTS, build_tiny_base
 from fitune.errors import UsageError
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -73,7 +73,7 @@ def test_architecture_is_llama_3(folder):
 
 def test_untrained_model_knows_nothing_and_is_finite(folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = [json.loads(line)["messages"] for line in EXAMPLES.read_text(encoding="utf-8").splitlines()[:20]]
+    rows = [json.loads(line)["messages"] for line in TEXTS.read_text(encoding="utf-8").splitlines()[:20]]
     losses = []
     for messages in rows:
         ids = torch.tensor([tokenizer.apply_chat_template(messages)["input_ids"][:256]])

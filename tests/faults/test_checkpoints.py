@@ -275,7 +275,7 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(tiny_base, make_ru
 def test_a_damaged_checkpoint_is_not_merged(finished, tmp_path):
     from click.testing import CliRunner
 
-    from cli import cli
+    from fitune.cli import cli
 
     run = _copy(finished, tmp_path / "run")
     (run.folder / "run.yaml").write_text(runs.dump(finished))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from cli import cli
+from fitune.cli import cli
 from fitune.config import yaml_file
 
 sys.path.insert(0, str(Path(__file__).parent))

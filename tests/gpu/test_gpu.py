@@ -53,7 +53,7 @@ def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"FITUNE_GPU_CAP_GIB": "8", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [*command, ROOT / "tests" / "gpu_bit_exact.py", tmp_path / "run.yaml"],
+        [*command, ROOT / "tests" / "gpu" / "gpu_bit_exact.py", tmp_path / "run.yaml"],
         env=environment,
         capture_output=True,
         text=True,

@@ -23,6 +23,7 @@ from fitune.planning.search import (
     fits,
     largest_micro_batch,
     longest_sequence,
+    look_around,
     matrix,
     nearest_changes,
     refusal,
@@ -36,8 +37,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bits
 
 @pytest.fixture
 def cli(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from cli import cli as group
+    from fitune.cli import cli as group
 
     return lambda *arguments: CliRunner().invoke(group, ["plan", *map(str, arguments)])
 
@@ -144,7 +144,7 @@ def test_disk_holds_one_checkpoint_more_than_are_kept():
 
 def test_a_plan_that_fits_says_by_how_much():
     plan = plan_of()
-    assert plan.fits and not plan.changes and refusal(plan) is None
+    assert plan.fits and not look_around(plan).changes and refusal(plan) is None
     [gpu] = [verdict for verdict in plan.verdicts if verdict.resource == "GPU memory"]
     assert f"{gpu.has - gpu.needs:.1f} to spare" in str(gpu)
 
@@ -152,25 +152,26 @@ def test_a_plan_that_fits_says_by_how_much():
 def test_the_nearest_changes_really_fit():
     plan = plan_of("llama3_70b_qlora", "fsdp_4x24gb", "profile.micro_batch=2")
     assert not plan.fits
-    assert plan.changes[0] == "--set profile.micro_batch=1"
-    for change in plan.changes:
+    changes = look_around(plan).changes
+    assert changes[0] == "--set profile.micro_batch=1"
+    for change in changes:
         words = change.split()
         sets = ["profile.micro_batch=2", *(value for flag, value in pairwise(words) if flag == "--set")]
         profile = words[words.index("--profile") + 1] if "--profile" in words else "fsdp_4x24gb"
         changed = runs.resolve("llama3_70b_qlora", profile, () if "--profile" in words else tuple(sets))
-        assert make_plan(changed, plan.limits, search=False).fits, change
+        assert make_plan(changed, plan.limits).fits, change
     assert "does not fit" in refusal(plan) and "nearest change that fits: --set profile.micro_batch=1" in refusal(plan)
 
 
 def test_two_settings_are_combined_where_one_is_not_enough():
-    plan = plan_of(limits=Limits(gpu=16.9, host=64, gpus=4), search=False)
+    plan = plan_of(limits=Limits(gpu=16.9, host=64, gpus=4))
     [first, *_] = nearest_changes(plan)
     assert first.count("--set") == 2
 
 
 def test_what_nothing_can_fit_is_said():
     plan = plan_of(limits=Limits(gpu=3, host=8, gpus=4))
-    assert plan.changes == [] and "no change of one or two settings" in refusal(plan)
+    assert look_around(plan).changes == [] and "no change of one or two settings" in refusal(plan)
 
 
 def test_largest_batch_and_longest_sequence_are_the_largest():
@@ -221,7 +222,7 @@ def test_given_hardware_takes_a_micro_batch_by_size():
 
 
 def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
-    plan = make_plan(runs.resolve("llama3_8b_qlora", "single_gpu"), Limits(8, 16, 1), search=False)
+    plan = make_plan(runs.resolve("llama3_8b_qlora", "single_gpu"), Limits(8, 16, 1))
     assert nearest_changes(plan)[-1] == "--profile single_gpu_8gb"
 
 

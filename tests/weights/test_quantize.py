@@ -37,7 +37,7 @@ def test_bytes_equal_bitsandbytes_and_transformers_reads_them(plain_linear4bit, 
 
 
 def test_a_quantised_model_or_an_existing_output_is_refused(tmp_path):
-    from cli import cli
+    from fitune.cli import cli
 
     base = build_tiny_base(tmp_path / "base", num_layers=1)
     quantize(base, tmp_path / "nf4", CPU)

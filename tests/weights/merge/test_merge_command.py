@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cli import cli
+from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.data.dataset import load_tokenizer
 from fitune.training.manifest import identify, write_manifest

@@ -1,0 +1,6 @@
+"""`python -m fitune`."""
+
+from fitune.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""The command line: pick a recipe and a memory profile, prepare, train, evaluate, generate, merge.
+
+Nothing heavy is imported before a command needs it: `--help`, `list` and `show` answer at once.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from fitune.config import run as runs
+from fitune.config.command_name import command, remember
+from fitune.errors import FituneError, UsageError
+
+
+class Command(click.Command):
+    """A command whose example is shown as the user would type it: `fitune` may have been called otherwise."""
+
+    def format_epilog(self, ctx, formatter) -> None:
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(self.epilog.replace("fitune ", f"{command()} "))
+
+
+class Cli(Command, click.Group):
+    """Prints an expected error as one line and exits with its code; --debug shows the traceback."""
+
+    command_class = Command
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except FituneError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def completed_from(folder: Path):
+    """Shell completion from the YAML files of a folder."""
+    return lambda ctx, param, incomplete: [name for name in runs.names(folder) if name.startswith(incomplete)]
+
+
+recipe_argument = click.argument("recipe", shell_complete=completed_from(runs.RECIPES))
+profile_option = click.option(
+    "--profile",
+    required=True,
+    help="Memory profile (see `list`) or a .yaml file.",
+    shell_complete=completed_from(runs.PROFILES),
+)
+fitting_profile_option = click.option(
+    "--profile",
+    help="Memory profile. [default: the fastest that fits this machine]",
+    shell_complete=completed_from(runs.PROFILES),
+)
+set_option = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
+)
+force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
+output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
+
+
+@click.group(cls=Cli, epilog="Start with:  fitune list", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(runs.__version__, prog_name="fitune")
+def cli(debug):
+    """Fine-tune Llama 3, 70B above all, on the GPUs you own."""
+
+
+@cli.command("list", epilog="Example:  fitune list")
+def list_command():
+    """Recipes, memory profiles, accelerate configs, and which go together."""
+    from fitune.config.catalogue import print_catalogue
+
+    print_catalogue()
+
+
+@cli.command(epilog="Example:  fitune show llama3_70b_qlora --profile fsdp_4x24gb")
+@recipe_argument
+@profile_option
+@set_option
+@output_option
+def show(recipe, profile, sets, output):
+    """The resolved run.yaml and the exact launch line; loads nothing."""
+    run = runs.resolve(recipe, profile, sets, output)
+    click.echo(runs.dump(run), nl=False)
+    click.echo("\n# " + _launch_line(run, "fitune.training.train"))
+
+
+@cli.command(epilog="Example:  fitune plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
+@recipe_argument
+@fitting_profile_option
+@click.option("--gpus", type=int, help="Number of GPUs, instead of this machine.")
+@click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
+@click.option("--host-memory", type=float, metavar="GIB", help="RAM. [default: not checked]")
+@click.option("--gpu", metavar="MODEL", help="GPU model for the time, such as H100. [default: by its memory]")
+@click.option("--find", is_flag=True, help="The fastest profile that fits the hardware, here or given with --gpus.")
+@click.option("--all", "all_tiers", is_flag=True, help="Every profile against every method.")
+@click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together.")
+@click.option(
+    "--network", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="Between machines. [default: 12.5]"
+)
+@set_option
+@click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
+def plan(recipe, profile, sets, **options):
+    """Does it fit, where do the bytes go, how long will it take; loads nothing."""
+    from fitune.planning.report import plan_command
+
+    plan_command(recipe, profile, sets, **options)
+
+
+@cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
+@click.argument("recipe", required=False, shell_complete=completed_from(runs.RECIPES))
+@click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
+)
+@set_option
+@click.option("--tokenizer", help="Folder or Hub id to count tokens with. [default: the recipe's base.model]")
+@click.option("--no-tokens", is_flag=True, help="Don't count tokens (no access to the base model needed).")
+@click.option("--template", "template_choice", help="Chat template, instead of the recipe's.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's.")
+@click.option("--long-rows", type=click.Choice(["refuse", "drop", "cut"]), help="What to do with longer rows.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion"]),
+    help="What the rows look like. [default: found out]",
+)
+@click.option("--drop-invalid", is_flag=True, help="Go on without the rows that cannot be used.")
+@click.option("--escape-control-tokens", is_flag=True, help="Break up control tokens in texts, don't refuse them.")
+@click.option("--parquet", is_flag=True, help="Also write train.parquet and test.parquet.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: all cores]")
+@click.option("--preview", type=click.IntRange(min=0), default=0, help="Show the first N rows as the model sees them.")
+def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice, max_length, format_, **options):
+    """Check rows, split them, count tokens: train.jsonl, test.jsonl, report.json."""
+    if bool(recipe) == bool(dataset):
+        raise UsageError("give a recipe, or --dataset with --output (see prepare --help)")
+    if dataset and not output:
+        raise UsageError("--dataset needs --output FOLDER")
+    from rich.console import Console
+
+    from fitune.config.hub import local_config
+    from fitune.config.schema import Data
+    from fitune.config.yaml_file import parse
+    from fitune.data.prepare import prepare as prepare_data
+
+    if recipe:
+        resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
+        data, base, needs_base = resolved.data, resolved.base, not (no_tokens or tokenizer)
+        read = ["data.dataset", "data.mix", *([] if template_choice else ["data.chat_template"])]
+        runs.check_paths(recipe, sets, *read, *(["base.model"] if needs_base else []))
+        folder = local_config(base.model, base.revision) if needs_base else None
+        options |= {
+            "max_length": max_length or resolved.max_length,
+            "packing": resolved.packing,
+            "global_batch_size": resolved.global_batch_size,
+            "seed": resolved.seed,
+        }
+    else:
+        changed = runs.parse_sets(sets)[0]
+        if others := [key for key in changed if key != "data"]:
+            raise UsageError(f"--set {others[0]}: with --dataset there is no recipe to change but its data: block")
+        values = {"dataset": dataset, "prepared": str(output), "chat_template": "plain"}
+        data = parse(Data, values | changed.get("data", {}), "--dataset with --set")
+        folder, options["max_length"] = None, max_length
+    if tokenizer and not no_tokens:
+        folder = tokenizer if Path(tokenizer).is_dir() else local_config(tokenizer)
+    prepare_data(
+        data,
+        Path(output or data.prepared),
+        tokenizer=str(folder) if folder else None,
+        template_choice=template_choice,
+        format=format_,
+        console=Console(),
+        **options,
+    )
+
+
+@cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
+@recipe_argument
+@fitting_profile_option
+@set_option
+@output_option
+@click.option("--resume", is_flag=True, help="Continue the run in --output from its newest checkpoint.")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=0, help="Resume by itself after so many crashes.")
+@click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
+@click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
+@click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines.")
+@click.option("--main-process-ip", help="Address of machine 0.")
+@click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0.")
+def train(
+    recipe,
+    profile,
+    sets,
+    output,
+    resume,
+    max_restarts,
+    dry_run,
+    force,
+    machine_rank,
+    main_process_ip,
+    main_process_port,
+):
+    """Write run.yaml, then start the processes with accelerate launch.
+
+    SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
+    """
+    if profile is None:
+        profile, changes = _profile_for_this_machine(recipe, sets)
+        sets += changes
+    run = runs.resolve(recipe, profile, sets, output)
+    if dry_run:
+        click.echo(runs.dump(run), nl=False)
+        click.echo("\n# " + _launch_line(run, "fitune.training.train"))
+        return
+    from fitune.launching.launch import train_with_restarts
+    from fitune.launching.preflight import check_before_training, nothing_left, open_run_folder, wait_for_run_folder
+
+    if resume and (finished := nothing_left(run)):
+        click.echo(finished)
+        return
+    runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
+    check_before_training(run, force=force)
+    click.echo(_launch_line(run, "fitune.training.train"))
+    flags = {
+        "--machine_rank": machine_rank,
+        "--main_process_ip": main_process_ip,
+        "--main_process_port": main_process_port,
+    }
+    given = tuple(str(part) for flag, value in flags.items() if value is not None for part in (flag, value))
+    with wait_for_run_folder(run) if machine_rank else open_run_folder(run, resume):
+        code = train_with_restarts(run, resume=resume, max_restarts=max_restarts, accelerate_flags=given)
+    if code:
+        sys.exit(code)
+    click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}")
+
+
+@cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@force_option
+def eval_command(run_folder, force):
+    """Loss, perplexity and token accuracy on the test split, base against tuned."""
+    _launch(_finished_run(run_folder), "fitune.training.evaluate", *(["--force"] if force else []))
+
+
+@cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
+@click.argument("run_or_model", type=click.Path(path_type=Path))
+@click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
+@click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
+@click.option("--chat", is_flag=True, help="A conversation with the tuned model.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
+@force_option
+def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file, force):
+    """Answers from base and tuned model side by side, or from a merged model."""
+    is_model = not (run_or_model / "run.yaml").is_file() and (run_or_model / "config.json").is_file()
+    if not (prompt or test or chat):
+        raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
+    if is_model and test:
+        raise UsageError(f"{run_or_model} is a model folder: --test needs a run folder, which knows the test split")
+    arguments = [
+        *(part for text in prompt for part in ("--prompt", text)),
+        "--max-new-tokens",
+        str(max_new_tokens),
+        "--temperature",
+        str(temperature),
+        *(["--chat"] if chat else []),
+        *(["--force"] if force else []),
+        *(["--test", str(test)] if test else []),
+        *(["--json", str(json_file)] if json_file else []),
+    ]
+    if is_model:
+        from fitune.training.generate import generate_from_model, parse_options
+
+        generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
+    else:
+        _launch(_finished_run(run_or_model), "fitune.training.generate", *arguments)
+
+
+@cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def quantize(model, revision, output):
+    """A bf16 model in bitsandbytes' NF4 format, written once; then train with --set base.model=OUTPUT."""
+    from fitune.config.hub import local_folder
+    from fitune.output_folder import refuse_existing
+
+    refuse_existing(output)
+    folder = local_folder(model, revision)
+    import torch
+
+    from fitune.weights.quantize import quantize as write_nf4
+
+    write_nf4(folder, output, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    click.echo(f"{output}: train on it with --set base.model={output}")
+
+
+@cli.command(epilog="Example:  fitune doctor --model meta-llama/Meta-Llama-3-70B")
+@click.option("--model", help="Check access to this model. [default: Llama 3 8B]")
+def doctor(model):
+    """Versions, GPUs, memory, disk, login, access to the base; says what to fix."""
+    from fitune.launching.doctor import doctor as check
+
+    sys.exit(0 if check(model) else 1)
+
+
+@cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
+@click.option("--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force).")
+@force_option
+def merge(run_folder, output, base, force):
+    """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
+    run, result = _run_and_result(run_folder)
+    from fitune.weights.merge import merge_run
+
+    merge_run(run, result, output, base=base, force=force)
+    click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')
+
+
+@cli.command(epilog="Example:  fitune completion bash >> ~/.bashrc")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell):
+    """The completion script for a shell."""
+    from click.shell_completion import get_completion_class
+
+    program, variable = _completed_program()
+    click.echo(f"# completes {'./' if program.endswith('.py') else ''}{program}")
+    click.echo(get_completion_class(shell)(cli, {}, program, variable).source())
+
+
+def _completed_program() -> tuple[str, str]:
+    """The program that a shell completes, and the environment variable by which it asks."""
+    return ("cli.py", "_CLI_PY_COMPLETE") if command().endswith(".py") else ("fitune", "_FITUNE_COMPLETE")
+
+
+def _finished_run(folder: Path):
+    run = runs.load(folder)
+    if not run.result_folder.is_dir():
+        raise UsageError(f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume")
+    return run
+
+
+def _run_and_result(folder: Path):
+    """A run and the folder with what it trained, from the run's folder or one of its checkpoints."""
+    if folder.absolute().parent.name != "checkpoints":
+        run = _finished_run(folder)
+        return run, run.result_folder
+    run = runs.load(folder.absolute().parents[1])
+    result = folder / run.result_folder.name
+    if not result.is_dir():
+        whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
+        raise UsageError(f"{result}: no such folder; give a run folder or a whole checkpoint of it{whole_model}")
+    from fitune.training.manifest import find_damage
+
+    if damage := find_damage(folder):
+        raise UsageError(f"{folder}: {damage}; merge another checkpoint, or the run's result")
+    return run, result
+
+
+def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """A profile's name, and the `--set` with which it fits."""
+    from fitune.planning.hardware import this_machine
+    from fitune.planning.search import find_profile, profile_as_typed, unlike_profile
+
+    run = find_profile(recipe, sets, this_machine()).run
+    click.echo(f"profile: {profile_as_typed(run)}, the fastest that fits this machine (see: {command()} plan {recipe})")
+    return run.profile_name, unlike_profile(run)
+
+
+def _launch_line(run, module: str) -> str:
+    from fitune.launching.launch import launch_line
+
+    return shlex.join(launch_line(run, module))
+
+
+def _launch(run, module: str, *arguments: str, **options) -> None:
+    from fitune.launching.launch import launch
+
+    code = launch(run, module, *arguments, **options)
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    """What `fitune`, `python cli.py` and `python -m fitune` run."""
+    name = remember(sys.argv[0])
+    cli(prog_name=name, complete_var=_completed_program()[1])

@@ -1,0 +1,136 @@
+"""Every private name of torch, transformers, TRL, PEFT and accelerate that fitune/ uses: which, where, why, until when.
+
+A release may change such a name without a word. `test_private_names.py` fails with the name when an installed release
+did, and when fitune/ uses one that is not listed here. A name is written `module:path`; the path's last part may be an
+attribute that only instances have.
+"""
+
+from dataclasses import dataclass
+
+FSDP = "torch.distributed.fsdp._fully_shard"
+PARAM, GROUP = f"{FSDP}._fsdp_param:FSDPParam", f"{FSDP}._fsdp_param_group:FSDPParamGroup"
+UNIT, HF = f"{FSDP}._fully_shard:FSDPModule", "transformers:Trainer"
+SHARDING, ONE_RANK, SKELETON = "model/sharding.py", "model/one_rank.py", "model/skeleton.py"
+TRAINER = "training/trainer.py"
+NEVER = "Trainer has a public way to write and read checkpoints of one's own"
+PADDING = "FSDP2 has a public way to load a shard that is shorter than the others without copying it"
+COPIES = "FSDP2 does for one rank what it does for several: no copies of what is on the GPU, prefetching of the rest"
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    name: str
+    used_by: tuple[str, ...]
+    "Files, from fitune/ on."
+    why: str
+    until: str
+    "What would make the use needless."
+    parameters: tuple[str, ...] | None = None
+    "Of a function or class that fitune calls or overrides: the parameters it relies on, in this order."
+    called_as: str | None = None
+    "Text that the library's module must have, where fitune relies on the library to call or to read the name."
+
+    @property
+    def library(self) -> str:
+        return self.name.partition(".")[0].partition(":")[0]
+
+    @property
+    def last(self) -> str:
+        """What stands in fitune's code."""
+        return self.name.replace(":", ".").rpartition(".")[2]
+
+
+PRIVATE_NAMES = (
+    # torch: FSDP2's parameter groups
+    PrivateName(PARAM, (SHARDING, ONE_RANK), "to fill and pad the shards that FSDP keeps", PADDING),
+    PrivateName(GROUP, (SHARDING, ONE_RANK), "the parameters that are gathered together", PADDING),
+    PrivateName(f"{UNIT}._get_fsdp_state", (SHARDING,), "from a unit to its group", PADDING,
+                parameters=()),
+    PrivateName(f"{FSDP}._fsdp_state:FSDPState._fsdp_param_group", (SHARDING,), "from a unit to its group",
+                PADDING),
+    PrivateName(f"{GROUP}.fsdp_params", (SHARDING, ONE_RANK), "from a group to its parameters", PADDING),
+    PrivateName(f"{PARAM}._module_info", (SHARDING,), "which module's parameter it is", PADDING),
+    PrivateName(f"{PARAM}.padded_sharded_param_size", (SHARDING,), "the size that is gathered", PADDING),
+    PrivateName(f"{PARAM}._sharded_param_data", (SHARDING, ONE_RANK), "what is gathered",
+                PADDING),
+    PrivateName("torch.distributed.tensor:DTensor._local_tensor", (SHARDING,), "set to rows of the padded shard",
+                PADDING),
+    PrivateName(f"{UNIT}._set_unshard_async_op", (SHARDING,),
+                "embedding and head are gathered on the stream that computes, whose memory it can use again",
+                "FSDP2 lets a unit choose its stream in public", parameters=("async_op",)),
+    PrivateName(f"{GROUP}.__class__", (ONE_RANK,), "swapped for OneRankParamGroup", COPIES),
+    PrivateName(f"{GROUP}.unshard", (ONE_RANK,), "overridden", COPIES, parameters=("async_op",),
+                called_as="self.unshard("),
+    PrivateName(f"{GROUP}.wait_for_unshard", (ONE_RANK,), "overridden", COPIES, parameters=(),
+                called_as="self.wait_for_unshard("),
+    PrivateName(f"{GROUP}._training_state", (ONE_RANK,), "whether it is the backward pass", COPIES),
+    PrivateName(f"{FSDP}._fsdp_common:TrainingState.PRE_BACKWARD", (ONE_RANK,), "see _training_state", COPIES),
+    PrivateName(f"{FSDP}._fsdp_param_group:TrainingState", (ONE_RANK,), "see _training_state", COPIES),
+    PrivateName(f"{GROUP}._all_gather_result", (ONE_RANK,), "that copies are under way", COPIES),
+    PrivateName(f"{GROUP}._to_unsharded", (ONE_RANK,), "that they have arrived", COPIES, parameters=()),
+    PrivateName(f"{GROUP}.is_unsharded", (ONE_RANK,), "that nothing is to be copied", COPIES),
+    PrivateName(f"{GROUP}.unshard_in_backward", (ONE_RANK,), "the embedding is not needed there", COPIES),
+    PrivateName(f"{GROUP}.comm_ctx", (ONE_RANK,), "its stream for copies", COPIES),
+    PrivateName(f"{FSDP}._fsdp_param_group:FSDPCommContext.all_gather_copy_in_stream", (ONE_RANK,),
+                "the stream for copies", COPIES),
+    PrivateName(f"{GROUP}.device", (ONE_RANK,), "where it computes", COPIES),
+    PrivateName(f"{GROUP}.device_handle", (ONE_RANK,), "streams and events of that device", COPIES),
+    PrivateName(f"{FSDP}._fsdp_collectives:AllGatherResult", (ONE_RANK,), "what FSDP waits for", COPIES,
+                parameters=("all_gather_output", "all_gather_event", "all_gather_work", "param_all_gather_input_dtypes",
+                            "param_all_gather_input_numels", "all_gather_input_split_sizes")),
+    PrivateName(f"{FSDP}._fsdp_param:alloc_storage", (ONE_RANK,), "memory for a copy", COPIES,
+                parameters=("tensor",)),
+    PrivateName(f"{PARAM}.all_gather_outputs", (ONE_RANK,), "where a copy goes", COPIES),
+    PrivateName(f"{PARAM}._unsharded_param", (ONE_RANK,), "whether a weight is in place already", COPIES),
+    PrivateName(f"{PARAM}.init_unsharded_param", (ONE_RANK,), "the parameter that a layer sees", COPIES,
+                parameters=()),
+    PrivateName(f"{PARAM}.offload_to_cpu", (ONE_RANK,), "whether a weight must travel", COPIES),
+    PrivateName(f"{PARAM}.param_dtype", (ONE_RANK,), "whether it is cast on the way", COPIES),
+    PrivateName(f"{PARAM}.orig_dtype", (ONE_RANK,), "whether it is cast on the way", COPIES),
+    PrivateName("torch.autograd:_unsafe_preserve_version_counter", (ONE_RANK,),
+                "a copy into a weight is no change of it, as in FSDP's own code", COPIES, parameters=("tensors",)),
+    # torch: the rest
+    PrivateName("torch.distributed.distributed_c10d:_get_default_store", ("training/distributed.py",),
+                "a counter of all ranks that works while collectives hang: who failed first says why",
+                "torch gives out the default group's store in public", parameters=()),
+    PrivateName("torch.optim.lr_scheduler:LRScheduler._last_lr", (TRAINER,),
+                "a resumed run that has another schedule logs its own rate",
+                "a scheduler can be told its step and recompute its rates"),
+    # transformers
+    PrivateName(f"{HF}._get_grad_norm", (TRAINER,),
+                "the last moment before the optimizer's step", "Trainer has a callback between gradients and step",
+                parameters=("model", "grad_norm"), called_as="self._get_grad_norm(model, grad_norm=grad_norm)"),
+    PrivateName(f"{HF}._save_checkpoint", (TRAINER,), "each rank saves its own rows", NEVER,
+                parameters=("model", "trial"), called_as="self._save_checkpoint(model, trial)"),
+    PrivateName(f"{HF}.save_model", (TRAINER,), "its second parameter is private", NEVER,
+                parameters=("output_dir", "_internal_call")),
+    PrivateName(f"{HF}._save_rng_state", (TRAINER,), "written beside the sharded state", NEVER,
+                parameters=("output_dir",)),
+    PrivateName(f"{HF}._load_from_checkpoint", (TRAINER,), "each rank loads its own rows", NEVER,
+                parameters=("resume_from_checkpoint", "model"), called_as="self._load_from_checkpoint("),
+    PrivateName(f"{HF}._load_optimizer_and_scheduler", (TRAINER,),
+                "each rank loads its own rows", NEVER, parameters=("checkpoint",),
+                called_as="self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
+    PrivateName("transformers.distributed.mixin:DistributedMixin._is_distributed_loading_by_transformers", (SHARDING,),
+                "set, so that Trainer neither moves nor wraps the sharded model",
+                "Trainer leaves alone what is sharded already",
+                called_as="return self._is_distributed_loading_by_transformers"),
+    PrivateName("transformers.distributed.fsdp:_is_fsdp_managed_module", (SHARDING,),
+                "set, so that transformers knows a sharded model", "transformers asks torch for FSDPModule",
+                called_as='getattr(module, "_is_fsdp_managed_module", False)'),
+    # TRL
+    PrivateName("trl:SFTTrainer._total_train_tokens", (TRAINER, "training/train.py"),
+                "a resumed run goes on counting, and tokens per second are measured by it",
+                "TRL keeps num_input_tokens_seen in TrainerState"),
+    PrivateName("trl.trainer.base_config:_BaseConfig", ("config/installed_names.py",),
+                "SFTConfig's fields are read from its source, so that no command imports TRL for them",
+                "TRL's configs can be imported without torch"),
+    # PEFT
+    PrivateName("peft.tuners.trainable_tokens:TrainableTokensLayer.__class__", (SKELETON,),
+                "swapped for a layer that does not copy the whole embedding (2 GiB at 70B)",
+                "PEFT replaces only the rows that are looked up"),
+    PrivateName("peft.tuners.lora.layer:LoraLayer.lora_A.__class__", (SKELETON,),
+                "swapped for a linear that is cast for the product; PEFT would cast the activations to float32",
+                "PEFT can keep float32 adapters under bf16 activations without autocast"),
+)  # fmt: skip
+"accelerate is not among them: fitune calls its launcher and reads the source of its public config classes."
