@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, sharded_model, train_here, whole
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fitune.errors import FituneError, UsageError
 from fitune.launching.heartbeat import Heartbeat
@@ -115,7 +115,9 @@ def _step(model, optimizer, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             gradient = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            if isinstance(parameter, DTensor):
+                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
     optimizer.step()
 
 
