@@ -80,15 +80,18 @@ def padded(lengths=(11, 4, 7)) -> tuple[dict, dict]:
 
 def run(model, batch: dict, *, seed: int = 0, input_gradient: bool = True, **more) -> dict[str, torch.Tensor]:
     """Logits, the gradient of the first layer's input and the parameters' added to those they have."""
-    size, counts = batch["size"], batch["counts"]
     generator = torch.Generator().manual_seed(seed)
-    dtype = decoder(model).model.norm.weight.dtype
-    x = torch.randn(*size, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
-    weights = torch.randn(*size, VOCABULARY, generator=generator, dtype=torch.float64).to(dtype)
-    counts = counts.unsqueeze(-1).to(dtype)
+    weight = decoder(model).model.norm.weight
+
+    def random(channels):
+        return torch.randn(*batch["size"], channels, generator=generator, dtype=torch.float64).to(weight)
+
+    x, weights = random(HIDDEN), random(VOCABULARY)
+    counts = batch["counts"].unsqueeze(-1).to(weight)
     inputs = {key: value for key, value in batch.items() if key not in ("size", "counts")} | more
-    if "attention_mask" in inputs and inputs["attention_mask"].is_floating_point():
-        inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    for key, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            inputs[key] = value.to(weight) if value.is_floating_point() else value.to(weight.device)
     logits = model(inputs_embeds=x.requires_grad_(input_gradient), **inputs).logits
     (logits * weights * counts).sum().backward()
     found = {"logits": (logits * counts).detach()} | ({"x": x.grad} if input_gradient else {})
