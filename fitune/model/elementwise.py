@@ -66,7 +66,7 @@ def drop(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
         return x
     if x.is_cuda:
         return _kernels().drop(x, dropout)
-    return (x.float() * factors(dropout, x.shape[1])).to(x.dtype)
+    return (wide(x) * factors(dropout, x.shape[1])).to(x.dtype)
 
 
 def add_dropped_(total: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
@@ -82,8 +82,8 @@ def rms_norm(
     """(norm, norm with dropout) of x [T, h]; the same tensor twice where there is none."""
     if x.is_cuda:
         return _kernels().rms_norm(x, weight, eps, dropout)
-    wide = _wide(x)
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    exact = wide(x)
+    normed = (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
     return normed, drop(normed, dropout)
 
 
@@ -105,11 +105,11 @@ def rms_norm_backward(
         return _kernels().rms_norm_backward(gradient, dropped, x, weight, eps, dropout, residual)
     if dropped is not None:
         gradient = gradient + drop(dropped, dropout)
-    wide = _wide(x)
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    g = _wide(gradient) * _wide(weight)
-    inner = (g * wide).mean(-1, keepdim=True)
-    return (_wide(residual) + inverse * g - wide * inverse.pow(3) * inner).to(x.dtype)
+    exact = wide(x)
+    inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    g = wide(gradient) * wide(weight)
+    inner = (g * exact).mean(-1, keepdim=True)
+    return (wide(residual) + inverse * g - exact * inverse.pow(3) * inner).to(x.dtype)
 
 
 def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +132,8 @@ def swiglu_backward_(
         return _kernels().swiglu_backward_(gradient, dropped, gate_up, dropout)
     if dropped is not None:
         gradient = gradient + drop(dropped, dropout)
-    gate, up = (_wide(part) for part in gate_up.chunk(2, -1))
-    sigmoid, d = torch.sigmoid(gate), _wide(gradient)
+    gate, up = (wide(part) for part in gate_up.chunk(2, -1))
+    sigmoid, d = torch.sigmoid(gate), wide(gradient)
     silu = gate * sigmoid
     product = (silu.to(gate_up.dtype) * up).to(gate_up.dtype)
     gate_up.copy_(torch.cat([d * up * (sigmoid + silu * (1 - sigmoid)), d * silu], -1))
@@ -151,5 +151,6 @@ def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward
     heads.copy_(torch.cat([first * c - second * s, second * c + first * s], -1))
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of sums: float32, or float64 as it is."""
     return x.double() if x.dtype == torch.float64 else x.float()

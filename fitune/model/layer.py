@@ -347,7 +347,7 @@ class _Work:
             up = (dys[index - GROUPS[group][0]].t() @ forward_low[:, rows]).mul_(adapter.scaling)
             for number, gradient in ((self.places[index], downs[rows]), (self.places[index] + 1, up)):
                 before = self.found.get(number)
-                self.found[number] = gradient if before is None else before.float().add_(gradient)
+                self.found[number] = gradient if before is None else elementwise.wide(before).add_(gradient)
 
 
 def _tiles(tokens: int) -> list[tuple[int, int]]:

@@ -3,6 +3,8 @@
 Weights packed in NF4 are dequantised just before, one at a time: the allocator gives each the memory of the last one.
 """
 
+import copy
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
@@ -15,11 +17,14 @@ def weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(base, NF4Linear):
         return base.weight
     packed, state = base.weight.view(torch.uint8).view(-1, 1), base.quant_state
+    if state.dtype != dtype:  # that of the weight before it was packed: rounding to it first would lose digits
+        state = copy.copy(state)
+        state.dtype = dtype
     if packed.is_cuda and state.nested and state.blocksize == BLOCK:
         from fitune.model.nf4_triton import dequantise
 
-        return dequantise(packed, state).to(dtype)
-    return dequantize_4bit(packed, state).to(dtype)
+        return dequantise(packed, state)
+    return dequantize_4bit(packed, state)
 
 
 def multiply(x: torch.Tensor, base: nn.Linear, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:

@@ -43,7 +43,8 @@ def _on_their_way(run) -> dict[str, list[int]]:
 
     for layer in layers:
         layer.register_forward_pre_hook(look("forward"))
-        layer.self_attn.q_proj.register_full_backward_pre_hook(look("backward"))
+        # after FSDP's own hook of the output, which a backward pre-hook of the module would come before
+        layer.register_forward_hook(lambda module, inputs, output: output.register_hook(look("backward")) and None)
     model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
     return found
 

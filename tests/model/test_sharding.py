@@ -106,8 +106,38 @@ def _replace_by_linear4bit(model, source, dtype: torch.dtype) -> None:
                 quantised.weight = bnb.nn.Params4bit(
                     weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
                 ).to("cpu")
+                # the dtype in which its backward pass dequantises, which is not that of its forward pass
+                quantised.weight.quant_state.dtype = dtype
                 parent, _, child = name.rpartition(".")
                 setattr(layer.get_submodule(parent), child, quantised)
+
+
+# float32: both ways to compute the tiny model round some 40 times in a row (two layers, forward and backward), in sums
+# of up to 320 products, each time by half a unit of the last place at most. Independent errors grow with the root of
+# their number; three times that is allowed.
+FLOAT32 = 3 * math.sqrt(2 * 40 * 320) * torch.finfo(torch.float32).eps / 2
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def _logits_and_gradients(model) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of one step on `TOKENS`."""
+    output = model(TOKENS, labels=TOKENS, use_cache=False)
+    output.loss.backward()
+    return {"logits": output.logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _assert_share(found: dict, names: set[str], rank: int, world_size: int, case: str) -> None:
+    for when in ("shares", "shares after a step"):
+        assert set(found[when]) == names
+        for name, (shape, stored, local, nbytes) in found[when].items():
+            rows = torch.empty(shape[0]).chunk(world_size)
+            expected = rows[rank].numel() if rank < len(rows) else 0
+            assert local == (expected, *shape[1:]), (case, when, name)
+            chunk_bytes = -(-shape[0] // world_size) * math.prod(shape[1:]) * stored.itemsize
+            assert nbytes <= chunk_bytes, f"{case}, {when}: {name} keeps more than its share in memory"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -119,35 +149,34 @@ def test_every_rank_holds_its_share_and_the_logits_are_the_unsharded_models(
 
     for case, run in runs.items():
         dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
-        first = reports[0][case]
-        reference = _reference(uneven_base, run.recipe.method, dtype, first["trainable"])
-        output = reference(TOKENS, labels=TOKENS, use_cache=False)
-        output.loss.backward()
-        gradients = {n: p.grad for n, p in reference.named_parameters() if p.requires_grad}
+        first, method = reports[0][case], run.recipe.method
+        expected = _logits_and_gradients(_reference(uneven_base, method, dtype, first["trainable"]))
+        # One rank with nothing offloaded and nothing to cast has its parameters as they are.
+        whole_on_one = world_size == 1 and case in ("lora", "qlora", "qlora, bf16")
         # two layers, the embedding, norm and head, the root
-        assert len(first["units"]) == 6, case
+        assert len(first["units"]) == (0 if whole_on_one else 6), case
 
         for rank, report in enumerate(reports):
             found = report[case]
-            assert found["not sharded"] == [], case
-            for when in ("shares", "shares after a step"):
-                assert set(found[when]) == set(first["shares"])
-                for name, (shape, stored, local, nbytes) in found[when].items():
-                    rows = torch.empty(shape[0]).chunk(world_size)
-                    expected = rows[rank].numel() if rank < len(rows) else 0
-                    assert local == (expected, *shape[1:]), (case, when, name)
-                    chunk_bytes = -(-shape[0] // world_size) * math.prod(shape[1:]) * stored.itemsize
-                    assert nbytes <= chunk_bytes, f"{case}, {when}: {name} keeps more than its share in memory"
+            assert set(found["not sharded"]) == (set(first["shares"]) if whole_on_one else set()), case
+            _assert_share(found, set(first["shares"]), rank, world_size, case)
             # what a save gathers, on the main process only
             assert set(found["saved"].values()) == ({True} if rank == 0 else {None}), case
-            # The same operations on the same values in the same order: nothing but equality will do.
-            assert torch.equal(found["logits"], output.logits), case
+            assert torch.equal(found["logits"], first["logits"]), case
 
-        assert len(first["gradients"]) == len(gradients) > 0
-        for name, gradient in first["gradients"].items():
+        found = {"logits": first["logits"]} | first["gradients"]
+        assert set(found) == set(expected) and len(found) > 1
+        if method == "full":
+            # The same operations on the same values in the same order: nothing but equality will do.
+            assert torch.equal(found["logits"], expected["logits"]), case
+        if dtype == torch.bfloat16:
+            exact = _logits_and_gradients(_reference(uneven_base, method, torch.float32, first["trainable"]))
+        for name, value in expected.items():
             # Every rank computes the same batch, so their mean is the gradient, but for the rounding of the mean.
-            tolerance = {"rtol": 2e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-7}
-            assert torch.allclose(gradient.to(dtype), gradients[name], **tolerance), (case, name)
+            if dtype == torch.float32:
+                assert _distance(found[name], value) < FLOAT32, (case, name)
+            else:  # errors of bfloat16 are no larger than when transformers and PEFT compute, chance set aside
+                assert _distance(found[name], exact[name]) < 2 * _distance(value, exact[name]), (case, name)
 
 
 def _gathers(run) -> dict:

@@ -1,0 +1,232 @@
+"""The kernels of the decoder layer's elementwise work against their formulas on the CPU."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from reference_layers import LAYERS, adapted, packed, padded, plain, run, written_out_copy
+
+from fitune.model import attention, elementwise
+from fitune.model.elementwise import Dropout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+TOKENS = [1, 5, 1000]
+CHANNELS = [576, 4096, 8192, 14336]
+DTYPES = [torch.float32, torch.bfloat16]
+EPSILON = 1e-5
+P = 0.3
+
+by_tokens = pytest.mark.parametrize("tokens", TOKENS)
+by_channels = pytest.mark.parametrize("channels", CHANNELS)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+by_dropout = pytest.mark.parametrize("dropping", [False, True], ids=["all", "dropout"])
+
+
+@pytest.fixture
+def random():
+    """Fresh numbers in each run of the tests; the seed is shown when one fails."""
+    seed = torch.seed()
+    print(f"seed {seed}")
+    return lambda *shape, dtype=torch.float32: torch.randn(*shape).to(dtype)
+
+
+def _dropout(tokens: int) -> Dropout:
+    return Dropout(P, torch.randint(-(2**31), 2**31, (tokens,)).int(), 7)
+
+
+def _on_gpu(value):
+    if isinstance(value, Dropout):
+        return replace(value, keys=value.keys.cuda())
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def _assert_close(found: torch.Tensor, exact: torch.Tensor, roundings: int) -> None:
+    """`exact` is float64. Each rounding to the kernel's dtype is off by half a unit of the last place at most.
+
+    float32 rounds in every operation, of which a row's sum has at most log2 of its length more.
+    """
+    assert found.shape == exact.shape
+    assert found.isfinite().all()
+    if found.dtype == torch.float32:
+        roundings += 16 + math.log2(exact.shape[-1])
+    share = roundings * torch.finfo(found.dtype).eps / 2
+    found = found.cpu().double()
+    assert (found - exact).norm() <= share * exact.norm()
+    # no element is off by itself: its own size and the others' common size tell how far it may be
+    allowed = 4 * share * (exact.abs() + exact.norm() / math.sqrt(exact.numel()))
+    assert ((found - exact).abs() <= allowed).all()
+
+
+def _compare(function, *arguments, roundings: int) -> None:
+    """What `function` returns and what it writes into its tensors, on the GPU and in float64 on the CPU."""
+    on_gpu = [_on_gpu(argument) for argument in arguments]
+    exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in exact]
+    found, expected = function(*on_gpu), function(*exact)
+    pairs = list(zip(_flat(found), _flat(expected), strict=True))
+    for one, other, old in zip(on_gpu, exact, before, strict=True):
+        if isinstance(other, torch.Tensor):
+            if torch.equal(other, old):
+                assert torch.equal(one.cpu().double(), other)  # what the formula only reads
+            else:
+                pairs.append((one, other))
+    assert pairs
+    for ours, theirs in pairs:
+        assert ours.is_cuda
+        _assert_close(ours, theirs, roundings)
+
+
+def _flat(value) -> list[torch.Tensor]:
+    return [] if value is None else list(value) if isinstance(value, tuple) else [value]
+
+
+@by_dropout
+@by_dtype
+@by_channels
+@by_tokens
+def test_rms_norm(tokens, channels, dtype, dropping, random):
+    x, weight = random(tokens, channels, dtype=dtype), random(channels, dtype=dtype)
+    dropout = _dropout(tokens) if dropping else None
+    _compare(elementwise.rms_norm, x, weight, EPSILON, dropout, roundings=3)
+
+
+@by_dropout
+@by_dtype
+@by_channels
+@by_tokens
+def test_rms_norm_backward(tokens, channels, dtype, dropping, random):
+    gradient, dropped, x, residual = (random(tokens, channels, dtype=dtype) for _ in range(4))
+    weight = random(channels, dtype=dtype)
+    dropped, dropout = (dropped, _dropout(tokens)) if dropping else (None, None)
+    _compare(elementwise.rms_norm_backward, gradient, dropped, x, weight, EPSILON, dropout, residual, roundings=1)
+
+
+@by_dropout
+@by_dtype
+@by_channels
+@by_tokens
+def test_swiglu(tokens, channels, dtype, dropping, random):
+    gate_up = random(tokens, 2 * channels, dtype=dtype)
+    _compare(elementwise.swiglu, gate_up, _dropout(tokens) if dropping else None, roundings=3)
+
+
+@by_dropout
+@by_dtype
+@by_channels
+@by_tokens
+def test_swiglu_backward(tokens, channels, dtype, dropping, random):
+    gradient, dropped = (random(tokens, channels, dtype=dtype) for _ in range(2))
+    gate_up = random(tokens, 2 * channels, dtype=dtype)
+    dropped, dropout = (dropped, _dropout(tokens)) if dropping else (None, None)
+    _compare(elementwise.swiglu_backward_, gradient, dropped, gate_up, dropout, roundings=3)
+
+
+@by_dtype
+@by_channels
+@by_tokens
+def test_drop_and_its_gradient(tokens, channels, dtype, random):
+    x, total = random(tokens, channels, dtype=dtype), random(tokens, channels, dtype=dtype)
+    _compare(elementwise.drop, x, _dropout(tokens), roundings=1)
+    _compare(elementwise.add_dropped_, total, x, _dropout(tokens), roundings=1)
+
+
+@by_dtype
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("heads", "size"), [(32, 128), (8, 128), (64, 128), (9, 64), (3, 64)])
+@by_tokens
+def test_rope_in_place_within_a_wider_row(tokens, heads, size, backward, dtype, random):
+    """Query, key and value lie side by side; only the heads in the middle turn."""
+    qkv = random(tokens, (heads + 3) * size, dtype=dtype)
+    angles = random(tokens, size // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotate(row, cos, sin):
+        elementwise.rope_(
+            row[:, 2 * size : (heads + 2) * size].unflatten(1, (heads, size)), cos, sin, backward=backward
+        )
+
+    _compare(rotate, qkv, cos, sin, roundings=1)
+    wide = qkv.cuda()
+    rotate(wide, cos.cuda(), sin.cuda())
+    for outside in (slice(0, 2 * size), slice((heads + 2) * size, None)):
+        assert torch.equal(wide[:, outside].cpu(), qkv[:, outside])
+
+
+@by_channels
+@by_tokens
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("place", [1, 320])
+def test_masks_are_those_of_the_cpu_to_the_last_bit(place, p, channels, tokens):
+    keys = torch.randint(-(2**31), 2**31, (tokens,)).int()
+    dropout = Dropout(p, keys, place)
+    expected = elementwise.factors(dropout, channels)
+    ones = torch.ones(tokens, channels, device="cuda")
+    assert torch.equal(elementwise.factors(_on_gpu(dropout), channels).cpu(), expected)
+    assert torch.equal(elementwise.drop(ones, _on_gpu(dropout)).cpu(), expected)
+    assert torch.equal(elementwise.add_dropped_(torch.zeros_like(ones), ones, _on_gpu(dropout)).cpu(), expected)
+
+
+def test_all_kernels_draw_the_same_mask():
+    """The zeros of each kernel's dropped copy."""
+    tokens, channels = 33, 4096
+    dropout = _dropout(tokens)
+    kept = elementwise.factors(dropout, channels) != 0
+    dropout, x = _on_gpu(dropout), torch.rand(tokens, 2 * channels, device="cuda") + 0.5
+    half, ones = x[:, :channels].contiguous(), torch.ones(channels, device="cuda")
+    nothing = torch.zeros_like(half)
+    for found in (
+        elementwise.rms_norm(half, ones, EPSILON, dropout)[1],
+        elementwise.swiglu(x, dropout)[1],
+        elementwise.swiglu_backward_(half, half, x.clone(), dropout),
+        elementwise.drop(half, dropout),
+        elementwise.add_dropped_(nothing.clone(), half, dropout),
+    ):
+        assert torch.equal((found != 0).cpu(), kept)
+
+
+@pytest.mark.parametrize(("query_heads", "heads", "size"), [(32, 8, 128), (9, 3, 64), (64, 8, 128)])
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 130, 64], [700, 300]], ids=str)
+def test_attention_forward_and_backward(lengths, query_heads, heads, size, random):
+    """bf16, the kernel's dtype; the CPU in float64. Inputs are views of one row, as in the layer."""
+    tokens = sum(lengths)
+    columns = [count * size for count in (query_heads, heads, heads)]
+    row = random(tokens, sum(columns), dtype=torch.bfloat16)
+    gradient = random(tokens, query_heads, size, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    scaling = size**-0.5
+
+    def compute(row, gradient, bounds):
+        views = [part.unflatten(1, (-1, size)) for part in row.split(columns, dim=1)]
+        output, statistics = attention.forward(*views, bounds, max(lengths), scaling)
+        gradients = attention.backward(gradient, *views, output, statistics, bounds, max(lengths), scaling)
+        return [output, *gradients]
+
+    found = compute(row.cuda(), gradient.cuda(), bounds.cuda())
+    expected = compute(row.double(), gradient.double(), bounds)
+    largest = max(value.norm() for value in expected[1:])
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.shape == exact.shape
+        # Probabilities, output and gradients are rounded to bf16 a few times in a row; one token attends to itself
+        # alone, where the gradients of query and key vanish and only rounding is left.
+        assert (ours.cpu().double() - exact).norm() <= 4 * 2**-8 * max(exact.norm(), 0.1 * largest)
+
+
+@pytest.mark.parametrize("batch", [packed, padded])
+def test_a_whole_model_is_as_exact_as_on_the_cpu(batch):
+    """bf16 on both, each against float64: chance set aside, the kernels' errors are no larger."""
+    model = adapted(plain(torch.bfloat16), dropout=P)
+    inputs, _ = batch()
+    more = {"dropout_keys": torch.randint(-(2**31), 2**31, (inputs["counts"].numel(),)).int()}
+    exact = run(written_out_copy(model.double()), inputs, **more)
+    model.to(torch.bfloat16)  # as before: all its values came from there
+    on_cpu = run(written_out_copy(model), inputs, **more)
+    for kept in (0, LAYERS):
+        on_gpu = run(written_out_copy(model, kept).cuda(), inputs, **more)
+        for name, value in exact.items():
+            errors = [(found[name].cpu().double() - value).norm() for found in (on_gpu, on_cpu)]
+            assert errors[0] < 3 * errors[1], name

@@ -1,0 +1,174 @@
+"""The decoder layer written out: its gradients in float64 against autograd through plain transformers and PEFT."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from reference_layers import (
+    EXACT,
+    HIDDEN,
+    INTERMEDIATE,
+    KEYS_AND_VALUES,
+    LAYERS,
+    MLP,
+    SUBSETS,
+    VOCABULARY,
+    adapted,
+    assert_close,
+    assert_equal,
+    id_of,
+    logits,
+    packed,
+    padded,
+    plain,
+    run,
+    written_out_copy,
+)
+
+from fitune.model import layer as written_out
+from fitune.model.nf4 import STORAGE, NF4Linear
+from fitune.model.skeleton import decoder
+
+
+@pytest.mark.parametrize("batch", [packed, padded])
+@pytest.mark.parametrize("targets", SUBSETS, ids=id_of)
+def test_gradients_are_those_of_autograd(targets, batch, exact):
+    ours, theirs = batch()
+    reference = adapted(plain(), targets)
+    expected = run(copy.deepcopy(reference), theirs)
+    for kept in (0, 1, LAYERS):
+        assert_close(run(written_out_copy(reference, kept), ours), expected)
+
+
+@pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases_of_the_base_count(biases, exact):
+    ours, theirs = packed()
+    reference = adapted(plain(**biases))
+    expected = run(copy.deepcopy(reference), theirs)
+    for kept in (0, LAYERS):
+        assert_close(run(written_out_copy(reference, kept), ours), expected)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj"], ["up_proj"]], ids=id_of)
+def test_tiles_of_the_mlp_add_up(targets, exact, small_tiles):
+    for ours, theirs in (packed(), padded()):
+        reference = adapted(plain(), targets)
+        expected = run(copy.deepcopy(reference), theirs)
+        for kept in (0, LAYERS):
+            assert_close(run(written_out_copy(reference, kept), ours), expected)
+
+
+def test_micro_batches_add_up(exact):
+    reference = adapted(plain())
+    ours = written_out_copy(reference, 1)
+    for seed, batch in enumerate((packed, padded, packed)):
+        found = run(ours, batch()[0], seed=seed)
+        expected = run(reference, batch()[1], seed=seed)
+        assert_close(found, expected)
+
+
+def test_kept_recomputed_and_offloaded_are_equal_to_the_last_bit(monkeypatch):
+    used = []
+    save_on_cpu = written_out.save_on_cpu
+    monkeypatch.setattr(written_out, "save_on_cpu", lambda **options: used.append(options) or save_on_cpu(**options))
+    reference = adapted(plain(torch.float32))
+    expected = run(written_out_copy(reference, LAYERS), packed()[0])
+    for kept, offload in ((0, False), (1, False), (0, True), (1, True)):
+        used.clear()
+        assert_equal(run(written_out_copy(reference, kept, offload=offload), packed()[0]), expected)
+        assert len(used) == (LAYERS - kept if offload else 0)
+
+
+def test_without_a_gradient_of_the_input_the_others_are_the_same():
+    """The first layer of a training run: nothing below it learns."""
+    for targets in ("all-linear", ["down_proj"], ["q_proj"]):
+        reference = adapted(plain(torch.float32), targets)
+        expected = run(written_out_copy(reference, 1), packed()[0])
+        del expected["x"]
+        assert_equal(run(written_out_copy(reference, 1), packed()[0], input_gradient=False), expected)
+
+
+@pytest.mark.parametrize(("kept", "values"), [(0, HIDDEN), (1, 4 * HIDDEN + 2 * KEYS_AND_VALUES + 2 * INTERMEDIATE)])
+def test_a_layer_saves_what_its_docstring_says(kept, values):
+    tokens, sizes = 21, {}
+    model = decoder(written_out_copy(adapted(plain(torch.float32)), kept)).model
+    x = torch.randn(1, tokens, HIDDEN, requires_grad=True)
+    angles = model.rotary_emb(x, torch.arange(tokens).unsqueeze(0))
+
+    def count(saved):
+        sizes[saved.data_ptr()] = saved.numel()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+        model.layers[-1](x, position_embeddings=angles)
+    assert sum(sizes.values()) == values * tokens
+
+
+def _replace_linears(model, by) -> None:
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(layer.get_submodule(parent), child, by(module))
+
+
+def _linear4bit(linear):
+    quantised = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    options = {"requires_grad": False, "compress_statistics": True, "quant_type": "nf4"}
+    quantised.weight = bnb.nn.Params4bit(linear.weight.detach().clone(), **options).to("cpu")
+    return quantised
+
+
+def _nf4_linear(linear):
+    quantised = NF4Linear(linear.in_features, linear.out_features)
+    packed, quantised.quant_state = bnb.functional.quantize_4bit(
+        linear.weight.detach(), compress_statistics=True, quant_type="nf4"
+    )
+    quantised.weight.data = packed.view(-1).view(STORAGE).unsqueeze(1)
+    return quantised
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], MLP], ids=id_of)
+def test_nf4_layers_are_those_of_bitsandbytes(targets, plain_linear4bit):
+    ours, theirs = packed()
+    base = plain(torch.float32)
+    models = []
+    for by in (_nf4_linear, _linear4bit):
+        models.append(copy.deepcopy(base))
+        _replace_linears(models[-1], by)
+    expected = run(adapted(models[1], targets), theirs)
+    model = adapted(models[0], targets)
+    for kept in (0, LAYERS):
+        # sums of up to 128 products and a few dozen operations in a row, each off by 6e-8 at most
+        assert_close(run(written_out_copy(model, kept), ours), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_adapter_switched_off_leaves_the_base(dropout, exact):
+    base, (ours, theirs) = plain(), packed()
+    expected = logits(base, theirs)
+    model = written_out_copy(adapted(copy.deepcopy(base), dropout=dropout))
+    with model.disable_adapter():
+        off = logits(model, ours)
+    assert (off - expected).norm() < EXACT * expected.norm()
+    on = logits(model.eval(), ours)
+    assert (on - expected).norm() > 0.1 * expected.norm()
+
+
+def test_generation_with_a_cache_is_that_of_plain_transformers():
+    reference = adapted(plain(), dropout=0.3).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ids = torch.randint(1, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
+    expected, found = (model.generate(input_ids=ids, **options) for model in (reference, written_out_copy(reference)))
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_packed_row_without_the_length_of_its_longest_example_is_refused():
+    ours, _ = packed()
+    with pytest.raises(ValueError, match="comes with the length of its longest example"):
+        run(written_out_copy(adapted(plain())), ours | {"max_length_q": None})
