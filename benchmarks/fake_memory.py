@@ -32,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
 from fitune.config import run as runs
-from fitune.model import attention
+from fitune.model import attention, elementwise, products
+from fitune.model.activations import keep_activations
+from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.sharding import shard
 from fitune.model.skeleton import build_skeleton, decoder
@@ -99,9 +101,8 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
         tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict, convert_tokens_to_ids=list)
         model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu")
     add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
+    keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, torch.bfloat16)
-    if run.profile.activation_checkpointing:
-        decoder(model).activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -131,6 +132,7 @@ def _batch(tokens: int) -> dict[str, torch.Tensor]:
     positions = torch.arange(tokens).unsqueeze(0) % (tokens // 2)
     bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     packing = {"position_ids": positions, "cu_seq_lens_q": bounds, "max_length_q": tokens // 2}
+    packing[DROPOUT_KEYS] = torch.zeros(tokens, dtype=torch.int32)
     return {"input_ids": ids, "labels": torch.zeros_like(ids), **packing}
 
 
@@ -229,12 +231,36 @@ class _Rope(torch.autograd.Function):
 def _pretend_gpu_kernels() -> None:
     """Flash attention, Liger's kernels, CUDA's dropout (a mask of a byte each), TRL's Triton kernels (nothing)."""
     attention._by_example = lambda query, key, value, *rest: _Attention.apply(query, key, value)
+    _pretend_layer_kernels()
     llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
     llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
     llama.apply_rotary_pos_emb = lambda query, key, cos, sin, unsqueeze_dim=1: _Rope.apply(query, key)
     nn.Dropout.forward = lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
     chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *args, **kwargs: None
     chunked_logprob._addmm_fp32 = lambda total, a, b: None
+
+
+def _pretend_layer_kernels() -> None:
+    """Those of fitune.model.layer: each takes what it returns and nothing more."""
+
+    def like(x, dropout):
+        first = torch.empty_like(x)
+        return first, torch.empty_like(x) if dropout else first
+
+    elementwise.drop = lambda x, dropout: torch.empty_like(x) if dropout else x
+    elementwise.add_dropped_ = lambda total, x, dropout: total
+    elementwise.rms_norm = lambda x, weight, eps, dropout: like(x, dropout)
+    elementwise.rms_norm_backward = lambda gradient, dropped, x, *rest: torch.empty_like(x)
+    elementwise.swiglu = lambda gate_up, dropout: like(gate_up[:, : gate_up.shape[1] // 2].contiguous(), dropout)
+    elementwise.swiglu_backward_ = lambda gradient, *rest: torch.empty_like(gradient)
+    elementwise.rope_ = lambda *args, **kwargs: None
+    attention.forward = lambda query, *rest: (
+        torch.empty_like(query, memory_format=torch.contiguous_format), (torch.empty(query.shape[:2]),)
+    )  # fmt: skip
+    attention.backward = lambda gradient, query, key, value, *rest: [
+        torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)
+    ]
+    products.weight = lambda base, dtype: torch.empty(base.out_features, base.in_features, dtype=dtype)
 
 
 def main() -> None:

@@ -217,7 +217,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "max_length": run["recipe"]["max_length"],
         "micro_batch": run["profile"]["micro_batch"],
         "gradient_accumulation_steps": run["gradient_accumulation_steps"],
-        "activation_checkpointing": run["profile"]["activation_checkpointing"],
+        "kept_layers": run["profile"]["kept_layers"],
         "activation_offload": run["profile"]["activation_offload"],
         "layers": json.loads((Path(plan["checkpoint"]) / "config.json").read_text())["num_hidden_layers"],
         "peak_allocated_gib": round(measured["peak_allocated_gib"], 2),

@@ -211,11 +211,13 @@ class _Work:
         dattended, more = self._products_backward(OUT, [dmid], elementwise.drop(attended, dropout), dropout)
         if more is not None:
             elementwise.add_dropped_(dattended, more, dropout)
+            del more
         query, key, value = self._heads(qkv)
         gradients = attention.backward(
             dattended.view_as(query), query, key, value, attended.view_as(query), statistics, batch.bounds,
             batch.longest, layer.self_attn.scaling,
         )  # fmt: skip
+        del dattended
         for heads in gradients[:2]:
             elementwise.rope_(heads, batch.cos, batch.sin, backward=True)
         gradients = [gradient.reshape(x.shape[0], -1) for gradient in gradients]
@@ -252,7 +254,9 @@ class _Work:
             down, width = self._dropout_of(DOWN, start, stop), self._width(GATE_UP) // 2
             dproduct, more = self._products_backward(DOWN, [dy[rows]], None, down)
             product = elementwise.swiglu_backward_(dproduct, more, tile, down)
+            del dproduct, more
             self._adapter_gradients(DOWN, [dy[rows]], product)
+            del product
             first = self._dropout_of(GATE_UP, start, stop)
             halves = [tile[:, :width], tile[:, width:]]
             dnormed, more = self._products_backward(GATE_UP, halves, dropped, first)

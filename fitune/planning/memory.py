@@ -40,7 +40,7 @@ MEASURED = Measured()
 def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     """Phase -> what each GPU holds in torch's allocator then, in bytes. The peak is the largest sum."""
     several = s.ranks > 1
-    kept = 0.0 if s.activation_offload and s.checkpointing else s.kept_activations
+    kept = s.kept_activations
     mask = s.mask_positions * 1  # the boolean mask, shared by all layers
     # gathering needs FSDP's all-gather buffer beside the result, and it still holds the previous layer's buffer
     gathering = {
@@ -52,7 +52,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
-    recompute = s.layer_backward - (0.0 if s.checkpointing else s.saved_by_layer)
+    last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
     after = {**_resident(s), "gradients": s.gradients * (s.accumulated_on_gpu or not s.offload), **fixed}
@@ -72,17 +72,30 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
             "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
-            "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": head_reduction},
+            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": head_reduction},
         "backward, second layer": {
             **after, "gradients": after["gradients"] - not_yet, "unsharded layers": s.unsharded_layer,
-            "gather buffers": prefetched_layer, "kept activations": 2 * kept / s.shape.layers,
-            "hidden states": s.hidden_state, "one layer's backward": recompute, "gradient reduction": layer_reduction},
+            "gather buffers": prefetched_layer, "kept activations": _of_first_two_layers(s),
+            "hidden states": s.hidden_state, "one layer's backward": second_layer,
+            "gradient reduction": layer_reduction},
         "backward, embedding": {
             **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
             "gradient reduction": head_reduction},
         "optimizer step": stepping,
         "save": _resident(s),
     }  # fmt: skip
+
+
+def _last_and_first(s: Setup) -> tuple[bool, bool]:
+    """Whether the last layer keeps its activations, and whether the first ones do: the last are kept first."""
+    return s.kept_layers > 0, s.kept_layers >= s.shape.layers
+
+
+def _of_first_two_layers(s: Setup) -> float:
+    """What they keep: all of it where every layer does, else their inputs."""
+    if s.kept_layers >= s.shape.layers:
+        return 2 * s.kept_activations / s.shape.layers
+    return 0.0 if s.activation_offload else 2 * s.hidden_state
 
 
 def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:

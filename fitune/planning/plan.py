@@ -149,7 +149,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         **_lora(recipe, shape),
         offload=accelerate.offload_params,
         embedding_offload=profile.embedding_offload,
-        checkpointing=profile.kept_layers < shape.layers,
+        kept_layers=min(profile.kept_layers, shape.layers),
         activation_offload=profile.activation_offload,
         reshard=accelerate.reshard_after_forward,
         on_gpu=not accelerate.use_cpu,

@@ -96,12 +96,13 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
         if rows < setup.micro_batch:
             passes = run.recipe.global_batch_size // (rows * setup.ranks)
             changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
-    if not setup.checkpointing:
-        changes.append(("--set profile.kept_layers=0", {"checkpointing": True}))
+    if setup.kept_layers:
+        changes.append((f"--set profile.kept_layers={setup.kept_layers // 2}", {"kept_layers": setup.kept_layers // 2}))
+        changes.append(("--set profile.kept_layers=0", {"kept_layers": 0}))
     if not setup.embedding_offload and not setup.offload and not setup.full:
         changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
     if not setup.activation_offload and setup.on_gpu:
-        changes.append(("--set profile.activation_offload=true", {"activation_offload": True, "checkpointing": True}))
+        changes.append(("--set profile.activation_offload=true", {"activation_offload": True}))
     shorter = longest_sequence(setup, plan.limits)
     if 0 < shorter < setup.max_length:
         changes.append((f"--set max_length={shorter}", {"max_length": shorter}))

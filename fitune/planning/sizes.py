@@ -12,6 +12,7 @@ BF16, FP32 = 2, 4  # bytes
 NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
+MLP_TILE = 16384  # tokens, of fitune.model.layer
 LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplies at once (trl.kernels.chunked_logprob)
 
 
@@ -39,7 +40,8 @@ class Setup:
     offload: bool = False
     "Sharded weights, gradients and optimizer state live in host RAM."
     embedding_offload: bool = False
-    checkpointing: bool = True
+    kept_layers: int = 0
+    "Layers that keep their activations; the others compute them again."
     activation_offload: bool = False
     reshard: bool = True
     on_gpu: bool = True
@@ -160,42 +162,26 @@ class Setup:
         return self.tokens * self.shape.kv_heads * self.shape.head_dim * self.compute
 
     @property
-    def mask_positions(self) -> int:
-        """Pairs of tokens that sdpa has a mask for. On GPUs packed rows need none: see `fitune.model.attention`."""
-        if self.packing:
-            return 0 if self.on_gpu else self.tokens**2
-        return self.micro_batch * self.max_length**2
+    def recomputed_layers(self) -> int:
+        return self.shape.layers - self.kept_layers
 
     @property
-    def down_input(self) -> float:
-        """What down_proj keeps for its backward pass: its input, or LoRA's dropped-out copy and its mask [T, i]."""
-        if self.full or ("down_proj" in self.lora_targets and not self.lora_dropout):
-            return self.inner_state
-        return self.inner_state * (1 + 1 / self.compute) if "down_proj" in self.lora_targets else 0.0
+    def mask_positions(self) -> int:
+        """Pairs of tokens that sdpa has a mask for; examples of packed rows and of a frozen base's need none."""
+        return self.micro_batch * self.max_length**2 if self.full and not self.packing else 0
 
     @property
     def saved_by_layer(self) -> float:
-        """What one layer keeps for its backward pass with Liger's kernels, its input left out."""
+        """What one layer keeps for its backward pass, its input left out."""
         h, i = self.hidden_state, self.inner_state
-        if self.mask_positions:
-            attention = 4 * h  # query, keys and values repeated for all heads (a masked sdpa wants that), output
-        else:
-            softmax_sums = self.tokens * self.shape.heads * FP32
-            attention = 2 * h + 2 * self.shared_heads + softmax_sums
+        softmax_sums = self.tokens * self.shape.heads * FP32
+        if not self.full:  # fitune.model.layer: q, k, v; attention's output; the MLP's input; gate and up
+            return 3 * h + 2 * self.shared_heads + softmax_sums + 2 * i
+        # a masked sdpa wants keys and values repeated for all heads
+        attention = 4 * h if self.mask_positions else 2 * h + 2 * self.shared_heads + softmax_sums
         bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
         mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
-        return attention + bias + mlp + self._inputs_of_trained_linears() + self.down_input
-
-    def _inputs_of_trained_linears(self) -> float:
-        """All but down_proj. LoRA with dropout keeps a copy and a mask per linear; else linears share their input."""
-        attention = {"q_proj", "k_proj", "v_proj"} & self.lora_targets
-        mlp = {"gate_proj", "up_proj"} & self.lora_targets
-        if self.full:
-            return 2 * self.hidden_state
-        if not self.lora_dropout:
-            return (bool(attention) + bool(mlp)) * self.hidden_state
-        count = len(attention) + len(mlp) + ("o_proj" in self.lora_targets)
-        return count * self.hidden_state * (1 + 1 / self.compute)
+        return attention + bias + mlp + 2 * h + i  # the linears' inputs: two norms, SwiGLU's product
 
     @property
     def layer_backward(self) -> float:
@@ -209,17 +195,26 @@ class Setup:
                 saved - 2 * i + 2 * h + mlp_gradients,  # gate's: down's and up's activations are gone
                 self.gathered_layer + 2 * h,  # the end: all gradients of the layer
             )
-        keeps_input = "down_proj" in self.lora_targets and not self.lora_dropout  # LoRA keeps down_proj's input itself
-        recomputing = saved + 3 * h + (0.0 if keeps_input else i)  # down_proj's output, LoRA's, their sum; its input
-        if self.method == "qlora":
-            recomputing = max(recomputing, saved - self.down_input + 2 * i + down)  # backward: the dequantised weight
-        return recomputing
+        dequantised = down if self.method == "qlora" else 0.0
+        attention_saved = saved - 2 * i
+        inputs = 1 + self.lora_dropout  # an adapter reads a dropped-out copy, whose gradient is apart
+        tile_i, tile_h = (x * min(self.tokens, MLP_TILE) / self.tokens for x in (i, h))
+        mlp = max(
+            (3 + inputs) * tile_i + tile_h,  # gate, up, SwiGLU's product, its gradient, its copy's
+            3 * tile_i + dequantised + tile_h,
+        )
+        attention = (2 + inputs) * h + 2 * self.shared_heads + inputs * h  # gradients of o, q, k, v and of the norm
+        return attention_saved + h + max(mlp, attention)
 
     @property
     def kept_activations(self) -> float:
-        """Alive from forward to backward: each layer's input, or without checkpointing all it saves."""
-        per_layer = self.hidden_state if self.checkpointing else self.saved_by_layer + 2 * self.hidden_state
-        return self.shape.layers * per_layer
+        """Alive from forward to backward: each layer's input, and all that kept layers save."""
+        more = self.kept_layers * (self.saved_by_layer + self.full * self.hidden_state)
+        return (
+            more
+            + self.shape.layers * self.hidden_state * (not self.activation_offload)
+            + (self.kept_layers * self.hidden_state * self.activation_offload)
+        )
 
     @property
     def loss_tile(self) -> float:

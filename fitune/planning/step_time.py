@@ -48,9 +48,9 @@ def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     return products + _memory_bytes(s) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
 
-def _layer_passes(s: Setup) -> int:
-    """Forward, backward and, to recompute, forward again."""
-    return 2 + s.checkpointing
+def _layer_passes(s: Setup) -> float:
+    """Forward, backward and, to recompute, forward again: on average over the layers."""
+    return 2 + s.recomputed_layers / s.shape.layers
 
 
 def _flops(s: Setup) -> float:
