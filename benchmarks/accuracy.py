@@ -27,7 +27,11 @@ FAKE = ROOT / "benchmarks" / "fake_memory.json"
 
 def measured_runs() -> list[dict]:
     """The measured tiers, but for those of code that took more memory."""
-    return [entry for entry in measured_tiers() if "superseded" not in entry and is_whole(entry)]
+    return [entry for entry in _of_todays_layer() if "superseded" not in entry and is_whole(entry)]
+
+
+def _of_todays_layer() -> list[dict]:
+    return [entry for entry in measured_tiers() if not entry.get("earlier_layer")]
 
 
 def timed_runs() -> list[dict]:
@@ -38,7 +42,7 @@ def timed_runs() -> list[dict]:
 def runs_of_fewer_layers() -> list[dict]:
     """Tiers too large to be measured: at full width, with as many layers as fit."""
     return sorted(
-        (entry for entry in measured_tiers() if not is_whole(entry)),
+        (entry for entry in _of_todays_layer() if not is_whole(entry)),
         key=lambda entry: (entry["recipe"], entry["layers"]),
     )
 
@@ -47,7 +51,7 @@ def setup_of_measured(entry: dict) -> Setup:
     """The run as its command line described it then, but for the checkpoint's and the data's folders."""
     sets = [value for flag, value in pairwise(entry["command"].split()) if flag == "--set"]
     sets = [item for item in sets if not item.startswith(("base.model=", "data.prepared="))]
-    as_measured = ("micro_batch", "activation_checkpointing", "activation_offload")  # the profile may have changed
+    as_measured = ("micro_batch", "kept_layers", "activation_offload")  # the profile may have changed
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
     run = runs.resolve(entry["recipe"], entry["profile"], tuple(sets))
     return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))

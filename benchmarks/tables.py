@@ -38,7 +38,15 @@ def measured_tiers() -> list[dict]:
         data = json.loads(file.read_text(encoding="utf-8"))
         found += data if isinstance(data, list) else [data, *data.values()]
     runs_of_tiers = [entry for entry in found if isinstance(entry, dict) and entry.get("profile") and entry.get("ok")]
-    return sorted(runs_of_tiers, key=lambda run: run["date"])
+    return sorted(map(_with_kept_layers, runs_of_tiers), key=lambda run: run["date"])
+
+
+def _with_kept_layers(entry: dict) -> dict:
+    """A run before 27 November had all its layers recomputed or none, and an adapter's had not the layer of today."""
+    if "kept_layers" in entry:
+        return entry
+    kept = 0 if entry["activation_checkpointing"] else entry["layers"]
+    return entry | {"kept_layers": kept, "earlier_layer": entry["method"] != "full"}
 
 
 def whole_shape(entry: dict) -> ModelShape:
@@ -56,7 +64,7 @@ def is_as_profiled(entry: dict) -> bool:
     Other labels say what is different.
     """
     run = runs.resolve(entry["recipe"], entry["profile"])
-    settings = ("micro_batch", "activation_checkpointing", "activation_offload")
+    settings = ("micro_batch", "kept_layers", "activation_offload")
     same = all(entry[name] == getattr(run.profile, name) for name in settings)
     same_batch = entry["gradient_accumulation_steps"] == run.gradient_accumulation_steps
     return same and ("label" not in entry or (entry["label"].startswith("sweep") and same_batch))
@@ -137,13 +145,13 @@ def sweep_table() -> str:
     one_row = {
         session(run): run["tokens_per_second_per_gpu"]
         for run in sweeps
-        if run["micro_batch"] == 1 and run["activation_checkpointing"]
+        if run["micro_batch"] == 1 and not run["kept_layers"]
     }
     for run in sweeps:
         speed, first = run["tokens_per_second_per_gpu"], one_row.get(session(run))
         lines.append(
             f"| `{run['recipe']}` | `{run['profile']}` | {run['micro_batch']} "
-            f"| {'yes' if run['activation_checkpointing'] else 'no'} | {run['peak_gpu_gib']:.1f} | {speed:,.0f} "
+            f"| {'no' if run['kept_layers'] else 'yes'} | {run['peak_gpu_gib']:.1f} | {speed:,.0f} "
             f"| {f'{speed / first:.0%}' if first else ''} |"
         )
     return "\n".join(lines)

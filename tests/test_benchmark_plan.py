@@ -135,7 +135,7 @@ def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
     run = runs.resolve("llama3_8b_qlora", "single_gpu")
     shape = find_shape(run.recipe.base.model)
     shipped = {"recipe": run.recipe_name, "profile": run.profile_name, "date": "2026-01-01", "layers": shape.layers,
-               "micro_batch": run.profile.micro_batch, "activation_checkpointing": True, "activation_offload": False,
+               "micro_batch": run.profile.micro_batch, "kept_layers": run.profile.kept_layers, "activation_offload": False,
                "gradient_accumulation_steps": run.gradient_accumulation_steps, "peak_gpu_gib": 19.0}  # fmt: skip
     sweep = shipped | {"label": "sweep mb8", "peak_gpu_gib": 20.0}
     others = [
@@ -155,7 +155,7 @@ def test_a_run_from_before_its_profile_was_changed_says_so(monkeypatch):
 
 def test_a_sweep_is_compared_with_its_own_first_row(monkeypatch):
     sweep = {"recipe": "r", "profile": "p", "gpu_name": "g", "commit": "c", "date": "2026-01-01", "micro_batch": 1,
-             "activation_checkpointing": True, "peak_gpu_gib": 1.0, "tokens_per_second_per_gpu": 100.0,
+             "kept_layers": 0, "peak_gpu_gib": 1.0, "tokens_per_second_per_gpu": 100.0,
              "label": "sweep mb1"}  # fmt: skip
     faster = sweep | {"micro_batch": 8, "tokens_per_second_per_gpu": 150.0}
     elsewhere = faster | {"gpu_name": "another"}
