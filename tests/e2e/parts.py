@@ -32,7 +32,7 @@ class Size:
 
 
 ON_GPU = Size(max_length=256, long_rows="cut", global_batch=8, steps=20, test_fraction=0.08)
-ON_CPU = Size(max_length=96, long_rows="drop", global_batch=4, steps=8, test_fraction=0.1)
+ON_CPU = Size(max_length=80, long_rows="drop", global_batch=4, steps=6, test_fraction=0.15)
 
 
 def check(condition, said: str) -> None:
@@ -116,7 +116,8 @@ class Part:
             f"distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2{offload}\nuse_cpu: true\n"
             f"num_processes: {self.combination.ranks}\nmain_process_port: 0\n"
         )
-        return {"profile.accelerate_config": file, "profile.fits": "{8b: [qlora, lora, full]}"}
+        sets = {"profile.accelerate_config": file, "profile.kept_layers": 30}
+        return sets if self.combination.method == "full" else sets | {"lora.dropout": 0}  # its masks take CPUs long
 
     def go(self, reference: Reference) -> None:
         self._plan_and_train()
@@ -168,9 +169,7 @@ class Part:
                 f"{label} loss {found[label]['loss']:.5f}, in float32 {loss:.5f}: off by more than {bound:.5f}",
             )
         fall = found["base"]["loss"] - found["tuned"]["loss"]
-        check(
-            fall > 2 * self.bounds.loss, f"the held-out loss fell by {fall:.4f}, less than twice {self.bounds.loss:.4f}"
-        )
+        check(fall > 2 * bound, f"the held-out loss fell by {fall:.4f}, less than twice {bound:.4f}")
 
     def _result(self) -> Path:
         return self.run / ("model" if self.combination.method == "full" else "adapter")
