@@ -94,7 +94,7 @@ class Part:
         self.base = model if combination.base == "bf16" else work / combination.base
         self.recipe = f"llama3_8b_{combination.method}"
         self.compared: dict = {}
-        rate = 2e-5 if combination.method == "full" else 1e-3
+        rate = 5e-5 if combination.method == "full" else 1e-3
         training = {
             "max_steps": size.steps, "learning_rate": rate, "logging_steps": 1, "lr_scheduler_type": "constant",
             "eval_strategy": "steps", "eval_steps": size.steps // 2, "save_strategy": "steps",

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -39,6 +40,7 @@ MOST_GIB = 12
 
 def main() -> None:
     options = _options()
+    logging.disable_progress_bar()
     gpus = torch.cuda.device_count()
     size = SIZE_ON_GPU if gpus else SIZE_ON_CPU
     chosen = [c for c in (ON_GPUS if gpus else ON_CPU) if not options.only or c.name in options.only]
