@@ -157,7 +157,7 @@ class Part:
         found = json.loads((self.run / "eval.json").read_text(encoding="utf-8"))
         base, self.bounds = reference.of_base(self.combination.base)
         tuned, self.model = reference.of_result(self.combination.base, self._result())
-        bound = self.bounds.loss if self.on_gpu else FLOAT32 * base
+        bound = self.bound = self.bounds.loss if self.on_gpu else FLOAT32 * base
         expected = {"base": base, "tuned": tuned}
         self.compared["losses"] = {
             label: {"found": found[label]["loss"], "float32": loss, "bound": bound} for label, loss in expected.items()
@@ -222,7 +222,7 @@ class Part:
         self.commands.call("eval-checkpoint", "eval", checkpoint)
         found = json.loads((self.run / f"eval-{checkpoint.name}.json").read_text(encoding="utf-8"))
         result = json.loads((self.run / "eval.json").read_text(encoding="utf-8"))
-        check(math.isclose(found["tuned"]["loss"], result["tuned"]["loss"], rel_tol=FLOAT32), f"{found}, {result}")
+        check(abs(found["tuned"]["loss"] - result["tuned"]["loss"]) <= self.bound, f"{found}, {result}")
 
 
 def _json_or_nothing(line: str) -> dict:

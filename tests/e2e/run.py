@@ -110,7 +110,8 @@ def _try_part(combination: Combination, number: int, options, size: Size, gpus: 
         return {}
 
     result = _tried(commands, go) | {"compared": part.compared}
-    print(f"{'ok  ' if result['ok'] else 'FAIL'} {combination.name}", flush=True)
+    said = result.get("printed", []) + result.get("error", "").splitlines()
+    print(f"{'ok  ' if result['ok'] else 'FAIL'} {combination.name} {said[0] if said else ''}", flush=True)
     return result
 
 
