@@ -39,12 +39,12 @@ class Commands:
         self.logs, self.environment, self.steps = logs, environment, []
         self.printed_badly: list[str] = []
 
-    def call(self, step: str, *words, typed: str = "", expect: tuple[int, ...] = (0,), timeout: float = 240) -> str:
+    def call(self, step: str, *words, typed: str = "", expect: tuple[int, ...] = (0,), timeout: float = 400) -> str:
         """What `python cli.py WORDS` printed. Raises Failed for another exit code and after `timeout` seconds."""
         process, began = self._start(step, words), time.monotonic()
         return self._finish(step, process, began, typed, expect, timeout)
 
-    def interrupt(self, step: str, *words, signal_number: int, when, timeout: float = 240) -> str:
+    def interrupt(self, step: str, *words, signal_number: int, when, timeout: float = 400) -> str:
         """The same for a command that is sent a signal as soon as `when()` holds, and must leave with code 75."""
         process, began = self._start(step, words), time.monotonic()
 
