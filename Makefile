@@ -7,7 +7,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak audit lint format gpu-test bench
+.PHONY: help setup demo test soak audit lint format gpu-test gpu-e2e real bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,14 @@ audit: setup  ## check the packages' files against requirements.lock, and them f
 
 gpu-test: $(DEV_INSTALLED)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu -s tests/gpu/test_gpu.py
+
+gpu-e2e: $(DEV_INSTALLED)  ## every command on a real model: make gpu-e2e MODEL=FOLDER [OUTPUT=benchmarks/results]
+	@test -n "$(MODEL)" || { echo "give a Llama's folder: make gpu-e2e MODEL=FOLDER (make real makes one)"; exit 2; }
+	$(BIN)/python tests/e2e/run.py $(MODEL) $(if $(OUTPUT),--output $(OUTPUT))
+
+real: $(DEV_INSTALLED)  ## make models/smollm2-135m, a real small model, and run every command on it on the CPU
+	test -f models/smollm2-135m/config.json || $(BIN)/python tests/e2e/real_model.py models/smollm2-135m
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/e2e/run.py models/smollm2-135m $(if $(OUTPUT),--output $(OUTPUT))
 
 bench: setup  ## regenerate the tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

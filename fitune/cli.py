@@ -247,8 +247,12 @@ def train(
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @force_option
 def eval_command(run_folder, force):
-    """Loss, perplexity and token accuracy on the test split, base against tuned."""
-    _launch(_finished_run(run_folder), "fitune.training.evaluate", *(["--force"] if force else []))
+    """Loss, perplexity and token accuracy on the test split, base against tuned.
+
+    RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N.
+    """
+    run = _run_or_checkpoint(run_folder)
+    _launch(run, "fitune.training.evaluate", *_checkpoint_flag(run), *(["--force"] if force else []))
 
 
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
@@ -261,7 +265,10 @@ def eval_command(run_folder, force):
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
 @force_option
 def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file, force):
-    """Answers from base and tuned model side by side, or from a merged model."""
+    """Answers from base and tuned model side by side, or from a merged model.
+
+    RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N.
+    """
     is_model = not (run_or_model / "run.yaml").is_file() and (run_or_model / "config.json").is_file()
     if not (prompt or test or chat):
         raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
@@ -283,7 +290,8 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
 
         generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
     else:
-        _launch(_finished_run(run_or_model), "fitune.training.generate", *arguments)
+        run = _run_or_checkpoint(run_or_model)
+        _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments)
 
 
 @cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
@@ -321,10 +329,10 @@ def doctor(model):
 @force_option
 def merge(run_folder, output, base, force):
     """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
-    run, result = _run_and_result(run_folder)
+    run = _run_or_checkpoint(run_folder)
     from fitune.weights.merge import merge_run
 
-    merge_run(run, result, output, base=base, force=force)
+    merge_run(run, run.result_folder, output, base=base, force=force)
     click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')
 
 
@@ -344,28 +352,30 @@ def _completed_program() -> tuple[str, str]:
     return ("cli.py", "_CLI_PY_COMPLETE") if command().endswith(".py") else ("fitune", "_FITUNE_COMPLETE")
 
 
-def _finished_run(folder: Path):
-    run = runs.load(folder)
-    if not run.result_folder.is_dir():
-        raise UsageError(f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume")
-    return run
-
-
-def _run_and_result(folder: Path):
-    """A run and the folder with what it trained, from the run's folder or one of its checkpoints."""
+def _run_or_checkpoint(folder: Path):
+    """The finished run of a folder, or that of a checkpoint, which then stands for the run's result."""
     if folder.absolute().parent.name != "checkpoints":
-        run = _finished_run(folder)
-        return run, run.result_folder
-    run = runs.load(folder.absolute().parents[1])
-    result = folder / run.result_folder.name
-    if not result.is_dir():
+        run = runs.load(folder)
+        if not run.result_folder.is_dir():
+            raise UsageError(
+                f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume"
+            )
+        return run
+    run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})
+    if not run.result_folder.is_dir():
         whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
-        raise UsageError(f"{result}: no such folder; give a run folder or a whole checkpoint of it{whole_model}")
+        raise UsageError(
+            f"{run.result_folder}: no such folder; give a run folder or a whole checkpoint of it{whole_model}"
+        )
     from fitune.training.manifest import find_damage
 
     if damage := find_damage(folder):
-        raise UsageError(f"{folder}: {damage}; merge another checkpoint, or the run's result")
-    return run, result
+        raise UsageError(f"{folder}: {damage}; give another checkpoint, or the run's folder")
+    return run
+
+
+def _checkpoint_flag(run) -> list[str]:
+    return ["--checkpoint", run.checkpoint] if run.checkpoint else []
 
 
 def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

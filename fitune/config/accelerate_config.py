@@ -39,7 +39,10 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
         "offload_params": fsdp.get("fsdp_offload_params", False),
         "reshard_after_forward": fsdp.get("fsdp_reshard_after_forward", True),
     }
-    return parse(AccelerateConfig, values, str(path))
+    config = parse(AccelerateConfig, values, str(path))
+    if not use_cpu and config.mixed_precision != "bf16":
+        raise UsageError(f"{path}: mixed_precision must be bf16 on GPUs: packed rows have no kernel in float32")
+    return config
 
 
 def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:

@@ -206,6 +206,8 @@ class Run(Strict):
     gradient_accumulation_steps: PositiveInt
     "Derived: global batch / (micro batch x processes)."
     resume: bool = False
+    checkpoint: str | None = Field(default=None, exclude=True)
+    "Folder of the checkpoint that `eval` and `generate` take instead of the run's result; not part of run.yaml."
 
     @model_validator(mode="after")
     def _micro_batch_is_one_number(self):
@@ -219,5 +221,5 @@ class Run(Strict):
 
     @property
     def result_folder(self) -> Path:
-        """Where training leaves its result: the adapter, or the whole model for method full."""
-        return self.folder / ("model" if self.recipe.method == "full" else ADAPTER)
+        """What training, or the chosen checkpoint, left: the folder of the adapter, or of the model for method full."""
+        return Path(self.checkpoint or self.output_dir) / ("model" if self.recipe.method == "full" else ADAPTER)

@@ -39,7 +39,7 @@ def read_tokenizer(folder: Path | str):
 
 
 def apply_chat_template_choice(tokenizer, choice: str) -> None:
-    """Give a transformers tokenizer the training template named by `choice` and a pad token that is never eos or bos.
+    """Give a transformers tokenizer the training template named by `choice` and a pad token.
 
     `choice` is `llama3`, `plain`, `tokenizer` (the one the tokenizer came with) or the path of a .jinja file. Raises
     UsageError if the template does not mark what the assistant says, or the vocabulary lacks a token it needs.
@@ -239,14 +239,17 @@ def _refuse_misplaced_marks(tokenizer, template: str, choice: str) -> None:
 
 
 def _pad_token(tokenizer) -> str:
+    """A token that means nothing else, where there is one; labels and mask, not tokens, say what is trained."""
     taken = {tokenizer.eos_token, tokenizer.bos_token, "<|eot_id|>"}
     vocabulary = tokenizer.get_vocab()
     for token in (*PAD_TOKENS, tokenizer.pad_token):
         if token is not None and token in vocabulary and token not in taken:
             return token
+    if tokenizer.eos_token is not None:
+        return tokenizer.eos_token
     raise UsageError(
-        f"this tokenizer has no token to pad with that is not also its end of text; expected one of "
-        f"{', '.join(PAD_TOKENS)} or a pad_token of its own in tokenizer_config.json"
+        f"this tokenizer has no token to pad with; expected one of {', '.join(PAD_TOKENS)}, or a pad_token or an "
+        f"eos_token in tokenizer_config.json"
     )
 
 

@@ -13,7 +13,7 @@ from fitune.errors import UsageError
 
 
 def load_tokenizer(recipe: Recipe, base_folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the recipe's chat template and a pad token that is never eos."""
+    """The base's tokenizer with the recipe's chat template and a pad token."""
     tokenizer = read_tokenizer(base_folder)
     apply_chat_template_choice(tokenizer, recipe.data.chat_template)
     return tokenizer

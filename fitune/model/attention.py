@@ -42,11 +42,18 @@ def packed_attention(
         raise ValueError("packed attention knows no padding: set packing: true, or one row at a time")
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    if not isinstance(max_length_q, int):
-        raise ValueError(f"max_length_q {max_length_q}: a packed row comes with the length of its longest example")
+    check_bounds(cu_seq_lens_q, max_length_q, query.device)
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     attend = _by_kernel if query.is_cuda else _by_example
     return attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
+
+
+def check_bounds(bounds: torch.Tensor, longest: int | None, device: torch.device) -> None:
+    """Raises ValueError for what the GPU's kernel would not take, on every device."""
+    if not isinstance(longest, int):
+        raise ValueError(f"max_length_q {longest}: a packed row comes with the length of its longest example")
+    if bounds.dtype != torch.int32 or bounds.device != device:
+        raise ValueError(f"bounds of packed examples are int32 on {device}, not {bounds.dtype} on {bounds.device}")
 
 
 def _by_kernel(query, key, value, bounds, longest, scaling):

@@ -89,8 +89,7 @@ class DecoderLayer(LlamaDecoderLayer):
         if cu_seq_lens_q is None:
             cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=hidden_states.device)
             max_length_q = length
-        if not isinstance(max_length_q, int):
-            raise ValueError(f"max_length_q {max_length_q}: a packed row comes with the length of its longest example")
+        attention.check_bounds(cu_seq_lens_q, max_length_q, hidden_states.device)
         cos, sin = (angle.expand(rows, -1, -1).reshape(rows * length, -1) for angle in position_embeddings)
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
         parameters = [parameter for linear in self.linears() for parameter in _adapter_of(linear)]

@@ -48,6 +48,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
         # computing can't reuse, and FSDP would keep the head's through the loss.
         unit._set_unshard_async_op(True)
     fully_shard(model, offload_policy=everything, **options)
+    model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
     if mesh.size() == 1:
         use_weights_in_place(_parameter_groups(model))
         prefetch_in_order(causal_lm.model.layers)
@@ -63,6 +64,26 @@ def _something_travels(mesh: DeviceMesh, run: Run) -> bool:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a parameter or its optimizer state; all of it where nothing is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _count_head_as_run(norm: FSDPModule) -> None:
+    """Tells FSDP that the unit of norm and head is through, whose head the fused loss never calls.
+
+    torch 2.11 else warns in every run that a module did not run before backward, whose gathering may be missing. It is
+    not: the norm gathered both, they stay until backward, and backward starts with them. To be removed with torch
+    below 2.13, which completes such units by itself.
+    """
+    norm._get_fsdp_state()._modules_to_run_forward.clear()
+
+
+def reshard_whole_weights(model: nn.Module) -> None:
+    """Frees what a forward pass left gathered for a backward pass that never came, as in an evaluation.
+
+    The head's parameters, trained by method full, would else be whole when they are saved.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:

@@ -31,6 +31,7 @@ def build_skeleton(
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     _check_architecture(config, base_folder, recipe)
     stored_dtype = config.dtype or torch.bfloat16
+    config.pad_token_id = None  # else the embedding never learns that token, which may also end a turn
     with torch.device("meta"):
         dtype = torch.float32 if recipe.method == "full" else compute_dtype
         attention = "sdpa" if recipe.method == "full" and not recipe.packing else PACKED_ATTENTION

@@ -28,6 +28,7 @@ from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 def evaluate(run: Run, force: bool = False) -> None:
     """Writes eval.json to the run's folder: {"base": metrics, "tuned": metrics, "rows": held-out rows}.
 
+    For `run.checkpoint` it is eval-checkpoint-N.json.
     `force` evaluates also on a base that may not be the adapter's own.
     """
     mesh = join(run.accelerate)
@@ -45,7 +46,8 @@ def evaluate(run: Run, force: bool = False) -> None:
             results[label] = token_metrics(trainer, f"evaluating {label}", compute_device(mesh))
     if is_main_process():
         report = {**results, "rows": len(rows)}
-        (run.folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        name = f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
+        (run.folder / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         Console().print(_table(report))
     leave()
 
@@ -95,8 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fitune.training.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
+    parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
     options = parser.parse_args(arguments)
-    run_stage(options.run, lambda run: evaluate(run, options.force))
+    run_stage(options.run, lambda run: evaluate(run, options.force), checkpoint=options.checkpoint)
 
 
 if __name__ == "__main__":

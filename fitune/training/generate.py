@@ -163,13 +163,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
+    parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
     parser.add_argument("--json", type=Path, help="also write the answers to this file")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
-    run_stage(options.run, lambda run: generate(run, options))
+    run_stage(options.run, lambda run: generate(run, options), checkpoint=options.checkpoint)
 
 
 if __name__ == "__main__":

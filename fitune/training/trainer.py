@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from fitune.config.schema import Run
@@ -22,6 +23,7 @@ from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
+from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
 from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
 from fitune.training.bad_rows import name_rows
@@ -78,7 +80,10 @@ class ShardedSFTTrainer(SFTTrainer):
         self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
-        super().__init__(args=training_arguments(run), **kwargs)
+        arguments = training_arguments(run)
+        if kwargs.get("eval_dataset") is None:  # `eval` trains nothing, whenever training evaluates
+            arguments.eval_strategy = IntervalStrategy.NO
+        super().__init__(args=arguments, **kwargs)
         self.add_callback(self.heartbeat)
         add_answer_loss(decoder(self.model))
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
@@ -247,7 +252,9 @@ class ShardedSFTTrainer(SFTTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         dist.barrier()  # see _save_checkpoint
         with self.heartbeat.evaluating():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        reshard_whole_weights(self.model)
+        return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         with self.heartbeat.using_files():

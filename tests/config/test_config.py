@@ -163,6 +163,7 @@ MISTAKES = {
     "null as a key of a block": ("recipe", "training:\n", "training:\n  null: 3\n", ["training.None: "]),
     "quoted true": ("accelerate", "offload_params: true", "offload_params: 'true'", ["offload_params", "bool"]),
     "fp16": ("accelerate", "mixed_precision: bf16", "mixed_precision: fp16", ["mixed_precision", "'bf16'", "'fp16'"]),
+    "float32 on GPUs": ("accelerate", "mixed_precision: bf16\n", "", ["mixed_precision must be bf16 on GPUs"]),
     "processes as text": ("accelerate", "num_processes: 2", "num_processes: two", ["num_processes", "'two'"]),
     "not FSDP": ("accelerate", "type: FSDP", "type: MULTI_GPU", ["distributed_type", "FSDP", "MULTI_GPU"]),
     "FSDP version 1": ("accelerate", "fsdp_version: 2", "fsdp_version: 1", ["fsdp_config.fsdp_version must be 2"]),

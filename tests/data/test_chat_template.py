@@ -170,11 +170,18 @@ def test_pad_is_never_a_token_with_a_meaning(missing):
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def test_no_token_to_pad_with_is_an_error_that_changes_nothing():
+def test_without_any_such_token_the_end_of_text_pads():
     tokenizer = tiny_tokenizer([name for name in SPECIAL_TOKENS if "reserved" not in name and "pad" not in name])
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = None
+    apply_chat_template_choice(tokenizer, "llama3")
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_no_token_to_pad_with_is_an_error_that_changes_nothing(tmp_path):
+    tokenizer = tiny_tokenizer([name for name in SPECIAL_TOKENS if "reserved" not in name and "pad" not in name])
+    tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(UsageError, match="no token to pad with"):
-        apply_chat_template_choice(tokenizer, "llama3")
+        apply_chat_template_choice(tokenizer, jinja_file(tmp_path, good_template("<|eot_id|>")))
     assert tokenizer.chat_template is None
 
 

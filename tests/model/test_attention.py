@@ -53,6 +53,14 @@ def test_a_packed_row_without_the_length_of_its_longest_example_is_refused(model
         model(**row, use_cache=False)
 
 
+def test_bounds_of_another_dtype_are_refused(model):
+    """The GPU's kernel takes int32 alone."""
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    row = _packed_row()
+    with pytest.raises(ValueError, match=r"are int32 on cpu, not torch\.int64"):
+        model(**row | {"cu_seq_lens_q": row["cu_seq_lens_q"].long()}, use_cache=False)
+
+
 def test_generation_goes_to_sdpa(model):
     ids = torch.tensor([[1, 2, 3, 4]])
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)

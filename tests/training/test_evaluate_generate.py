@@ -90,6 +90,13 @@ def test_evaluation_counts_every_answer_token_once(runs, processes):
     assert abs(report["base"]["loss"] - report["tuned"]["loss"]) > 0.01
 
 
+def _plain_answer(model, tokenizer, messages: list[dict]) -> str:
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    stop = end_of_turn_ids(tokenizer, "llama3")
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=stop)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_answers_equal_plain_generation(runs, processes):
     run = runs[processes]
@@ -98,21 +105,35 @@ def test_answers_equal_plain_generation(runs, processes):
     assert len(answers) == len(PROMPTS) + 1, "the prompts, and one held-out conversation"
     tokenizer, base, tuned = reference(run)
     for entry in answers:
-        inputs = tokenizer.apply_chat_template(
-            entry["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
         for label, model in (("base", base), ("tuned", tuned)):
-            output = model.generate(
-                **inputs, max_new_tokens=12, do_sample=False, eos_token_id=end_of_turn_ids(tokenizer, "llama3")
-            )
-            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-            assert entry[label] == text
+            assert entry[label] == _plain_answer(model, tokenizer, entry["messages"])
     assert any(entry["base"] != entry["tuned"] for entry in answers)
 
 
 def test_a_full_run_is_evaluated_against_its_base(make_run, tiny_base, tmp_path):
-    run = make_run(tiny_base, tmp_path, "full", processes=2, batch=2, training={"max_steps": 2, "learning_rate": 1e-2})
+    training = {"max_steps": 2, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 1}
+    run = make_run(tiny_base, tmp_path, "full", processes=2, batch=2, training=training)
     run_ranks(train_here, 2, run)
     run_ranks(evaluate, 2, run)
     report = json.loads((run.folder / "eval.json").read_text())
     assert report["tuned"]["loss"] < report["base"]["loss"] - 0.05
+
+
+def test_a_checkpoint_stands_for_the_runs_result(make_run, tiny_base, tmp_path):
+    training = {"max_steps": 2, "learning_rate": 1e-1, "lr_scheduler_type": "constant", "save_strategy": "steps"}
+    run = make_run(tiny_base, tmp_path, "lora", training=training | {"save_steps": 1})
+    run_ranks(train_here, 1, run)
+    run_ranks(evaluate, 1, run)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
+    earlier = run.model_copy(update={"checkpoint": str(checkpoint)})
+    run_ranks(evaluate, 1, earlier)
+    run_ranks(ask, 1, earlier)
+    result, saved = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "eval-checkpoint-1.json"))
+    tokenizer, _, tuned = reference(earlier)
+    assert saved["base"] == result["base"]
+    assert saved["tuned"]["loss"] == pytest.approx(plain_metrics(tuned, tokenizer, run)["loss"], rel=1e-5)
+    assert abs(saved["tuned"]["loss"] - result["tuned"]["loss"]) > 0.01
+    answers = json.loads((tmp_path / "answers-1.json").read_text())
+    assert [entry["tuned"] for entry in answers] == [
+        _plain_answer(tuned, tokenizer, entry["messages"]) for entry in answers
+    ]

@@ -1,13 +1,15 @@
 """The loss is taken on the assistant's tokens and no others, and packed conversations do not see each other."""
 
 import json
+import shutil
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks, sharded_model
 
-from fitune.data.dataset import load_split
+from fitune.data.dataset import load_split, load_tokenizer
 from fitune.model.sharding import local_part
 from fitune.training.trainer import ShardedSFTTrainer
 
@@ -171,3 +173,20 @@ def test_rows_are_cut_at_max_length(tiny_base, make_run, tmp_path):
     }
     for lengths in run_ranks(_lengths, 1, runs)[0].values():
         assert max(lengths) == 96
+
+
+def _learns_its_pad(run) -> bool:
+    model, tokenizer = sharded_model(run)
+    tokens = torch.tensor([[tokenizer.pad_token_id, 5, 7]])
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    gradient = local_part(model.get_input_embeddings().weight.grad)
+    return bool(gradient[tokenizer.pad_token_id].any())
+
+
+def test_a_token_that_also_pads_is_learned(tiny_base, make_run, tmp_path):
+    """Where a base pads with the end of its turns, its config says so too, and torch's embedding would skip it."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    pad = load_tokenizer(make_run(base, tmp_path, "full").recipe, base).pad_token_id
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    assert run_ranks(_learns_its_pad, 1, make_run(base, tmp_path, "full"))[0]

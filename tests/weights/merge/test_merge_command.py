@@ -161,3 +161,22 @@ def test_existing_output_is_refused_before_a_base_is_looked_for(run, tmp_path):
     said = _refused(run.folder, "--output", tmp_path / "out", "--base", "no-such-model")
     assert f"{tmp_path}/out: exists already" in said
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_eval_and_generate_take_a_checkpoint_too(command, run, monkeypatch):
+    """The ranks are given the run, and the checkpoint beside it."""
+    started = []
+    monkeypatch.setattr("fitune.launching.launch.launch", lambda run, module, *words: started.append((run, words)) or 0)
+    checkpoint = run.folder / "checkpoints" / "checkpoint-5"
+    ask = ["--prompt", "Who?"] if command == "generate" else []
+    for folder in (run.folder, checkpoint):
+        assert CliRunner().invoke(cli, [command, str(folder), *ask]).exit_code == 0
+    (of_run, words), (of_checkpoint, more) = started
+    assert of_run.folder == of_checkpoint.folder == run.folder
+    assert "--checkpoint" not in words
+    assert more[more.index("--checkpoint") + 1] == str(checkpoint)
+    assert of_checkpoint.result_folder == checkpoint / "adapter"
+    (checkpoint / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    outcome = CliRunner().invoke(cli, [command, str(checkpoint), *ask])
+    assert outcome.exit_code == 2 and "give another checkpoint" in outcome.output

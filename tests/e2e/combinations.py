@@ -1,0 +1,45 @@
+"""What is trained: combinations of method, ranks, offload and packing that cover every pair of them that matters."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run: a shipped recipe under a shipped profile, with `--set`."""
+
+    name: str
+    method: Literal["qlora", "lora", "full"]
+    profile: str
+    packing: bool
+    base: Literal["bf16", "nf4", "untied"] = "bf16"
+    ranks: int = 1
+    sets: dict[str, object] = field(default_factory=dict)
+    thorough: bool = False
+    "Also asks a checkpoint and the merged model, and holds conversations."
+
+
+# full fine-tuning needs a head of its own, the real model's is its embedding: hence the copy called untied
+ON_GPUS = [
+    Combination("qlora-1", "qlora", "single_gpu", True, "nf4", thorough=True),
+    Combination("qlora-1-offloaded", "qlora", "fsdp_offload_1x24gb", False, "nf4"),
+    Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2),
+    Combination("qlora-4-embedding", "qlora", "fsdp_4x24gb", True, "nf4", 4, {"profile.embedding_offload": "true"}),
+    Combination("qlora-4-offloaded", "qlora", "fsdp_offload_4gpu", True, "bf16", 4),
+    Combination("lora-1-embedding", "lora", "fsdp_1x48gb", True, "bf16", thorough=True),
+    Combination("lora-1", "lora", "fsdp_1x48gb", False, "bf16", 1, {"profile.embedding_offload": "false"}),
+    Combination("lora-2-embedding", "lora", "fsdp_2x40gb", False, "bf16", 2, {"profile.embedding_offload": "true"}),
+    Combination("lora-4-offloaded", "lora", "fsdp_offload_4gpu", True, "bf16", 4),
+    Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "untied"),
+    Combination(
+        "full-1", "full", "fsdp_offload_1x80gb", True, "untied", 1, {"profile.accelerate_config": "single_gpu"}
+    ),
+    Combination("full-2", "full", "fsdp_2x80gb", True, "untied", 2, thorough=True),
+    Combination("full-4", "full", "fsdp_4x48gb", False, "untied", 4),
+]
+ON_CPU = [
+    Combination("qlora-1", "qlora", "cpu_2proc", True, "nf4", thorough=True),
+    Combination("lora-2-embedding", "lora", "cpu_2proc", False, "bf16", 2, {"profile.embedding_offload": "true"}),
+    Combination("lora-4-offloaded", "lora", "cpu_2proc", True, "bf16", 4),
+    Combination("full-2", "full", "cpu_2proc", True, "untied", 2),
+]
