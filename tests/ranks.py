@@ -144,7 +144,6 @@ def _work(function: Callable, args: tuple, place: dict[str, str], path: Path, ti
         faulthandler.dump_traceback_later(timeout, file=error)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process ends this one
         os.environ.update(place)
-        torch.set_num_threads(1)
         try:
             torch.save(function(*args), path.with_suffix(".result"))
         except BaseException:
