@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_SECONDS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -30,11 +31,11 @@ from fitune.data.dataset import load_tokenizer
 from fitune.training.distributed import join
 from fitune.training.train import load_sharded_model, train
 
-GRACE_SECONDS = 5
+GRACE_SECONDS = 30
 "How long the other processes may still run after one has failed: long enough to fail by themselves, and be shown."
 
 
-def run_ranks(function: Callable, world_size: int, *args, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable, world_size: int, *args, timeout: float = PATIENCE_SECONDS) -> list[Any]:
     """`function(*args)` on each of `world_size` processes; their results by rank.
 
     `function` must be importable (module level), arguments and results picklable. Raises RuntimeError with the
@@ -57,7 +58,7 @@ def run_ranks(function: Callable, world_size: int, *args, timeout: float = 120) 
     return _run(function, args, places, timeout)
 
 
-def run_alone(function: Callable, *args, timeout: float = 120) -> Any:
+def run_alone(function: Callable, *args, timeout: float = PATIENCE_SECONDS) -> Any:
     """`function(*args)` in a process of its own that knows of no others."""
     return _run(function, args, [{}], timeout)[0]
 

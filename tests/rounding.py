@@ -5,8 +5,8 @@ shapes. Each addition rounds to within eps / 2 of the sum so far, up as often as
 to is off by about eps / 2 * sqrt(n) of what was added. Where terms cancel the value is small but its error is not: the
 scale is that of the whole tensor, as its norm gives it.
 
-Not for what must be equal to the bit: bytes that are only moved or copied, and the same code with the same shapes on the
-same machine, as when a run is resumed.
+Not for what must be equal to the bit: bytes that are only moved or copied, and the same code with the same shapes on
+the same machine, as when a run is resumed.
 """
 
 import math

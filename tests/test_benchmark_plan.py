@@ -2,13 +2,13 @@
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 
 from benchmarks import tables, tier_run, tiers
 from fitune.config import run as runs
@@ -63,7 +63,7 @@ def two_gpus(monkeypatch):
 
 
 def test_tasks_run_side_by_side_within_the_memory(two_gpus, tmp_path):
-    used, most, lock = [0.0, 0.0], [0.0, 0.0], threading.Lock()
+    used, most, lock, both = [0.0, 0.0], [0.0, 0.0], threading.Lock(), threading.Barrier(2)
 
     def task(name: str, gib: float, *gpus: int) -> tiers.Task:
         def change(by: float) -> None:
@@ -74,7 +74,8 @@ def test_tasks_run_side_by_side_within_the_memory(two_gpus, tmp_path):
 
         def run() -> dict:
             change(gib)
-            time.sleep(0.1)
+            if name in ("a", "c"):
+                both.wait(PATIENCE_SECONDS)
             change(-gib)
             return {"ok": True}
 
