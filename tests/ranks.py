@@ -31,7 +31,7 @@ from fitune.data.dataset import load_tokenizer
 from fitune.training.distributed import join
 from fitune.training.train import load_sharded_model, train
 
-GRACE_SECONDS = 30
+GRACE_SECONDS = 5
 "How long the other processes may still run after one has failed: long enough to fail by themselves, and be shown."
 
 

@@ -20,7 +20,7 @@ def change(rank):
     original, calls = getattr(owner, method), itertools.count()
     def sleepy(self, *args, **kwargs):
         if rank == 1 and now(self, next(calls)):
-            time.sleep(600)
+            time.sleep(3600)
         return original(self, *args, **kwargs)
     setattr(owner, method, sleepy)
 """
