@@ -6,7 +6,7 @@ import random
 import signal
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: sums in a fixed order, and ranks share few cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share few cores
 
 import pytest
 

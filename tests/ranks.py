@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_SECONDS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -34,7 +35,7 @@ GRACE_SECONDS = 5
 "How long the other processes may still run after one has failed: long enough to fail by themselves, and be shown."
 
 
-def run_ranks(function: Callable, world_size: int, *args, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable, world_size: int, *args, timeout: float = PATIENCE_SECONDS) -> list[Any]:
     """`function(*args)` on each of `world_size` processes; their results by rank.
 
     `function` must be importable (module level), arguments and results picklable. Raises RuntimeError with the
@@ -57,7 +58,7 @@ def run_ranks(function: Callable, world_size: int, *args, timeout: float = 120) 
     return _run(function, args, places, timeout)
 
 
-def run_alone(function: Callable, *args, timeout: float = 120) -> Any:
+def run_alone(function: Callable, *args, timeout: float = PATIENCE_SECONDS) -> Any:
     """`function(*args)` in a process of its own that knows of no others."""
     return _run(function, args, [{}], timeout)[0]
 
@@ -144,7 +145,6 @@ def _work(function: Callable, args: tuple, place: dict[str, str], path: Path, ti
         faulthandler.dump_traceback_later(timeout, file=error)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test process ends this one
         os.environ.update(place)
-        torch.set_num_threads(1)
         try:
             torch.save(function(*args), path.with_suffix(".result"))
         except BaseException:

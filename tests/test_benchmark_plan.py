@@ -2,13 +2,13 @@
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 
 from benchmarks import tables, tier_run, tiers
 from fitune.config import run as runs
@@ -63,7 +63,7 @@ def two_gpus(monkeypatch):
 
 
 def test_tasks_run_side_by_side_within_the_memory(two_gpus, tmp_path):
-    used, most, lock = [0.0, 0.0], [0.0, 0.0], threading.Lock()
+    used, most, lock, both = [0.0, 0.0], [0.0, 0.0], threading.Lock(), threading.Barrier(2)
 
     def task(name: str, gib: float, *gpus: int) -> tiers.Task:
         def change(by: float) -> None:
@@ -74,7 +74,8 @@ def test_tasks_run_side_by_side_within_the_memory(two_gpus, tmp_path):
 
         def run() -> dict:
             change(gib)
-            time.sleep(0.1)
+            if name in ("a", "c"):
+                both.wait(PATIENCE_SECONDS)
             change(-gib)
             return {"ok": True}
 
@@ -135,7 +136,8 @@ def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
     run = runs.resolve("llama3_8b_qlora", "single_gpu")
     shape = find_shape(run.recipe.base.model)
     shipped = {"recipe": run.recipe_name, "profile": run.profile_name, "date": "2026-01-01", "layers": shape.layers,
-               "micro_batch": run.profile.micro_batch, "kept_layers": run.profile.kept_layers, "activation_offload": False,
+               "micro_batch": run.profile.micro_batch, "kept_layers": run.profile.kept_layers,
+               "activation_offload": False,
                "gradient_accumulation_steps": run.gradient_accumulation_steps, "peak_gpu_gib": 19.0}  # fmt: skip
     sweep = shipped | {"label": "sweep mb8", "peak_gpu_gib": 20.0}
     others = [

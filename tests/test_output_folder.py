@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from fitune.errors import FituneError, UsageError
 from fitune.output_folder import check_disk_space, flushed_meanwhile, new_folder, rename_when_whole
@@ -180,7 +181,7 @@ from fitune.output_folder import new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "file").write_text("half")
     print("at work", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -191,7 +192,7 @@ def test_a_killed_process_leaves_nothing_that_lasts(tmp_path, number):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout.readline() == b"at work\n"
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == {signal.SIGTERM: 128 + signal.SIGTERM}.get(number, -number)
     left = list(tmp_path.iterdir())
     assert len(left) == (1 if number == signal.SIGKILL else 0)

@@ -85,7 +85,7 @@ class DecoderLayer(LlamaDecoderLayer):
             return super().forward(
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
             )
-        rows, length, size = hidden_states.shape
+        rows, length, _ = hidden_states.shape
         if cu_seq_lens_q is None:
             cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=hidden_states.device)
             max_length_q = length
@@ -94,8 +94,7 @@ class DecoderLayer(LlamaDecoderLayer):
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
         parameters = [parameter for linear in self.linears() for parameter in _adapter_of(linear)]
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if self.offload else nullcontext():
-            output = _Function.apply(hidden_states.reshape(-1, size), self, batch, *parameters)
-        return output.view(rows, length, size)
+            return _Function.apply(hidden_states, self, batch, *parameters)
 
     def linears(self) -> list[nn.Module]:
         """q, k, v, o, gate, up, down."""
@@ -118,10 +117,11 @@ def _adapter_of(linear: nn.Module) -> list[nn.Parameter]:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer: DecoderLayer, batch: Batch, *parameters):
-        """x [T, h] -> [T, h]. `parameters` are those of `_adapter_of`, linear by linear."""
-        work = _Work(layer, batch, parameters, x.dtype)
+        """x [rows, length, h] -> the same. `parameters` are those of `_adapter_of`, linear by linear."""
+        work, y = _Work(layer, batch, parameters, x.dtype), torch.empty_like(x)
+        x = x.flatten(0, 1)
         mid, attended = work.attend(x)
-        y, gate_up = work.mlp(mid, keep=layer.keep)
+        gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, parameters  # weights: FSDP brings them back where they were
         ctx.save_for_backward(x, *((*attended, mid, gate_up) if layer.keep else ()))
         return y
@@ -136,10 +136,10 @@ class _Function(torch.autograd.Function):
         else:
             mid, attended = work.attend(x)
             gate_up = None
-        dmid = work.mlp_backward(dy.contiguous(), mid, gate_up)
+        dmid = work.mlp_backward(dy.flatten(0, 1).contiguous(), mid, gate_up)
         del kept, mid, gate_up
         dx = work.attend_backward(dmid, x, attended, need_dx=ctx.needs_input_grad[0])
-        return dx, None, None, *work.gradients()
+        return dx if dx is None else dx.view_as(dy), None, None, *work.gradients()
 
 
 class _Work:
@@ -229,16 +229,15 @@ class _Work:
             return None
         return elementwise.rms_norm_backward(dnormed, more, x, norm.weight, norm.variance_epsilon, dropout, dmid)
 
-    def mlp(self, mid: torch.Tensor, *, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(y, gate and up if they are kept) of the MLP half, tile by tile."""
-        y = torch.empty_like(mid)
+    def mlp(self, mid: torch.Tensor, y: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
+        """Fills y [T, h], tile by tile; returns gate and up if they are kept."""
         gate_up = mid.new_empty(mid.shape[0], self._width(GATE_UP)) if keep else None
         for start, stop in _tiles(mid.shape[0]):
             rows = slice(start, stop)
             tile, _ = self._gate_up(mid[rows], start, out=gate_up[rows] if keep else None)
             product, dropped = elementwise.swiglu(tile, self._dropout_of(DOWN, start, stop))
             self._products(DOWN, product, dropped, residual=mid[rows], out=y[rows])
-        return y, gate_up
+        return gate_up
 
     def mlp_backward(self, dy: torch.Tensor, mid: torch.Tensor, gate_up: torch.Tensor | None) -> torch.Tensor:
         """The gradient of mid. Overwrites `gate_up`."""

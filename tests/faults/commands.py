@@ -11,6 +11,10 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -25,6 +29,56 @@ def train_command(base: Path, prepared: Path, output: Path, steps: int, **sets) 
     return [sys.executable, "cli.py", "train", "tiny_qlora", "--profile", "cpu_2proc", "--output", str(output), *flags]
 
 
+WHEN_TRAINER_IS_IMPORTED = """
+import itertools, os, sys, time
+from importlib.abc import MetaPathFinder
+
+class Change(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "fitune.training.trainer" and "RANK" in os.environ:
+            sys.meta_path.remove(self)
+            change(int(os.environ["RANK"]))
+
+sys.meta_path.insert(0, Change())
+"""
+HOLD = """
+def change(rank):
+    from fitune.launching.heartbeat import Heartbeat
+
+    begin = Heartbeat.on_step_begin
+    def held(self, args, state, control, **kwargs):
+        while os.path.exists({file!r} + str(state.global_step)):
+            time.sleep(0.01)
+        return begin(self, args, state, control, **kwargs)
+    Heartbeat.on_step_begin = held
+"""
+
+
+def changed(code: str, folder: Path) -> dict[str, str]:
+    """The environment in which ranks call `change(rank)`, which `code` defines, before they train."""
+    (folder / "sitecustomize.py").write_text(code + WHEN_TRAINER_IS_IMPORTED)
+    return {"PYTHONPATH": str(folder)}
+
+
+class Hold:
+    """Ranks started with `environment` rest once the step of the last `after` is saved, until they are released.
+
+    So a run is where a test wants it, and not yet over, whatever else the machine does.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / "hold-after-"
+        self.environment = changed(HOLD.format(file=str(self.file)), folder)
+
+    def after(self, step: int) -> None:
+        self.release()
+        Path(f"{self.file}{step}").touch()
+
+    def release(self) -> None:
+        for file in self.file.parent.glob(f"{self.file.name}*"):
+            file.unlink()
+
+
 class Running:
     """A started command; what it prints is in `log`."""
 
@@ -33,13 +87,13 @@ class Running:
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | environment,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = PATIENCE_SECONDS) -> int:
         return self.process.wait(timeout)
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -52,9 +106,12 @@ class Running:
                         found[int(child.environ()["RANK"])] = child
         return found
 
-    def wait_for(self, condition, timeout: float = 90) -> None:
+    def wait_for(
+        self,
+        condition,
+    ) -> None:
         """Until `condition()` holds; fails with the log if the command ends before."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.01)

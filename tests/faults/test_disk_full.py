@@ -12,7 +12,7 @@ from fitune.weights import merge
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import Running, losses, saved_steps, train_command
+from commands import Hold, Running, losses, saved_steps, train_command
 
 
 @pytest.fixture
@@ -44,9 +44,12 @@ def test_a_full_disk_costs_no_checkpoint_and_no_steps(small_disk, tiny_base, pre
     assert "No space left on device" in text and "go on with the same command and --resume" in text
 
     resize("64m")
-    resumed = Running([*command, "--force", "--resume"], tmp_path / "log-resumed")
+    hold = Hold(tmp_path)
+    hold.after(saved[-1] + 2)
+    resumed = Running([*command, "--force", "--resume"], tmp_path / "log-resumed", **hold.environment)
     resumed.wait_for(lambda: losses(disk / "run")[-1][0] > saved[-1] + 1)
     resumed.process.terminate()
+    hold.release()
     assert resumed.wait() == 75
     assert "skipped" not in resumed.log.read_text()
     assert [step for step, *_ in losses(disk / "run")] == list(range(1, saved_steps(disk / "run")[-1] + 1))

@@ -8,31 +8,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import Running, start_on_two_machines, train_command
+from commands import Running, changed, start_on_two_machines, train_command
 
-WHEN_TRAINER_IS_IMPORTED = """
-import itertools, os, sys, time
-from importlib.abc import MetaPathFinder
-
-class Change(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "fitune.training.trainer" and "RANK" in os.environ:
-            sys.meta_path.remove(self)
-            change(int(os.environ["RANK"]))
-
-sys.meta_path.insert(0, Change())
-"""
 HANG = """
 def change(rank):
     from fitune.weights.safetensors_files import CheckpointWriter
     from fitune.weights.load import _Loader
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from fitune.model.layer import DecoderLayer
 
     owner, method, now = {where}
     original, calls = getattr(owner, method), itertools.count()
     def sleepy(self, *args, **kwargs):
         if rank == 1 and now(self, next(calls)):
-            time.sleep(600)
+            time.sleep(3600)
         return original(self, *args, **kwargs)
     setattr(owner, method, sleepy)
 """
@@ -40,18 +28,21 @@ def change(rank):
 SLOW_STEPS = """
 def change(rank):
     import torch
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from fitune.model.layer import DecoderLayer
 
-    forward, step = LlamaMLP.forward, torch.optim.AdamW.step
-    def slow_forward(self, x):
-        output = forward(self, x)
+    forward, step, steps = DecoderLayer.forward, torch.optim.AdamW.step, itertools.count()
+    def slow_forward(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
         if output.requires_grad:
-            output.register_hook(lambda _: time.sleep(2))
+            output.register_hook(lambda _: time.sleep(4))
         return output
     def slow_step(self, *args, **kwargs):
-        time.sleep(5 * rank)
+        if next(steps):
+            time.sleep(8 * rank)
+        else:  # the first step may take long anyhow
+            DecoderLayer.forward = slow_forward
         return step(self, *args, **kwargs)
-    LlamaMLP.forward, torch.optim.AdamW.step = slow_forward, slow_step
+    torch.optim.AdamW.step = slow_step
 """
 "A backward pass takes longer than a layer may, and so does the optimizer's step on one rank alone."
 SLOW_SAVE = """
@@ -60,7 +51,7 @@ def change(rank):
 
     rename = output_folder.rename_when_whole
     def slow_rename(partial, *args, **kwargs):
-        for number in range(8 * (rank == 0)):
+        for number in range(10 * (rank == 0)):
             (partial.parent / "slow").write_bytes(bytes(2**20))
             time.sleep(1)
         return rename(partial, *args, **kwargs)
@@ -69,24 +60,18 @@ def change(rank):
 "Rank 0 writes for longer than a rank may stand still."
 
 
-def _changed(code: str, folder: Path) -> dict[str, str]:
-    """The environment in which ranks run `code` first."""
-    (folder / "sitecustomize.py").write_text(code + WHEN_TRAINER_IS_IMPORTED)
-    return {"PYTHONPATH": str(folder)}
-
-
 @pytest.mark.parametrize(
     "where",
     [
         pytest.param('_Loader, "fill", lambda _, calls: calls == 5', id="reading the first weights"),
         pytest.param('_Loader, "fill", lambda _, calls: calls == 20', id="reading later weights"),
-        pytest.param('LlamaDecoderLayer, "forward", lambda _, calls: calls == 9', id="in a later step"),
-        pytest.param('LlamaDecoderLayer, "forward", lambda layer, _: not layer.training', id="evaluating"),
+        pytest.param('DecoderLayer, "forward", lambda _, calls: calls == 9', id="in a later step"),
+        pytest.param('DecoderLayer, "forward", lambda layer, _: not layer.training', id="evaluating"),
         pytest.param('CheckpointWriter, "write", lambda _, calls: calls == 3', id="saving"),
     ],
 )
 def test_a_rank_that_hangs_is_named(where, tiny_base, prepared, tmp_path):
-    environment = _changed(HANG.replace("{where}", where), tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "6"}
+    environment = changed(HANG.replace("{where}", where), tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "6"}
     evaluation = {"training.eval_strategy": "steps", "training.eval_steps": 2}
     command = train_command(tiny_base, prepared, tmp_path / "run", 12, **evaluation)
     running = Running(command, tmp_path / "log", **environment)
@@ -96,13 +81,13 @@ def test_a_rank_that_hangs_is_named(where, tiny_base, prepared, tmp_path):
 
 
 def test_slow_steps_are_no_hang(tiny_base, prepared, tmp_path):
-    environment = _changed(SLOW_STEPS, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "3"}
+    environment = changed(SLOW_STEPS, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "6"}
     running = Running(train_command(tiny_base, prepared, tmp_path / "run", 2), tmp_path / "log", **environment)
     assert running.wait() == 0, running.log.read_text()[-2000:]
 
 
 def test_a_machine_that_waits_for_another_ones_disk_is_no_hang(tiny_base, prepared, tmp_path):
-    environment = _changed(SLOW_SAVE, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "3"}
+    environment = changed(SLOW_SAVE, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "6"}
     command = train_command(tiny_base, prepared, tmp_path / "run", 1)
     for machine in start_on_two_machines(command, tmp_path, **environment):
         assert machine.wait() == 0, machine.log.read_text()[-3000:]

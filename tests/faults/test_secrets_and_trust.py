@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
+from patience import PATIENCE_SECONDS
 
 from fitune.cli import cli
 from fitune.config import yaml_file
@@ -51,7 +52,7 @@ def _run(command: list[str], environment: dict) -> tuple[str, set[str]]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
     over.set()
     thread.join()
     assert process.returncode == 0, printed[-3000:]
@@ -65,7 +66,7 @@ def test_a_whole_run_leaks_no_token_and_writes_only_where_it_was_told(tiny_base,
     (tmp_path / "link").symlink_to("mine")
     (tmp_path / "mine/out").symlink_to(tmp_path / "elsewhere")
     environment = os.environ | {
-        "HF_TOKEN": CANARY, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1",
+        "HF_TOKEN": CANARY, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"),
     }  # fmt: skip
     before = {folder: _files(folder) for folder in (ROOT, tiny_base, prepared, tmp_path / "elsewhere")}
     data, run = tmp_path / "link/data", tmp_path / "mine/../link/run"

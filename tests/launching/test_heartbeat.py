@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 
 from fitune.launching import heartbeat
 from fitune.launching.heartbeat import COMPUTED, COUNT, FILES, PATIENCE, PID, GpuProgress, Watch
@@ -18,7 +20,7 @@ from fitune.launching.heartbeat import COMPUTED, COUNT, FILES, PATIENCE, PID, Gp
 def ranks(monkeypatch):
     """Numbers of two sleeping processes that are within a step; patience is short."""
     monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.05)
-    processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) for _ in range(2)]
     numbers = {rank: np.array([process.pid, 0.05, 10, 0, 0]) for rank, process in enumerate(processes)}
     yield numbers
     for process in processes:
@@ -31,6 +33,15 @@ def judge_twice(watch: Watch, ranks: dict, between=lambda: None) -> str | None:
     time.sleep(0.1)
     between()
     return watch._judge(ranks)
+
+
+def wait_for_looks(watch: Watch, count: int) -> None:
+    """Until the watch that has started has judged so often; fails when it ends before."""
+    judge, looks = watch._judge, threading.Semaphore(0)
+    watch._judge = lambda ranks: (looks.release(), judge(ranks))[1]
+    for _ in range(count):
+        while not looks.acquire(timeout=1):
+            assert watch.is_alive()
 
 
 def test_the_rank_with_the_fewest_layers_hangs_the_others_wait_for_it(ranks, tmp_path):
@@ -84,12 +95,12 @@ def test_waiting_for_the_disk_is_seen(tmp_path):
     opens = "[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)]"
     script = f"import os, sys; os.posix_spawn('/bin/true', ['true'], {{}}, file_actions={opens})"
     process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "pipe"])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not heartbeat._waits_for_disk(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     (tmp_path / "pipe").write_text("")
-    process.wait(10)
+    process.wait(PATIENCE_SECONDS)
     assert not heartbeat._waits_for_disk(process.pid)
     assert not heartbeat._waits_for_disk(os.getpid())
 
@@ -180,7 +191,7 @@ def test_a_launcher_that_was_suspended_begins_to_watch_again(ranks, tmp_path, mo
     monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0)  # each look comes after such a pause
     watch = Watch(tmp_path)
     watch.start()
-    time.sleep(2.5)
+    wait_for_looks(watch, 3)
     watch.stop()
     assert not watch.ended
 
@@ -191,9 +202,9 @@ def test_a_rank_that_has_only_made_its_file_is_no_process(tmp_path):
     np.array([]).tofile(tmp_path / "1")
     watch = Watch(tmp_path)
     watch.start()
-    time.sleep(1.5)
-    assert watch.is_alive()
+    wait_for_looks(watch, 2)
     watch.stop()
+    assert not watch.ended
 
 
 def test_all_ranks_are_killed_and_the_verdict_is_printed(ranks, tmp_path, capsys):
@@ -201,11 +212,11 @@ def test_all_ranks_are_killed_and_the_verdict_is_printed(ranks, tmp_path, capsys
         numbers.tofile(tmp_path / str(rank))
     watch = Watch(tmp_path)
     watch.start()
-    watch.join(10)
+    watch.join(PATIENCE_SECONDS)
     assert not watch.is_alive()
     assert "no progress for 0 s; all ranks were ended" in capsys.readouterr().err
     for numbers in ranks.values():
-        assert psutil.Process(int(numbers[PID])).wait(10) == -9
+        assert psutil.Process(int(numbers[PID])).wait(PATIENCE_SECONDS) == -9
 
 
 def test_a_rank_asks_for_patience_by_what_it_does():

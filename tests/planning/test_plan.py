@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -303,16 +302,13 @@ def test_bad_input_is_one_clear_line(case, cli):
 
 
 @pytest.mark.parametrize("arguments", [["--profile", "fsdp_4x24gb"], ["--all"]], ids=["profile", "all"])
-def test_answers_in_under_a_second_without_heavy_imports(arguments):
-    code = "import sys, runpy, time; sys.argv[0] = 'cli.py'\n"
+def test_answers_without_heavy_imports(arguments):
+    code = "import sys, runpy; sys.argv[0] = 'cli.py'\n"
     code += "try: runpy.run_path('cli.py', run_name='__main__')\nexcept SystemExit: pass\n"
-    code += f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules]); print('CPU', time.process_time())"
-    started = time.perf_counter()
+    code += f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, "plan", "llama3_70b_qlora", *arguments],
                           cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
     assert "HEAVY []" in done.stdout
-    assert float(done.stdout.split()[-1]) < 1.5  # of CPU time: a busy machine may take longer
-    assert time.perf_counter() - started < 30
 
 
 # Before training

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, sharded_model
+from rounding import additions_to_logits, assert_equal_but_for_rounding, distance, rounding
+from transformers import LlamaConfig
 
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.model.sharding import local_part
@@ -151,15 +153,17 @@ def test_packed_conversations_do_not_see_each_other(tiny_base, make_run, prepare
     starts = [length for row in report["rows"][:2] for length in row["seq_lengths"]]
     assert batch["position_ids"][0].tolist() == [position for length in starts for position in range(length)]
     assert len(report["cases"]) >= 5
+    config = LlamaConfig.from_pretrained(tiny_base)
+    additions = additions_to_logits(config, length=2 * run.recipe.max_length)
     for case in report["cases"]:
+        # The same shapes go through the same kernels: whatever a neighbour says, not a bit may change.
         assert torch.equal(case["packed"], case["other neighbours"])
-        # a mask of another size lets attention sum in another order
-        torch.testing.assert_close(case["alone"], case["packed"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(case["two rows"], case["packed"], rtol=1e-4, atol=1e-5)
+        for surroundings in ("alone", "two rows"):  # other shapes: sums in another order
+            assert_equal_but_for_rounding(case[surroundings], case["packed"], additions, of=surroundings)
         if case["leaking"] is not None:  # what these comparisons would see if conversations saw each other
-            assert (case["leaking"] - case["packed"]).abs().max() > 1e-3
+            assert distance(case["leaking"], case["packed"]) > 100 * rounding(additions)
         if "loss" in case:
-            assert case["loss"] == pytest.approx(case["expected loss"], rel=1e-6)
+            assert case["loss"] == pytest.approx(case["expected loss"], rel=rounding(additions + config.vocab_size))
 
 
 def _lengths(runs: dict) -> dict:

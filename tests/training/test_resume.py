@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, sharded_model, train_here, whole
+from rounding import additions_to_a_step, assert_curve_equal_but_for_rounding, assert_equal_but_for_rounding
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fitune.errors import FituneError, UsageError
@@ -87,9 +88,9 @@ def test_resumed_run_equals_the_uninterrupted_one(method, tiny_base, make_run, t
         alone = make_run(tiny_base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 4})
         alone = _interrupted_copy(alone, tmp_path / "alone")
         run_ranks(train_here, 1, alone)
-        for found, expected in zip(_metrics(alone), metrics, strict=True):
-            for key in ("loss", "grad_norm", "learning_rate", "epoch"):
-                assert found[key] == pytest.approx(expected[key], rel=1e-4), (key, found["step"])
+        for key in ("loss", "grad_norm", "learning_rate", "epoch"):
+            found, expected = ([line[key] for line in lines] for lines in (_metrics(alone), metrics))
+            assert_curve_equal_but_for_rounding(found, expected, additions_to_a_step(alone), of=key)
     if method == "full":
         elsewhere = resumed.model_copy(update={"output_dir": str(tmp_path / "elsewhere")})
         assert _checkpoint_to_resume(elsewhere, None, Heartbeat()) is None
@@ -171,6 +172,10 @@ def _load(runs: dict, folder: Path) -> dict:
     return report
 
 
+ADAMW = 10
+"Operations one after another on a weight: decay, both moments and their corrections, root, eps, quotient, step."
+
+
 def _assert_same_state(found: dict, expected: dict) -> None:
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -195,7 +200,9 @@ def test_state_is_read_back_exactly_on_any_number_of_ranks(saved_on, loaded_on, 
             for case, report in expected.items():
                 _assert_same_state(found[case]["state"], report["state"])
                 assert found[case]["groups"] == report["groups"]
-                _assert_same_state(found[case]["next"], report["next"])
+                # A kernel rounds a share's last values otherwise than those that fill its vectors.
+                for name, value in report["next"].items():
+                    assert_equal_but_for_rounding(found[case]["next"][name], value, roundings=ADAMW, of=(case, name))
 
 
 def _load_errors(run, folders: list[Path]) -> list[str]:

@@ -48,5 +48,6 @@ def test_checkpoint_in_nf4_format_gives_the_same_bytes(world_size, nf4_bases, un
             if case != "single":
                 streamed = report["quantised while loading"]
                 assert same(report[case]["model"], streamed["model"]), case
+                # the same bytes through the same code
                 assert torch.equal(report[case]["logits"], streamed["logits"]), case
     assert not torch.equal(reports[0]["single"]["logits"], reports[0]["double"]["logits"])

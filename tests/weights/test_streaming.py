@@ -2,9 +2,11 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 
 from fitune.errors import FituneError
 from fitune.weights import streaming
@@ -14,8 +16,10 @@ from fitune.weights.streaming import Read, stream
 class Disk:
     """A checkpoint whose reads take as long as `seconds` says and give as many bytes of their number."""
 
-    def __init__(self, seconds: dict[int, float]):
+    def __init__(self, seconds: dict[int, float], meet: tuple[set[int], int] = (frozenset(), 0)):
+        """Of the reads in `meet` none ends before so many of them are in flight at once."""
         self.seconds, self.lock = seconds, threading.Lock()
+        self.meet, self.met = meet, threading.Event()
         self.in_flight: set[int] = set()
         self.together: list[set[int]] = []
         "Which reads were in flight when one began."
@@ -25,6 +29,10 @@ class Disk:
         with self.lock:
             self.in_flight.add(number)
             self.together.append(set(self.in_flight))
+            if len(self.in_flight & self.meet[0]) >= self.meet[1]:
+                self.met.set()
+        if number in self.meet[0]:
+            self.met.wait(10)
         time.sleep(self.seconds.get(number, 0))
         with self.lock:
             self.in_flight.remove(number)
@@ -56,7 +64,7 @@ def test_many_small_reads_leave_buffers_filling_and_no_more_than_there_are(monke
         else Read(str(number), 0, 1, destination=kept[number])
         for number in range(60)
     ]
-    disk = Disk({number: 0.1 for number in big})
+    disk = Disk({}, meet=(set(big), streaming.READ_BUFFERS))
     stream(disk, steps, pin_memory=False)
     buffered = [len(together & set(big)) for together in disk.together]
     assert max(buffered) == streaming.READ_BUFFERS
@@ -78,14 +86,26 @@ def test_a_call_behind_a_read_waits_for_no_later_step():
     assert called == list(range(20))
 
 
-def test_a_read_that_fails_ends_the_stream_and_what_was_to_be_read():
+def test_a_read_that_fails_ends_the_stream_and_what_was_to_be_read(monkeypatch):
+    """The reads behind it take until the stream ends: none of those that had not begun by then begins any more."""
+    ended = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            ended.set()
+            super().shutdown(wait=wait)
+
     class Damaged(Disk):
         def read_bytes(self, source, *rest):
             if source == "1":
                 raise FituneError("file ends early")
+            if source != "0":
+                ended.wait(PATIENCE_SECONDS)
             return super().read_bytes(source, *rest)
 
-    disk, used, kept = Damaged({number: 0.05 for number in range(60)}), [], torch.empty(60, dtype=torch.uint8)
+    monkeypatch.setattr(streaming, "ThreadPoolExecutor", Pool)
+    disk, used, kept = Damaged({}), [], torch.empty(60, dtype=torch.uint8)
     steps = [Read("0", 0, 1, consume=lambda data: used.append(data.item()))]
     steps += [Read(str(number), 0, 1, destination=kept[number : number + 1]) for number in range(1, 60)]
     with pytest.raises(FituneError, match="file ends early"):

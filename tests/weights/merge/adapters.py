@@ -38,10 +38,6 @@ def logits(folder, adapter=None) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def relative(a, b) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def set_values(file: Path, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
