@@ -26,11 +26,8 @@ def installed(tmp_path_factory) -> Path:
     source.mkdir()
     for name in ("fitune", "recipes", "accelerate_configs", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in (
-        *ROOT.glob("requirements*.txt"),
-        *(ROOT / n for n in ("pyproject.toml", "README.md", "LICENSE", "NOTICE")),
-    ):
-        shutil.copy(file, source)
+    for file in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements.txt", "requirements-gpu.txt"):
+        shutil.copy(ROOT / file, source)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,36 +8,13 @@ Dropout keeps neither mask nor dropped copy: whether element (token, channel) is
 place in the model and the channel, so every pass finds the same mask again. See `fitune.model.dropout_keys`.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
+from fitune.model.dropout import Dropout
+
 WORD = 0xFFFFFFFF
 GOLDEN = 0x9E3779B1  # 2**32 / golden ratio: spreads neighbouring channels
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Which elements of one place in the model are kept. `keys`: int32 [T], one per token."""
-
-    p: float
-    keys: torch.Tensor
-    place: int
-    "A number of its own for every place in the model."
-
-    @property
-    def scale(self) -> float:
-        return 1 / (1 - self.p)
-
-    @property
-    def threshold(self) -> int:
-        "A kept element's 32-bit number is at least this."
-        return int(self.p * 2**32)
-
-    def rows(self, start: int, stop: int) -> "Dropout":
-        """The same place for tokens [start, stop)."""
-        return Dropout(self.p, self.keys[start:stop], self.place)
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:

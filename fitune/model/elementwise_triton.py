@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fitune.model.elementwise import Dropout
+from fitune.model.dropout import Dropout
 
 BLOCK = 2048  # channels of one program where a row needs no sum
 

@@ -11,9 +11,10 @@ FSDP = "torch.distributed.fsdp._fully_shard"
 PARAM, GROUP = f"{FSDP}._fsdp_param:FSDPParam", f"{FSDP}._fsdp_param_group:FSDPParamGroup"
 UNIT, HF = f"{FSDP}._fully_shard:FSDPModule", "transformers:Trainer"
 SHARDING, ONE_RANK, SKELETON = "model/sharding.py", "model/one_rank.py", "model/skeleton.py"
-TRAINER = "training/trainer.py"
+TRAINER, ATTENTION = "training/trainer.py", "model/attention.py"
 NEVER = "Trainer has a public way to write and read checkpoints of one's own"
 PADDING = "FSDP2 has a public way to load a shard that is shorter than the others without copying it"
+FLASH = "torch.nn.attention.varlen gives out what its backward pass needs"
 COPIES = "FSDP2 does for one rank what it does for several: no copies of what is on the GPU, prefetching of the rest"
 
 
@@ -90,6 +91,13 @@ PRIVATE_NAMES = (
     PrivateName("torch.autograd:_unsafe_preserve_version_counter", (ONE_RANK,),
                 "a copy into a weight is no change of it, as in FSDP's own code", COPIES, parameters=("tensors",)),
     # torch: the rest
+    PrivateName("torch:ops.aten._flash_attention_forward", (ATTENTION,), "attention of packed rows inside one autograd "
+                "function for the whole layer", FLASH,
+                parameters=("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
+                            "is_causal", "return_debug_mask", "scale")),
+    PrivateName("torch:ops.aten._flash_attention_backward", (ATTENTION,), "its gradients", FLASH,
+                parameters=("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q",
+                            "max_k", "dropout_p", "is_causal", "rng_state", "unused", "scale")),
     PrivateName("torch.distributed.distributed_c10d:_get_default_store", ("training/distributed.py",),
                 "a counter of all ranks that works while collectives hang: who failed first says why",
                 "torch gives out the default group's store in public", parameters=()),
@@ -118,10 +126,16 @@ PRIVATE_NAMES = (
     PrivateName("transformers.distributed.fsdp:_is_fsdp_managed_module", (SHARDING,),
                 "set, so that transformers knows a sharded model", "transformers asks torch for FSDPModule",
                 called_as='getattr(module, "_is_fsdp_managed_module", False)'),
+    PrivateName(f"{HF}._prepare_inputs", (TRAINER,), "a batch on its device before dropout's keys are made of it",
+                "Trainer has a callback with the batch before the forward pass", parameters=("inputs",)),
+    PrivateName("transformers.models.llama.modeling_llama:LlamaDecoderLayer.__class__", ("model/layer.py",),
+                "swapped for the layer written out", "transformers has an interface for a layer of one's own"),
     # TRL
     PrivateName("trl:SFTTrainer._total_train_tokens", (TRAINER, "training/train.py"),
                 "a resumed run goes on counting, and tokens per second are measured by it",
                 "TRL keeps num_input_tokens_seen in TrainerState"),
+    PrivateName("trl:SFTTrainer._metrics", (TRAINER,), "entropy and accuracy are logged with what TRL logs",
+                "TRL logs what a callback gives it"),
     PrivateName("trl.trainer.base_config:_BaseConfig", ("config/installed_names.py",),
                 "SFTConfig's fields are read from its source, so that no command imports TRL for them",
                 "TRL's configs can be imported without torch"),

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from private_names import PRIVATE_NAMES, PrivateName
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fitune"
@@ -38,12 +39,20 @@ def problem(entry: PrivateName) -> str | None:
     if not hasattr(owner, last) and not _is_assigned(last, _sources(owner, source)):
         return f"{'.'.join(parents) or module_name} has no {last}"
     if entry.parameters is not None:
-        given = [name for name in inspect.signature(getattr(owner, last)).parameters if name != "self"]
-        if tuple(given[: len(entry.parameters)]) != entry.parameters or len(given) != len(entry.parameters):
+        given = parameters(getattr(owner, last))
+        if given != list(entry.parameters):
             return f"takes {given}, not {list(entry.parameters)}"
     if entry.called_as and entry.called_as not in source and entry.called_as not in _sources(owner, source):
         return f"{module_name} no longer says `{entry.called_as}`"
     return None
+
+
+def parameters(function) -> list[str]:
+    """The names a function takes; of torch's operators those up to the last that has no default, and `scale`."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        arguments = function.default._schema.arguments
+        return [a.name for a in arguments if not a.has_default_value() or a.name == "scale"]
+    return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
 def _sources(owner, source: str) -> str:
