@@ -189,7 +189,7 @@ class Part:
             for a, b in zip(asked, merged, strict=False)
         ]
         self.compared["merged_answers"] = {"logit_gaps_where_they_part": gaps, "bound": self.bounds.logit_gap}
-        check(max(gaps) <= self.bounds.logit_gap, f"merged model and run answer otherwise: {asked}, {merged}")
+        check(max(gaps) <= self.bounds.logit_gap, f"merged model and run part at gaps {gaps}: {asked}, {merged}")
 
     def _ask(self, step: str, folder: Path, label: str, *more: str) -> list[dict]:
         file = self.run / f"{step}.json"
