@@ -157,6 +157,26 @@ def sweep_table() -> str:
     return "\n".join(lines)
 
 
+def peers_table() -> str:
+    """The newest run of benchmarks/peers.py: each work's runs, the fastest first, then what failed."""
+    report = json.loads(max((ROOT / "benchmarks" / "results").glob("peers-*.json")).read_text(encoding="utf-8"))
+    lines = ["| work | who | rows a pass | layers kept | tokens/s per GPU | GiB |", "|---|---|---|---|---|---|"]
+    order = sorted(report["runs"], key=lambda run: (run["work"], -run.get("tokens_per_second", 0)))
+    for run in order:
+        ours = run["who"] == "fitune"
+        rows = run["set"]["profile.micro_batch"] if ours else run["rows"]
+        kept = run["set"]["profile.kept_layers"] if ours else {"yes": "none", "no": "all"}[run["recompute"]]
+        found = f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" if "error" not in run else "failed | "
+        lines.append(f"| {run['work']} | {run['who']} | {rows} | {kept} | {found} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}, {report['figures']}.",
+        ]
+    )
+
+
 def with_table(text: str, name: str, table: str) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
     head, rest = text.split(f"<!-- {name} -->")
@@ -180,7 +200,9 @@ def published() -> dict[Path, str]:
     """Each page and profile as it should be."""
     memory = with_table(MEMORY.read_text(encoding="utf-8"), "2024", table_of_2024())
     texts = {
-        README: with_table(README.read_text(encoding="utf-8"), "tiers", tier_table()),
+        README: with_table(
+            with_table(README.read_text(encoding="utf-8"), "tiers", tier_table()), "peers", peers_table()
+        ),
         MEMORY: with_table(memory, "micro batches", sweep_table()),
     }
     newest = newest_tiers()

@@ -141,7 +141,8 @@ def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
                "gradient_accumulation_steps": run.gradient_accumulation_steps, "peak_gpu_gib": 19.0}  # fmt: skip
     sweep = shipped | {"label": "sweep mb8", "peak_gpu_gib": 20.0}
     others = [
-        shipped | {"micro_batch": 1}, sweep | {"gradient_accumulation_steps": 7}, shipped | {"label": "from-bf16"},
+        shipped | {"micro_batch": 1},
+        sweep | {"gradient_accumulation_steps": 7}, shipped | {"label": "from-bf16"},
         shipped | {"layers": 4},
     ]  # fmt: skip
     for measured, shown in (([sweep, *others], [20.0]), ([shipped, sweep], [19.0]), (others, [])):
@@ -150,9 +151,12 @@ def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
 
 
 def test_a_run_from_before_its_profile_was_changed_says_so(monkeypatch):
-    before = next(run for run in tables.newest_tiers() if run["profile"] == "single_gpu") | {"micro_batch": 1}
+    before = next(run for run in tables.newest_tiers() if run["profile"] == "single_gpu") | {
+        "micro_batch": 1,
+        "kept_layers": 0,
+    }
     monkeypatch.setattr(tables, "measured_tiers", lambda: [before])
-    assert not tables.newest_tiers() and "| 1 (now 8) |" in tables.tier_table()
+    assert not tables.newest_tiers() and "| 1 (now 2) |" in tables.tier_table()
 
 
 def test_a_sweep_is_compared_with_its_own_first_row(monkeypatch):

@@ -6,10 +6,12 @@ benchmarks/README.md has it beside every run that was timed with a GPU for each 
 from fitune.planning.hardware import GpuModel
 from fitune.planning.sizes import BF16, FP32, NF4, Setup
 
-COMPUTE_EFFICIENCY = 0.59
-"""Of the data sheet's peak, in matrix products. With SECONDS_PER_PASS from the sweeps of 8B and 70B on H100s."""
-SECONDS_PER_PASS = 0.0058
-"""Launching one layer's kernels, forward or backward: what one row of 8B waits for on an H100."""
+COMPUTE_EFFICIENCY = 0.66
+"""Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
+ATTENTION_EFFICIENCY = 0.30
+"""The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
+SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
+"""Launching one layer's kernels, forward or backward, by method: what one row of 8B waits for."""
 BANDWIDTH_EFFICIENCY = 0.85
 """Of the data sheet's, for what a GPU's kernels read and write, and for links."""
 HOST_GB_S = 25
@@ -39,12 +41,13 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
 
 def _launching_seconds(s: Setup) -> float:
     """Of one micro batch: what Python and the driver need, however few tokens there are."""
-    return s.shape.layers * _layer_passes(s) * SECONDS_PER_PASS
+    return s.shape.layers * _layer_passes(s) * SECONDS_PER_PASS[s.method]
 
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     """Of one rank and micro batch: matrix products, and what only moves memory."""
     products = _flops(s) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
+    products += _attention_flops(s) / (model.bf16_tflops * 1e12 * ATTENTION_EFFICIENCY)
     return products + _memory_bytes(s) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
 
@@ -54,13 +57,20 @@ def _layer_passes(s: Setup) -> float:
 
 
 def _flops(s: Setup) -> float:
-    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers; attention with a mask."""
+    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers."""
     passes = _layer_passes(s) + s.full  # the gradients of trained weights are as much as a pass
     weights = s.shape.layers * s.shape.layer_linear_weights
     head = s.shape.embedding_weights
-    products = 2 * s.tokens * (weights * passes + head * (3 + s.full))  # the loss multiplies by the head a second time
-    attention = 4 * s.mask_positions * s.shape.heads * s.shape.head_dim * s.shape.layers * (_layer_passes(s) + 1.5)
-    return products + attention
+    return 2 * s.tokens * (weights * passes + head * (3 + s.full))  # the loss multiplies by the head a second time
+
+
+def _attention_flops(s: Setup) -> float:
+    """Of one rank and micro batch: half of all pairs, or with a mask all; backward costs two and a half forwards.
+
+    Rows are taken to be one example each: packed rows of many short ones need less.
+    """
+    pairs = s.mask_positions or s.tokens * s.max_length / 2
+    return 4 * pairs * s.shape.heads * s.shape.head_dim * s.shape.layers * (_layer_passes(s) + 1.5)
 
 
 def _memory_bytes(s: Setup) -> float:

@@ -177,7 +177,7 @@ MISTAKES = {
         "accelerate",
         "fsdp_offload_params: true",
         "fsdp_activation_checkpointing: true",
-        ["fsdp_config.fsdp_activation_checkpointing", "activation_checkpointing in the memory profile"],
+        ["fsdp_config.fsdp_activation_checkpointing", "kept_layers in the memory profile"],
     ),
     "other state dict": (
         "accelerate",
