@@ -47,7 +47,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "unsharded head": s.unsharded_head,
         "gather buffers": (s.gathered_head + s.gathered_layer) if several else 0.0,
     }
-    prefetched_layer = s.unsharded_layer
+    prefetched_layer = s.unsharded_layer  # one rank has not asked for it yet while the loss goes backward
     layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
     head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
@@ -67,7 +67,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},
         "backward, loss": {
             **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy,
-            "gather buffers": prefetched_layer, "kept activations": kept, "hidden states": 2 * s.hidden_state,
+            "gather buffers": prefetched_layer * several, "kept activations": kept, "hidden states": 2 * s.hidden_state,
             "loss workspace": _loss_backward(s)},
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
