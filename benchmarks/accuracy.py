@@ -104,10 +104,11 @@ def page() -> str:
         "embedding's gradient was missing and the second layer's too large.",
         _measured_table(),
         "## Seconds a step",
-        "The runs on H100s that had a GPU for each rank: ranks that share one wait for each other. `plan`'s two main "
-        "constants, how busy the GPU is and how long launching a layer takes, come from the later of these very runs, "
-        "two more from those of `llama3_8b_full` in host RAM: the table shows how far one formula fits them all, no "
-        "more. Runs of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a guess.",
+        "The runs on H100s that had a GPU for each rank: ranks that share one wait for each other. `plan`'s "
+        "constants come from these very runs and, for adapters, from those on H200s in "
+        "`benchmarks/results/peers-h200-2026-11-27.json`, which it fits within 15 % too: the table shows how far one "
+        "formula fits them all, no more. Runs of adapters before 27 November had another layer and are left out. Runs "
+        "of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a guess.",
         _time_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
