@@ -174,4 +174,7 @@ def load(path: Path) -> Run:
     path = path / "run.yaml" if path.is_dir() else path
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a run folder written by `{command()} train`")
-    return parse(Run, read_yaml(path) | {"output_dir": str(path.absolute().parent)}, str(path))  # it may have moved
+    content = read_yaml(path) | {"output_dir": str(path.absolute().parent)}  # it may have moved
+    if isinstance(content.get("profile"), dict):
+        content["profile"].pop("activation_checkpointing", None)  # in runs before kept_layers: no result hangs on it
+    return parse(Run, content, str(path))

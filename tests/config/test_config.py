@@ -98,6 +98,14 @@ def test_files_resolve_to_a_run(write, tmp_path):
     assert runs.load(moved) == run.model_copy(update={"output_dir": str(moved)})
 
 
+def test_a_run_from_before_layers_were_kept_is_still_read(tmp_path):
+    run = runs.resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
+    content = yaml.safe_load(runs.dump(run))
+    content["profile"] |= {"activation_checkpointing": True}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert runs.load(tmp_path) == run
+
+
 @pytest.mark.parametrize(
     ("recipe_name", "sets", "rows"),
     [
