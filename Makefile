@@ -49,7 +49,7 @@ audit: setup  ## check the packages' files against requirements.lock, and them f
 	$(BIN)/pip-audit --disable-pip --require-hashes -r requirements.lock
 
 gpu-test: $(DEV_INSTALLED)  ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu -s tests/gpu/test_gpu.py
+	$(BIN)/python -m pytest -m gpu -s tests/gpu
 
 gpu-e2e: $(DEV_INSTALLED)  ## every command on a real model: make gpu-e2e MODEL=FOLDER [OUTPUT=benchmarks/results]
 	@test -n "$(MODEL)" || { echo "give a Llama's folder: make gpu-e2e MODEL=FOLDER (make real makes one)"; exit 2; }
