@@ -56,6 +56,11 @@ def check_bounds(bounds: torch.Tensor, longest: int | None, device: torch.device
         raise ValueError(f"bounds of packed examples are int32 on {device}, not {bounds.dtype} on {bounds.device}")
 
 
+def bounds_of_rows(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """int32 [rows + 1]: the bounds of rows that are not packed, one example each, as of one packed row."""
+    return torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+
+
 def _by_kernel(query, key, value, bounds, longest, scaling):
     """[T, heads, head_dim], all examples at once."""
     options = {"scale": scaling, "window_size": (-1, 0)} | GROUPED  # tokens to the left, all; to the right, none

@@ -7,6 +7,7 @@ and after a resume.
 
 import torch
 
+from fitune.model.attention import bounds_of_rows
 from fitune.model.elementwise import GOLDEN, WORD, mix
 
 DROPOUT_KEYS = "dropout_keys"
@@ -24,7 +25,7 @@ def dropout_keys(
     rows, length = input_ids.shape
     ids = input_ids.reshape(-1)
     if bounds is None:
-        bounds = torch.arange(0, rows * length + 1, length, device=ids.device)
+        bounds = bounds_of_rows(rows, length, ids.device)
     bounds = bounds.long()
     examples = torch.repeat_interleave(
         torch.arange(len(bounds) - 1, device=ids.device), bounds.diff(), output_size=rows * length

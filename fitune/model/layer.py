@@ -25,12 +25,11 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from fitune.config.tiles import MLP_TILE
 from fitune.model import attention, elementwise
 from fitune.model.elementwise import Dropout
 from fitune.model.products import multiply, multiply_backward
 
-MLP_TILE = 16384
-"Tokens: few enough for their gate and up to be small beside a 70B layer, enough for full speed."
 QKV, OUT, GATE_UP, DOWN = range(4)  # the four inputs of linears, each with an adapter product and a dropout of its own
 
 
@@ -87,8 +86,7 @@ class DecoderLayer(LlamaDecoderLayer):
             )
         rows, length, _ = hidden_states.shape
         if cu_seq_lens_q is None:
-            cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=hidden_states.device)
-            max_length_q = length
+            cu_seq_lens_q, max_length_q = attention.bounds_of_rows(rows, length, hidden_states.device), length
         attention.check_bounds(cu_seq_lens_q, max_length_q, hidden_states.device)
         cos, sin = (angle.expand(rows, -1, -1).reshape(rows * length, -1) for angle in position_embeddings)
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
@@ -147,18 +145,16 @@ class _Work:
 
     def __init__(self, layer: DecoderLayer, batch: Batch, parameters, dtype: torch.dtype):
         self.layer, self.batch = layer, batch
-        self.linears = linears = layer.linears()
-        self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in linears]
+        self.linears = layer.linears()
+        self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in self.linears]
         self.parameters = parameters
-        self.adapters = self._stack_adapters(linears, dtype)
+        with_adapter = [index for index, linear in enumerate(self.linears) if _adapter_of(linear)]
+        self.places = {index: 2 * n for n, index in enumerate(with_adapter)}  # linear -> its A among the parameters
+        self.adapters = self._stack_adapters(dtype)
         self.found: dict[int, torch.Tensor] = {}
 
-    def _stack_adapters(self, linears, dtype: torch.dtype) -> dict[int, Adapter]:
+    def _stack_adapters(self, dtype: torch.dtype) -> dict[int, Adapter]:
         """By shared input; those without one are left out."""
-        self.places = {}  # linear -> where its A stands in the parameters
-        for index, linear in enumerate(linears):
-            if _adapter_of(linear):
-                self.places[index] = 2 * len(self.places)
         cast = _cast(self.parameters, dtype)
         adapters = {}
         for group, members in GROUPS.items():
@@ -170,7 +166,7 @@ class _Work:
             for index, down in zip(present, downs, strict=True):
                 ups.append((index, cast[self.places[index] + 1], slice(start, start + down.shape[0])))
                 start += down.shape[0]
-            linear = linears[present[0]]
+            linear = self.linears[present[0]]
             scaling = linear.scaling[linear.active_adapters[0]]
             adapters[group] = Adapter(torch.cat(downs) if len(downs) > 1 else downs[0], ups, scaling)
         return adapters

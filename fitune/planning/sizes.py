@@ -5,6 +5,7 @@ h = hidden size, i = intermediate size, T = tokens of one forward pass (micro ba
 
 from dataclasses import dataclass
 
+from fitune.config.tiles import MLP_TILE, VOCABULARY_TILE
 from fitune.planning.model_shapes import ModelShape
 
 GIB = 2**30
@@ -12,8 +13,7 @@ BF16, FP32 = 2, 4  # bytes
 NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
-MLP_TILE = 16384  # tokens, of fitune.model.layer
-LOSS_TILE = (4096, 32768)  # tokens x vocabulary that TRL's fused loss multiplies at once (trl.kernels.chunked_logprob)
+LOSS_TILE = (4096, VOCABULARY_TILE)  # tokens x vocabulary that TRL's fused loss multiplies at once
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,9 @@ class Setup:
     @property
     def kept_activations(self) -> float:
         """Alive from forward to backward: each layer's input, and all that kept layers save."""
+        inputs = self.kept_layers if self.activation_offload else self.shape.layers
         more = self.kept_layers * (self.saved_by_layer + self.full * self.hidden_state)
-        return (
-            more
-            + self.shape.layers * self.hidden_state * (not self.activation_offload)
-            + (self.kept_layers * self.hidden_state * self.activation_offload)
-        )
+        return inputs * self.hidden_state + more
 
     @property
     def loss_tile(self) -> float:

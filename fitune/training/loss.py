@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from trl.kernels import ChunkedLogProbFunction
 
+from fitune.config.tiles import VOCABULARY_TILE
+
 ANSWERS = "answers"
 "The name under which `Answers` travel with a batch to the model."
-VOCABULARY_TILE = 32768
-"Columns of the logits that are there at a time, as in TRL: see LOSS_TILE in `fitune.planning.sizes`."
 
 
 @dataclass(frozen=True)
