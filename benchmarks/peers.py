@@ -16,11 +16,10 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tier_run import ROOT, about
+
 MARGIN_GIB = 1.6
 "Of a card's memory: what lies outside torch, and what the driver keeps."
 
@@ -40,11 +39,11 @@ def main() -> None:
     gpus, deadline = torch.cuda.device_count(), time.monotonic() + options.seconds
     entries = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
     entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
+    known = about(options.commit)
     report = {
-        "date": date.today().isoformat(), "commit": options.commit, "command": " ".join(sys.argv),
-        "hardware": f"{gpus} x {torch.cuda.get_device_name()}", "figures": "median step; GiB that torch allocated",
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
-        "runs": [],
+        "date": known["date"], "commit": known["commit"], "command": " ".join(sys.argv),
+        "hardware": f"{gpus} x {known['gpu_name']}", "figures": "median step; GiB that torch allocated",
+        "versions": known["versions"], "runs": [],
     }  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
     waiting = queue.Queue()

@@ -40,9 +40,10 @@ from fitune.training.distributed import (
 from fitune.training.interruption import Interruption
 from fitune.training.manifest import Identity, find_damage, identify, refuse_another_identity
 from fitune.training.measure import Loading, Measurements
+from fitune.training.metrics_file import MetricsFile
 from fitune.training.out_of_memory import explain_out_of_memory
 from fitune.training.state import load_trainable_weights
-from fitune.training.trainer import MetricsFile, ShardedSFTTrainer, set_aside
+from fitune.training.trainer import ShardedSFTTrainer, set_aside
 from fitune.training.untrained_tokens import refuse_untrained_control_tokens
 from fitune.weights.base_identity import BaseRecord, identify_base
 from fitune.weights.load import Placement, load_weights
