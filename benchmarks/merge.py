@@ -26,7 +26,7 @@ RANK = 16
 MERGE = """
 import sys
 from pathlib import Path
-from fitune.weights.merge import merge_adapter
+from fitune.export.merge import merge_adapter
 merge_adapter(*map(Path, sys.argv[1:]), progress=False)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)

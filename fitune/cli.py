@@ -330,7 +330,7 @@ def doctor(model):
 def merge(run_folder, output, base, force):
     """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
     run = _run_or_checkpoint(run_folder)
-    from fitune.weights.merge import merge_run
+    from fitune.export.merge import merge_run
 
     merge_run(run, run.result_folder, output, base=base, force=force)
     click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')

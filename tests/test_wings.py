@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "planning": {"config"},
     "model": {"config"},
     "weights": {"model", "config"},
+    "export": {"config", "data", "model", "weights"},
     "launching": {"planning", "config"},
-    "training": {"config", "data", "planning", "model", "weights", "launching"},
-    "demo": {"config", "data", "planning", "model", "weights", "launching", "training"},
+    "training": {"config", "data", "planning", "model", "weights", "export", "launching"},
+    "demo": {"config", "data", "planning", "model", "weights", "export", "launching", "training"},
 }
 "Each wing may also import itself and the leaves."
 LEAVES = {"errors", "output_folder", "progress"}

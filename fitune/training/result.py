@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids
+from fitune.export.adapter import saved_name
 from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
 from fitune.output_folder import new_folder
-from fitune.weights.adapter import saved_name
 from fitune.weights.base_identity import BaseRecord, write_base_record
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from fitune.config.schema import ADAPTER
 from fitune.errors import FituneError
+from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import local_part, local_rows
-from fitune.weights.adapter import AdapterFile, saved_name
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
 SEPARATOR = "::"

@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fitune.config.schema import Run
 from fitune.errors import UsageError
+from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import local_part, local_rows
 from fitune.training.distributed import is_main_process
-from fitune.weights.adapter import AdapterFile, saved_name
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.weights.safetensors_files import Checkpoint
 

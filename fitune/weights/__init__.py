@@ -1,1 +1,1 @@
-"""Weights between disk and memory: loaded, quantised, merged, a tensor at a time."""
+"""Weights between disk and memory: loaded and quantised, a tensor at a time."""

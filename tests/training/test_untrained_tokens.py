@@ -15,9 +15,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from fitune.data.dataset import load_tokenizer
 from fitune.errors import UsageError
+from fitune.export.merge import merge_adapter
 from fitune.model.skeleton import decoder
 from fitune.training.untrained_tokens import refuse_untrained_control_tokens
-from fitune.weights.merge import merge_adapter
 
 NAMES = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fitune.errors import FituneError, UsageError
+from fitune.export.merge import merge_adapter, merge_full
 from fitune.weights import base_weights
 from fitune.weights.base_identity import BASE_RECORD
-from fitune.weights.merge import merge_adapter, merge_full
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter
 
 VARIANTS = {

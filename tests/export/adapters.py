@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fitune.errors import UsageError
-from fitune.weights.merge import merge_adapter
+from fitune.export.merge import merge_adapter
 
 SIZES = {"num_layers": 2, "max_shard_bytes": 300_000}
 TOKENS = [2043, 2046, 2044]  # not in order: rows follow the list

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from fitune.demo.tiny_base import build_tiny_base
 from fitune.errors import FituneError, UsageError
+from fitune.export.merge import merge_adapter
 from fitune.weights.base_identity import BaseRecord, base_fingerprint, write_base_record
-from fitune.weights.merge import merge_adapter
 from fitune.weights.safetensors_files import INDEX_NAME, Checkpoint
 
 

@@ -11,11 +11,11 @@ import torch
 
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURE = """
 import sys
 from pathlib import Path
-from fitune.weights.merge import merge_adapter
+from fitune.export.merge import merge_adapter
 merge_adapter(*map(Path, sys.argv[1:]), progress=False)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

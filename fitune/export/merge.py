@@ -12,11 +12,12 @@ import torch
 from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
+from fitune.export.adapter import AdapterFile, Lora, read_adapter
+from fitune.export.model_folder import write_small_files
 from fitune.output_folder import check_disk_space, new_folder, refuse_existing
-from fitune.weights.adapter import AdapterFile, Lora, read_adapter
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.weights.base_weights import BaseWeights, read_base_config
-from fitune.weights.model_files import copy_file, matching, write_small_files
+from fitune.weights.model_files import copy_file, matching
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
 

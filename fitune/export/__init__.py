@@ -1,0 +1,1 @@
+"""What leaves: adapters read, merged models written for whatever serves them."""
