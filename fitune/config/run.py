@@ -9,6 +9,7 @@ import yaml
 from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
+from fitune.config.evaluation import refuse_unfit_evaluation
 from fitune.config.recipe_paths import found_beside, refuse_missing
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
@@ -74,7 +75,9 @@ def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
     path = find(name, RECIPES, "recipe")
     source = f"{path}{' with --set' if overrides else ''}"
     recipe = parse(Recipe, _merged(found_beside(read_yaml(path), path), overrides or {}), source)
-    return recipe.model_copy(update={"training": check_training_block(recipe.training, source)})
+    training = check_training_block(recipe.training, source)
+    refuse_unfit_evaluation(training, recipe.early_stopping, source)
+    return recipe.model_copy(update={"training": training})
 
 
 def check_paths(name: str, sets: tuple[str, ...], *keys: str) -> None:

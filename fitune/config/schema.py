@@ -84,6 +84,15 @@ class Lora(Strict):
     "Tokens whose embedding rows are trained too (the base model never saw the llama3 template's tokens)."
 
 
+class EarlyStopping(Strict):
+    """Ends training once evaluations, which `training.eval_strategy` asks for, get no better."""
+
+    patience: PositiveInt = 3
+    "Evaluations in a row that bring nothing better, then training ends."
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+    "How much better one must be than the best before it to count as better."
+
+
 class Recipe(Strict):
     """WHAT is learned. One file in recipes/."""
 
@@ -99,6 +108,8 @@ class Recipe(Strict):
     global_batch_size: PositiveInt
     "Rows per optimizer step over all processes."
     seed: Annotated[int, Field(ge=0)] = 42
+    early_stopping: EarlyStopping | None = None
+    "By `training.metric_for_best_model`; null trains to the end."
     training: dict[str, Any] = {}
     "Fields of TRL's SFTConfig by their own names; the ones owned elsewhere are refused."
 

@@ -45,7 +45,7 @@ OWNED_ELSEWHERE = {
     "use_liger_kernel": "Liger's kernels are used on GPUs by default",
     "liger_kernel_config": "Liger's kernels are used on GPUs by default",
     "save_only_model": "a checkpoint is always whole, so that it can be resumed",
-    "load_best_model_at_end": "the frozen base is never reloaded; evaluate a checkpoint with `eval`",
+    "greater_is_better": "it follows from metric_for_best_model: a loss is better small, an accuracy large",
     "restore_callback_states_from_checkpoint": "use --resume",
     "ignore_data_skip": "resuming always continues at the next row",
     "push_to_hub": "merge the run, then `hf upload` the folder",

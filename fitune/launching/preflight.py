@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.command_name import command
+from fitune.config.evaluation import is_evaluated
 from fitune.config.hub import local_config
 from fitune.config.schema import Run, Strict
 from fitune.errors import UsageError
@@ -25,6 +26,11 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
         file = Path(run.recipe.data.prepared) / f"{split}.jsonl"
         if not file.is_file():
             raise UsageError(f"{file}: no such file; run: {command()} prepare {run.recipe_name}")
+    if is_evaluated(run.recipe.training) and not (Path(run.recipe.data.prepared) / "test.jsonl").stat().st_size:
+        raise UsageError(
+            f"{run.recipe.data.prepared}/test.jsonl has no rows, and training.eval_strategy asks for evaluations; "
+            f"prepare held-out rows (data.test_split or data.test_fraction), or set training.eval_strategy=no"
+        )
     local_config(run.recipe.base.model, run.recipe.base.revision)
     if not force:
         check_fits(run)

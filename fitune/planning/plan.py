@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fitune import __version__
 from fitune.config import run as runs
+from fitune.config.evaluation import keeps_the_best
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError, nearest
@@ -199,7 +200,7 @@ def kept_checkpoints(run: Run) -> int:
     if training.get("save_strategy") in ("no", False):
         return 0
     if training.get("save_total_limit"):
-        return max(2, training["save_total_limit"])
+        return max(2, training["save_total_limit"]) + keeps_the_best(training)
     steps, every = steps_of(run), training.get("save_steps", 0)
     return math.ceil(steps / every) if steps and every >= 1 else SAVES_WITHOUT_LIMIT
 

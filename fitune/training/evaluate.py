@@ -6,12 +6,8 @@ accelerate launch --config_file X.yaml -m fitune.training.evaluate RUN
 import argparse
 import contextlib
 import json
-import math
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +15,8 @@ from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.progress import bar
-from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.distributed import is_main_process, join, leave
+from fitune.training.token_metrics import token_metrics
 from fitune.training.train import load_sharded_model, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
@@ -41,45 +38,19 @@ def evaluate(run: Run, force: bool = False) -> None:
             model = load_sharded_model(run, folder, tokenizer, mesh)
             load_tuned_weights(run, model, mesh)
             trainer = ShardedSFTTrainer(run, model=model, processing_class=tokenizer, train_dataset=rows)
+            batches = trainer.get_eval_dataloader(trainer.train_dataset)
         adapter_off = label == "base" and hasattr(model, "disable_adapter")
-        with model.disable_adapter() if adapter_off else contextlib.nullcontext():
-            results[label] = token_metrics(trainer, f"evaluating {label}", compute_device(mesh))
+        with (
+            model.disable_adapter() if adapter_off else contextlib.nullcontext(),
+            bar(f"evaluating {label}", len(batches), show=is_main_process()) as advance,
+        ):
+            results[label] = token_metrics(trainer.model, batches, advance)
     if is_main_process():
         report = {**results, "rows": len(rows)}
         name = f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
         (run.folder / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         Console().print(_table(report))
     leave()
-
-
-@torch.no_grad()
-def token_metrics(trainer: ShardedSFTTrainer, description: str, device: torch.device) -> dict[str, float]:
-    """Mean loss (nats), perplexity and accuracy over all answer tokens of the trainer's rows, each counted once.
-
-    Rows are dealt out to the ranks in turn. The trainer filled them up to whole batches with rows that have no labels:
-    every rank must take part in gathering each layer.
-    """
-    rows, size = trainer.train_dataset, trainer.args.per_device_eval_batch_size
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # log-likelihood, correct tokens, tokens
-    trainer.model.eval()
-    passes = len(rows) // (world_size * size)
-    with bar(description, passes, show=is_main_process()) as advance:
-        for step in range(passes):
-            indices = [(step * size + offset) * world_size + rank for offset in range(size)]
-            batch = send_to_device(trainer.data_collator([rows[index] for index in indices]), device)
-            output = trainer.model(**batch, use_cache=False, fused_lm_head=True)
-            totals += torch.stack([output.log_probs.sum(), output.is_top1.sum(), output.label_mask.sum()])
-            advance()
-    dist.all_reduce(totals)
-    log_likelihood, correct, tokens = totals.tolist()
-    loss = -log_likelihood / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "token_accuracy": correct / tokens,
-        "tokens": int(tokens),
-    }
 
 
 def _table(report: dict) -> Table:

@@ -87,6 +87,8 @@ def train(run: Run) -> None:
         dist.barrier()  # machines may have read for longer than a first step may take
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave_if_told(trainer.state)
+        checkpoint = None
+    trainer.load_best_model(checkpoint)
     trainer.save_model()
     leave()
     if lock:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
+from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
 from fitune.data.dataset import with_filler_rows
 from fitune.errors import FituneError
@@ -26,10 +28,12 @@ from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
 from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
 from fitune.training.bad_rows import name_rows
+from fitune.training.best_model import BestModel
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity, find_damage, write_manifest
 from fitune.training.result import save_result
 from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
+from fitune.training.token_metrics import token_metrics
 from fitune.weights.base_identity import BaseRecord
 
 
@@ -37,6 +41,7 @@ def training_arguments(run: Run) -> SFTConfig:
     """The SFTConfig of a run: the recipe's `training:` block, and the fields that recipe, profile and config own."""
     recipe, profile = run.recipe, run.profile
     values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": False} | recipe.training
+    values |= best_model_fields(recipe.training)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
     return SFTConfig(
         **values,
@@ -83,10 +88,15 @@ class ShardedSFTTrainer(SFTTrainer):
         if kwargs.get("eval_dataset") is None:  # `eval` trains nothing, whenever training evaluates
             arguments.eval_strategy = IntervalStrategy.NO
         super().__init__(args=arguments, **kwargs)
+        self.best_model = BestModel(run.recipe)
+        self.add_callback(self.best_model)
         self.add_callback(self.heartbeat)
         add_answer_loss(decoder(self.model))
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
+        if self.eval_dataset is not None:
+            rows_a_pass = self.args.per_device_eval_batch_size * self.args.world_size
+            self.eval_dataset = with_filler_rows(self.eval_dataset, rows_a_pass, token_id)
 
     def training_step(self, model, inputs, *args, **kwargs):
         """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.
@@ -133,7 +143,7 @@ class ShardedSFTTrainer(SFTTrainer):
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._unlogged:
+        if self._unlogged and self.model.training:
             sums = torch.stack(self._unlogged).sum(0).tolist()
             over_all_ranks = torch.tensor([self._unlogged_tokens, *sums], dtype=torch.float64)
             dist.all_reduce(over_all_ranks)
@@ -145,9 +155,17 @@ class ShardedSFTTrainer(SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
-    def prediction_step(self, *args, **kwargs):
-        self.heartbeat.count()
-        return super().prediction_step(*args, **kwargs)
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The numbers of `eval`, in place of Trainer's mean of batch means."""
+        self.callback_handler.eval_dataloader = dataloader
+
+        def on_pass() -> None:
+            self.heartbeat.count()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        metrics = token_metrics(self.model, dataloader, on_pass)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, named, num_samples=len(dataloader.dataset))
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
@@ -185,8 +203,22 @@ class ShardedSFTTrainer(SFTTrainer):
     def steps_left(self, checkpoint: Path) -> int:
         """Optimizer steps between a checkpoint and the end of training."""
         *_, planned = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        done = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-        return max(0, planned - done)
+        saved = _read_state(checkpoint)
+        return 0 if self.best_model.stops_early(saved["log_history"]) else max(0, planned - saved["global_step"])
+
+    def load_best_model(self, checkpoint: Path | None = None) -> None:
+        """Where `load_best_model_at_end` asks for it, fills in the weights that were best when they were evaluated.
+
+        `checkpoint` is the last one, of a run that did not train now. Call on all ranks.
+        """
+        if not self.best_model.is_result:
+            return
+        log_history = _read_state(checkpoint)["log_history"] if checkpoint else self.state.log_history
+        with self.heartbeat.using_files():
+            folder = Path(self.args.output_dir)
+            best = self.best_model.choose(folder, log_history, lambda path: find_damage(path, self.heartbeat.waiting))
+            if best:
+                load_trainable_weights(best, self.model, self.args.process_index, self.args.world_size)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.run.result_folder)
@@ -208,7 +240,8 @@ class ShardedSFTTrainer(SFTTrainer):
                 f"before it are whole: make room, then go on with the same command and --resume"
             ) from error
         if self.args.should_save:
-            _remove_old(Path(self.args.output_dir), self.args.save_total_limit)
+            kept = self.best_model.kept_steps(self.state.log_history)
+            _remove_old(Path(self.args.output_dir), self.args.save_total_limit, kept_steps=kept)
         dist.barrier()
 
     def _write_checkpoint(self) -> None:
@@ -304,7 +337,14 @@ def set_aside(folder: Path, damaged: list[Path]) -> None:
         remove(partial)
 
 
-def _remove_old(folder: Path, limit: int | None) -> None:
-    """Keeps `save_total_limit` checkpoints, but never fewer than two."""
-    for path in checkpoints(folder)[: -max(2, limit) if limit else 0]:
+def _remove_old(folder: Path, limit: int | None, kept_steps: Collection[int] = ()) -> None:
+    """Keeps `save_total_limit` checkpoints, but never fewer than two, and those of `kept_steps` beside them."""
+    kept = {f"checkpoint-{step}" for step in kept_steps}
+    others = [path for path in checkpoints(folder) if path.name not in kept]
+    for path in others[: -max(2, limit) if limit else 0]:
         remove(path)
+
+
+def _read_state(checkpoint: Path) -> dict:
+    """What Trainer knew when it was saved."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

@@ -260,6 +260,32 @@ PAIRS = {
     "set an unknown value": (("training.optim=adamw_torh",), ["training.optim", "did you mean 'adamw_torch'?"]),
     "set an unknown strategy": (("training.save_strategy=never",), ["allowed: best, epoch, no, steps"]),
     "set a negative number of steps": (("training.max_steps=-5",), ["training.max_steps: -5 is not a number of steps"]),
+    "evaluate with an unknown metric": (
+        ("training.metric_for_best_model=bleu",),
+        ["'bleu'; allowed: loss, perplexity,"],
+    ),
+    "load the best of nothing": (
+        ("training.load_best_model_at_end=true",),
+        ["training.load_best_model_at_end needs evaluations", "training.eval_strategy"],
+    ),
+    "save the best of nothing": (("training.save_strategy=best",), ["training.save_strategy=best needs evaluations"]),
+    "stop early without looking": (("early_stopping.patience=2",), ["early_stopping needs evaluations"]),
+    "follow a metric that is not measured": (
+        ("training.lr_scheduler_type=reduce_lr_on_plateau",),
+        ["training.lr_scheduler_type=reduce_lr_on_plateau needs evaluations"],
+    ),
+    "a metric that nobody asks for": (
+        ("training.eval_strategy=epoch", "training.metric_for_best_model=perplexity"),
+        ["training.metric_for_best_model would change nothing"],
+    ),
+    "load the best and save none": (
+        ("training.eval_strategy=epoch", "training.load_best_model_at_end=true", "training.save_strategy='no'"),
+        ["training.save_strategy=no saves none"],
+    ),
+    "evaluate after the end": (
+        ("training.eval_strategy=steps", "training.eval_steps=9", "training.max_steps=5"),
+        ["training.eval_steps 9 is beyond training.max_steps 5"],
+    ),
     "set the training block": (("training=3",), ["training"]),
     "set a key of a list": (("lora.target_modules.x=3",), ["lora.target_modules"]),
 }
