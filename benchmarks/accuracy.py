@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import is_whole, measured_tiers, whole_shape
-from fitune.config import run as runs
+from fitune.planning.fill import resolve
 from fitune.planning.hardware import gpu_model
 from fitune.planning.memory import MEASURED, gpu_moments, gpu_peak, host_peak
 from fitune.planning.model_shapes import find_shape
@@ -53,7 +53,7 @@ def setup_of_measured(entry: dict) -> Setup:
     sets = [item for item in sets if not item.startswith(("base.model=", "data.prepared="))]
     as_measured = ("micro_batch", "kept_layers", "activation_offload")  # the profile may have changed
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
-    run = runs.resolve(entry["recipe"], entry["profile"], tuple(sets))
+    run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
 
 
@@ -81,7 +81,8 @@ def predicted_step_seconds(entry: dict) -> float:
 
 def predicted_phases(entry: dict) -> dict[str, float]:
     """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
-    run = runs.resolve(entry["recipe"], entry["profile"])
+    sets = tuple(f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers"))
+    run = resolve(entry["recipe"], entry["profile"], sets)
     setup = setup_of(run, find_shape(run.recipe.base.model))
     setup = replace(setup, shape=replace(setup.shape, layers=entry["layers"]), accumulation=1)
     assert (setup.tokens, setup.ranks) == (entry["tokens"], entry["ranks"])

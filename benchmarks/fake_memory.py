@@ -31,13 +31,13 @@ from trl.trainer.utils import add_fused_lm_head
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
-from fitune.config import run as runs
 from fitune.model import attention, elementwise, products
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.sharding import shard
 from fitune.model.skeleton import build_skeleton, decoder
+from fitune.planning.fill import resolve
 
 GIB = 2**30
 HOOKS = ("pre_forward", "pre_backward", "post_backward")
@@ -67,7 +67,7 @@ class Tracker(MemTracker):
 
 def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
     """Peaks of the second optimizer step of rank 0 in GiB, by phase."""
-    run = runs.resolve(recipe, profile)
+    run = resolve(recipe, profile)
     size = next(part for part in recipe.split("_") if part in ("1b", "8b", "70b"))
     layers = layers or config(size, None)["num_hidden_layers"]
     ranks = run.accelerate.num_processes
@@ -89,6 +89,7 @@ def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
     peaks = {phase: round(size / GIB, 3) for phase, size in tracker.peaks.items() if phase != "start"}
     return {
         "recipe": recipe, "profile": profile, "layers": layers, "ranks": ranks,
+        "micro_batch": run.profile.micro_batch, "kept_layers": min(run.profile.kept_layers, layers),
         "tokens": run.profile.micro_batch * run.recipe.max_length, "peak_allocated_gib": max(peaks.values()),
         "phases": peaks, "torch": torch.__version__.split("+")[0],
     }  # fmt: skip

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tier_run import about, read_cold
 
-from fitune.config import run as runs
 from fitune.data.dataset import load_tokenizer
+from fitune.planning.fill import resolve
 from fitune.training.distributed import compute_device, join, leave
 from fitune.training.measure import Loading
 from fitune.training.train import load_sharded_model
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as output:
-        run = runs.resolve(options.recipe, options.profile, (f"base.model={options.checkpoint}",), output)
+        run = resolve(options.recipe, options.profile, (f"base.model={options.checkpoint}",), output)
     if not torch.cuda.is_available():
         run = run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"use_cpu": True})})
     mesh = join(run.accelerate)

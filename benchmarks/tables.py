@@ -12,6 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune.config import run as runs
+from fitune.config.schema import Run
+from fitune.planning.fill import filled, resolve
+from fitune.planning.hardware import gpu_model
+from fitune.planning.limits import limits_of
 from fitune.planning.memory import gpu_peak, host_peak
 from fitune.planning.model_shapes import ModelShape, find_shape
 from fitune.planning.plan import setup_of
@@ -51,7 +55,7 @@ def _with_kept_layers(entry: dict) -> dict:
 
 def whole_shape(entry: dict) -> ModelShape:
     """The shape of the run's model with all its layers."""
-    return find_shape(runs.resolve(entry["recipe"], entry["profile"]).recipe.base.model)
+    return find_shape(resolve(entry["recipe"], entry["profile"]).recipe.base.model)
 
 
 def is_whole(entry: dict) -> bool:
@@ -63,11 +67,17 @@ def is_as_profiled(entry: dict) -> bool:
 
     Other labels say what is different.
     """
-    run = runs.resolve(entry["recipe"], entry["profile"])
+    run = as_profiled_now(entry)
     settings = ("micro_batch", "kept_layers", "activation_offload")
     same = all(entry[name] == getattr(run.profile, name) for name in settings)
     same_batch = entry["gradient_accumulation_steps"] == run.gradient_accumulation_steps
     return same and ("label" not in entry or (entry["label"].startswith("sweep") and same_batch))
+
+
+def as_profiled_now(entry: dict) -> Run:
+    """What the profile would be today on the GPU of a measured run: `plan` chooses by its speed."""
+    run = runs.resolve(entry["recipe"], entry["profile"])
+    return filled(run, limits_of(run), gpu_model(entry["gpu_name"]))
 
 
 def newest_tiers() -> list[dict]:
@@ -91,13 +101,14 @@ def _last_of_each_tier(measured: list[dict]) -> dict[tuple[str, str], dict]:
 def tier_table() -> str:
     shown = shown_tiers()
     lines = [
-        "| recipe | profile | GPUs | micro batch | GiB per GPU, all of it | host GiB, machine | load, s | 2024 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| recipe | profile | GPUs | micro batch | layers kept | GiB per GPU, all of it | host GiB, machine "
+        "| tokens/s per GPU | load, s | 2024 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in shown:
         cells = [
-            f"`{run['recipe']}`", f"`{run['profile']}`", run["num_gpus"], _micro_batch(run),
-            f"{run['peak_gpu_gib']:.1f}", f"{run['peak_host_gib']:.1f}", f"{run['load_seconds']:.0f}",
+            f"`{run['recipe']}`", f"`{run['profile']}`", run["num_gpus"], *_settings(run),
+            f"{run['peak_gpu_gib']:.1f}", f"{run['peak_host_gib']:.1f}", _speed(run), f"{run['load_seconds']:.0f}",
             TIERS_OF_2024.get((run["recipe"], run["profile"]), ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -111,9 +122,17 @@ def tier_table() -> str:
     return "\n".join([*lines, "", *notes])
 
 
-def _micro_batch(entry: dict) -> str:
-    now = runs.resolve(entry["recipe"], entry["profile"]).profile.micro_batch
-    return f"{entry['micro_batch']}" + (f" (now {now})" if now != entry["micro_batch"] else "")
+def _settings(entry: dict) -> list[str]:
+    """Micro batch and kept layers of a run, and of its profile today where those differ."""
+    now = as_profiled_now(entry).profile
+    pairs = [(entry[key], getattr(now, key)) for key in ("micro_batch", "kept_layers")]
+    return [f"{then}" + (f" (now {today})" if today != then else "") for then, today in pairs]
+
+
+def _speed(entry: dict) -> str:
+    """Of runs with a GPU for each rank and today's layer."""
+    shared = entry.get("machine_gpus", 1) < entry["num_gpus"]
+    return "" if shared or entry.get("earlier_layer") else f"{entry['tokens_per_second_per_gpu']:,.0f}"
 
 
 def table_of_2024() -> str:
@@ -124,7 +143,7 @@ def table_of_2024() -> str:
         if run := measured.get((recipe, profile)):
             gpu, host, source = run["peak_gpu_gib"], run["peak_host_gib"], "measured"
         else:
-            setup = setup_of(run := runs.resolve(recipe, profile), find_shape(run.recipe.base.model))
+            setup = setup_of(run := resolve(recipe, profile), find_shape(run.recipe.base.model))
             gpu, source = gpu_peak(setup).total / GIB, "plan, and fake tensors"
             host = host_peak(setup) / GIB
         lines.append(f"| `{recipe}` | `{profile}` | {before} | {gpu:.1f} | {host:.1f} | {source} |")

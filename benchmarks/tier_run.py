@@ -213,6 +213,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
     return {
         "method": run["recipe"]["method"],
         "num_gpus": len(ranks),
+        "machine_gpus": torch.cuda.device_count(),
         "offload": run["accelerate"]["offload_params"],
         "max_length": run["recipe"]["max_length"],
         "micro_batch": run["profile"]["micro_batch"],

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tier_run import ROOT, about, resume, run_tier
 
-from fitune.config import run as runs
+from fitune.planning.fill import resolve
 
 SHOWN = (
     "ok", "seconds", "peak_allocated_gib", "peak_gpu_gib", "peak_host_gib", "load_seconds", "step_seconds",
@@ -144,7 +144,7 @@ def tier_tasks(plans: list[dict], work: Path) -> tuple[list[Task], list[Task]]:
     every = tuple(range(torch.cuda.device_count()))
     trained, resumed = [], []
     for plan in plans:
-        ranks = runs.resolve(plan["recipe"], plan["profile"]).accelerate.num_processes
+        ranks = resolve(plan["recipe"], plan["profile"]).accelerate.num_processes
         gpus = every[:ranks]
         gib = plan["cap_gib"] * ranks / len(gpus)
         trained.append(Task(name_of(plan), plan["seconds"], lambda plan=plan: run_tier(plan, work), gib, gpus))

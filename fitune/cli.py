@@ -88,7 +88,9 @@ def list_command():
 @output_option
 def show(recipe, profile, sets, output):
     """The resolved run.yaml and the exact launch line; loads nothing."""
-    run = runs.resolve(recipe, profile, sets, output)
+    from fitune.planning.fill import resolve
+
+    run = resolve(recipe, profile, sets, output)
     click.echo(runs.dump(run), nl=False)
     click.echo("\n# " + _launch_line(run, "fitune.training.train"))
 
@@ -216,18 +218,30 @@ def train(
     if profile is None:
         profile, changes = _profile_for_this_machine(recipe, sets)
         sets += changes
+    from fitune.launching.launch import train_with_restarts
+    from fitune.launching.preflight import (
+        as_started,
+        check_before_training,
+        nothing_left,
+        open_run_folder,
+        wait_for_run_folder,
+    )
+    from fitune.planning.fill import filled_here
+
     run = runs.resolve(recipe, profile, sets, output)
+    if not dry_run:
+        if resume and (finished := nothing_left(run)):
+            click.echo(finished)
+            return
+        runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
+    chosen = run.left_to_plan
+    run = filled_here(as_started(run) if resume else run)
     if dry_run:
         click.echo(runs.dump(run), nl=False)
         click.echo("\n# " + _launch_line(run, "fitune.training.train"))
         return
-    from fitune.launching.launch import train_with_restarts
-    from fitune.launching.preflight import check_before_training, nothing_left, open_run_folder, wait_for_run_folder
-
-    if resume and (finished := nothing_left(run)):
-        click.echo(finished)
-        return
-    runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
+    if chosen:
+        click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
     check_before_training(run, force=force)
     click.echo(_launch_line(run, "fitune.training.train"))
     flags = {
@@ -384,8 +398,10 @@ def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, 
     from fitune.planning.search import find_profile, profile_as_typed, unlike_profile
 
     run = find_profile(recipe, sets, this_machine()).run
-    click.echo(f"profile: {profile_as_typed(run)}, the fastest that fits this machine (see: {command()} plan {recipe})")
-    return run.profile_name, unlike_profile(run)
+    click.echo(
+        f"profile: {profile_as_typed(run, sets)}, the fastest that fits this machine (see: {command()} plan {recipe})"
+    )
+    return run.profile_name, unlike_profile(run, sets)
 
 
 def _launch_line(run, module: str) -> str:

@@ -149,6 +149,7 @@ def make_run(prepared):
                 host_memory_gib=1,
                 fits={"tiny": [method]},
                 micro_batch=micro_batch,
+                kept_layers=0,
                 embedding_offload=embedding_offload,
             ),
             accelerate=AccelerateConfig(

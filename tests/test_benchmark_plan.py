@@ -11,7 +11,7 @@ import torch
 from patience import PATIENCE_SECONDS
 
 from benchmarks import tables, tier_run, tiers
-from fitune.config import run as runs
+from fitune.planning.fill import resolve
 from fitune.planning.memory import MEASURED, gpu_peak
 from fitune.planning.model_shapes import find_shape
 from fitune.planning.plan import setup_of
@@ -24,7 +24,7 @@ KEYS = {"recipe", "profile", "checkpoint", "cap_gib", "steps", "set", "resume", 
 @pytest.mark.parametrize("plan", PLANS, ids=tiers.name_of)
 def test_run_resolves(plan):
     assert set(plan) <= KEYS
-    run = runs.resolve(plan["recipe"], plan["profile"], tuple(plan.get("set", ())))
+    run = resolve(plan["recipe"], plan["profile"], tuple(plan.get("set", ())))
     assert plan["cap_gib"] < run.profile.gpu_memory_gib
     assert not plan.get("resume") or ("training.save_strategy='no'" not in plan["set"] and plan["steps"] == 4)
     shape = find_shape(run.recipe.base.model)
@@ -133,15 +133,16 @@ def test_what_a_run_took_is_counted_from_a_machine_at_rest(monkeypatch):
 
 
 def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
-    run = runs.resolve("llama3_8b_qlora", "single_gpu")
+    run = tables.as_profiled_now({"recipe": "llama3_8b_qlora", "profile": "single_gpu", "gpu_name": "NVIDIA H200"})
     shape = find_shape(run.recipe.base.model)
     shipped = {"recipe": run.recipe_name, "profile": run.profile_name, "date": "2026-01-01", "layers": shape.layers,
+               "gpu_name": "NVIDIA H200",
                "micro_batch": run.profile.micro_batch, "kept_layers": run.profile.kept_layers,
                "activation_offload": False,
                "gradient_accumulation_steps": run.gradient_accumulation_steps, "peak_gpu_gib": 19.0}  # fmt: skip
     sweep = shipped | {"label": "sweep mb8", "peak_gpu_gib": 20.0}
     others = [
-        shipped | {"micro_batch": 1},
+        shipped | {"micro_batch": 8},
         sweep | {"gradient_accumulation_steps": 7}, shipped | {"label": "from-bf16"},
         shipped | {"layers": 4},
     ]  # fmt: skip
@@ -151,12 +152,11 @@ def test_a_row_of_the_table_is_the_profile_as_it_is(monkeypatch):
 
 
 def test_a_run_from_before_its_profile_was_changed_says_so(monkeypatch):
-    before = next(run for run in tables.newest_tiers() if run["profile"] == "single_gpu") | {
-        "micro_batch": 1,
-        "kept_layers": 0,
-    }
-    monkeypatch.setattr(tables, "measured_tiers", lambda: [before])
-    assert not tables.newest_tiers() and "| 1 (now 2) |" in tables.tier_table()
+    before = next(run for run in tables.measured_tiers() if run["profile"] == "single_gpu" and tables.is_whole(run))
+    now = tables.as_profiled_now(before).profile
+    monkeypatch.setattr(tables, "measured_tiers", lambda: [before | {"micro_batch": 8, "kept_layers": 0}])
+    assert not tables.newest_tiers()
+    assert f"| 8 (now {now.micro_batch}) | 0 (now {now.kept_layers}) |" in tables.tier_table()
 
 
 def test_a_sweep_is_compared_with_its_own_first_row(monkeypatch):

@@ -17,6 +17,9 @@ from fitune.config.training_block import check_training_block
 from fitune.config.yaml_file import parse, read_yaml
 from fitune.errors import UsageError, nearest
 
+SMALLEST = {"micro_batch": 1, "kept_layers": 0}
+"What needs least memory of the keys that a profile may leave to `plan`."
+
 
 def names(folder: Path) -> list[str]:
     """Names of the YAML files in a folder, without the ending."""
@@ -98,22 +101,48 @@ def goes_with(recipe_name: str, recipe: Recipe, profile: Profile) -> bool:
 
 
 def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
-    """The run that a recipe, a profile, `--set` flags and an output folder describe. Raises UsageError."""
+    """The run that a recipe, a profile, `--set` flags and an output folder describe. Raises UsageError.
+
+    What the profile leaves to `plan` has its smallest value: `fitune.planning.fill.resolve` is this with it chosen.
+    """
     recipe_overrides, profile_overrides = parse_sets(sets)
     recipe = load_recipe(recipe_name, recipe_overrides)
     recipe_stem, profile_stem = Path(recipe_name).stem, Path(profile_name).stem
     profile = load_profile(profile_name, profile_overrides).for_recipe(recipe_stem)
     accelerate = read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
     _check_pair(recipe_stem, recipe, profile_stem, profile, accelerate)
+    output = str(Path(output or f"runs/{recipe_stem}-{profile_stem}").absolute())
+    return run_of(recipe_stem, recipe, profile_stem, profile, accelerate, output)
+
+
+def run_of(
+    recipe_name: str, recipe: Recipe, profile_name: str, profile: Profile, accelerate: AccelerateConfig, output: str
+) -> Run:
+    """A run of checked parts. Raises UsageError if the global batch is not a multiple of what one pass takes."""
+    smallest = {key: SMALLEST[key] for key in profile.left_to_plan}
+    numbers = profile.model_copy(update=smallest)
     return Run(
         fitune=__version__,
-        recipe_name=recipe_stem,
-        profile_name=profile_stem,
-        output_dir=str(Path(output or f"runs/{recipe_stem}-{profile_stem}").absolute()),
+        recipe_name=recipe_name,
+        profile_name=profile_name,
+        output_dir=output,
         recipe=recipe,
-        profile=profile,
+        profile=numbers,
         accelerate=accelerate,
-        gradient_accumulation_steps=_gradient_accumulation(recipe, profile, accelerate),
+        gradient_accumulation_steps=_gradient_accumulation(recipe, numbers, accelerate),
+        left_to_plan=profile.left_to_plan,
+    )
+
+
+def with_numbers(run: Run, **numbers: int) -> Run:
+    """The run with a micro batch, kept layers or both in place of what its profile left to `plan`."""
+    profile = run.profile.model_copy(update=numbers)
+    return run.model_copy(
+        update={
+            "profile": profile,
+            "gradient_accumulation_steps": _gradient_accumulation(run.recipe, profile, run.accelerate),
+            "left_to_plan": tuple(key for key in run.left_to_plan if key not in numbers),
+        }
     )
 
 
@@ -180,4 +209,5 @@ def load(path: Path) -> Run:
     content = read_yaml(path) | {"output_dir": str(path.absolute().parent)}  # it may have moved
     if isinstance(content.get("profile"), dict):
         content["profile"].pop("activation_checkpointing", None)  # in runs before kept_layers: no result hangs on it
+        content["profile"].setdefault("kept_layers", 0)
     return parse(Run, content, str(path))

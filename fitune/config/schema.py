@@ -10,6 +10,9 @@ DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 RowWeight = Annotated[float, Field(gt=0, le=1000)]
+AUTO = "auto"
+"A profile's value that `plan` chooses."
+Rows = PositiveInt | Literal["auto"]
 ADAPTER = "adapter"
 "The folder of a trained adapter, in a run and in its checkpoints."
 
@@ -147,10 +150,12 @@ class Profile(Strict):
     "RAM of one machine."
     fits: dict[str, list[Method]]
     "Methods by model size, as it appears in recipe names: `70b: [qlora]`."
-    micro_batch: PositiveInt | dict[str, PositiveInt]
-    "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: 8}`. A run has one number."
-    kept_layers: Annotated[int, Field(ge=0)] = 0
-    "Layers that keep their activations for the backward pass; the others keep their input and compute the rest again."
+    micro_batch: Rows | dict[str, Rows] = AUTO
+    "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: auto}`. `auto`: see below."
+    kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = AUTO
+    """Layers that keep their activations for the backward pass; the others keep their input and compute the rest again.
+    `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
+    """
     activation_offload: bool = False
     "Move those inputs to host RAM until the backward pass needs them."
     embedding_offload: bool = False
@@ -183,10 +188,16 @@ class Profile(Strict):
 
     def for_recipe(self, recipe_name: str) -> Self:
         """The profile with one micro batch: that of the size in the recipe's name, else the smallest."""
-        if isinstance(self.micro_batch, int):
+        if not isinstance(self.micro_batch, dict):
             return self
         sizes = self.sizes_of(recipe_name) or self.micro_batch
-        return self.model_copy(update={"micro_batch": min(self.micro_batch[size] for size in sizes)})
+        numbers = [rows for size in sizes if (rows := self.micro_batch[size]) != AUTO]
+        return self.model_copy(update={"micro_batch": min(numbers, default=AUTO)})
+
+    @property
+    def left_to_plan(self) -> tuple[str, ...]:
+        """The keys that are `auto`."""
+        return tuple(key for key in ("micro_batch", "kept_layers") if getattr(self, key) == AUTO)
 
 
 class AccelerateConfig(Strict):
@@ -217,13 +228,16 @@ class Run(Strict):
     gradient_accumulation_steps: PositiveInt
     "Derived: global batch / (micro batch x processes)."
     resume: bool = False
+    left_to_plan: tuple[str, ...] = Field(default=(), exclude=True)
+    "Keys of the profile that are `auto`. They have their smallest value until `fitune.planning.fill` chooses one."
     checkpoint: str | None = Field(default=None, exclude=True)
     "Folder of the checkpoint that `eval` and `generate` take instead of the run's result; not part of run.yaml."
 
     @model_validator(mode="after")
-    def _micro_batch_is_one_number(self):
-        if isinstance(self.profile.micro_batch, dict):
-            raise ValueError("profile.micro_batch: a run has one number")
+    def _the_profile_has_numbers(self):
+        for key in ("micro_batch", "kept_layers"):
+            if not isinstance(getattr(self.profile, key), int):
+                raise ValueError(f"profile.{key}: a run has one number")
         return self
 
     @property

@@ -38,8 +38,9 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
 
 def check_fits(run: Run) -> None:
     """Raises UsageError if the run needs more than this machine has free, in the words of `plan`."""
+    from fitune.planning.limits import limits_for_training
     from fitune.planning.plan import make_plan
-    from fitune.planning.search import limits_for_training, refusal
+    from fitune.planning.search import refusal
 
     reason = refusal(make_plan(run, limits_for_training(run)))
     if reason:
@@ -69,6 +70,15 @@ def nothing_left(run: Run) -> str | None:
     if before != now:
         raise UsageError(f"{finished}; other changes would have no effect")
     return finished
+
+
+def as_started(run: Run) -> Run:
+    """A run that is resumed, with the rows and kept layers that `plan` chose when it was started."""
+    file = run.folder / "run.yaml"
+    if not file.is_file():
+        return run
+    old = runs.load(file).profile
+    return runs.with_numbers(run, **{key: getattr(old, key) for key in run.left_to_plan})
 
 
 def open_run_folder(run: Run, resume: bool) -> RunLock:

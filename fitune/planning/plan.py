@@ -5,13 +5,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fitune import __version__
-from fitune.config import run as runs
 from fitune.config.evaluation import keeps_the_best
-from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
-from fitune.config.yaml_file import parse
+from fitune.config.schema import Recipe, Run
 from fitune.errors import UsageError, nearest
-from fitune.planning.hardware import Gpu, GpuModel, Machine, likely_model
+from fitune.planning.hardware import GpuModel, likely_model
+from fitune.planning.limits import Limits
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
 from fitune.planning.model_shapes import ModelShape, find_shape, has_weights
 from fitune.planning.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
@@ -20,6 +18,8 @@ from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
 GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
 ERROR = 0.05
 "Of a predicted GPU peak, at most: what the tests allow against measured runs."
+TIME_ERROR = 0.15
+"Of a predicted step, at most: likewise."
 SAVES_WITHOUT_LIMIT = 3
 "Checkpoints that pile up where neither save_total_limit nor the number of steps is known."
 OPTIMIZER_STATE = {
@@ -27,21 +27,6 @@ OPTIMIZER_STATE = {
     "adamw_bnb_8bit": 2 + 2 * FP32 / 256, "adamw_8bit": 2 + 2 * FP32 / 256, "lion_8bit": 1 + FP32 / 256,
 }  # fmt: skip
 """Bytes per trained parameter by `training.optim`; any other is taken for AdamW's two float32 moments."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What there is, in GiB; None is not checked."""
-
-    gpu: float | None
-    "Per GPU."
-    host: float
-    "Per machine."
-    gpus: int
-    disk: float | None = None
-    "For the run's folder."
-    download_disk: float | None = None
-    "For the Hub's cache."
 
 
 @dataclass(frozen=True)
@@ -203,45 +188,6 @@ def kept_checkpoints(run: Run) -> int:
         return max(2, training["save_total_limit"]) + keeps_the_best(training)
     steps, every = steps_of(run), training.get("save_steps", 0)
     return math.ceil(steps / every) if steps and every >= 1 else SAVES_WITHOUT_LIMIT
-
-
-def limits_of(run: Run) -> Limits:
-    """What the profile says there is."""
-    profile, machines = run.profile, run.accelerate.num_machines
-    return Limits(profile.gpu_memory_gib, profile.host_memory_gib, profile.num_gpus // machines)
-
-
-def limits_here(machine: Machine) -> Limits:
-    """What is free on a machine."""
-    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus))
-
-
-def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
-    """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
-    if gpus < 1:
-        raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
-    if gpu_memory is None or gpu_memory <= 0:
-        raise UsageError("--gpus needs --gpu-memory GIB, above 0: the memory of one GPU")
-    host = host_memory if host_memory is not None else math.inf
-    return Machine((Gpu("", gpu_memory, gpu_memory),) * gpus, host, host)
-
-
-def run_on(machine: Machine, recipe_name: str, sets: tuple[str, ...]) -> Run:
-    """A run on all GPUs of a machine that no profile describes: weights on the GPUs, micro batch 1."""
-    recipe_overrides, profile_overrides = runs.parse_sets(sets)
-    recipe, gpus = runs.load_recipe(recipe_name, recipe_overrides), len(machine.gpus)
-    values = {
-        "description": "Given on the command line.", "accelerate_config": "given", "num_gpus": gpus,
-        "gpu_memory_gib": machine.gpu_memory_gib, "host_memory_gib": machine.host_total_gib,
-        "fits": {"any": [recipe.method]}, "micro_batch": 1,
-    }  # fmt: skip
-    profile = parse(Profile, values | profile_overrides, "--set").for_recipe(Path(recipe_name).stem)
-    return Run(
-        fitune=__version__, recipe_name=Path(recipe_name).stem, profile_name=f"{gpus} x {machine.gpu_memory_gib:g} GiB",
-        output_dir="runs", recipe=recipe, profile=profile,
-        accelerate=AccelerateConfig(path="given", num_processes=gpus, mixed_precision="bf16"),
-        gradient_accumulation_steps=max(1, math.ceil(recipe.global_batch_size / (profile.micro_batch * gpus))),
-    )  # fmt: skip
 
 
 def _time(run: Run, setup: Setup, gpu: GpuModel | None, *, price: float | None = None, network: float | None = None):

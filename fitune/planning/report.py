@@ -10,10 +10,12 @@ from rich.text import Text
 
 from fitune.config import run as runs
 from fitune.errors import UsageError
+from fitune.planning.fill import resolve
 from fitune.planning.hardware import gpu_model, this_machine
+from fitune.planning.limits import given_machine, limits_here, limits_of
 from fitune.planning.memory import merge_host
-from fitune.planning.plan import Plan, given_machine, limits_here, limits_of, make_plan, needed_disk, run_on
-from fitune.planning.search import METHODS, Outlook, find_profile, look_around, matrix, unlike_profile, way_out
+from fitune.planning.plan import Plan, make_plan, needed_disk
+from fitune.planning.search import METHODS, Outlook, find_profile, look_around, matrix, run_on, unlike_profile, way_out
 from fitune.planning.sizes import GIB
 
 BAR = 32  # characters
@@ -32,15 +34,15 @@ def plan_command(
     runs.check_paths(recipe, sets, "base.model")
     model = gpu_model(gpu) if gpu else None
     if profile:
-        run = runs.resolve(recipe, profile, sets)
+        run = resolve(recipe, profile, sets)
         plan = make_plan(run, limits_of(run), model, **options)
     else:
         machine = this_machine() if gpus is None else given_machine(gpus, gpu_memory, host_memory)
         model = model or machine.model
         find = find or gpus is None
-        run = find_profile(recipe, sets, machine, model).run if find else run_on(machine, recipe, sets)
+        run = find_profile(recipe, sets, machine, model).run if find else run_on(machine, recipe, sets, model)
         plan = make_plan(run, limits_here(machine), model, **options)
-        if find and not in_json and (changes := unlike_profile(run)):
+        if find and not in_json and (changes := unlike_profile(run, sets)):
             console.print(f"{run.profile_name} fits with --set {' --set '.join(changes)}:")
     outlook = look_around(plan)
     return print(json.dumps(as_json(plan, outlook), indent=2)) if in_json else print_plan(plan, outlook, console)
@@ -61,7 +63,8 @@ def as_json(plan: Plan, outlook: Outlook) -> dict:
         "peak_phase": peak.phase if peak else plan.host_phase,
         "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
         "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
-        "micro_batch": plan.setup.micro_batch, "max_length": plan.setup.max_length,
+        "micro_batch": plan.setup.micro_batch, "kept_layers": plan.setup.kept_layers,
+        "max_length": plan.setup.max_length,
         "largest_micro_batch": outlook.largest_micro_batch, "longest_sequence": outlook.longest_sequence,
         "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
         "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
@@ -107,7 +110,8 @@ def _headline(plan: Plan) -> Text:
     where = "weights in host RAM" if s.offload else "weights on the GPUs" if s.on_gpu else "weights in RAM"
     return Text(
         f"{plan.run.recipe_name} on {plan.run.profile_name}: {s.method}, {s.shape.parameters / 1e6:,.0f} M parameters, "
-        f"{s.trainable / 1e6:,.0f} M trained; {ranks}, {where}; {s.micro_batch} x {s.max_length:,} tokens a pass",
+        f"{s.trainable / 1e6:,.0f} M trained; {ranks}, {where}; {s.micro_batch} x {s.max_length:,} tokens a pass, "
+        f"{s.kept_layers} of {s.shape.layers} layers kept",
         style="bold",
     )
 
@@ -166,7 +170,7 @@ def _print_limits(plan: Plan, outlook: Outlook, console: Console) -> None:
         return
     console.print(
         f"largest micro batch: {outlook.largest_micro_batch} x {plan.setup.max_length:,} tokens; "
-        f"longest sequence: {outlook.longest_sequence:,} tokens, one row a pass"
+        f"longest sequence: {outlook.longest_sequence:,} tokens, one row a pass (no layer kept)"
     )
 
 

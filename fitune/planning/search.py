@@ -1,19 +1,21 @@
 """Searches over plans: the nearest change that fits, the largest batch, the best profile, the matrix of all tiers."""
 
 import math
-import os
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
-from fitune.config.schema import Lora, Recipe, Run
+from fitune.config.schema import AUTO, AccelerateConfig, Lora, Profile, Recipe, Run
+from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
-from fitune.planning.hardware import GpuModel, Machine, free_disk_gib, this_machine
-from fitune.planning.memory import MEASURED, gpu_peak, host_peak
-from fitune.planning.model_shapes import hub_cache
-from fitune.planning.plan import GPU_COUNT, Limits, Plan, limits_here, limits_of, make_plan, verdicts
+from fitune.planning.fill import filled, fits, largest
+from fitune.planning.hardware import GpuModel, Machine
+from fitune.planning.limits import Limits, limits_here, limits_of
+from fitune.planning.memory import gpu_peak, host_peak
+from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.sizes import GIB, Setup
 
 MAX_MICRO_BATCH = 1024
@@ -34,26 +36,24 @@ class Outlook:
     changes: list[str]
     "The nearest changes that fit, as they are typed; none where the plan itself fits."
     largest_micro_batch: int
+    "With no layer kept."
     longest_sequence: int
-    "Tokens, with one row a pass."
+    "Tokens, with one row a pass and no layer kept."
 
 
 def look_around(plan: Plan) -> Outlook:
     """Everything that `plan` says beside the run that was asked for."""
+    recomputed = replace(plan.setup, kept_layers=0)
     return Outlook(
         [] if plan.fits else nearest_changes(plan),
-        largest_micro_batch(plan.setup, plan.limits),
-        longest_sequence(plan.setup, plan.limits),
+        largest_micro_batch(recomputed, plan.limits),
+        longest_sequence(recomputed, plan.limits),
     )
-
-
-def fits(setup: Setup, limits: Limits) -> bool:
-    return all(verdict.fits for verdict in verdicts(setup, limits))
 
 
 def largest_micro_batch(setup: Setup, limits: Limits) -> int:
     """Rows per pass that fit; 0 if not even one does."""
-    return _largest(MAX_MICRO_BATCH, lambda count: fits(replace(setup, micro_batch=count), limits))
+    return largest(MAX_MICRO_BATCH, lambda count: fits(replace(setup, micro_batch=count), limits))
 
 
 def longest_sequence(setup: Setup, limits: Limits) -> int:
@@ -64,16 +64,7 @@ def longest_sequence(setup: Setup, limits: Limits) -> int:
     def does_fit(steps: int) -> bool:
         return fits(replace(with_one_row, max_length=steps * SEQUENCE_STEP), limits)
 
-    return SEQUENCE_STEP * _largest(most, does_fit)
-
-
-def _largest(most: int, is_good) -> int:
-    """The largest number up to `most` for which `is_good` holds, which it does up to some number."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_good(middle) else (low, middle)
-    return low
+    return SEQUENCE_STEP * largest(most, does_fit)
 
 
 def nearest_changes(plan: Plan) -> list[str]:
@@ -112,66 +103,82 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
 def _profiles_that_fit(plan: Plan) -> list[str]:
     """Shipped profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
     found = []
-    for candidates in _runs_of(plan.run.recipe_name, plan.run.recipe):
-        if candidates[0].profile_name != plan.run.profile_name and candidates[0].accelerate.num_machines == 1:
-            other = _first_that_fits(candidates, plan.limits)
+    for run in _runs_of(plan.run.recipe_name, plan.run.recipe):
+        if run.profile_name != plan.run.profile_name and run.accelerate.num_machines == 1:
+            other = make_plan(filled(run, plan.limits), plan.limits)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
                 found.append((*_preference(other), f"--profile {profile_as_typed(other.run)}"))
     return [flags for *_, flags in sorted(found, reverse=True)]
 
 
 def _preference(plan: Plan) -> tuple[bool, float]:
-    """Profiles meant for cards no larger than there are come first, then the fastest."""
+    """Profiles meant for cards no larger than there are come first, then the fastest.
+
+    One that keeps weights in host RAM must be faster by more than the prediction may be off: it takes that RAM.
+    """
     is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
-    return is_meant_for_it, plan.time.tokens_per_second if plan.time else 0.0
+    tokens_per_second = plan.time.tokens_per_second if plan.time else 0.0
+    return is_meant_for_it, tokens_per_second * (1 - TIME_ERROR * (plan.setup.offload or plan.setup.embedding_offload))
 
 
 def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False):
-    """The runs of a recipe with every shipped profile that is meant for it: at its micro batch, then at smaller ones.
+    """The runs of a recipe with every shipped profile that is meant for it, rows and kept layers left to `plan`.
 
-    A micro batch in `overrides` is the only one.
+    Those that `overrides` gives are as given.
     """
+    left_to_plan = dict.fromkeys(runs.SMALLEST, AUTO)
     for name in runs.names(runs.PROFILES):
         if not any_method and not runs.goes_with(recipe_name, recipe, runs.load_profile(name)):
             continue
-        profile = runs.load_profile(name, overrides).for_recipe(recipe_name)
-        config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
-        accelerate, most = read_accelerate_config(config), profile.micro_batch
-        exact = [rows for rows in runs.exact_micro_batches(recipe, accelerate) if rows <= most]
-        given = [most] if not exact or "micro_batch" in (overrides or {}) else exact[::-1]
-        yield [
-            Run(
-                fitune="", recipe_name=recipe_name, profile_name=name, output_dir="", recipe=recipe,
-                profile=profile.model_copy(update={"micro_batch": rows}), accelerate=accelerate,
-                gradient_accumulation_steps=-(-recipe.global_batch_size // (rows * accelerate.num_processes)),
-            )
-            for rows in given
-        ]  # fmt: skip
+        yield _run(recipe_name, recipe, name, left_to_plan | (overrides or {}))
 
 
-def _first_that_fits(candidates: list[Run], limits: Limits, gpu: GpuModel | None = None) -> Plan:
-    """The plan of the first run that fits, else of the last."""
-    for run in candidates:
-        plan = make_plan(run, limits, gpu)
-        if plan.fits:
-            break
-    return plan
+def _run(recipe_name: str, recipe: Recipe, profile_name: str, overrides: dict | None = None) -> Run:
+    profile = runs.load_profile(profile_name, overrides).for_recipe(recipe_name)
+    config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
+    accelerate = read_accelerate_config(config)
+    recipe = _with_whole_passes(recipe, profile, accelerate)
+    return runs.run_of(recipe_name, recipe, profile_name, profile, accelerate, output="")
 
 
-def unlike_profile(run: Run) -> tuple[str, ...]:
-    """What `--set` needs to make its shipped profile that of a run which was found."""
-    shipped = runs.load_profile(run.profile_name).for_recipe(run.recipe_name).micro_batch
-    rows = run.profile.micro_batch
-    return () if rows == shipped else (f"profile.micro_batch={rows}",)
+def _with_whole_passes(recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> Recipe:
+    """With the global batch rounded up to what a number of whole passes takes: memory is that of any other."""
+    rows = accelerate.num_processes * (1 if profile.micro_batch == AUTO else profile.micro_batch)
+    return recipe.model_copy(update={"global_batch_size": rows * math.ceil(recipe.global_batch_size / rows)})
 
 
-def profile_as_typed(run: Run) -> str:
-    """Its profile's name, and the flags that make the shipped one that of a run which was found."""
-    return " --set ".join([run.profile_name, *unlike_profile(run)])
+def run_on(machine: Machine, recipe_name: str, sets: tuple[str, ...], gpu: GpuModel | None = None) -> Run:
+    """A filled run on all GPUs of a machine that no profile describes, its weights on the GPUs."""
+    recipe_overrides, profile_overrides = runs.parse_sets(sets)
+    stem, gpus = Path(recipe_name).stem, len(machine.gpus)
+    recipe = runs.load_recipe(recipe_name, recipe_overrides)
+    values = {
+        "description": "Given on the command line.", "accelerate_config": "given", "num_gpus": gpus,
+        "gpu_memory_gib": machine.gpu_memory_gib, "host_memory_gib": machine.host_total_gib,
+        "fits": {"any": [recipe.method]},
+    }  # fmt: skip
+    profile = parse(Profile, values | profile_overrides, "--set").for_recipe(stem)
+    accelerate = AccelerateConfig(path="given", num_processes=gpus, mixed_precision="bf16")
+    name, recipe = f"{gpus} x {machine.gpu_memory_gib:g} GiB", _with_whole_passes(recipe, profile, accelerate)
+    run = runs.run_of(stem, recipe, name, profile, accelerate, output="runs")
+    return filled(run, limits_here(machine), gpu)
+
+
+def unlike_profile(run: Run, sets: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What `--set` needs beside `sets` to make its shipped profile that of a run which was found with them."""
+    shipped = _run(run.recipe_name, run.recipe, run.profile_name, runs.parse_sets(sets)[1])
+    as_shipped = filled(shipped, limits_of(shipped)).profile
+    found = {key: getattr(run.profile, key) for key in runs.SMALLEST}
+    return tuple(f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key))
+
+
+def profile_as_typed(run: Run, sets: tuple[str, ...] = ()) -> str:
+    """Its profile's name, and the flags that make the shipped one that of a run which was found with `sets`."""
+    return " --set ".join([run.profile_name, *unlike_profile(run, sets)])
 
 
 def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None) -> Plan:
-    """The plan of the fastest shipped profile that fits `machine`, if need be at a smaller micro batch.
+    """The plan of the shipped profile that is fastest on `machine`, filled for it.
 
     Raises UsageError naming the nearest one.
     """
@@ -180,9 +187,9 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
     stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
     gpu, limits = gpu or machine.model, limits_here(machine)
     plans = [
-        _first_that_fits(candidates, limits, gpu)
-        for candidates in _runs_of(stem, recipe, profile_overrides)
-        if candidates[0].accelerate.num_machines == 1
+        make_plan(filled(run, limits, gpu), limits, gpu)
+        for run in _runs_of(stem, recipe, profile_overrides)
+        if run.accelerate.num_machines == 1
     ]
     if not plans:
         raise UsageError(f"no profile for one machine is meant for recipe {stem}; see: {command()} list")
@@ -216,18 +223,18 @@ def _shortfall(plan: Plan) -> str:
 
 
 def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
-    """Every shipped profile against every method for a recipe's model: its micro batch, or what fits of it."""
+    """Every shipped profile against every method for a recipe's model, filled."""
     recipe = runs.load_recipe(recipe_name, runs.parse_sets(sets)[0])
     stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
     rows = {}
     for method in METHODS:
         lora = None if method == "full" else recipe.lora or Lora()
         variant = recipe.model_copy(update={"method": method, "lora": lora})
-        for candidates in _runs_of(stem, variant, any_method=True):
-            run, name = candidates[0], candidates[0].profile_name
+        for run in _runs_of(stem, variant, any_method=True):
+            name = run.profile_name
             if run.accelerate.use_cpu or (run.profile.embedding_offload and method == "full"):
                 continue
-            plan = _first_that_fits(candidates, limits_of(run))
+            plan = make_plan(filled(run, limits_of(run)), limits_of(run))
             rows.setdefault(name, {"profile": name, "gpus": run.profile.num_gpus,
                                    "gpu_memory_gib": run.profile.gpu_memory_gib,
                                    "host_memory_gib": run.profile.host_memory_gib, "methods": {}})  # fmt: skip
@@ -258,18 +265,3 @@ def way_out(plan: Plan, changes: list[str]) -> str:
     if changes:
         return f"nearest change that fits: {'   or   '.join(changes)}"
     return "no change of one or two settings makes it fit, nor does another profile"
-
-
-def limits_for_training(run: Run) -> Limits:
-    """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download.
-
-    With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
-    """
-    limits = limits_here(this_machine())
-    cap = os.environ.get("FITUNE_GPU_CAP_GIB")
-    if cap:
-        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=float(cap) + MEASURED.outside_allocator / GIB)
-    saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
-    return replace(
-        limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
-    )  # a resumed run's checkpoints are there already

@@ -12,6 +12,7 @@ from fitune.config.run import ACCELERATE_CONFIGS, PROFILES, RECIPES, load_profil
 from fitune.config.schema import Method, Run
 from fitune.config.training_block import OWNED_ELSEWHERE
 from fitune.errors import UsageError
+from fitune.planning import fill
 from fitune.training.train import run_stage
 
 RECIPE = """\
@@ -40,6 +41,7 @@ host_memory_gib: 64
 fits:
   8b: [qlora, lora]
 micro_batch: 2
+kept_layers: 0
 """
 ACCELERATE = """\
 distributed_type: FSDP
@@ -341,7 +343,7 @@ def test_shipped_recipe_is_valid_and_has_a_profile(name):
     fitting = [p for p in names(PROFILES) if runs.goes_with(name, recipe, load_profile(p))]
     assert fitting, "no memory profile goes with it"
     for profile in fitting:
-        run = resolve(name, profile)
+        run = fill.resolve(name, profile)
         assert Run.model_validate(yaml.safe_load(runs.dump(run))) == run
 
 

@@ -45,9 +45,10 @@ def test_weights_quantised_while_loading_equal_bitsandbytes_own(profile, tmp_pat
 
 def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path) -> None:
     from fitune.config import run as runs
+    from fitune.planning.fill import resolve
 
     sets = (f"base.model={checkpoint}", "global_batch_size=8")
-    run = runs.resolve("llama3_70b_qlora", profile, sets, str(tmp_path))
+    run = resolve("llama3_70b_qlora", profile, sets, str(tmp_path))
     (tmp_path / "run.yaml").write_text(runs.dump(run))
     ranks = run.accelerate.num_processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

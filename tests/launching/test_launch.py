@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_SECONDS
 
-from fitune.config import run as runs
 from fitune.launching import launch
+from fitune.planning.fill import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -78,7 +78,7 @@ def test_ranks_with_gpus_get_segments_that_can_grow(monkeypatch):
     for profile, expected in (("single_gpu", "expandable_segments:True"), ("cpu_2proc", None)):
         recipe = "tiny_qlora" if expected is None else "llama3_8b_qlora"
         monkeypatch.setattr(os, "environ", {})
-        launch._set_environment(runs.resolve(recipe, profile))
+        launch._set_environment(resolve(recipe, profile))
         assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 

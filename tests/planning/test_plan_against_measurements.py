@@ -4,9 +4,10 @@ import pytest
 
 from benchmarks import accuracy
 from fitune.planning.memory import gpu_peak, host_peak
+from fitune.planning.plan import ERROR, TIME_ERROR
 from fitune.planning.sizes import GIB
 
-GPU_TOLERANCE, HOST_TOLERANCE = 0.05, 0.10
+HOST_TOLERANCE = 0.10
 MEASURED_RUNS = accuracy.measured_runs()
 ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
 
@@ -30,8 +31,8 @@ def test_the_setup_is_the_measured_one(entry):
 @pytest.mark.parametrize("entry", ALL_RUNS, ids=name)
 def test_gpu_peak_is_predicted(entry):
     peak = gpu_peak(accuracy.setup_of_measured(entry))
-    assert abs(accuracy.gpu_error(entry)) <= GPU_TOLERANCE
-    assert peak.allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=GPU_TOLERANCE)
+    assert abs(accuracy.gpu_error(entry)) <= ERROR
+    assert peak.allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
 
 
 @pytest.mark.parametrize("entry", MEASURED_RUNS, ids=name)
@@ -43,7 +44,7 @@ def test_host_peak_is_predicted(entry):
 @pytest.mark.parametrize("entry", accuracy.timed_runs(), ids=name)
 def test_time_is_predicted(entry):
     """Runs of one row wait for Python: two of the same are up to 20 % apart."""
-    measured, tolerance = accuracy.measured_step_seconds(entry), 0.15 if entry["micro_batch"] > 1 else 0.25
+    measured, tolerance = accuracy.measured_step_seconds(entry), TIME_ERROR if entry["micro_batch"] > 1 else 0.25
     assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
 
 

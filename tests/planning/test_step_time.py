@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from fitune.config import run as runs
+from fitune.planning.fill import resolve
 from fitune.planning.hardware import gpu_model
+from fitune.planning.limits import limits_of
 from fitune.planning.model_shapes import find_shape
-from fitune.planning.plan import limits_of, make_plan, setup_of, steps_of
+from fitune.planning.plan import make_plan, setup_of, steps_of
 from fitune.planning.step_time import step_seconds
 
 
@@ -15,7 +16,7 @@ def test_each_part_of_a_step_is_what_moves_it():
     h100 = gpu_model("H100")
 
     def parts(recipe: str, profile: str, *sets: str, **machines) -> dict[str, float]:
-        run = runs.resolve(recipe, profile, sets)
+        run = resolve(recipe, profile, sets)
         return step_seconds(setup_of(run, find_shape(run.recipe.base.model)), h100, **machines)
 
     one, two = (parts("llama3_8b_full", "fsdp_offload_1x80gb", f"profile.micro_batch={rows}") for rows in (16, 8))
@@ -39,15 +40,15 @@ def test_steps_come_from_what_prepare_counted(tmp_path):
               "tokens": {"total": 276_480}}  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(report))
     at = f"data.prepared={tmp_path}"
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) == 13 * 3  # 100 rows, 8 a step, 3 epochs
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "max_length=1536"))) == 25 * 3
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "training.max_steps=7"))) == 7
+    assert steps_of(resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) == 13 * 3  # 100 rows, 8 a step, 3 epochs
+    assert steps_of(resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "max_length=1536"))) == 25 * 3
+    assert steps_of(resolve("llama3_70b_qlora", "fsdp_4x24gb", (at, "training.max_steps=7"))) == 7
     (tmp_path / "report.json").write_text("{")
-    assert steps_of(runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) is None
+    assert steps_of(resolve("llama3_70b_qlora", "fsdp_4x24gb", (at,))) is None
 
 
 def test_money_is_hours_times_price():
-    run = runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", ("training.max_steps=100",))
+    run = resolve("llama3_70b_qlora", "fsdp_4x24gb", ("training.max_steps=100",))
     plan = make_plan(run, limits_of(run), price=2.0)
     assert plan.time.cost == pytest.approx(plan.time.hours * 2.0)
     assert plan.time.hours == pytest.approx(100 * plan.time.parts["total"] / 3600)

@@ -1,0 +1,81 @@
+"""Fills the GPUs: for what a profile leaves to `plan`, the rows a pass and kept layers with the shortest step.
+
+More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times; both take memory. Each
+number of rows that makes up the global batch is tried with as many kept layers as fit beside it.
+"""
+
+import math
+from dataclasses import replace
+
+from fitune.config import run as runs
+from fitune.config.schema import Run
+from fitune.planning.hardware import GpuModel, likely_model, this_machine
+from fitune.planning.limits import Limits, limits_of, limits_to_fill
+from fitune.planning.model_shapes import find_shape
+from fitune.planning.plan import ERROR, setup_of, verdicts
+from fitune.planning.sizes import Setup
+from fitune.planning.step_time import step_seconds
+
+
+def resolve(recipe: str, profile: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
+    """`fitune.config.run.resolve`, filled for the GPUs that the profile states. Raises UsageError."""
+    run = runs.resolve(recipe, profile, sets, output)
+    return filled(run, limits_of(run))
+
+
+def filled_here(run: Run) -> Run:
+    """The run filled for this machine's GPUs, as far as its profile states their memory."""
+    return filled(run, limits_to_fill(run), this_machine().model) if run.left_to_plan else run
+
+
+def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
+    """The run with numbers for what its profile leaves to `plan`; the smallest ones where nothing fits.
+
+    `gpu` is the model whose speed counts; None takes the typical one with so much memory.
+    """
+    if not run.left_to_plan:
+        return run
+    setup = setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
+    gpu, limits = gpu or likely_model(run.profile.gpu_memory_gib or 0), _with_room_for_error(limits)
+    choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]
+    if not choices:
+        return run.model_copy(update={"left_to_plan": ()})
+    best = min(choices, key=lambda choice: (step_seconds(choice, gpu)["total"], choice.micro_batch))
+    return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
+
+
+def _with_room_for_error(limits: Limits) -> Limits:
+    return limits if limits.gpu is None else replace(limits, gpu=limits.gpu / (1 + ERROR))
+
+
+def _rows(run: Run) -> list[int]:
+    """The micro batches to try."""
+    if "micro_batch" not in run.left_to_plan:
+        return [run.profile.micro_batch]
+    return runs.exact_micro_batches(run.recipe, run.accelerate)
+
+
+def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | None:
+    """A micro batch with as many kept layers as fit, or as are given; None if it doesn't fit."""
+    passes = math.ceil(run.recipe.global_batch_size / (rows * setup.ranks))
+    with_rows = replace(setup, micro_batch=rows, accumulation=passes)
+
+    if not fits(with_rows, limits):
+        return None
+    if "kept_layers" not in run.left_to_plan:
+        return with_rows
+    kept = largest(setup.shape.layers, lambda layers: fits(replace(with_rows, kept_layers=layers), limits))
+    return replace(with_rows, kept_layers=kept)
+
+
+def fits(setup: Setup, limits: Limits) -> bool:
+    return all(verdict.fits for verdict in verdicts(setup, limits))
+
+
+def largest(most: int, is_good) -> int:
+    """The largest number up to `most` for which `is_good` holds, which it does up to some number."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_good(middle) else (low, middle)
+    return low

@@ -1,0 +1,71 @@
+"""What there is: as a profile states it, on this machine, or given on the command line."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+from fitune.config.schema import Run
+from fitune.errors import UsageError
+from fitune.planning.hardware import Gpu, Machine, free_disk_gib, this_machine
+from fitune.planning.memory import MEASURED
+from fitune.planning.model_shapes import hub_cache
+from fitune.planning.sizes import GIB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What there is, in GiB; None is not checked."""
+
+    gpu: float | None
+    "Per GPU."
+    host: float
+    "Per machine."
+    gpus: int
+    disk: float | None = None
+    "For the run's folder."
+    download_disk: float | None = None
+    "For the Hub's cache."
+
+
+def limits_of(run: Run) -> Limits:
+    """What the profile says there is."""
+    profile, machines = run.profile, run.accelerate.num_machines
+    return Limits(profile.gpu_memory_gib, profile.host_memory_gib, profile.num_gpus // machines)
+
+
+def limits_here(machine: Machine) -> Limits:
+    """What is free on a machine."""
+    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus))
+
+
+def limits_to_fill(run: Run) -> Limits:
+    """What the profile says there is, and no more than is free here, if there is a GPU here."""
+    stated, here = limits_of(run), limits_for_training(run)
+    if stated.gpu is None or here.gpu is None or not here.gpus:
+        return stated
+    return replace(stated, gpu=min(stated.gpu, here.gpu), host=min(stated.host, here.host))
+
+
+def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
+    """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
+    if gpus < 1:
+        raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
+    if gpu_memory is None or gpu_memory <= 0:
+        raise UsageError("--gpus needs --gpu-memory GIB, above 0: the memory of one GPU")
+    host = host_memory if host_memory is not None else math.inf
+    return Machine((Gpu("", gpu_memory, gpu_memory),) * gpus, host, host)
+
+
+def limits_for_training(run: Run) -> Limits:
+    """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download.
+
+    With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
+    """
+    limits = limits_here(this_machine())
+    cap = os.environ.get("FITUNE_GPU_CAP_GIB")
+    if cap:
+        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=float(cap) + MEASURED.outside_allocator / GIB)
+    saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
+    return replace(
+        limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
+    )  # a resumed run's checkpoints are there already

@@ -1,0 +1,79 @@
+"""What a profile leaves to `plan`: the rows a pass and kept layers with the shortest predicted step that fit."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fitune.config import run as runs
+from fitune.planning import limits
+from fitune.planning.fill import filled, filled_here, fits, resolve
+from fitune.planning.hardware import Gpu, Machine, likely_model
+from fitune.planning.limits import Limits, limits_of
+from fitune.planning.model_shapes import find_shape
+from fitune.planning.plan import ERROR, setup_of
+from fitune.planning.step_time import step_seconds
+
+CARDS = [
+    ("llama3_8b_qlora", "single_gpu"),
+    ("llama3_8b_lora", "fsdp_1x48gb"),
+    ("llama3_8b_full", "fsdp_2x80gb"),
+    ("llama3_70b_qlora", "fsdp_4x24gb"),
+    ("llama3_70b_qlora", "fsdp_offload_1x24gb"),
+]
+
+
+def setup(run):
+    return setup_of(run, find_shape(run.recipe.base.model))
+
+
+@pytest.mark.parametrize(("recipe", "profile"), CARDS)
+def test_nothing_that_fits_is_faster(recipe, profile):
+    run = resolve(recipe, profile)
+    assert not run.left_to_plan
+    chosen, stated = setup(run), limits_of(run)
+    room = replace(stated, gpu=stated.gpu / (1 + ERROR))
+    gpu = likely_model(stated.gpu)
+    assert fits(chosen, room)
+    shortest = step_seconds(chosen, gpu)["total"]
+    for rows in runs.exact_micro_batches(run.recipe, run.accelerate):
+        passes = math.ceil(run.recipe.global_batch_size / (rows * chosen.ranks))
+        for kept in range(chosen.shape.layers + 1):
+            other = replace(chosen, micro_batch=rows, accumulation=passes, kept_layers=kept)
+            assert step_seconds(other, gpu)["total"] >= shortest or not fits(other, room), (rows, kept)
+
+
+def test_what_is_given_stays_and_the_rest_is_chosen():
+    rows = resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=8",))
+    assert rows.profile.micro_batch == 8 and 0 < rows.profile.kept_layers < 8
+    assert rows.gradient_accumulation_steps == 1
+    kept = resolve("llama3_8b_qlora", "single_gpu", ("profile.kept_layers=32",))
+    assert kept.profile.kept_layers == 32 and kept.profile.micro_batch == 1
+
+
+def test_less_memory_keeps_fewer_layers_and_none_where_nothing_fits():
+    run = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=1",))
+    kept = [filled(run, Limits(gpu, 32, 1)).profile.kept_layers for gpu in (24, 16, 12, 9, 6)]
+    assert kept[0] == 32 and sorted(kept, reverse=True) == kept and kept[-2:] == [0, 0] and len(set(kept)) == 4
+
+
+def test_a_card_with_less_free_memory_than_its_profile_states_is_filled_as_far_as_it_goes(monkeypatch, tmp_path):
+    run = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path / "run"))
+    busy = Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 14.0),), 64, 60)
+    monkeypatch.setattr(limits, "this_machine", lambda: busy)
+    monkeypatch.setattr("fitune.planning.fill.this_machine", lambda: busy)
+    monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
+    here = filled_here(run)
+    assert here.profile.kept_layers < resolve("llama3_8b_qlora", "single_gpu").profile.kept_layers
+    assert fits(setup(here), Limits(14.0 / (1 + ERROR), 60, 1))
+
+
+def test_a_resumed_run_keeps_what_was_chosen_when_it_started(tmp_path):
+    from fitune.launching.preflight import as_started
+
+    asked = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
+    started = runs.with_numbers(asked, micro_batch=4, kept_layers=3)
+    (tmp_path / "run.yaml").write_text(runs.dump(started), encoding="utf-8")
+    assert as_started(asked) == started
+    given = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=2",), str(tmp_path))
+    assert as_started(given).profile.micro_batch == 2 and as_started(given).profile.kept_layers == 3
