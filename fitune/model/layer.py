@@ -9,8 +9,8 @@
 
 A kept layer saves x, q, k, v, o, mid, gate and up: (4 h + 2 k + 2 i) values a token. A recomputed one saves x. What is
 cheap is computed again in both: norms, the activation, dropout. A frozen weight has no gradient; NF4 weights are
-dequantised one at a time, just before each product. The MLP goes through `MLP_TILE` tokens at a time, so its working
-memory does not grow with the batch.
+dequantised just before each product (`fitune.model.products`, or in e4m3 `fitune.model.fp8`). The MLP goes through
+`MLP_TILE` tokens at a time, so its working memory does not grow with the batch.
 
 Parameters stay where PEFT put them, under PEFT's names, and FSDP gathers and frees them as before: this module only
 replaces what is computed.
@@ -26,9 +26,8 @@ from torch.autograd.graph import save_on_cpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fitune.config.tiles import MLP_TILE
-from fitune.model import attention, elementwise
+from fitune.model import attention, elementwise, fp8, products
 from fitune.model.elementwise import Dropout
-from fitune.model.products import multiply, multiply_backward
 
 QKV, OUT, GATE_UP, DOWN = range(4)  # the four inputs of linears, each with an adapter product and a dropout of its own
 
@@ -65,6 +64,8 @@ class DecoderLayer(LlamaDecoderLayer):
     "Whether what the backward pass needs is kept instead of recomputed."
     offload = False
     "Whether what is kept waits in host RAM."
+    fp8 = False
+    "Whether training multiplies frozen weights in e4m3. Evaluation never does: the result is to be used without."
 
     def forward(
         self,
@@ -98,6 +99,10 @@ class DecoderLayer(LlamaDecoderLayer):
         """q, k, v, o, gate, up, down."""
         a, m = self.self_attn, self.mlp
         return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+    def bases(self) -> list[nn.Linear]:
+        """The same without their adapters."""
+        return [linear.base_layer if isinstance(linear, LoraLayer) else linear for linear in self.linears()]
 
 
 GROUPS = {QKV: (0, 1, 2), OUT: (3,), GATE_UP: (4, 5), DOWN: (6,)}
@@ -146,7 +151,8 @@ class _Work:
     def __init__(self, layer: DecoderLayer, batch: Batch, parameters, dtype: torch.dtype):
         self.layer, self.batch = layer, batch
         self.linears = layer.linears()
-        self.bases = [m.base_layer if isinstance(m, LoraLayer) else m for m in self.linears]
+        self.bases = layer.bases()
+        self.products = fp8 if layer.fp8 and layer.training else products
         self.parameters = parameters
         with_adapter = [index for index, linear in enumerate(self.linears) if _adapter_of(linear)]
         self.places = {index: 2 * n for n, index in enumerate(with_adapter)}  # linear -> its A among the parameters
@@ -276,8 +282,11 @@ class _Work:
         dropout = self.dropout(group)
         return dropout.rows(start, stop) if dropout else None
 
+    def _bases(self, group: int) -> list[nn.Linear]:
+        return [self.bases[index] for index in GROUPS[group]]
+
     def _width(self, group: int) -> int:
-        return sum(self.bases[index].out_features for index in GROUPS[group])
+        return sum(base.out_features for base in self._bases(group))
 
     def _columns(self, group: int) -> dict[int, slice]:
         """Linear -> its columns of the group's output."""
@@ -295,9 +304,11 @@ class _Work:
     def _products(self, group: int, x, dropped, *, residual=None, out=None) -> torch.Tensor:
         """x W'^T for the linears that read x, side by side; `dropped` is what their adapter reads."""
         out = x.new_empty(x.shape[0], self._width(group)) if out is None else out
+        self.products.multiply(x, self._bases(group), out, residual)
         columns = self._columns(group)
         for index in GROUPS[group]:
-            multiply(x, self.bases[index], out[:, columns[index]], residual)
+            if self.bases[index].bias is not None:
+                out[:, columns[index]] += self.bases[index].bias
         if group in self.adapters:
             adapter = self.adapters[group]
             low = dropped @ adapter.down.t()
@@ -310,10 +321,7 @@ class _Work:
 
         Without dropout the first holds both.
         """
-        dx = None
-        if need_dx:
-            for index, dy in zip(GROUPS[group], dys, strict=True):
-                dx = multiply_backward(dy, self.bases[index], dx)
+        dx = self.products.multiply_backward(dys, self._bases(group)) if need_dx else None
         if group not in self.adapters:
             return dx, None
         low = self._low_gradient(group, dys)
@@ -360,6 +368,14 @@ def _cast(parameters, dtype: torch.dtype) -> list[torch.Tensor]:
     cast = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
     torch._foreach_copy_(cast, list(parameters))
     return cast
+
+
+def use_fp8_products(model: nn.Module) -> None:
+    """Has a model's decoder layers train in fp8. Raises UsageError where sizes forbid it."""
+    for layer in model.model.layers:
+        for base in layer.bases():
+            fp8.check_sizes(base)
+        layer.fp8 = True
 
 
 def use_written_out_layers(model: nn.Module) -> None:

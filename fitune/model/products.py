@@ -1,6 +1,7 @@
-"""Products with a frozen weight, in place where they can be: y = x W^T + b and dx = dy W.
+"""Products with frozen weights, in place where they can be: y = x W^T and dx = dy W.
 
-Weights packed in NF4 are dequantised just before, one at a time: the allocator gives each the memory of the last one.
+The linears that read one input are given together. Weights packed in NF4 are dequantised just before, one at a time:
+the allocator gives each the memory of the last one.
 """
 
 import copy
@@ -27,18 +28,27 @@ def weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(packed, state)
 
 
-def multiply(x: torch.Tensor, base: nn.Linear, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-    """out = x W^T (+ b) (+ residual); x [T, in], out and residual [T, out]."""
-    matrix = weight(base, x.dtype).t()
-    if residual is None:
-        torch.mm(x, matrix, out=out)
-    else:
-        torch.addmm(residual, x, matrix, out=out)
-    if base.bias is not None:
-        out += base.bias
+def multiply(
+    x: torch.Tensor, bases: list[nn.Linear], out: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """out = x W^T (+ residual), the weights of `bases` stacked; x [T, in], out and residual [T, all their outputs].
+
+    Returns out.
+    """
+    widths = [base.out_features for base in bases]
+    residuals = residual.split(widths, dim=1) if residual is not None else [None] * len(bases)
+    for base, part, addend in zip(bases, out.split(widths, dim=1), residuals, strict=True):
+        matrix = weight(base, x.dtype).t()
+        if addend is None:
+            torch.mm(x, matrix, out=part)
+        else:
+            torch.addmm(addend, x, matrix, out=part)
+    return out
 
 
-def multiply_backward(dy: torch.Tensor, base: nn.Linear, total: torch.Tensor | None) -> torch.Tensor:
-    """dy W, [T, in], added to `total` in place where there is one."""
-    matrix = weight(base, dy.dtype)
-    return dy @ matrix if total is None else total.addmm_(dy, matrix)
+def multiply_backward(dys: list[torch.Tensor], bases: list[nn.Linear]) -> torch.Tensor:
+    """The sum of dys[n] W_n, [T, in]; dys[n] [T, outputs of bases[n]]."""
+    total = dys[0] @ weight(bases[0], dys[0].dtype)
+    for dy, base in zip(dys[1:], bases[1:], strict=True):
+        total.addmm_(dy, weight(base, dy.dtype))
+    return total

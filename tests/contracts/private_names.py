@@ -101,6 +101,8 @@ PRIVATE_NAMES = (
     PrivateName("torch:ops.aten._flash_attention_backward", (ATTENTION,), "its gradients", FLASH,
                 parameters=("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q",
                             "max_k", "dropout_p", "is_causal", "rng_state", "unused", "scale")),
+    PrivateName("torch:_scaled_mm", ("model/fp8.py",), "products of e4m3 rows, a scale for each",
+                "torch.nn.functional.scaled_mm, public since 2.10, writes into a given tensor"),
     PrivateName("torch.distributed.distributed_c10d:_get_default_store", ("training/distributed.py",),
                 "a counter of all ranks that works while collectives hang: who failed first says why",
                 "torch gives out the default group's store in public", parameters=()),

@@ -1,0 +1,139 @@
+"""Products with a frozen weight in fp8: y = x W^T and dx = dy W of numbers rounded to e4m3, summed in float32.
+
+    x  ~ a X     X [T, in] in e4m3, a [T]: a scale for each token, so that its largest value becomes 448
+    W  ~ s V     V [out, in] in e4m3, s [out]: a scale for each row
+    y_tn  = a_t s_n sum_i X_ti V_ni
+    dx_ti = b_t sum_n Y_tn V_ni          Y ~ dy s / b, b [T]
+
+A scale must stand outside the sum it belongs to. Forward sums over a row of W, so its scale can. Backward sums over the
+rows: there their scales go into dy before it is rounded. So both use one V and one s, and dx is the gradient of what
+forward computed.
+
+The linears that read one input are one product: q, k and v, gate and up. On a GPU `torch._scaled_mm` multiplies and
+Triton kernels round (`fitune.model.fp8_triton`); elsewhere the same numbers are multiplied in float32.
+
+A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
+"""
+
+import torch
+from bitsandbytes.functional import dequantize_blockwise
+from torch import nn
+
+from fitune.errors import UsageError
+from fitune.model.e4m3 import E4M3, scales_for
+from fitune.model.nf4 import BLOCK, NF4Linear
+from fitune.model.products import weight
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+SMALLEST = 1e-30
+"A row's largest value counts as at least this, so that a row of zeros has a scale, and 1 / scale is finite."
+
+
+MULTIPLE = 16
+"Of which both sizes of a weight must be, for `torch._scaled_mm`."
+
+
+def check_sizes(base: nn.Linear) -> None:
+    """Raises UsageError for a linear that cannot be multiplied in fp8."""
+    if base.in_features % MULTIPLE or base.out_features % MULTIPLE:
+        raise UsageError(
+            f"profile.compute fp8 needs linears whose sizes are multiples of {MULTIPLE}, here is one of "
+            f"{base.out_features} x {base.in_features}; use --set profile.compute=bf16"
+        )
+
+
+def _kernels():
+    from fitune.model import fp8_triton
+
+    return fp8_triton
+
+
+def multiply(
+    x: torch.Tensor, bases: list[nn.Linear], out: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """out = x W^T (+ residual), the weights of `bases` stacked; x [T, in], out [T, all their outputs], contiguous."""
+    values, scales = quantise_rows([x])
+    return _product(values, scales, _stacked(bases), _row_scales(bases), out, residual)
+
+
+def multiply_backward(dys: list[torch.Tensor], bases: list[nn.Linear]) -> torch.Tensor:
+    """sum_n dys[n] W_n, [T, in]; dys[n] [T, outputs of bases[n]]."""
+    transposed = _stacked(bases, transposed=True)
+    values, scales = quantise_rows(dys, _row_scales(bases))
+    out = dys[0].new_empty(dys[0].shape[0], bases[0].in_features)
+    return _product(values, scales, transposed, scales.new_ones(bases[0].in_features), out)
+
+
+def quantise_rows(parts: list[torch.Tensor], factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 [T, all channels], scale of each row, float32 [T]) of parts [T, c], side by side.
+
+    `factors` (float32 [all channels]) multiply the channels first.
+    """
+    if parts[0].is_cuda:
+        return _kernels().quantise_rows(parts, factors)
+    x = torch.cat([part.float() for part in parts], dim=1)
+    if factors is not None:
+        x = x * factors
+    scales = scales_for(x.abs().amax(dim=1))
+    return (x * scales.reciprocal().unsqueeze(1)).to(E4M3), scales
+
+
+def row_scales(base: nn.Linear) -> torch.Tensor:
+    """s, float32 [out]. Found at the first use and kept: a frozen weight does not change."""
+    if getattr(base, "fp8_scales", None) is None:
+        base.fp8_scales = scales_for(_largest_by_row(base))
+    return base.fp8_scales
+
+
+def _row_scales(bases: list[nn.Linear]) -> torch.Tensor:
+    scales = [row_scales(base) for base in bases]
+    return scales[0] if len(scales) == 1 else torch.cat(scales)
+
+
+def _largest_by_row(base: nn.Linear) -> torch.Tensor:
+    """A row of NF4 has the largest of its blocks' scales: in each block at least one code stands for 1 or -1."""
+    if _is_doubly_quantised(base):
+        state = base.quant_state
+        blocks = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return blocks.view(base.out_features, -1).abs().amax(dim=1)
+    return torch.linalg.vector_norm(weight(base, torch.float32), float("inf"), dim=1)
+
+
+def _is_doubly_quantised(base: nn.Linear) -> bool:
+    """As bitsandbytes' default has it: the format that a kernel reads."""
+    return isinstance(base, NF4Linear) and base.quant_state.nested and base.quant_state.blocksize == BLOCK
+
+
+def _stacked(bases: list[nn.Linear], *, transposed: bool = False) -> torch.Tensor:
+    """V of all bases: e4m3 [all outputs, in], or [in, all outputs]; always rows of what is summed over."""
+    rows, columns = sum(base.out_features for base in bases), bases[0].in_features
+    device = bases[0].weight.device
+    whole = torch.empty((columns, rows) if transposed else (rows, columns), dtype=E4M3, device=device)
+    by_output = whole.t() if transposed else whole
+    for base, part in zip(bases, by_output.split([base.out_features for base in bases]), strict=True):
+        _round_weight(base, part)
+    return whole
+
+
+def _round_weight(base: nn.Linear, out: torch.Tensor) -> None:
+    """Fills out (e4m3 [out, in], any strides) with V."""
+    scales = row_scales(base)
+    if not out.is_cuda:
+        out.copy_(weight(base, torch.float32).float() * scales.reciprocal().unsqueeze(1))
+    elif _is_doubly_quantised(base):
+        _kernels().round_nf4(base.weight.view(torch.uint8).view(-1, 1), base.quant_state, scales, out)
+    else:
+        _kernels().round_matrix(weight(base, torch.bfloat16), scales, out)
+
+
+def _product(values, scales, weights, weight_scales, out, residual=None) -> torch.Tensor:
+    """out = values weights^T times both scales (+ residual); values [T, k], weights [n, k], e4m3 and contiguous."""
+    if values.is_cuda:
+        scaled = {"scale_a": scales.unsqueeze(1), "scale_b": weight_scales.unsqueeze(0)}
+        torch._scaled_mm(values, weights.t(), **scaled, out_dtype=out.dtype, use_fast_accum=True, out=out)
+    else:
+        sums = torch.float64 if out.dtype == torch.float64 else torch.float32
+        product = values.to(sums) @ weights.to(sums).t()
+        out.copy_(product * scales.unsqueeze(1) * weight_scales)
+    return out if residual is None else out.add_(residual)

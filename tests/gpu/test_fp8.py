@@ -1,0 +1,129 @@
+"""fp8 on a GPU: kernels that round and products against the arithmetic on the CPU, and a whole model."""
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from reference_layers import LAYERS, adapted, packed, padded, plain, run, written_out_copy
+
+from fitune.model import fp8
+from fitune.model.e4m3 import E4M3, LARGEST
+from fitune.model.layer import use_fp8_products
+from fitune.model.nf4 import STORAGE, NF4Linear
+from fitune.model.skeleton import decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="no GPU here that has fp8"
+    ),
+]
+
+SHAPES = [(576, 1536), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_tokens = pytest.mark.parametrize("tokens", [1, 5, 1000])
+
+
+def _random(*shape: int, size: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * size).bfloat16()
+
+
+def _nf4(outputs: int, inputs: int) -> NF4Linear:
+    base = NF4Linear(inputs, outputs)
+    bytes_, base.quant_state = quantize_4bit(
+        _random(outputs, inputs, size=0.02).cuda(), compress_statistics=True, quant_type="nf4"
+    )
+    base.weight.data = bytes_.view(-1).view(STORAGE).unsqueeze(1)
+    return base
+
+
+def _linear(outputs: int, inputs: int) -> torch.nn.Linear:
+    base = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    base.weight.data = _random(outputs, inputs, size=0.02)
+    return base.cuda()
+
+
+@by_tokens
+@pytest.mark.parametrize(
+    "widths", [[64], [576], [4096], [57344], [4096, 1024, 1024], [14336, 14336], [576, 192, 192]], ids=str
+)
+@pytest.mark.parametrize("with_factors", [False, True], ids=["plain", "factors"])
+def test_rows_are_rounded_as_on_the_cpu_to_the_last_bit(with_factors, widths, tokens):
+    row = _random(tokens, sum(widths) + 16)  # parts of a wider row, as gate and up are
+    row[0, 3] = 1e4
+    row[tokens // 2] = 0
+    factors = torch.rand(sum(widths)) if with_factors else None
+    found = fp8.quantise_rows(
+        list(row.cuda()[:, : sum(widths)].split(widths, 1)), factors.cuda() if with_factors else None
+    )
+    expected = fp8.quantise_rows(list(row[:, : sum(widths)].split(widths, 1)), factors)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_its_own_token(bad):
+    x = _random(3, 4096).cuda()
+    x[1, 5] = bad
+    for base in (_nf4(4096, 4096), _linear(4096, 4096)):
+        for found in (fp8.multiply(x, [base], torch.empty_like(x)), fp8.multiply_backward([x], [base])):
+            assert found[1].isnan().all()
+            assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("make", [_nf4, _linear])
+@by_shape
+def test_weights_are_rounded_as_on_the_cpu_in_both_directions(shape, make):
+    """Where a number lies just between two of e4m3's, the last bit of its scale decides."""
+    bases = [make(*shape), make(*shape)]
+    by_output, by_input = fp8._stacked(bases), fp8._stacked(bases, transposed=True)
+    assert torch.equal(by_output.view(torch.uint8), by_input.view(torch.uint8).t())
+    exact = torch.cat([fp8.weight(base, torch.float32).float().cpu() for base in bases])
+    exact *= torch.cat([fp8.row_scales(base).cpu() for base in bases]).reciprocal().unsqueeze(1)
+    found = by_output.float().cpu()
+    assert (found.abs().amax(1) == LARGEST).all()
+    assert (found != exact.to(E4M3).float()).float().mean() < 1e-4
+    assert ((found - exact).abs() <= torch.maximum(exact.abs() / 16, torch.tensor(2.0**-10)) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("make", [_nf4, _linear])
+@by_shape
+@by_tokens
+def test_products_are_those_of_the_rounded_numbers(tokens, shape, make):
+    """The sums of the tensor cores keep fewer bits than float32 does, but more than bf16."""
+    bases, outputs = [make(*shape), make(*shape)], 2 * shape[0]
+    x, residual, dy = _random(tokens, shape[1]).cuda(), _random(tokens, outputs).cuda(), _random(tokens, outputs).cuda()
+    weights, scales = fp8._stacked(bases).double(), fp8._row_scales(bases).double()
+    values, of_rows = (part.double() for part in fp8.quantise_rows([x]))
+    expected = values @ weights.t() * scales * of_rows.unsqueeze(1) + residual
+    found = fp8.multiply(x, bases, torch.empty_like(residual), residual)
+    _assert_close(found, expected)
+    dys = list(dy.split(shape[0], 1))
+    values, of_rows = (part.double() for part in fp8.quantise_rows(dys, fp8._row_scales(bases)))
+    _assert_close(fp8.multiply_backward(dys, bases), values @ weights * of_rows.unsqueeze(1))
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() < 2 * 2**-8 * expected.norm()  # rounded to bf16 twice
+
+
+@pytest.mark.parametrize("batch", [packed, padded])
+def test_a_whole_model_is_as_near_as_on_the_cpu(batch):
+    """Both against float64 without rounding: the errors are those of e4m3, no larger here than there."""
+    model = adapted(plain(torch.bfloat16), dropout=0.3)
+    inputs, _ = batch()
+    more = {"dropout_keys": torch.randint(-(2**31), 2**31, (inputs["counts"].numel(),)).int()}
+    exact = run(written_out_copy(model.double()), inputs, **more)
+    model.to(torch.bfloat16)
+
+    def in_fp8(kept: int, device: str):
+        ours = written_out_copy(model, kept)
+        use_fp8_products(decoder(ours))
+        return run(ours.to(device), inputs, **more)
+
+    on_cpu = in_fp8(LAYERS, "cpu")
+    kept, recomputed = (in_fp8(count, "cuda") for count in (LAYERS, 0))
+    for name, value in exact.items():
+        assert torch.equal(kept[name], recomputed[name]), name
+        errors = [(found[name].cpu().double() - value).norm() for found in (kept, on_cpu)]
+        assert errors[0] < 1.5 * errors[1], name

@@ -1,0 +1,20 @@
+"""The kernel that dequantises NF4 against bitsandbytes' own."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (576, 1536), (1024, 4096), (4096, 14336), (28672, 8192)], ids=str)
+def test_weights_are_those_of_bitsandbytes_to_the_last_bit(shape, dtype):
+    from fitune.model.nf4_triton import dequantise
+
+    weight = (torch.randn(*shape, device="cuda") * 0.02).to(dtype)
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(dequantise(packed, state), dequantize_4bit(packed, state))
