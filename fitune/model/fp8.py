@@ -24,12 +24,6 @@ from fitune.model.e4m3 import E4M3, scales_for
 from fitune.model.nf4 import BLOCK, NF4Linear
 from fitune.model.products import weight
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
-SMALLEST = 1e-30
-"A row's largest value counts as at least this, so that a row of zeros has a scale, and 1 / scale is finite."
-
-
 MULTIPLE = 16
 "Of which both sizes of a weight must be, for `torch._scaled_mm`."
 
