@@ -187,11 +187,11 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
 
 
 @cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
-@recipe_argument
+@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=completed_from(runs.RECIPES))
 @fitting_profile_option
 @set_option
 @output_option
-@click.option("--resume", is_flag=True, help="Continue the run in --output from its newest checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run in RUN_FOLDER, or in --output, from its checkpoints.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, help="Resume by itself after so many crashes.")
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
@@ -213,27 +213,28 @@ def train(
 ):
     """Write run.yaml, then start the processes with accelerate launch.
 
-    SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
+    `train --resume RUN_FOLDER` continues a run as it was, from its newest whole checkpoint; --set and --profile change
+    it. SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
     """
-    if profile is None:
-        profile, changes = _profile_for_this_machine(recipe, sets)
-        sets += changes
     from fitune.launching.launch import train_with_restarts
-    from fitune.launching.preflight import (
-        as_started,
-        check_before_training,
-        nothing_left,
-        open_run_folder,
-        wait_for_run_folder,
-    )
+    from fitune.launching.preflight import check_before_training
+    from fitune.launching.run_folder import as_started, nothing_left, open_run_folder, wait_for_run_folder
     from fitune.planning.fill import filled_here
 
-    run = runs.resolve(recipe, profile, sets, output)
+    again = (Path(recipe) / "run.yaml").is_file()
+    if again:
+        run = _run_to_continue(Path(recipe), profile, sets, output, resume)
+    else:
+        if profile is None:
+            profile, changes = _profile_for_this_machine(recipe, sets)
+            sets += changes
+        run = runs.resolve(recipe, profile, sets, output)
     if not dry_run:
         if resume and (finished := nothing_left(run)):
             click.echo(finished)
             return
-        runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
+        if not again:
+            runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
     chosen = run.left_to_plan
     run = filled_here(as_started(run) if resume else run)
     if dry_run:
@@ -243,7 +244,7 @@ def train(
     if chosen:
         click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
     check_before_training(run, force=force)
-    click.echo(_launch_line(run, "fitune.training.train"))
+    click.echo(_launch_line(run, "fitune.training.train", *(["--resume"] if resume else [])))
     flags = {
         "--machine_rank": machine_rank,
         "--main_process_ip": main_process_ip,
@@ -392,6 +393,15 @@ def _checkpoint_flag(run) -> list[str]:
     return ["--checkpoint", run.checkpoint] if run.checkpoint else []
 
 
+def _run_to_continue(folder: Path, profile: str | None, sets: tuple[str, ...], output: str | None, resume: bool):
+    """The run of a folder that was given in a recipe's place."""
+    if not resume:
+        raise UsageError(f"{folder} is a run's folder: add --resume to continue it, or give a recipe")
+    if output:
+        raise UsageError(f"{folder} is a run's folder, which is continued in place: remove --output {output}")
+    return runs.resolve_again(folder, profile, sets)
+
+
 def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """A profile's name, and the `--set` with which it fits."""
     from fitune.planning.hardware import this_machine
@@ -404,10 +414,10 @@ def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, 
     return run.profile_name, unlike_profile(run, sets)
 
 
-def _launch_line(run, module: str) -> str:
+def _launch_line(run, module: str, *arguments: str) -> str:
     from fitune.launching.launch import launch_line
 
-    return shlex.join(launch_line(run, module))
+    return shlex.join(launch_line(run, module, *arguments))
 
 
 def _launch(run, module: str, *arguments: str, **options) -> None:

@@ -80,7 +80,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, tmp_path, arguments, expecte
     assert sorted(tmp_path.rglob("*")) == before, "nothing may be left behind"
 
 
-def test_an_existing_run_folder_is_never_overwritten(cli, tmp_path):
+def test_a_folder_of_something_else_is_never_overwritten(cli, tmp_path):
     from fitune.demo.tiny_base import build_tiny_base
 
     build_tiny_base(tmp_path / "base", num_layers=1)
@@ -93,7 +93,7 @@ def test_an_existing_run_folder_is_never_overwritten(cli, tmp_path):
     sets = ["--set", f"base.model={tmp_path / 'base'}", "--set", f"data.prepared={tmp_path / 'data'}"]
     result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run", *sets)
     assert result.exit_code == 2
-    assert "--resume" in result.output and "--output" in result.output
+    assert "is not a run's folder; choose another --output" in result.output
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 

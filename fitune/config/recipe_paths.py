@@ -7,7 +7,7 @@ relative to the working folder alone.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fitune.config.command_name import command
@@ -19,14 +19,35 @@ KEYS = ("base.model", "data.dataset", "data.mix", "data.prepared", "data.chat_te
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|[ct]sv|gz|zst)$", re.IGNORECASE)
 
 
-def found_beside(recipe: dict, file: Path) -> dict:
-    """The contents of a recipe's file, with each relative path that leads somewhere from there, seen from here."""
+def found_beside(recipe: dict, folder: Path) -> dict:
+    """A recipe's contents, with each relative path that leads somewhere from `folder` on, seen from here."""
+    return _each_path(recipe, lambda values, key: path_from_here(values, key, folder))
+
+
+def absolute_paths(recipe: dict) -> dict:
+    """A recipe's contents with each path that leads somewhere absolute: so two recipes can be compared."""
+    return _each_path(recipe, _absolute)
+
+
+def _absolute(values: dict, key: str) -> dict:
+    found = Path(values[key]).exists()
+    return {key: os.path.abspath(values[key])} if found else {}  # noqa: PTH100 (takes out `..`, as _from_here does)
+
+
+def _each_path(recipe: dict, change: Callable[[dict, str], dict]) -> dict:
+    """A recipe's contents in which `change(mapping, key)` was made to each mapping that may have a path under `key`."""
     base, data = _block(recipe, "base"), _block(recipe, "data")
     for values, key in _places(base, data):
-        beside = file.parent / values[key]
-        if beside.exists() and not Path(values[key]).expanduser().is_absolute():
-            values[key] = _from_here(beside, values[key])
+        values.update(change(values, key))
     return recipe | {name: block for name, block in (("base", base), ("data", data)) if block}
+
+
+def path_from_here(values: dict, key: str, folder: Path) -> dict:
+    """`values` whose relative path under `key`, if it leads somewhere from `folder` on, is seen from here."""
+    written = values.get(key)
+    if not isinstance(written, str) or Path(written).expanduser().is_absolute() or not (folder / written).exists():
+        return values
+    return values | {key: _from_here(folder / written, written)}
 
 
 def refuse_missing(recipe: dict, overrides: dict, file: Path, name_as_typed: str, keys: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
 from fitune.config.evaluation import refuse_unfit_evaluation
-from fitune.config.recipe_paths import found_beside, refuse_missing
+from fitune.config.recipe_paths import found_beside, path_from_here, refuse_missing
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
 from fitune.config.training_block import check_training_block
@@ -77,7 +77,11 @@ def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
     """
     path = find(name, RECIPES, "recipe")
     source = f"{path}{' with --set' if overrides else ''}"
-    recipe = parse(Recipe, _merged(found_beside(read_yaml(path), path), overrides or {}), source)
+    return _checked(_merged(found_beside(read_yaml(path), path.parent), overrides or {}), source)
+
+
+def _checked(values: dict, source: str) -> Recipe:
+    recipe = parse(Recipe, values, source)
     training = check_training_block(recipe.training, source)
     refuse_unfit_evaluation(training, recipe.early_stopping, source)
     return recipe.model_copy(update={"training": training})
@@ -115,6 +119,25 @@ def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), out
     return run_of(recipe_stem, recipe, profile_stem, profile, accelerate, output)
 
 
+def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str, ...] = ()) -> Run:
+    """The run of a folder as it was, but for another profile and what `--set` flags change. Raises UsageError."""
+    old, (recipe_overrides, profile_overrides) = load(folder), parse_sets(sets)
+    source = f"{folder / 'run.yaml'}{' with --set' if sets else ''}"
+    recipe = _checked(_merged(old.recipe.model_dump(), recipe_overrides), source)
+    if profile_name:
+        profile = load_profile(profile_name, profile_overrides).for_recipe(old.recipe_name)
+    else:
+        profile = parse(Profile, _merged(old.profile.model_dump(), profile_overrides), source)
+    if profile_name or "accelerate_config" in profile_overrides:
+        accelerate_file = find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config")
+    else:
+        accelerate_file = Path(old.accelerate.path)
+    accelerate = read_accelerate_config(accelerate_file)
+    profile_stem = Path(profile_name or old.profile_name).stem
+    _check_pair(old.recipe_name, recipe, profile_stem, profile, accelerate)
+    return run_of(old.recipe_name, recipe, profile_stem, profile, accelerate, old.output_dir)
+
+
 def run_of(
     recipe_name: str, recipe: Recipe, profile_name: str, profile: Profile, accelerate: AccelerateConfig, output: str
 ) -> Run:
@@ -126,6 +149,7 @@ def run_of(
         recipe_name=recipe_name,
         profile_name=profile_name,
         output_dir=output,
+        working_folder=os.path.relpath(Path.cwd(), output),
         recipe=recipe,
         profile=numbers,
         accelerate=accelerate,
@@ -210,4 +234,18 @@ def load(path: Path) -> Run:
     if isinstance(content.get("profile"), dict):
         content["profile"].pop("activation_checkpointing", None)  # in runs before kept_layers: no result hangs on it
         content["profile"].setdefault("kept_layers", 0)
-    return parse(Run, content, str(path))
+    return parse(Run, _seen_from_here(content), str(path))
+
+
+def _seen_from_here(content: dict) -> dict:
+    """The contents of a run.yaml, whose relative paths start at the folder where it was written, seen from here."""
+    written_in = content.get("working_folder")
+    if not isinstance(written_in, str):
+        return content
+    there = Path(os.path.normpath(Path(content["output_dir"]) / written_in))
+    changes = {"working_folder": os.path.relpath(Path.cwd(), content["output_dir"])}
+    if isinstance(content.get("recipe"), dict):
+        changes["recipe"] = found_beside(content["recipe"], there)
+    if isinstance(content.get("accelerate"), dict):
+        changes["accelerate"] = path_from_here(content["accelerate"], "path", there)
+    return content | changes

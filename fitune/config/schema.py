@@ -222,6 +222,8 @@ class Run(Strict):
     recipe_name: str
     profile_name: str
     output_dir: str
+    working_folder: str | None = None
+    "Where relative paths in it start, seen from the run's folder; unknown in runs of earlier versions."
     recipe: Recipe
     profile: Profile
     accelerate: AccelerateConfig

@@ -12,6 +12,7 @@ from pathlib import Path
 from fitune.config.schema import Run
 from fitune.config.shipped import CHECKOUT
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
+from fitune.launching.run_folder import settings_to_train
 
 
 def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
@@ -50,6 +51,7 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
         watch.start()
         # torch's own way with signals would give the ranks 30 s to save
         flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
+        flags["settings"] = settings_to_train(run.folder)
         try:
             code = launch(run, "fitune.training.train", *arguments, **flags, explained=watch.ended)
         finally:
@@ -61,22 +63,23 @@ def launch(
     run: Run,
     module: str,
     *arguments: str,
+    settings: Path | None = None,
     accelerate_flags: tuple[str, ...] = (),
     signals_to_handle: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     explained: Collection[int] = (),
 ) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
-    `accelerate_flags` override the config file, e.g. ("--machine_rank", "1"). What went wrong is printed by then. A
-    process that was killed counts as CRASHED, and is named unless its pid is in `explained` by then.
-    `signals_to_handle` end all processes.
+    `settings` stands for the folder's run.yaml. `accelerate_flags` override the config file, e.g. ("--machine_rank",
+    "1"). What went wrong is printed by then. A process that was killed counts as CRASHED, and is named unless its pid
+    is in `explained` by then. `signals_to_handle` end all processes.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _set_environment(run)
     flags = ["--config_file", run.accelerate.path, *accelerate_flags, "-m", module]
-    parsed = launch_command_parser().parse_args([*flags, str(run.folder / "run.yaml"), *arguments])
+    parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = signals_to_handle
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="fitune-") as parsed.log_dir:  # torch would leave a folder of its own

@@ -184,8 +184,8 @@ def kept_checkpoints(run: Run) -> int:
     training = run.recipe.training
     if training.get("save_strategy") in ("no", False):
         return 0
-    if training.get("save_total_limit"):
-        return max(2, training["save_total_limit"]) + keeps_the_best(training)
+    if (training.get("save_total_limit") or 0) > 0:
+        return training["save_total_limit"] + keeps_the_best(training)
     steps, every = steps_of(run), training.get("save_steps", 0)
     return math.ceil(steps / every) if steps and every >= 1 else SAVES_WITHOUT_LIMIT
 

@@ -5,11 +5,13 @@ The launcher only passes the signal on; this is a callback of the trainer, and s
 
 import signal
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from fitune.config.command_name import command
 from fitune.errors import INTERRUPTED, Interrupted
 from fitune.training.distributed import is_main_process
 
@@ -21,7 +23,8 @@ class Interruption(TrainerCallback):
     save; while a checkpoint or the result is written it waits. Further signals change nothing.
     """
 
-    def __init__(self):
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.told = self.training = self.stopping = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
@@ -48,5 +51,5 @@ class Interruption(TrainerCallback):
             dist.barrier()  # a launcher ends the others when the first is gone
             raise Interrupted(
                 f"interrupted after step {state.global_step} of {state.max_steps}, which is saved; "
-                f"go on with the same command and --resume"
+                f"go on with: {command()} train --resume {self.folder}"
             )

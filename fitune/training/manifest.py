@@ -141,13 +141,19 @@ def find_damage(folder: Path, waiting=nullcontext) -> str | None:
 
 def refuse_another_identity(checkpoint: Path, identity: Identity) -> None:
     """Raises UsageError if the checkpoint was trained from something else, old and new named."""
-    for key, saved in read_manifest(checkpoint).identity:
+    before = read_manifest(checkpoint).identity
+    for key, saved in before:
         now = getattr(identity, key)
-        if saved != now:
+        if saved != now and not (key == "base" and _is_moved_base(before, identity)):
             raise UsageError(
                 f"{checkpoint}: trained with {key} {_short(saved)}, this run has {_short(now)}: not the same run; "
                 f"restore what was changed, or train into another --output"
             )
+
+
+def _is_moved_base(before: Identity, now: Identity) -> bool:
+    """Whether a local base has another path only, as seen from another working folder."""
+    return Path(now.base).is_dir() and before.base_fingerprint == now.base_fingerprint
 
 
 def _on_all_ranks(work, folder: Path, items: list, waiting) -> list:

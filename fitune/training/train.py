@@ -9,10 +9,13 @@ import re
 import sys
 import traceback
 import warnings
+from logging import LogRecord, getLogger
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from fitune.config import run as runs
@@ -22,12 +25,14 @@ from fitune.data.data_report import check_prepared
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, say_while_training
 from fitune.launching.heartbeat import Heartbeat
+from fitune.launching.run_folder import begin_to_train, finish, steps_asked
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
 from fitune.model.sharding import kept_in_host_ram, shard
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
 from fitune.progress import bar
+from fitune.training.best_model import BestModel
 from fitune.training.distributed import (
     compute_device,
     end_with_launcher,
@@ -53,7 +58,7 @@ from fitune.weights.safetensors_files import Checkpoint
 def train(run: Run) -> None:
     """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
     end_with_launcher()
-    heartbeat, interruption = Heartbeat(), Interruption()
+    heartbeat, interruption = Heartbeat(), Interruption(run.folder)
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
     with heartbeat.starting():
         mesh = join(run.accelerate)
@@ -64,6 +69,7 @@ def train(run: Run) -> None:
     with heartbeat.using_files():
         base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
         checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
+        steps_left = _steps_left(run, checkpoint)
         with Loading() as loading:
             model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
     heartbeat.count_layers(decoder(model).model.layers)
@@ -80,16 +86,20 @@ def train(run: Run) -> None:
         callbacks=[MetricsFile(run.folder), measurements, interruption],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
-    if checkpoint and not trainer.steps_left(checkpoint):
-        with heartbeat.using_files():  # interrupted while it saved the result
+    if steps_left == 0:  # interrupted while it saved the result
+        with heartbeat.using_files():
             load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())
+        trainer.state = _state_of(checkpoint)
     else:
         dist.barrier()  # machines may have read for longer than a first step may take
+        if is_main_process():
+            begin_to_train(run)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave_if_told(trainer.state)
-        checkpoint = None
-    trainer.load_best_model(checkpoint)
+    trainer.load_best_model()
     trainer.save_model()
+    if is_main_process():
+        finish(run, trainer.state.global_step, trainer.state.epoch)
     leave()
     if lock:
         lock.release()
@@ -163,6 +173,33 @@ def _checkpoint_to_resume(run: Run, identity: Identity, heartbeat: Heartbeat) ->
     raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train into another --output")
 
 
+def _steps_left(run: Run, checkpoint: Path | None) -> int | None:
+    """What is asked for beyond the checkpoint, None without one; the main process says where the run goes on.
+
+    Raises UsageError if less is asked for than the checkpoint has.
+    """
+    if checkpoint is None:
+        if run.resume and is_main_process():
+            print(f"{run.folder}: no checkpoint was written: training begins at the first step", file=sys.stderr)
+        return None
+    state = _state_of(checkpoint)
+    if BestModel(run.recipe).stops_early(state.log_history):
+        return 0
+    asked = steps_asked(run.recipe.training, state.global_step, state.epoch)
+    if asked < state.global_step:
+        raise UsageError(
+            f"{checkpoint} is {state.global_step} steps long, {asked} are asked for: ask for at least as many, or "
+            f"remove the checkpoints beyond them"
+        )
+    if is_main_process():
+        print(f"{run.folder}: goes on after step {state.global_step} of {asked}: {checkpoint.name}", file=sys.stderr)
+    return asked - state.global_step
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fitune.training.train", description=__doc__)
     parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
@@ -171,10 +208,16 @@ def main(arguments: list[str] | None = None) -> None:
     run_stage(options.run, train, resume=options.resume)
 
 
+def _is_no_comparison_with_the_checkpoint(record: LogRecord) -> bool:
+    """Trainer warns of steps and rows a pass that a resume changed: these take effect here."""
+    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
+
+
 def run_stage(path: Path, stage, **changes) -> None:
     """Runs `stage` on a run.yaml; an expected error becomes one line, on however many ranks, and its exit code."""
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between trl, peft and transformers, not ours to mend
+    getLogger("transformers.trainer_utils").addFilter(_is_no_comparison_with_the_checkpoint)
     try:
         run = runs.load(path)
         stage(run.model_copy(update={key: value for key, value in changes.items() if value}))

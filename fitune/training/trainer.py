@@ -1,7 +1,6 @@
 """TRL's SFTTrainer over an already sharded model: what is saved, what is resumed, what is logged."""
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -14,10 +13,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
+from fitune.config.command_name import command
 from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
 from fitune.data.dataset import with_filler_rows
@@ -91,6 +92,7 @@ class ShardedSFTTrainer(SFTTrainer):
         self.best_model = BestModel(run.recipe)
         self.add_callback(self.best_model)
         self.add_callback(self.heartbeat)
+        self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
         batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
@@ -200,22 +202,15 @@ class ShardedSFTTrainer(SFTTrainer):
             f"changed: look at these rows, or resume from the last checkpoint with a lower learning rate"
         )
 
-    def steps_left(self, checkpoint: Path) -> int:
-        """Optimizer steps between a checkpoint and the end of training."""
-        *_, planned = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        saved = _read_state(checkpoint)
-        return 0 if self.best_model.stops_early(saved["log_history"]) else max(0, planned - saved["global_step"])
-
-    def load_best_model(self, checkpoint: Path | None = None) -> None:
+    def load_best_model(self) -> None:
         """Where `load_best_model_at_end` asks for it, fills in the weights that were best when they were evaluated.
 
-        `checkpoint` is the last one, of a run that did not train now. Call on all ranks.
+        Call on all ranks.
         """
         if not self.best_model.is_result:
             return
-        log_history = _read_state(checkpoint)["log_history"] if checkpoint else self.state.log_history
         with self.heartbeat.using_files():
-            folder = Path(self.args.output_dir)
+            folder, log_history = Path(self.args.output_dir), self.state.log_history
             best = self.best_model.choose(folder, log_history, lambda path: find_damage(path, self.heartbeat.waiting))
             if best:
                 load_trainable_weights(best, self.model, self.args.process_index, self.args.world_size)
@@ -237,7 +232,7 @@ class ShardedSFTTrainer(SFTTrainer):
         except (OSError, FituneError) as error:
             raise FituneError(
                 f"step {self.state.global_step} was not saved in {self.args.output_dir}: {error}; the checkpoints "
-                f"before it are whole: make room, then go on with the same command and --resume"
+                f"before it are whole: make room, then go on with: {command()} train --resume {self.run.folder}"
             ) from error
         if self.args.should_save:
             kept = self.best_model.kept_steps(self.state.log_history)
@@ -314,6 +309,16 @@ class ShardedSFTTrainer(SFTTrainer):
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
+class AsOftenAsAskedNow(TrainerCallback):
+    """A resumed run logs, evaluates and saves as often as it is told now.
+
+    Trainer reckons the steps from its arguments, then puts the checkpoint's over them (transformers 5.23).
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
 @contextmanager
 def _disk_errors_named(folder: Path):
     """OSError where torch.save, on a disk that is full or broken, says only that its archive is."""
@@ -338,13 +343,8 @@ def set_aside(folder: Path, damaged: list[Path]) -> None:
 
 
 def _remove_old(folder: Path, limit: int | None, kept_steps: Collection[int] = ()) -> None:
-    """Keeps `save_total_limit` checkpoints, but never fewer than two, and those of `kept_steps` beside them."""
+    """Keeps the newest `limit` checkpoints, which are whole by now, and those of `kept_steps`; all without a limit."""
     kept = {f"checkpoint-{step}" for step in kept_steps}
-    others = [path for path in checkpoints(folder) if path.name not in kept]
-    for path in others[: -max(2, limit) if limit else 0]:
-        remove(path)
-
-
-def _read_state(checkpoint: Path) -> dict:
-    """What Trainer knew when it was saved."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    for path in checkpoints(folder)[: -limit if limit and limit > 0 else 0]:
+        if path.name not in kept:
+            remove(path)

@@ -135,7 +135,7 @@ class Part:
         printed = self.commands.interrupt(
             "train", *train, signal_number=number, when=lambda: len(self._logged("loss")) >= 2
         )
-        check("which is saved; go on with the same command and --resume" in printed, printed[-1000:])
+        check("which is saved; go on with: python cli.py train --resume" in printed, printed[-1000:])
         before = self._logged("loss")
         self.commands.call("resume", *train, "--resume")
         steps = [line["step"] for line in self._logged("loss")]

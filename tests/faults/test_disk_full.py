@@ -41,7 +41,7 @@ def test_a_full_disk_costs_no_checkpoint_and_no_steps(small_disk, tiny_base, pre
     text = running.log.read_text()
     assert f"error: step {saved[-1] + 1} was not saved in {disk}/run/checkpoints: " in text
     assert "Traceback" not in text
-    assert "No space left on device" in text and "go on with the same command and --resume" in text
+    assert "No space left on device" in text and f"go on with: python cli.py train --resume {disk}/run" in text
 
     resize("64m")
     hold = Hold(tmp_path)

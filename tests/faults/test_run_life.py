@@ -104,8 +104,11 @@ def test_a_killed_launcher_takes_its_ranks_along(undisturbed, tiny_base, prepare
         time.sleep(0.05)
     assert impatient.wait() == 1
     hold.release()
-    resumed = Running([*command, "--resume"], tmp_path / "log-resumed")
+    saved = saved_steps(folder)[-1]
+    as_it_was = [*command[:3], "--resume", str(folder)]
+    resumed = Running(as_it_was, tmp_path / "log-resumed")
     assert resumed.wait() == 0, resumed.log.read_text()[-3000:]
+    assert f"{folder}: goes on after step {saved} of {STEPS}: checkpoint-{saved}" in resumed.log.read_text()
     assert losses(folder) == losses(undisturbed)
 
 

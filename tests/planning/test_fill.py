@@ -69,7 +69,7 @@ def test_a_card_with_less_free_memory_than_its_profile_states_is_filled_as_far_a
 
 
 def test_a_resumed_run_keeps_what_was_chosen_when_it_started(tmp_path):
-    from fitune.launching.preflight import as_started
+    from fitune.launching.run_folder import as_started
 
     asked = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
     started = runs.with_numbers(asked, micro_batch=4, kept_layers=3)

@@ -1,0 +1,195 @@
+"""A run's folder: whose it is, what was trained in it, and what is asked of a run that goes on.
+
+run.yaml        the settings of what was trained here; until the first step, of what will be
+resume.yaml     what a resume asks for; from its first step on that is run.yaml, and never if it is refused
+finished.json   the step and epoch of the result; gone from the first step of a resume that trains further
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from fitune.config import run as runs
+from fitune.config.command_name import command
+from fitune.config.recipe_paths import absolute_paths
+from fitune.config.schema import Run
+from fitune.errors import UsageError
+from fitune.launching.run_lock import LOCK, RunLock
+from fitune.output_folder import checkpoints
+
+SETTINGS, ASKED, FINISHED = "run.yaml", "resume.yaml", "finished.json"
+SHARED_FOLDER_SECONDS = 600
+FIXED = ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed")
+"Keys of a recipe that make a run the run it is: it may train longer or log differently, but not on something else."
+KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+"Fields of `training:` that a checkpoint holds beside the optimizer's state; changed, they would not take effect."
+
+
+def as_started(run: Run) -> Run:
+    """A run that is resumed, with the rows and kept layers that `plan` chose when it was started."""
+    file = run.folder / SETTINGS
+    if not file.is_file():
+        return run
+    old = runs.load(file).profile
+    return runs.with_numbers(run, **{key: getattr(old, key) for key in run.left_to_plan})
+
+
+@contextmanager
+def open_run_folder(run: Run, resume: bool) -> Iterator[None]:
+    """Holds the folder's lock and has the run's settings in it; with `resume` the folder must hold the same run.
+
+    A folder in which nothing was trained is as good as a new one. Raises UsageError.
+    """
+    try:
+        lock = _lock(run, resume)
+        try:
+            _write_settings(run, resume)
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise UsageError(f"{run.folder}: cannot be written: {error.strerror}; give another --output") from None
+    with lock:
+        try:
+            yield
+        finally:
+            (run.folder / ASKED).unlink(missing_ok=True)
+
+
+def wait_for_run_folder(run: Run) -> AbstractContextManager:
+    """On machine 1 and up: until machine 0, which has the lock, wrote the same settings to the folder they share."""
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not any(_holds(run.folder / name, run) for name in (ASKED, SETTINGS)):
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{run.folder / SETTINGS}: not there, or of other settings, after {SHARED_FOLDER_SECONDS} s; give "
+                f"machine 0 the same recipe, profile, --set and --output, in a folder that all machines share"
+            )
+        time.sleep(1)
+    return nullcontext()
+
+
+def settings_to_train(folder: Path) -> Path:
+    """The file that the ranks are started with."""
+    asked = folder / ASKED
+    return asked if asked.is_file() else folder / SETTINGS
+
+
+def begin_to_train(run: Run) -> None:
+    """Called by the main process before the first step: what was asked for is accepted, and the result outdated."""
+    accepted = run.model_copy(update={"resume": False})
+    if not _holds(run.folder / SETTINGS, accepted):
+        _write(run.folder / SETTINGS, runs.dump(accepted))
+    (run.folder / FINISHED).unlink(missing_ok=True)
+
+
+def finish(run: Run, step: int, epoch: float) -> None:
+    """Called by the main process when the result of `step` is written."""
+    _write(run.folder / FINISHED, json.dumps({"step": step, "epoch": epoch}) + "\n")
+
+
+def steps_asked(training: dict, step: int, epoch: float) -> int:
+    """Optimizer steps that a `training:` block asks for, known the epoch in which `step` ended."""
+    if training.get("max_steps", -1) > 0:
+        return training["max_steps"]
+    return math.ceil(training.get("num_train_epochs", 3) * round(step / epoch))
+
+
+def nothing_left(run: Run) -> str | None:
+    """What to say instead of resuming a run that has made all steps asked for and has its result; None for others.
+
+    Raises UsageError if another run is asked for, or other settings, which could have no effect.
+    """
+    try:
+        result = json.loads((run.folder / FINISHED).read_text(encoding="utf-8"))
+        step, epoch = result["step"], result["epoch"]
+        old = runs.load(run.folder / SETTINGS)
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return None  # resuming says what is wrong
+    if not run.result_folder.is_dir():
+        return None
+    _refuse_another_run(old, run)
+    training = run.recipe.training
+    is_changed = (old.recipe.training, old.recipe.early_stopping) != (training, run.recipe.early_stopping)
+    if is_changed and steps_asked(training, step, epoch) > step:
+        return None
+    finished = f"{run.folder} is finished after step {step}: {run.result_folder}; to train longer, raise training."
+    finished += "max_steps" if training.get("max_steps", -1) > 0 else "num_train_epochs"
+    if is_changed:
+        raise UsageError(f"{finished}; other changes would have no effect")
+    return finished
+
+
+def _lock(run: Run, resume: bool) -> RunLock:
+    """The lock of the run's folder, which is made if there is none. Raises UsageError if it may not be trained in."""
+    folder = run.folder
+    if resume and not (folder / SETTINGS).is_file():
+        raise UsageError(f"{folder}: nothing to resume, {SETTINGS} is missing; train without --resume")
+    if not resume and folder.exists():
+        if (folder / LOCK).exists():
+            RunLock(folder).release()  # says who trains there, if someone does
+        if _was_trained_in(run):
+            raise UsageError(f"{folder} exists; add --resume to continue it, or choose another --output")
+        of_others = [path for path in folder.iterdir() if path.name not in (LOCK, f".{SETTINGS}.partial")]
+        if of_others and not (folder / SETTINGS).is_file():
+            raise UsageError(f"{folder} exists and is not a run's folder; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunLock(folder)
+
+
+def _was_trained_in(run: Run) -> bool:
+    """Whether something would be lost: a checkpoint, a result, or what a run logged that was told to save nothing."""
+    log = run.folder / "metrics.jsonl"
+    logged = log.is_file() and log.stat().st_size > 0
+    return logged or bool(checkpoints(run.folder / "checkpoints")) or run.result_folder.exists()
+
+
+def _write_settings(run: Run, resume: bool) -> None:
+    """As run.yaml, where nothing can be of another run yet; else they stand beside it until they are accepted."""
+    (run.folder / ASKED).unlink(missing_ok=True)
+    if not (resume and checkpoints(run.folder / "checkpoints")):
+        _write(run.folder / SETTINGS, runs.dump(run))
+        return
+    _refuse_another_run(runs.load(run.folder / SETTINGS), run)
+    _write(run.folder / ASKED, runs.dump(run))
+
+
+def _holds(file: Path, run: Run) -> bool:
+    try:
+        return runs.load(file) == run
+    except UsageError:
+        return False
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _refuse_another_run(old: Run, new: Run) -> None:
+    """Raises UsageError for the first field that may not change and did, old and new named."""
+    before, now = (absolute_paths(run.recipe.model_dump()) for run in (old, new))
+    pairs = [(key, before[key], now[key]) for key in FIXED]
+    pairs += [
+        (f"training.{key}", *(recipe["training"].get(key) for recipe in (before, now)))
+        for key in KEPT_WITH_THE_OPTIMIZER
+    ]
+    for pair in pairs:
+        key, was, is_now = _down_to_the_field(*pair)
+        if was != is_now:
+            raise UsageError(
+                f"{old.folder} was started with {key} {was}, not {is_now}: not the same run; "
+                f"give it as it was (`{command()} train --resume {old.folder}` does), or another --output"
+            )
+
+
+def _down_to_the_field(key: str, before, now) -> tuple:
+    """Of two blocks of a recipe, the first field that differs."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return key, before, now
+    fields = [(f"{key}.{name}", before.get(name), now.get(name)) for name in before | now]
+    return next(((name, a, b) for name, a, b in fields if a != b), (key, None, None))

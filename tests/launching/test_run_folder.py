@@ -1,0 +1,164 @@
+"""A run's folder: when it may be trained in, which settings stand in it, when the run is finished."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from fitune.cli import cli
+from fitune.config import run as runs
+from fitune.config.run import resolve, resolve_again
+from fitune.errors import UsageError
+from fitune.launching.run_folder import begin_to_train, finish, nothing_left, open_run_folder, settings_to_train
+from fitune.launching.run_folder import steps_asked as asked
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A run of the tiny recipe in `tmp_path/run`, with `--set` flags."""
+    return lambda *sets: resolve("tiny_qlora", "cpu_2proc", ("training.max_steps=4", *sets), str(tmp_path / "run"))
+
+
+def saved(run, step: int) -> None:
+    (run.folder / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+
+
+def trained(run, step: int = 4) -> None:
+    """As a run leaves its folder that has made `step` of its steps, an epoch each two."""
+    with open_run_folder(run, resume=False):
+        begin_to_train(run)
+        saved(run, step)
+    run.result_folder.mkdir()
+    finish(run, step, step / 2)
+
+
+def test_a_start_that_failed_does_not_block_the_corrected_command(make):
+    with pytest.raises(ZeroDivisionError), open_run_folder(make("training.warmup_steps=1"), resume=False):
+        (make().folder / "cache").mkdir()  # rows were read before it failed
+        _ = 1 / 0
+    with open_run_folder(make(), resume=False):
+        assert runs.load(make().folder) == make()
+
+
+@pytest.mark.parametrize("left", ["checkpoints/checkpoint-3", "adapter", "metrics.jsonl"])
+def test_what_was_trained_is_not_overwritten(make, left):
+    with open_run_folder(make(), resume=False):
+        pass
+    if left == "metrics.jsonl":
+        (make().folder / left).write_text('{"step": 1}\n')
+    else:
+        (make().folder / left).mkdir(parents=True)
+    with pytest.raises(UsageError, match="exists; add --resume to continue it, or choose another --output"):
+        open_run_folder(make("seed=3"), resume=False).__enter__()
+    assert runs.load(make().folder) == make()
+
+
+def test_a_folder_of_something_else_is_left_alone(make):
+    make().folder.mkdir()
+    (make().folder / "letter.txt").touch()
+    with pytest.raises(UsageError, match="exists and is not a run's folder; choose another --output"):
+        open_run_folder(make(), resume=False).__enter__()
+    with pytest.raises(UsageError, match=r"nothing to resume, run\.yaml is missing"):
+        open_run_folder(make(), resume=True).__enter__()
+    assert [path.name for path in make().folder.iterdir()] == ["letter.txt"]
+
+
+def test_settings_of_a_resume_that_was_refused_leave_no_trace(make):
+    trained(make())
+    longer = make("training.max_steps=8")
+    with open_run_folder(longer, resume=True):
+        assert runs.load(settings_to_train(longer.folder)) == longer
+        assert runs.load(longer.folder) == make(), "not before the first step"
+    assert runs.load(settings_to_train(longer.folder)) == make()
+    assert nothing_left(make()).startswith(f"{longer.folder} is finished after step 4")
+    assert nothing_left(longer) is None
+
+
+def test_a_resume_that_began_is_not_finished_by_the_result_before_it(make):
+    """Killed before its next checkpoint, with the old checkpoint and the old result in the folder."""
+    trained(make())
+    longer = make("training.max_steps=8")
+    with open_run_folder(longer, resume=True):
+        begin_to_train(longer)
+    assert runs.load(longer.folder) == longer
+    assert nothing_left(longer) is None and nothing_left(make()) is None
+    saved(longer, 8)  # killed while it wrote the result
+    assert nothing_left(longer) is None
+    finish(longer, 8, 4.0)
+    assert "is finished after step 8" in nothing_left(longer)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("lora.r=5", r"started with lora\.r 64, not 5: not the same run"),
+        ("training.optim=sgd", r"started with training\.optim None, not sgd"),
+        ("training.learning_rate=1", "raise training.max_steps; other changes would have no effect"),
+        ("training.max_steps=3", "other changes would have no effect"),
+        ("training.max_steps=-1", "raise training.num_train_epochs; other changes"),  # 3 epochs are 6 steps
+    ],
+)
+def test_a_finished_run_refuses_what_could_have_no_effect(make, changed, named):
+    trained(make(), 4 if "-1" not in changed else 6)
+    with pytest.raises(UsageError, match=named):
+        nothing_left(make(changed))
+
+
+def test_steps_asked_are_those_that_trainer_will_make():
+    assert asked({"max_steps": 9}, 4, 2.0) == 9
+    assert asked({}, 4, 2.0) == 6
+    assert asked({"max_steps": -1, "num_train_epochs": 1.5}, 4, 4 / 7) == 11
+    assert asked({"num_train_epochs": 1.5}, 11, 11 / 7) == 11
+
+
+def test_a_runs_folder_is_continued_as_it_was_from_any_working_folder(make, tmp_path, monkeypatch):
+    """And a relative path of run.yaml goes on to start where it was typed."""
+    (tmp_path / "here/data").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = make("data.prepared=data", "training.learning_rate=0.5", "lora.r=8", "profile.micro_batch=1")
+    trained(run)
+    assert runs.load(run.folder).recipe.data.prepared == "data"
+    assert resolve_again(run.folder) == run
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = resolve_again(run.folder, sets=("training.max_steps=9",))
+    assert again.recipe.data.prepared == str(tmp_path / "here/data")
+    assert again.recipe.training == run.recipe.training | {"max_steps": 9}
+    assert (again.recipe.lora.r, again.profile.micro_batch) == (8, 1)
+    with open_run_folder(again, resume=True):  # is the same run
+        pass
+    as_typed = make("data.prepared=../here/data", "lora.r=8", "training.max_steps=9")
+    with open_run_folder(as_typed, resume=True):
+        pass
+    other = resolve_again(run.folder, "cpu_2proc", ("profile.kept_layers=1",))
+    assert (other.profile.micro_batch, other.profile.kept_layers) == (2, 1)
+
+
+def test_a_project_that_was_moved_keeps_its_relative_paths(make, tmp_path, monkeypatch):
+    (tmp_path / "project/data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project")
+    run = resolve("tiny_qlora", "cpu_2proc", ("data.prepared=data",), "runs/mine")
+    trained(run)
+    (tmp_path / "project").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert resolve_again(tmp_path / "moved/runs/mine").recipe.data.prepared == "data"
+
+
+def train(*words) -> tuple[int, str]:
+    outcome = CliRunner().invoke(cli, ["train", *map(str, words)])
+    return outcome.exit_code, outcome.output
+
+
+def test_the_command_takes_a_runs_folder(make):
+    run = make("training.learning_rate=0.5")
+    trained(run)
+    code, said = train("--resume", run.folder)
+    assert code == 0 and said.startswith(f"{run.folder} is finished after step 4")
+    code, said = train("--resume", run.folder, "--set", "training.max_steps=5", "--dry-run")
+    assert code == 0 and "max_steps: 5" in said and "learning_rate: 0.5" in said
+    assert train("--resume", run.folder, "--set", "training.max_step=5")[0] == 2
+    code, said = train(run.folder)
+    assert code == 2 and "is a run's folder: add --resume to continue it" in said
+    code, said = train("--resume", run.folder, "--output", "elsewhere")
+    assert code == 2 and "is continued in place: remove --output elsewhere" in said
+    assert json.loads((run.folder / "finished.json").read_text()) == {"step": 4, "epoch": 2.0}
