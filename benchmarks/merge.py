@@ -1,7 +1,8 @@
 """Peak memory and speed of `merge` on a random model of several GiB: python benchmarks/merge.py RESULT.json
 
 Builds a bf16 base in the 1B shape (untied head, 3 GB) and a rank-16 adapter on its linears, merges them in a process
-of its own, and writes that process's peak resident memory beside the largest tensor's size.
+of its own, through NF4 and with its check, and writes that process's peak resident memory beside the largest tensor's
+size.
 """
 
 import argparse
@@ -27,7 +28,7 @@ MERGE = """
 import sys
 from pathlib import Path
 from fitune.export.merge import merge_adapter
-merge_adapter(*map(Path, sys.argv[1:]), progress=False)
+merge_adapter(*map(Path, sys.argv[1:]), onto="trained", progress=False)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
 """

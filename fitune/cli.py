@@ -63,6 +63,11 @@ set_option = click.option(
     help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
 )
 force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
+check_option = click.option(
+    "--check/--no-check",
+    default=True,
+    help="Compare what was written with base plus adapter on a few held-out prompts. [default: check]",
+)
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 
 
@@ -338,16 +343,31 @@ def doctor(model):
 
 
 @cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
-@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @click.option("--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force).")
+@click.option(
+    "--onto",
+    type=click.Choice(["trained", "original"]),
+    help="Add the adapter to the weights that training computed with, for qlora NF4, or to the base's own.",
+)
 @force_option
-def merge(run_folder, output, base, force):
-    """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N."""
-    run = _run_or_checkpoint(run_folder)
-    from fitune.export.merge import merge_run
+@check_option
+def merge(run_or_adapter, output, base, onto, force, check):
+    """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N.
 
-    merge_run(run, run.result_folder, output, base=base, force=force)
+    RUN may also be the folder of any PEFT LoRA adapter; --base says what it was trained on.
+    """
+    options = {"base": base, "onto": onto, "force": force, "check": check}
+    if (run_or_adapter / "adapter_config.json").is_file():
+        from fitune.export.merge import merge_folder
+
+        merge_folder(run_or_adapter, output, **options)
+    else:
+        run = _run_or_checkpoint(run_or_adapter)
+        from fitune.export.merge import merge_run
+
+        merge_run(run, output, **options)
     click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')
 
 

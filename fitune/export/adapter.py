@@ -1,18 +1,20 @@
-"""Reads a PEFT adapter: which weights of the base it changes, and how.
+"""Reads a PEFT LoRA adapter: which weights of the base it changes, and how.
 
-LoRA on linear layers and trained token rows are understood; whatever else an adapter may ask for is refused by name.
+LoRA and DoRA on linear layers, LoRA on embeddings, trained token rows, and whole weights saved beside them are
+understood; whatever else an adapter may ask for is refused by name.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fitune.errors import UsageError
 from fitune.weights.model_files import read_json
 from fitune.weights.safetensors_files import Checkpoint
 
-NEUTRAL_LORA_KEYS = {
+CONFIG = "adapter_config.json"
+NEUTRAL_KEYS = {
     "task_type",
     "base_model_name_or_path",
     "revision",
@@ -29,6 +31,8 @@ NEUTRAL_LORA_KEYS = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
+    "modules_to_save",
     "trainable_token_indices",
     "megatron_core",
     "loftq_config",
@@ -37,6 +41,11 @@ NEUTRAL_LORA_KEYS = {
     "runtime_config",
 }
 "Keys of adapter_config.json that are read here, or that say nothing about how the adapter is applied."
+LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+RESIZED_WITH_THE_VOCABULARY = ("embed_tokens", "lm_head")
+"PEFT saves them unasked where tokens were added."
 
 
 def saved_name(parameter: str) -> str:
@@ -44,11 +53,15 @@ def saved_name(parameter: str) -> str:
     return parameter.replace(".default", "")
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
 class AdapterFile(Checkpoint):
     """The tensors of a PEFT folder, with its adapter_config.json as `config`."""
 
     def __init__(self, folder: Path):
-        self.config = read_json(folder / "adapter_config.json", "give the folder of a PEFT LoRA adapter")
+        self.config = read_json(folder / CONFIG, "give the folder of a PEFT LoRA adapter")
         super().__init__(folder)
 
     def _files(self):
@@ -62,52 +75,118 @@ class LoraPair:
     a: str
     b: str
     scale: float
+    magnitude: str | None = None
+    "DoRA's tensor [out]: every row of the sum is scaled to that length."
+
+
+@dataclass(frozen=True)
+class EmbeddingPair:
+    """weight += scale * (B @ A)^T, for an embedding [vocabulary, hidden]: `a` is [r, vocabulary], `b` [hidden, r]."""
+
+    a: str
+    b: str
+    scale: float
 
 
 @dataclass(frozen=True)
 class Lora:
     """What an adapter changes, by the base's weight names."""
 
-    pairs: dict[str, LoraPair]
-    tokens: dict[str, tuple[str, list[int]]]
+    pairs: dict[str, LoraPair] = field(default_factory=dict)
+    embeddings: dict[str, EmbeddingPair] = field(default_factory=dict)
+    tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     "Weight -> the adapter's tensor [n, hidden] and the n rows that it replaces."
+    replaced: dict[str, str] = field(default_factory=dict)
+    "Weight -> the adapter's tensor that stands in its place (PEFT's modules_to_save)."
+
+    def changes(self) -> set[str]:
+        return {*self.pairs, *self.embeddings, *self.tokens, *self.replaced}
 
 
 def read_adapter(file: AdapterFile) -> Lora:
-    """The adapter's pairs and token rows; UsageError for anything that `merge` would not apply exactly."""
+    """What the adapter changes; UsageError for anything that `merge` would not apply exactly."""
     _refuse_unsupported(file)
-    pairs, tokens = {}, {}
+    lora, known = Lora(), set()
     for name in file.tensors:
-        module, _, kind = re.sub(r"^base_model\.model\.", "", name).partition(".lora_")
-        if kind in ("A.weight", "B.weight"):
-            prefix = name.removesuffix(kind)
-            pairs[f"{module}.weight"] = LoraPair(f"{prefix}A.weight", f"{prefix}B.weight", _scale(file, module, prefix))
-        elif module.endswith(".token_adapter.trainable_tokens_delta"):
-            module = module.removesuffix(".token_adapter.trainable_tokens_delta")
-            tokens[f"{module}.weight"] = (name, _token_rows(file, module, name))
-        else:
-            raise UsageError(f"{file[name].file}: tensor {name} is neither LoRA on a linear layer nor token rows")
-    if not pairs and not tokens:
+        if name not in known:
+            known |= _read_change(file, name, lora)
+    if unknown := next((name for name in file.tensors if name not in known), None):
+        raise UsageError(
+            f"{file[unknown].file}: tensor {unknown} is neither LoRA, nor token rows, nor a module of modules_to_save"
+        )
+    if not lora.changes():
         raise UsageError(f"{file.folder}: the adapter holds no tensors")
-    return Lora(pairs, tokens)
+    return lora
+
+
+def _read_change(file: AdapterFile, name: str, lora: Lora) -> set[str]:
+    """Adds to `lora` what tensor `name` belongs to; returns the tensors that this accounts for."""
+    if part := _ending(name, LINEAR):
+        prefix = name.removesuffix(part)
+        a, b, magnitude = f"{prefix}{LINEAR[0]}", f"{prefix}{LINEAR[1]}", _magnitude(file, prefix)
+        lora.pairs[f"{_module(prefix)}.weight"] = LoraPair(a, b, _scale(file, _module(prefix), a, b), magnitude)
+        return {a, b, magnitude} - {None}
+    if part := _ending(name, EMBEDDING):
+        prefix = name.removesuffix(part)
+        a, b = f"{prefix}{EMBEDDING[0]}", f"{prefix}{EMBEDDING[1]}"
+        lora.embeddings[f"{_module(prefix)}.weight"] = EmbeddingPair(a, b, _scale(file, _module(prefix), a, b))
+        return {a, b}
+    if _ending(name, (TOKEN_ROWS,)):
+        module = _module(name.removesuffix(TOKEN_ROWS))
+        lora.tokens[f"{module}.weight"] = (name, _token_rows(file, module, name))
+        return {name}
+    weight = _without_prefix(name).replace(".base_layer.", ".")
+    if _is_whole(file, weight):
+        lora.replaced[weight] = name
+        return {name}
+    return set()
+
+
+def _ending(name: str, endings: tuple[str, ...]) -> str | None:
+    return next((ending for ending in endings if name.endswith(f".{ending}")), None)
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _module(prefix: str) -> str:
+    return _without_prefix(prefix).removesuffix(".")
+
+
+def _is_whole(file: AdapterFile, weight: str) -> bool:
+    module, _, parameter = weight.rpartition(".")
+    saved = [*(file.config.get("modules_to_save") or []), *RESIZED_WITH_THE_VOCABULARY]
+    return parameter in ("weight", "bias") and any(module.endswith(name) for name in saved)  # PEFT's rule
+
+
+def _magnitude(file: AdapterFile, prefix: str) -> str | None:
+    if not file.config.get("use_dora"):
+        return None
+    name = next((prefix + part for part in MAGNITUDES if prefix + part in file), None)
+    if name is None:
+        raise UsageError(f"{file.folder / CONFIG}: use_dora, but {prefix}lora_magnitude_vector is missing")
+    return name
 
 
 def _refuse_unsupported(file: AdapterFile) -> None:
-    config, where = file.config, file.folder / "adapter_config.json"
+    config, where = file.config, file.folder / CONFIG
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; merge reads LORA")
     initial = config.get("init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal", "eva"):
         raise UsageError(f"{where}: init_lora_weights={initial!r} changes the base; convert it to plain LoRA with PEFT")
-    plain = {"peft_type", "init_lora_weights", "bias" if config.get("bias") == "none" else ""} | NEUTRAL_LORA_KEYS
+    plain = {"peft_type", "init_lora_weights", "bias" if config.get("bias") == "none" else ""} | NEUTRAL_KEYS
     for key, value in config.items():
         if value and key not in plain:
-            raise UsageError(f"{where}: {key}={value!r} is not supported; merge reads plain LoRA and trained tokens")
+            raise UsageError(
+                f"{where}: {key}={value!r} is not supported; merge reads LoRA, DoRA, trained tokens and modules_to_save"
+            )
 
 
-def _scale(file: AdapterFile, module: str, prefix: str) -> float:
+def _scale(file: AdapterFile, module: str, a_name: str, b_name: str) -> float:
     """alpha / r as PEFT finds it: per-module patterns first, then the adapter's own values."""
-    where = file.folder / "adapter_config.json"
+    where = file.folder / CONFIG
     try:
         r = _by_pattern(file.config.get("rank_pattern"), module, file.config["r"])
         alpha = _by_pattern(file.config.get("alpha_pattern"), module, file.config["lora_alpha"])
@@ -116,7 +195,7 @@ def _scale(file: AdapterFile, module: str, prefix: str) -> float:
             raise ValueError(f"alpha {alpha} / r {r} is not a number")
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError, re.error) as error:
         raise UsageError(f"{where}: r, lora_alpha or their patterns are unusable: {error!r}") from None
-    a, b = file[f"{prefix}A.weight"], file[f"{prefix}B.weight"]
+    a, b = file[a_name], file[b_name]
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == r:
         raise UsageError(f"{a.file}: {module}: lora_A {a.shape} and lora_B {b.shape} do not have rank {r} of {where}")
     return scale
@@ -133,5 +212,5 @@ def _token_rows(file: AdapterFile, module: str, name: str) -> list[int]:
         indices = next((ids for key, ids in indices.items() if f".{module}".endswith(f".{key}")), None)
     is_list = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
     if not is_list or (len(indices),) != file[name].shape[:1]:
-        raise UsageError(f"{file.folder / 'adapter_config.json'}: trainable_token_indices does not match tensor {name}")
+        raise UsageError(f"{file.folder / CONFIG}: trainable_token_indices does not match tensor {name}")
     return indices

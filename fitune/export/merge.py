@@ -6,6 +6,7 @@ time; memory holds the largest tensor plus about half a GiB. The output appears 
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,24 +14,64 @@ from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
 from fitune.export.adapter import AdapterFile, Lora, read_adapter
+from fitune.export.check import Comparison, check_written, refuse_another_architecture
+from fitune.export.merge_record import MergeRecord, write_merge_record
 from fitune.export.model_folder import write_small_files
+from fitune.export.prompts import prompts_for
+from fitune.export.tuned_weights import TunedWeights
 from fitune.output_folder import check_disk_space, new_folder, refuse_existing
-from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
-from fitune.weights.base_weights import BaseWeights, read_base_config
+from fitune.weights.base_identity import (
+    BaseRecord,
+    base_fingerprint,
+    base_mismatch,
+    read_base_record,
+    settle_doubt,
+)
+from fitune.weights.base_weights import BaseWeights, is_in_four_bits, read_base_config
 from fitune.weights.model_files import copy_file, matching
+from fitune.weights.round_trip import WeightsThroughNF4
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
+Onto = Literal["trained", "original"]
+"""The base's weights that the adapter is added to: `trained` as training computed with them, through NF4 for QLoRA;
+`original` as the base stores them."""
 
-def merge_run(run: Run, result: Path, output: Path, *, base: str | None = None, force: bool = False) -> Path:
-    """Merges `result`, a folder that `run` trained, into the run's base or another `base` (a folder or a Hub id)."""
+
+def merge_run(
+    run: Run,
+    output: Path,
+    *,
+    base: str | None = None,
+    onto: Onto | None = None,
+    force: bool = False,
+    check: bool = True,
+) -> Path:
+    """Merges what `run`, or its checkpoint, trained into the run's base or another `base` (a folder or a Hub id)."""
     refuse_existing(output)  # before anything is downloaded
-    if run.recipe.method == "full":
-        if base:
-            raise UsageError(f"{run.folder}: method full leaves a whole model, nothing to merge into --base")
-        return merge_full(result, output)
-    trained_on = run.recipe.base
+    method, trained_on = run.recipe.method, run.recipe.base
+    if method == "full":
+        if base or onto:
+            option = "--base" if base else "--onto"
+            raise UsageError(f"{run.folder}: method full leaves a whole model, nothing to merge: leave out {option}")
+        return merge_full(run.result_folder, output, run=run, check=check)
+    if method == "lora" and onto == "trained":
+        raise UsageError(f"{run.folder}: method lora trained on the original weights; leave out --onto")
     folder = local_folder(base) if base else local_folder(trained_on.model, trained_on.revision)
-    return merge_adapter(folder, result, output, force=force)
+    onto = onto or ("trained" if method == "qlora" else None)
+    return merge_adapter(folder, run.result_folder, output, onto=onto, force=force, run=run, check=check)
+
+
+def merge_folder(
+    adapter: Path, output: Path, *, base: str | None, onto: Onto | None, force: bool, check: bool = True
+) -> Path:
+    """Merges a PEFT `adapter` from anywhere into `base`, by default the one that its adapter_config.json names."""
+    refuse_existing(output)
+    with AdapterFile(adapter) as file:
+        named, revision = file.config.get("base_model_name_or_path"), file.config.get("revision")
+    if not base and not named:
+        raise UsageError(f"{adapter}: adapter_config.json names no base; give it with --base MODEL")
+    folder = local_folder(base) if base else local_folder(named, revision)
+    return merge_adapter(folder, adapter, output, onto=onto, force=force, check=check)
 
 
 def merge_adapter(
@@ -38,72 +79,108 @@ def merge_adapter(
     adapter: Path,
     output: Path,
     *,
+    onto: Onto | None = None,
     dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
     force: bool = False,
     max_shard_bytes: int = 5 * 10**9,
+    run: Run | None = None,
+    check: bool = True,
 ) -> Path:
     """Writes base + adapter to the new folder `output` in `dtype` and returns it.
 
-    `base` holds bf16, fp16, fp32 or bitsandbytes 4-bit weights; `adapter` is a PEFT folder with LoRA on linear layers
-    and, perhaps, trained token rows. Everything is checked before anything is written: UsageError for folders that do
-    not fit, and for a base other than the one in the adapter's fitune_base.json unless `force`; FituneError for damaged
-    files and a full disk. A failure or Ctrl-C leaves no output.
+    `base` holds bf16, fp16, fp32 or bitsandbytes 4-bit weights; `adapter` is a PEFT folder that `read_adapter`
+    understands; `onto` is by default what the adapter's record says it was trained on, else `original`. Everything is
+    checked before anything is written: UsageError for folders that do not fit, and for a base other than the one in the
+    adapter's fitune_base.json unless `force`; FituneError for damaged files and a full disk. With `check`, what was
+    written answers the held-out prompts of `run` (or others) as base plus adapter does, or FituneError is raised. A
+    failure or Ctrl-C leaves no output.
     """
     base, adapter, output = Path(base), Path(adapter), Path(output)
     refuse_existing(output)
     config = read_base_config(base)
     with Checkpoint(base) as checkpoint, AdapterFile(adapter) as adapter_file:
-        weights = BaseWeights(checkpoint)
+        record = read_base_record(adapter)
+        onto = _onto(onto, record, checkpoint, adapter)
+        weights = (WeightsThroughNF4 if onto == "trained" else BaseWeights)(checkpoint)
         lora = read_adapter(adapter_file)
         _refuse_missing_tensors(weights, config)
-        _check_targets(lora, adapter_file, weights)
-        _check_identity(adapter, weights, lora, adapter_file.config, force)
-        specs = _output_specs(weights, dtype)
+        tuned = TunedWeights(weights, lora, adapter_file, tied=bool(config.get("tie_word_embeddings")))
+        _check_identity(adapter, record, weights, lora, adapter_file.config, force)
+        specs = _output_specs(tuned, dtype)
         check_disk_space(output, sum(spec.nbytes for spec in specs))
-        with new_folder(output) as unfinished, _progress_bar(progress) as bar:
-            writer = CheckpointWriter(unfinished, specs, max_shard_bytes)
-            task = bar.add_task("merging", total=sum(spec.nbytes for spec in specs))
-            for spec in specs:
-                writer.write(spec.name, _merged(spec, weights, lora, adapter_file))
-                bar.advance(task, spec.nbytes)
-            writer.close()
-            write_small_files(base, adapter, unfinished, config, dtype)
+        with new_folder(output) as unfinished:
+            _write_weights(unfinished, tuned, specs, max_shard_bytes, progress)
+            write_small_files(base, adapter, unfinished, _merged_config(config, tuned), dtype)
+            compared = None
+            if check:
+                refuse_another_architecture(unfinished, base, changed={"vocab_size", "tie_word_embeddings"})
+                compared = _check(unfinished, tuned, dtype, run)
+            named = record or BaseRecord(str(base), None, base_fingerprint(checkpoint))
+            write_merge_record(unfinished, MergeRecord.of_adapter(named, adapter, onto, dtype, compared))
     return output
 
 
-def merge_full(model: Path, output: Path, *, progress: bool = True) -> Path:
+def merge_full(model: Path, output: Path, *, progress: bool = True, run: Run | None = None, check: bool = True) -> Path:
     """Copies the result of method full, a standard checkpoint already, by the same rules. Returns `output`."""
     model, output = Path(model), Path(output)
     refuse_existing(output)
-    read_base_config(model)
+    config = read_base_config(model)
     with Checkpoint(model) as checkpoint:
         shards = sorted({info.file for info in checkpoint.tensors.values()})
-    files = shards + matching(model, CONFIG_FILES)
-    total = sum(file.stat().st_size for file in files)
-    check_disk_space(output, total)
-    with new_folder(output) as unfinished, _progress_bar(progress) as bar:
-        task = bar.add_task("copying", total=total)
-        for file in files:
-            copy_file(file, unfinished, lambda count: bar.advance(task, count))
+        files = shards + matching(model, CONFIG_FILES)
+        total = sum(file.stat().st_size for file in files)
+        check_disk_space(output, total)
+        with new_folder(output) as unfinished:
+            with _progress_bar(progress) as bar:
+                task = bar.add_task("copying", total=total)
+                for file in files:
+                    copy_file(file, unfinished, lambda count: bar.advance(task, count))
+            if check:
+                whole = TunedWeights(
+                    BaseWeights(checkpoint), Lora(), None, tied=bool(config.get("tie_word_embeddings"))
+                )
+                _check(unfinished, whole, torch.float32, run)
     return output
 
 
-def _merged(spec: TensorSpec, weights: BaseWeights, lora: Lora, file: AdapterFile) -> torch.Tensor:
-    """One output tensor: the base's weight plus scale * B @ A in fp32, or the trained rows, then cast."""
-    pair, tokens = lora.pairs.get(spec.name), lora.tokens.get(spec.name)
-    if not pair and not tokens and weights.dtype(spec.name) == spec.dtype:
-        return weights.checkpoint.read(spec.name)
+def _onto(onto: Onto | None, record: BaseRecord | None, checkpoint: Checkpoint, adapter: Path) -> Onto:
+    """What the adapter is added to. UsageError where that cannot be had."""
+    in_four_bits = is_in_four_bits(checkpoint)
+    if onto == "original" and in_four_bits:
+        raise UsageError(
+            f"{checkpoint.folder}: holds 4-bit weights only; for --onto original give the bf16 model with --base MODEL"
+        )
+    if onto:
+        return onto
+    return "trained" if in_four_bits or (record is not None and record.computed_in == "nf4") else "original"
+
+
+def _check(unfinished: Path, tuned: TunedWeights, dtype: torch.dtype, run: Run | None) -> Comparison:
+    vocabulary = tuned.shapes["model.embed_tokens.weight"][0]
+    compared = check_written(unfinished, tuned, dtype, prompts_for(unfinished, run, vocabulary))
+    print(compared, file=sys.stderr)
+    return compared
+
+
+def _write_weights(folder: Path, tuned: TunedWeights, specs: list[TensorSpec], max_shard_bytes: int, progress: bool):
+    writer = CheckpointWriter(folder, specs, max_shard_bytes)
+    with _progress_bar(progress) as bar:
+        task = bar.add_task("merging", total=sum(spec.nbytes for spec in specs))
+        for spec in specs:
+            writer.write(spec.name, _merged(spec, tuned))
+            bar.advance(task, spec.nbytes)
+    writer.close()
+
+
+def _merged(spec: TensorSpec, tuned: TunedWeights) -> torch.Tensor:
+    """One output tensor: summed in fp32, then cast; what nothing changes is passed on as it is."""
+    if not tuned.is_changed(spec.name) and tuned.dtype(spec.name) == spec.dtype:
+        return tuned.base.checkpoint.read(tuned.stored_name(spec.name))
     merged = torch.empty(spec.shape, dtype=spec.dtype)
-    a, b = (file.read(pair.a).float(), file.read(pair.b).float()) if pair else (None, None)
-    for start, stop in weights.row_chunks(spec.name):
-        chunk = weights.rows(spec.name, start, stop).to(torch.float32, copy=True)
-        if pair:
-            chunk.addmm_(b[start:stop], a, alpha=pair.scale)
-        merged[start:stop] = chunk
-    if tokens:
-        merged[tokens[1]] = file.read(tokens[0]).to(spec.dtype)
-    for start, stop in weights.row_chunks(spec.name):
+    for start, stop in tuned.row_chunks(spec.name):
+        merged[start:stop] = tuned.merge_into(tuned.base_rows(spec.name, start, stop), spec.name, start, stop)
+    for start, stop in tuned.row_chunks(spec.name):
         if not merged[start:stop].isfinite().all():
             raise FituneError(
                 f"tensor {spec.name}: not finite in {spec.dtype} after the merge; "
@@ -112,32 +189,23 @@ def _merged(spec: TensorSpec, weights: BaseWeights, lora: Lora, file: AdapterFil
     return merged
 
 
-def _output_specs(weights: BaseWeights, dtype: torch.dtype) -> list[TensorSpec]:
+def _output_specs(tuned: TunedWeights, dtype: torch.dtype) -> list[TensorSpec]:
     """Every weight once; floating-point ones in `dtype`."""
     specs = []
-    for name, shape in weights.shapes.items():
-        stored = weights.dtype(name)
+    for name, shape in tuned.shapes.items():
+        stored = tuned.dtype(name)
         keep = stored is not None and (not stored.is_floating_point or not shape)
         specs.append(TensorSpec(name, stored if keep else dtype, shape))
     return specs
 
 
-def _check_targets(lora: Lora, file: AdapterFile, weights: BaseWeights) -> None:
-    """Every tensor of the adapter fits a weight of the base."""
-    where, base = file.folder / "adapter_model.safetensors", weights.checkpoint.folder
-    for name in [*lora.pairs, *lora.tokens]:
-        if name not in weights.shapes:
-            raise UsageError(f"{where}: adapts {name}, which {base} does not have; give the base it was trained on")
-        needed = weights.shapes[name]
-        if name in lora.pairs:
-            given = (file[lora.pairs[name].b].shape[0], file[lora.pairs[name].a].shape[1])
-            fits = given == needed
-        else:
-            tensor, rows = lora.tokens[name]
-            given = file[tensor].shape
-            fits = given[1:] == needed[1:] and max(rows) < needed[0]
-        if not fits:
-            raise UsageError(f"{where}: {name}: the adapter is for shape {given}, {base} has {needed}; wrong base?")
+def _merged_config(config: dict, tuned: TunedWeights) -> dict:
+    """The base's config.json, with the vocabulary and the tying that the merged weights have."""
+    changed = {"tie_word_embeddings": False} if config.get("tie_word_embeddings") and not tuned.ties_head else {}
+    tokens = tuned.shapes.get("model.embed_tokens.weight")
+    if tokens and config.get("vocab_size") not in (None, tokens[0]):
+        changed["vocab_size"] = tokens[0]
+    return config | changed
 
 
 def _refuse_missing_tensors(weights: BaseWeights, config: dict) -> None:
@@ -159,9 +227,11 @@ def _refuse_missing_tensors(weights: BaseWeights, config: dict) -> None:
             )
 
 
-def _check_identity(adapter: Path, weights: BaseWeights, lora: Lora, config: dict, force: bool) -> None:
+def _check_identity(
+    adapter: Path, record: BaseRecord | None, weights: BaseWeights, lora: Lora, config: dict, force: bool
+) -> None:
     """Refuses a base that is not the adapter's own, as far as names, shapes and the adapter's record tell."""
-    record, base = read_base_record(adapter), weights.checkpoint.folder
+    base = weights.checkpoint.folder
     if record is not None:
         doubt = base_mismatch(record, base_fingerprint(weights.checkpoint))
     else:
@@ -177,7 +247,7 @@ def _unadapted(weights: BaseWeights, lora: Lora, config: dict) -> str | None:
         return None
     for name in weights.shapes:
         module = name.removesuffix(".weight")
-        if module != name and name not in lora.pairs and any(f".{module}".endswith(f".{t}") for t in targets):
+        if module != name and name not in lora.changes() and any(f".{module}".endswith(f".{t}") for t in targets):
             return f"has {name}, which the adapter does not cover"
     return None
 

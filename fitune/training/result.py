@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,7 +89,8 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
         config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
         config.inference_mode = True
         config.save_pretrained(folder)
-        write_base_record(folder, base_record)
+        computed_in = "nf4" if run.recipe.method == "qlora" else "stored"
+        write_base_record(folder, replace(base_record, computed_in=computed_in))
     else:
         config = copy.deepcopy(causal_lm.config)
         config.use_cache = True  # off while training

@@ -25,6 +25,8 @@ class BaseRecord:
     "The Hub's commit where it is known."
     fingerprint: dict[str, str]
     "Of `base_fingerprint`."
+    computed_in: str | None = None
+    "`nf4` if the adapter was trained on the base's weights through NF4, `stored` if as they are; None: not known."
 
 
 def identify_base(base: Base, folder: Path) -> BaseRecord:
@@ -69,7 +71,7 @@ def read_base_record(adapter: Path) -> BaseRecord | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{file}: not a readable record of the base: {error}") from None
-    return BaseRecord(record["model"], record["revision"], record["fingerprint"])
+    return BaseRecord(record["model"], record["revision"], record["fingerprint"], record.get("computed_in"))
 
 
 def base_mismatch(record: BaseRecord, fingerprint: dict[str, str]) -> str | None:

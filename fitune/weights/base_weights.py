@@ -68,8 +68,17 @@ class BaseWeights:
             code=state.code,
             quant_type=state.quant_type,
         )
-        packed = self.checkpoint.read_bytes(name, first // 2, -(-last // 2))
+        packed = self._packed_bytes(name, first // 2, -(-last // 2))
         return dequantize_4bit(packed.view(-1, 1), part).view(stop - start, width)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole weight, as `rows` gives it."""
+        if not self._is_packed(name):
+            return self.checkpoint.read(name)
+        return self.rows(name, 0, self.shapes[name][0])
+
+    def _packed_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.checkpoint.read_bytes(name, start, stop)
 
     def _is_packed(self, name: str) -> bool:
         return any(f"{name}.quant_state.bitsandbytes__{kind}" in self.checkpoint for kind in ("nf4", "fp4"))
@@ -96,6 +105,10 @@ def _as_rows_of_whole_blocks(numel: int, blocksize: int) -> torch.Size:
     There its kernel takes every row to begin a block, whatever the row's length.
     """
     return torch.Size((1, numel) if numel % blocksize else (numel // blocksize, blocksize))
+
+
+def is_in_four_bits(checkpoint: Checkpoint) -> bool:
+    return any(_QUANT_STATE.search(name) for name in checkpoint.tensors)
 
 
 def unpacked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

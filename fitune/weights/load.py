@@ -263,12 +263,12 @@ class _Loader:
         def share() -> None:
             if self.placement.world_size > 1:
                 dist.all_reduce(absmax)
-            module.quant_state = _statistics(absmax, info.shape, info.dtype)
+            module.quant_state = double_quantised(absmax, info.shape, info.dtype)
 
         yield share
 
 
-def _statistics(absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantState:
+def double_quantised(absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> QuantState:
     """bitsandbytes' double quantisation of the absmax vector, as in its `quantize_4bit(compress_statistics=True)`."""
     offset = absmax.mean()
     quantised, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)

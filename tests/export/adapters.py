@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -29,13 +30,25 @@ def make_adapter(base: Path, folder: Path, **options) -> Path:
     return folder
 
 
-def logits(folder, adapter=None) -> torch.Tensor:
+def logits(folder, adapter=None, *, through_nf4=False) -> torch.Tensor:
     """By plain transformers and PEFT, in fp32 whatever the stored dtype, so that only stored values differ."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if through_nf4:
+        model = put_through_nf4(model)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         return model.eval()(IDS).logits
+
+
+def put_through_nf4(model):
+    """Each linear of the decoder layers as bitsandbytes' NF4 keeps it, statistics quantised too."""
+    with torch.no_grad():
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                stored = quantize_4bit(module.weight, compress_statistics=True, quant_type="nf4")
+                module.weight.copy_(dequantize_4bit(*stored))
+    return model
 
 
 def set_values(file: Path, **values):

@@ -28,6 +28,14 @@ VARIANTS = {
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"down_proj": 2, r"layers\.0.*q_proj": 3}, "alpha_pattern": {"self_attn.k_proj": 32}},
     "head": {"target_modules": [*ATTENTION, "lm_head"]},
+    "dora": {"use_dora": True},
+    "dora, rslora": {"use_dora": True, "use_rslora": True, "target_modules": ATTENTION},
+    "embedding": {"target_modules": [*ATTENTION, "embed_tokens"]},
+    "whole head": {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
+    "whole embedding, head and norm": {
+        "target_modules": ["up_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head", "norm"],
+    },
     "token list": {"trainable_token_indices": TOKENS},
     "token table": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [3]}},
 }

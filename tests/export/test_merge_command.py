@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from adapters import put_through_nf4
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from rounding import distance
@@ -15,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.data.dataset import load_tokenizer
+from fitune.export.merge_record import read_merge_record
 from fitune.training.manifest import identify, write_manifest
-from fitune.weights.base_identity import identify_base, write_base_record
+from fitune.weights.base_identity import BASE_RECORD, identify_base, write_base_record
 
 IDS = torch.tensor([[5, 77, 300, 9, 1, 80]])
 
@@ -45,7 +48,7 @@ def _make_adapter(run, folder: Path, scale: float = 0.05) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
     file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(1)
     save_file({n: torch.randn(t.shape, generator=generator) * scale for n, t in load_file(file).items()}, file)
-    write_base_record(folder, identify_base(run.recipe.base, base))
+    write_base_record(folder, replace(identify_base(run.recipe.base, base), computed_in="nf4"))
 
 
 @pytest.fixture
@@ -78,16 +81,20 @@ def _refused(*arguments) -> str:
     return outcome.stderr
 
 
-def _logits(folder, adapter=None) -> torch.Tensor:
+def _logits(folder, adapter=None, *, through_nf4=False) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = put_through_nf4(model) if through_nf4 else model
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
     with torch.no_grad():
         return model.eval()(IDS).logits
 
 
-def _assert_merged(output, base, adapter):
-    """Up to the rounding of merged weights to bf16, the logits are those of the adapter on its base."""
-    expected = _logits(base, adapter)
+def _assert_merged(output, base, adapter, *, through_nf4=True):
+    """Up to the rounding of merged weights to bf16, the logits are those of the adapter on its base, as QLoRA has it.
+
+    NF4 alone moves the logits by 10 %.
+    """
+    expected = _logits(base, adapter, through_nf4=through_nf4)
     assert distance(_logits(output), expected) < 0.01
     assert distance(_logits(base), expected) > 0.1
 
@@ -98,6 +105,48 @@ def test_a_run_is_merged_into_its_own_base(run, tiny_base, tmp_path):
     assert outcome.stdout.startswith(f"merged: {tmp_path}/new/out   next: python cli.py generate")
     assert "warning" not in outcome.stderr and "note" not in outcome.stderr
     _assert_merged(tmp_path / "new" / "out", tiny_base, run.result_folder)
+
+
+def test_onto_says_which_weights_the_adapter_is_added_to(run, tiny_base, tmp_path):
+    for onto in ("trained", "original"):
+        output = tmp_path / onto
+        outcome = _merge(run.folder, "--output", output, "--onto", onto)
+        assert outcome.exit_code == 0, outcome.output
+        _assert_merged(output, tiny_base, run.result_folder, through_nf4=onto == "trained")
+        assert read_merge_record(output).onto == onto
+    assert distance(_logits(tmp_path / "trained"), _logits(tmp_path / "original")) > 0.05
+
+
+def test_a_merge_ends_with_a_check_unless_it_is_told_not_to(run, tmp_path):
+    outcome = _merge(run.folder, "--output", tmp_path / "out")
+    assert "check: 4 prompts, " in outcome.stderr
+    measured = read_merge_record(tmp_path / "out").check
+    assert 0 < measured["largest_difference"] <= measured["bound"]
+    outcome = _merge(run.folder, "--output", tmp_path / "hasty", "--no-check")
+    assert "check:" not in outcome.stderr
+    assert read_merge_record(tmp_path / "hasty").check is None
+
+
+def test_onto_is_refused_where_it_means_nothing(make_run, tiny_base, tmp_path):
+    for method, onto, said in (("lora", "trained", "trained on the original weights"), ("full", "original", "--onto")):
+        run = make_run(tiny_base, tmp_path / method, method)
+        _write_run(run)
+        run.result_folder.mkdir()
+        assert said in _refused(run.folder, "--output", tmp_path / "out", "--onto", onto)
+
+
+def test_an_adapters_folder_is_merged_into_the_base_it_names(run, tiny_base, tmp_path):
+    """A run's own adapter remembers that it was trained through NF4; one without a record is taken as it is."""
+    outcome = _merge(run.result_folder, "--output", tmp_path / "own")
+    assert outcome.exit_code == 0, outcome.output
+    _assert_merged(tmp_path / "own", tiny_base, run.result_folder)
+    (run.result_folder / BASE_RECORD).unlink()
+    outcome = _merge(run.result_folder, "--output", tmp_path / "strange", "--base", tiny_base)
+    assert outcome.exit_code == 0, outcome.output
+    _assert_merged(tmp_path / "strange", tiny_base, run.result_folder, through_nf4=False)
+    config = run.result_folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    assert "give it with --base MODEL" in _refused(run.result_folder, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["by path", "from inside"])
@@ -126,7 +175,7 @@ def test_method_full_is_copied(tiny_base, make_run, tmp_path):
     _write_run(run)
     shutil.copytree(tiny_base, run.result_folder)
     said = _refused(run.folder, "--output", tmp_path / "out", "--base", tiny_base)
-    assert "method full leaves a whole model, nothing to merge into --base" in said
+    assert "method full leaves a whole model, nothing to merge: leave out --base" in said
     outcome = _merge(run.folder, "--output", tmp_path / "out")
     assert outcome.exit_code == 0, outcome.output
     assert torch.equal(_logits(tmp_path / "out"), _logits(tiny_base))  # the same bytes through the same code
@@ -137,7 +186,7 @@ def test_method_full_is_copied(tiny_base, make_run, tmp_path):
 
 def test_what_is_not_a_run_is_refused(run, tmp_path):
     output = ("--output", tmp_path / "out")
-    for wrong in (tmp_path / "nowhere", tmp_path, run.result_folder, tmp_path / "checkpoints" / "checkpoint-1"):
+    for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints" / "checkpoint-1"):
         assert "no such file; expected a run folder" in _refused(wrong, *output)
     assert "checkpoint-6/adapter: no such folder" in _refused(run.folder / "checkpoints" / "checkpoint-6", *output)
     shutil.rmtree(run.result_folder)
@@ -151,8 +200,8 @@ def test_damaged_adapters_and_missing_bases_are_refused(run, tiny_base, tmp_path
     output = ("--output", tmp_path / "out")
     assert "no such folder, and not a Hugging Face id" in _refused(run.folder, *output, "--base", "no-such-model")
     config = run.result_folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
-    assert "use_dora=True is not supported" in _refused(run.folder, *output)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "all"}))
+    assert "bias='all' is not supported" in _refused(run.folder, *output)
     config.unlink()
     assert "adapter_config.json: no such file" in _refused(run.folder, *output)
 

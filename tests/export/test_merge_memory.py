@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
@@ -16,14 +18,15 @@ MEASURE = """
 import sys
 from pathlib import Path
 from fitune.export.merge import merge_adapter
-merge_adapter(*map(Path, sys.argv[1:]), progress=False)
+*folders, onto = sys.argv[1:]
+merge_adapter(*map(Path, folders), onto=onto, progress=False)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 "VmHWM, not ru_maxrss, which a child inherits from the process that started it. In KiB."
 
 
-def _peak_mib(base, adapter, out) -> float:
-    command = [sys.executable, "-c", MEASURE, base, adapter, out]
+def _peak_mib(base, adapter, out, onto) -> float:
+    command = [sys.executable, "-c", MEASURE, base, adapter, out, onto]
     steady = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=steady)
     return int(done.stdout) / 1024
@@ -40,12 +43,19 @@ def _fill(folder, names_and_shapes, dtype, file_name="model.safetensors"):
 
 
 def _big_model(folder: Path, layers: int, rank: int = 64) -> tuple[Path, Path]:
-    """`layers` MLP weights of 16 MiB in bf16 and their adapter; contents do not matter here."""
-    modules = [f"model.layers.{i}.mlp.up_proj" for i in range(layers)]
-    _fill(folder / "base", {f"{m}.weight": (4096, 2048) for m in modules}, torch.bfloat16)
-    (folder / "base" / "config.json").write_text("{}")
-    pairs = {f"base_model.model.{m}.lora_A.weight": (rank, 2048) for m in modules}
-    pairs |= {f"base_model.model.{m}.lora_B.weight": (4096, rank) for m in modules}
+    """A Llama of 33 MiB a layer in bf16 and an adapter; contents do not matter here."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=8
+    )
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    _fill(folder / "base", shapes, torch.bfloat16)
+    config.save_pretrained(folder / "base")
+    pairs = {}
+    for name, (out, *into) in shapes.items():
+        if into and ".layers." in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            pairs |= {f"{module}.lora_A.weight": (rank, *into), f"{module}.lora_B.weight": (out, rank)}
     _fill(folder / "adapter", pairs, torch.float32, "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 8})
@@ -53,13 +63,14 @@ def _big_model(folder: Path, layers: int, rank: int = 64) -> tuple[Path, Path]:
     return folder / "base", folder / "adapter"
 
 
-def test_peak_memory_does_not_depend_on_the_models_size(tmp_path):
-    """256 MiB of weights need no more than 32 MiB do, but for what the allocator happens to keep."""
+@pytest.mark.parametrize("onto", ["original", "trained"])
+def test_peak_memory_does_not_depend_on_the_models_size(tmp_path, onto):
+    """Merged and checked, 264 MiB of weights need no more than 66 do, but for what the allocator happens to keep."""
     peaks = {}
-    for layers in (2, 16):
+    for layers in (2, 8):
         folder = tmp_path / str(layers)
         folder.mkdir()
-        peaks[layers] = _peak_mib(*_big_model(folder, layers), folder / "out")
+        peaks[layers] = _peak_mib(*_big_model(folder, layers), folder / "out", onto)
         shutil.rmtree(folder)
-    assert peaks[16] - peaks[2] < 112, peaks  # half of what they differ by
-    assert peaks[16] < 1024, peaks
+    assert peaks[8] - peaks[2] < 100, peaks  # half of what they differ by
+    assert peaks[8] < 1280, peaks

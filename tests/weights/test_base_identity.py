@@ -77,11 +77,11 @@ def test_fingerprint_does_not_depend_on_sharding(model, tmp_path):
 def test_base_record_round_trip_and_mismatches(model, tmp_path):
     fingerprint = _fingerprint(model)
     assert read_base_record(tmp_path) is None
-    write_base_record(tmp_path, BaseRecord(MODEL, COMMIT, fingerprint))
+    write_base_record(tmp_path, BaseRecord(MODEL, COMMIT, fingerprint, "nf4"))
     written = json.loads((tmp_path / BASE_RECORD).read_text())
-    assert written == {"model": MODEL, "revision": COMMIT, "fingerprint": fingerprint}
+    assert written == {"model": MODEL, "revision": COMMIT, "fingerprint": fingerprint, "computed_in": "nf4"}
     record = read_base_record(tmp_path)
-    assert record == BaseRecord(MODEL, COMMIT, fingerprint)
+    assert record == BaseRecord(MODEL, COMMIT, fingerprint, "nf4")
     assert base_mismatch(record, fingerprint) is None
     assert "not the weights" in base_mismatch(record, fingerprint | {"sample": "x"})
     assert "cannot be compared" in base_mismatch(record, fingerprint | {"tensors": "x", "sample": "x"})
