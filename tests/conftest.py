@@ -115,6 +115,7 @@ def make_run(prepared):
         mixed_precision: str = "no",
         offload_params: bool = False,
         embedding_offload: bool = False,
+        compute: str = "auto",
         reshard_after_forward: bool = True,
         training: dict | None = None,
         chat_template: str = "llama3",
@@ -151,6 +152,7 @@ def make_run(prepared):
                 micro_batch=micro_batch,
                 kept_layers=0,
                 embedding_offload=embedding_offload,
+                compute=compute,
             ),
             accelerate=AccelerateConfig(
                 path="test.yaml",

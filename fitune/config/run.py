@@ -142,6 +142,11 @@ def run_of(
     recipe_name: str, recipe: Recipe, profile_name: str, profile: Profile, accelerate: AccelerateConfig, output: str
 ) -> Run:
     """A run of checked parts. Raises UsageError if the global batch is not a multiple of what one pass takes."""
+    if profile.compute == "fp8" and recipe.method == "full":
+        raise UsageError(
+            f"profile.compute fp8 is for a frozen base (methods lora and qlora), recipe {recipe_name} is full; use "
+            f"--set profile.compute=bf16"
+        )
     smallest = {key: SMALLEST[key] for key in profile.left_to_plan}
     numbers = profile.model_copy(update=smallest)
     return Run(

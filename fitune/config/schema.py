@@ -156,6 +156,10 @@ class Profile(Strict):
     """Layers that keep their activations for the backward pass; the others keep their input and compute the rest again.
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
     """
+    compute: Literal["auto", "bf16", "fp8"] = AUTO
+    """In what a frozen base is multiplied in training: `fp8` needs a GPU of compute capability 8.9 or higher.
+    `auto`: `fitune.planning.compute` says what it takes. CPUs compute in float32, and emulate fp8.
+    """
     activation_offload: bool = False
     "Move those inputs to host RAM until the backward pass needs them."
     embedding_offload: bool = False

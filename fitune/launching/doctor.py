@@ -40,6 +40,7 @@ def doctor(model: str | None) -> bool:
         *_packages(),
         _torch(),
         _gpus(),
+        *_fp8(),
         _host_memory(),
         _disk(),
         _login(),
@@ -99,6 +100,20 @@ def _gpus() -> Finding:
         True,
         "; ".join(f"{name}, {int(total) / 1024:.1f} GiB ({int(free) / 1024:.1f} free)" for name, total, free in rows),
     )
+
+
+def _fp8() -> list[Finding]:
+    """Whether the first GPU multiplies fp8, where the table of GPUs knows it."""
+    from fitune.planning.compute import FP8_CAPABILITY, has_fp8
+    from fitune.planning.hardware import this_machine
+
+    gpu = this_machine().known_model
+    if gpu is None:
+        return []
+    if has_fp8(gpu):
+        return [Finding("fp8", True, f"{gpu.name} has it: --set profile.compute=fp8 (see docs/fp8.md)")]
+    capability = f"compute capability {gpu.capability:.1f}, fp8 needs {FP8_CAPABILITY}"
+    return [Finding("fp8", None, f"{gpu.name} has none ({capability}): profile.compute stays bf16")]
 
 
 def _host_memory() -> Finding:

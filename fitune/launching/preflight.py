@@ -21,8 +21,18 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
             f"prepare held-out rows (data.test_split or data.test_fraction), or set training.eval_strategy=no"
         )
     local_config(run.recipe.base.model, run.recipe.base.revision)
+    _check_compute(run)
     if not force:
         check_fits(run)
+
+
+def _check_compute(run: Run) -> None:
+    """Raises UsageError if fp8 is asked of a GPU that is known to lack it; of one that is not known, the ranks do."""
+    from fitune.planning.compute import refuse_missing_fp8
+    from fitune.planning.hardware import this_machine
+
+    if gpu := this_machine().known_model:
+        refuse_missing_fp8(run, gpu)
 
 
 def check_fits(run: Run) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from fitune.config import run as runs
 from fitune.config.schema import Run
+from fitune.planning.compute import settled
 from fitune.planning.hardware import GpuModel, likely_model, this_machine
 from fitune.planning.limits import Limits, limits_of, limits_to_fill
 from fitune.planning.model_shapes import find_shape
@@ -17,14 +18,17 @@ from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
 
 
-def resolve(recipe: str, profile: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
+def resolve(
+    recipe: str, profile: str, sets: tuple[str, ...] = (), output: str | None = None, gpu: GpuModel | None = None
+) -> Run:
     """`fitune.config.run.resolve`, filled for the GPUs that the profile states. Raises UsageError."""
     run = runs.resolve(recipe, profile, sets, output)
-    return filled(run, limits_of(run))
+    return filled(run, limits_of(run), gpu)
 
 
 def filled_here(run: Run) -> Run:
     """The run filled for this machine's GPUs, as far as its profile states their memory."""
+    run = settled(run, this_machine().known_model)
     return filled(run, limits_to_fill(run), this_machine().model) if run.left_to_plan else run
 
 
@@ -33,10 +37,12 @@ def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
 
     `gpu` is the model whose speed counts; None takes the typical one with so much memory.
     """
+    gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
+    run = settled(run, None if run.accelerate.use_cpu else gpu)
     if not run.left_to_plan:
         return run
     setup = setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
-    gpu, limits = gpu or likely_model(run.profile.gpu_memory_gib or 0), _with_room_for_error(limits)
+    limits = _with_room_for_error(limits)
     choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]
     if not choices:
         return run.model_copy(update={"left_to_plan": ()})

@@ -35,6 +35,11 @@ class Machine:
         """What its first GPU can do; None without one."""
         return likely_model(self.gpus[0].total_gib, self.gpus[0].name) if self.gpus else None
 
+    @property
+    def known_model(self) -> "GpuModel | None":
+        """The same; None also where the table does not have it."""
+        return _look_up(self.gpus[0].name) if self.gpus else None
+
 
 def this_machine() -> Machine:
     """GPUs by nvidia-smi (those in CUDA_VISIBLE_DEVICES), RAM by /proc/meminfo."""
@@ -91,6 +96,8 @@ class GpuModel:
 
     name: str
     "As it appears in nvidia-smi's name."
+    capability: float
+    "Compute capability: from 8.9 on it multiplies fp8 at twice the rate of bf16."
     bf16_tflops: float
     "Dense tensor-core products with float32 sums."
     memory_gb_s: float
@@ -102,22 +109,22 @@ class GpuModel:
 
 
 GPU_MODELS = [
-    GpuModel("B200", 2250, 8000, 64, 900, "NVIDIA DGX B200 data sheet, per GPU"),
-    GpuModel("H200", 989, 4800, 64, 450, "NVIDIA H200 data sheet (SXM)"),
-    GpuModel("H100 PCIe", 756, 2000, 64, 32, "NVIDIA H100 data sheet (PCIe)"),
-    GpuModel("H100", 989, 3350, 64, 450, "NVIDIA H100 data sheet (SXM)"),
-    GpuModel("A100-PCIE", 312, 1555, 32, 16, "NVIDIA A100 data sheet (PCIe)"),
-    GpuModel("A100", 312, 2039, 32, 300, "NVIDIA A100 data sheet (SXM, 80 GB)"),
-    GpuModel("L40S", 362, 864, 32, 16, "NVIDIA L40S data sheet"),
-    GpuModel("L4", 121, 300, 16, 8, "NVIDIA L4 data sheet"),
-    GpuModel("RTX PRO 6000", 500, 1792, 64, 32, "NVIDIA RTX PRO 6000 data sheet"),
-    GpuModel("RTX 6000 Ada", 364, 960, 32, 16, "NVIDIA RTX 6000 Ada data sheet"),
-    GpuModel("A6000", 155, 768, 32, 16, "NVIDIA RTX A6000 data sheet"),
-    GpuModel("A10", 125, 600, 32, 16, "NVIDIA A10 data sheet"),
-    GpuModel("RTX 5090", 209, 1792, 64, 32, "NVIDIA RTX Blackwell architecture paper"),
-    GpuModel("RTX 4090", 165, 1008, 32, 16, "NVIDIA Ada architecture paper, appendix A"),
-    GpuModel("RTX 3090", 71, 936, 32, 16, "NVIDIA GA102 architecture paper, appendix A"),
-    GpuModel("RTX 3060", 25, 360, 32, 16, "NVIDIA GA102 architecture paper, scaled by SMs and clock"),
+    GpuModel("B200", 10.0, 2250, 8000, 64, 900, "NVIDIA DGX B200 data sheet, per GPU"),
+    GpuModel("H200", 9.0, 989, 4800, 64, 450, "NVIDIA H200 data sheet (SXM)"),
+    GpuModel("H100 PCIe", 9.0, 756, 2000, 64, 32, "NVIDIA H100 data sheet (PCIe)"),
+    GpuModel("H100", 9.0, 989, 3350, 64, 450, "NVIDIA H100 data sheet (SXM)"),
+    GpuModel("A100-PCIE", 8.0, 312, 1555, 32, 16, "NVIDIA A100 data sheet (PCIe)"),
+    GpuModel("A100", 8.0, 312, 2039, 32, 300, "NVIDIA A100 data sheet (SXM, 80 GB)"),
+    GpuModel("L40S", 8.9, 362, 864, 32, 16, "NVIDIA L40S data sheet"),
+    GpuModel("L4", 8.9, 121, 300, 16, 8, "NVIDIA L4 data sheet"),
+    GpuModel("RTX PRO 6000", 12.0, 500, 1792, 64, 32, "NVIDIA RTX PRO 6000 data sheet"),
+    GpuModel("RTX 6000 Ada", 8.9, 364, 960, 32, 16, "NVIDIA RTX 6000 Ada data sheet"),
+    GpuModel("A6000", 8.6, 155, 768, 32, 16, "NVIDIA RTX A6000 data sheet"),
+    GpuModel("A10", 8.6, 125, 600, 32, 16, "NVIDIA A10 data sheet"),
+    GpuModel("RTX 5090", 12.0, 209, 1792, 64, 32, "NVIDIA RTX Blackwell architecture paper"),
+    GpuModel("RTX 4090", 8.9, 165, 1008, 32, 16, "NVIDIA Ada architecture paper, appendix A"),
+    GpuModel("RTX 3090", 8.6, 71, 936, 32, 16, "NVIDIA GA102 architecture paper, appendix A"),
+    GpuModel("RTX 3060", 8.6, 25, 360, 32, 16, "NVIDIA GA102 architecture paper, scaled by SMs and clock"),
 ]
 """More specific names before their beginnings."""
 

@@ -137,6 +137,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         embedding_offload=profile.embedding_offload,
         kept_layers=min(profile.kept_layers, shape.layers),
         activation_offload=profile.activation_offload,
+        fp8=profile.compute == "fp8",
         reshard=accelerate.reshard_after_forward,
         on_gpu=not accelerate.use_cpu,
         saves=recipe.training.get("save_strategy") not in ("no", False),

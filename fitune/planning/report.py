@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fitune.config import run as runs
 from fitune.errors import UsageError
+from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import resolve
 from fitune.planning.hardware import gpu_model, this_machine
 from fitune.planning.limits import given_machine, limits_here, limits_of
@@ -19,6 +20,7 @@ from fitune.planning.search import METHODS, Outlook, find_profile, look_around, 
 from fitune.planning.sizes import GIB
 
 BAR = 32  # characters
+FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
 
 
 def plan_command(
@@ -34,13 +36,16 @@ def plan_command(
     runs.check_paths(recipe, sets, "base.model")
     model = gpu_model(gpu) if gpu else None
     if profile:
-        run = resolve(recipe, profile, sets)
+        run = resolve(recipe, profile, sets, gpu=model)
+        refuse_missing_fp8(run, model)
         plan = make_plan(run, limits_of(run), model, **options)
     else:
         machine = this_machine() if gpus is None else given_machine(gpus, gpu_memory, host_memory)
+        named = model or machine.known_model
         model = model or machine.model
         find = find or gpus is None
         run = find_profile(recipe, sets, machine, model).run if find else run_on(machine, recipe, sets, model)
+        refuse_missing_fp8(run, named)
         plan = make_plan(run, limits_here(machine), model, **options)
         if find and not in_json and (changes := unlike_profile(run, sets)):
             console.print(f"{run.profile_name} fits with --set {' --set '.join(changes)}:")
@@ -64,7 +69,7 @@ def as_json(plan: Plan, outlook: Outlook) -> dict:
         "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
         "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
         "micro_batch": plan.setup.micro_batch, "kept_layers": plan.setup.kept_layers,
-        "max_length": plan.setup.max_length,
+        "max_length": plan.setup.max_length, "compute": plan.run.profile.compute,
         "largest_micro_batch": outlook.largest_micro_batch, "longest_sequence": outlook.longest_sequence,
         "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
         "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
@@ -111,7 +116,7 @@ def _headline(plan: Plan) -> Text:
     return Text(
         f"{plan.run.recipe_name} on {plan.run.profile_name}: {s.method}, {s.shape.parameters / 1e6:,.0f} M parameters, "
         f"{s.trainable / 1e6:,.0f} M trained; {ranks}, {where}; {s.micro_batch} x {s.max_length:,} tokens a pass, "
-        f"{s.kept_layers} of {s.shape.layers} layers kept",
+        f"{s.kept_layers} of {s.shape.layers} layers kept{FP8_NOTE * s.fp8}",
         style="bold",
     )
 

@@ -9,7 +9,7 @@ from fitune.config.tiles import MLP_TILE, VOCABULARY_TILE
 from fitune.planning.model_shapes import ModelShape
 
 GIB = 2**30
-BF16, FP32 = 2, 4  # bytes
+FP8, BF16, FP32 = 1, 2, 4  # bytes
 NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
@@ -43,6 +43,8 @@ class Setup:
     kept_layers: int = 0
     "Layers that keep their activations; the others compute them again."
     activation_offload: bool = False
+    fp8: bool = False
+    "The frozen linears are multiplied in fp8."
     reshard: bool = True
     on_gpu: bool = True
     saves: bool = True
@@ -88,9 +90,10 @@ class Setup:
 
     @property
     def statistics(self) -> float:
-        """NF4's scales, whole on every rank and on the GPU even when the weights are offloaded."""
+        """NF4's scales and fp8's, whole on every rank and on the GPU even when the weights are offloaded."""
         linears = self.shape.layers * self.shape.layer_linear_weights
-        return linears * NF4_STATISTICS if self.method == "qlora" else 0.0
+        of_rows = self.shape.layers * sum(rows for rows, _ in self.shape.linears.values()) * FP32
+        return linears * NF4_STATISTICS * (self.method == "qlora") + of_rows * self.fp8
 
     @property
     def gathered_layer(self) -> float:
@@ -195,7 +198,7 @@ class Setup:
                 saved - 2 * i + 2 * h + mlp_gradients,  # gate's: down's and up's activations are gone
                 self.gathered_layer + 2 * h,  # the end: all gradients of the layer
             )
-        dequantised = down if self.method == "qlora" else 0.0
+        dequantised = down if self.method == "qlora" and not self.fp8 else 0.0
         attention_saved = saved - 2 * i
         inputs = 1 + self.lora_dropout  # an adapter reads a dropped-out copy, whose gradient is apart
         tile_i, tile_h = (x * min(self.tokens, MLP_TILE) / self.tokens for x in (i, h))
@@ -203,6 +206,8 @@ class Setup:
             (3 + inputs) * tile_i + tile_h,  # gate, up, SwiGLU's product, its gradient, its copy's
             3 * tile_i + dequantised + tile_h,
         )
+        if self.fp8:  # the gradients of gate and up, rounded; their weights; an adapter's input; the norm's gradient
+            mlp = max(mlp, 2 * tile_i + 2 * tile_i * FP8 / self.compute + 2 * down * FP8 / self.compute + 2 * tile_h)
         attention = (2 + inputs) * h + 2 * self.shared_heads + inputs * h  # gradients of o, q, k, v and of the norm
         return attention_saved + h + max(mlp, attention)
 

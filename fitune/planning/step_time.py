@@ -4,10 +4,13 @@ benchmarks/README.md has it beside every run that was timed with a GPU for each 
 """
 
 from fitune.planning.hardware import GpuModel
-from fitune.planning.sizes import BF16, FP32, NF4, Setup
+from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 
 COMPUTE_EFFICIENCY = 0.66
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
+FP8_SPEEDUP = 2
+"""Of products in fp8 over bf16, by all data sheets. Bare ones ran at 1,200 to 1,550 TFLOP/s on an H200, bf16's at 650
+to 810; whole runs are not measured yet."""
 ATTENTION_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
 SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
@@ -46,7 +49,8 @@ def _launching_seconds(s: Setup) -> float:
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     """Of one rank and micro batch: matrix products, and what only moves memory."""
-    products = _flops(s) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
+    layers = _layer_flops(s) / (FP8_SPEEDUP if s.fp8 else 1)
+    products = (layers + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
     products += _attention_flops(s) / (model.bf16_tflops * 1e12 * ATTENTION_EFFICIENCY)
     return products + _memory_bytes(s) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
@@ -56,12 +60,15 @@ def _layer_passes(s: Setup) -> float:
     return 2 + s.recomputed_layers / s.shape.layers
 
 
-def _flops(s: Setup) -> float:
-    """Of one rank and micro batch: 2 per weight and token, for each pass over the layers."""
+def _layer_flops(s: Setup) -> float:
+    """Of one rank and micro batch: 2 per weight of the layers and token, for each pass."""
     passes = _layer_passes(s) + s.full  # the gradients of trained weights are as much as a pass
-    weights = s.shape.layers * s.shape.layer_linear_weights
-    head = s.shape.embedding_weights
-    return 2 * s.tokens * (weights * passes + head * (3 + s.full))  # the loss multiplies by the head a second time
+    return 2 * s.tokens * s.shape.layers * s.shape.layer_linear_weights * passes
+
+
+def _head_flops(s: Setup) -> float:
+    """The same of the head, by which the loss multiplies a second time."""
+    return 2 * s.tokens * s.shape.embedding_weights * (3 + s.full)
 
 
 def _attention_flops(s: Setup) -> float:
@@ -74,9 +81,17 @@ def _attention_flops(s: Setup) -> float:
 
 
 def _memory_bytes(s: Setup) -> float:
-    """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4."""
-    dequantised = s.shape.layer_linear_weights * (NF4 + BF16) if s.method == "qlora" else 0.0
-    return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised)
+    """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4.
+
+    For fp8 it rounds the linears' inputs, which it reads twice, and the weights.
+    """
+    weights, dequantised, rounded = s.shape.layer_linear_weights, 0.0, 0.0
+    if s.fp8:
+        dequantised = weights * (s.weight + FP8)
+        rounded = (3 * s.hidden_state + s.inner_state) * (2 + FP8 / s.compute)
+    elif s.method == "qlora":
+        dequantised = weights * (NF4 + BF16)
+    return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised + rounded)
 
 
 def _host_bytes(s: Setup) -> float:

@@ -28,9 +28,11 @@ from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_folder import begin_to_train, finish, steps_asked
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
+from fitune.model.layer import use_fp8_products
 from fitune.model.sharding import kept_in_host_ram, shard
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
+from fitune.planning.compute import FP8_CAPABILITY
 from fitune.progress import bar
 from fitune.training.best_model import BestModel
 from fitune.training.distributed import (
@@ -65,13 +67,15 @@ def train(run: Run) -> None:
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     _check_data(run, tokenizer)
+    _check_compute(run, mesh)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
     with heartbeat.using_files():
         base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
         checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
         steps_left = _steps_left(run, checkpoint)
         with Loading() as loading:
-            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count)
+            fp8 = run.profile.compute == "fp8"
+            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8)
     heartbeat.count_layers(decoder(model).model.layers)
     measurements = Measurements(run.folder, loading.report)
     trainer = ShardedSFTTrainer(
@@ -105,10 +109,17 @@ def train(run: Run) -> None:
         lock.release()
 
 
-def load_sharded_model(run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None) -> torch.nn.Module:
-    """The run's model with this process's share of the weights: skeleton on meta, shard, then stream."""
+def load_sharded_model(
+    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8: bool = False
+) -> torch.nn.Module:
+    """The run's model with this process's share of the weights: skeleton on meta, shard, then stream.
+
+    `fp8` has it train with fp8 products.
+    """
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
+    if fp8:
+        use_fp8_products(decoder(model))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)
@@ -131,6 +142,22 @@ def _check_data(run: Run, tokenizer) -> None:
     if report and not report["tokens"] and is_main_process():
         limit = f"max_length {recipe.max_length}"
         print(f"note: {folder}: tokens were not counted; what is beyond {limit} will be cut off", file=sys.stderr)
+
+
+def _check_compute(run: Run, mesh) -> None:
+    """Raises UsageError if the profile asks for fp8 and this rank's GPU lacks it. On the CPU says what that means."""
+    if run.profile.compute != "fp8":
+        return
+    if mesh.device_type != "cuda":
+        if is_main_process():
+            print("note: profile.compute fp8 is emulated on the CPU: the same arithmetic, slower", file=sys.stderr)
+        return
+    capability = torch.cuda.get_device_capability()
+    if float("{}.{}".format(*capability)) < FP8_CAPABILITY:
+        raise UsageError(
+            f"profile.compute fp8 needs compute capability {FP8_CAPABILITY}, {torch.cuda.get_device_name()} has "
+            f"{'.'.join(map(str, capability))}; use --set profile.compute=bf16"
+        )
 
 
 def _identify(run: Run, base_folder: Path, tokenizer, heartbeat: Heartbeat) -> tuple[BaseRecord, Identity]:

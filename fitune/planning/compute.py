@@ -1,0 +1,38 @@
+"""In what a frozen base is multiplied: what `compute: auto` takes, and which GPUs can do what is asked for."""
+
+from fitune.config.schema import AUTO, Run
+from fitune.errors import UsageError
+from fitune.planning.hardware import GpuModel, likely_model
+
+FP8_CAPABILITY = 8.9
+AUTO_TAKES_FP8 = False
+"""Whether `auto` takes fp8 where the GPU has it. Not before it is shown that adapters trained so are as good under bf16
+as those trained in bf16, and how much faster: docs/fp8.md."""
+
+
+def has_fp8(gpu: GpuModel) -> bool:
+    return gpu.capability >= FP8_CAPABILITY
+
+
+def settled(run: Run, gpu: GpuModel | None) -> Run:
+    """The run with bf16 or fp8 where its profile says auto. None: the GPU is not known, as on a CPU."""
+    if run.profile.compute != AUTO:
+        return run
+    takes_fp8 = AUTO_TAKES_FP8 and run.recipe.method != "full" and gpu is not None and has_fp8(gpu)
+    profile = run.profile.model_copy(update={"compute": "fp8" if takes_fp8 else "bf16"})
+    return run.model_copy(update={"profile": profile})
+
+
+def refuse_missing_fp8(run: Run, gpu: GpuModel | None) -> None:
+    """Raises UsageError if the run asks for fp8 of a GPU without it. None: the one that is typical for the profile."""
+    if run.profile.compute != "fp8" or run.accelerate.use_cpu:
+        return
+    found = gpu or likely_model(run.profile.gpu_memory_gib or 0)
+    if has_fp8(found):
+        return
+    assumed = "" if gpu else f", taken for a card of {run.profile.gpu_memory_gib:g} GiB,"
+    instead = "use" if gpu else "name yours with --gpu, or use"
+    raise UsageError(
+        f"profile.compute fp8 needs compute capability {FP8_CAPABILITY}, {found.name}{assumed} has "
+        f"{found.capability:.1f}; {instead} --set profile.compute=bf16"
+    )

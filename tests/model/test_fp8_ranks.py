@@ -1,0 +1,66 @@
+"""fp8 in sharded models and whole runs: nothing depends on ranks or on where the weights lie."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks, train_here, whole
+from rounding import distance
+from torch.distributed.device_mesh import init_device_mesh
+
+from fitune.data.dataset import load_tokenizer
+from fitune.training.train import load_sharded_model
+
+TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(0))
+STEPS = 20
+
+
+def _logits_and_gradients(runs: list, fp8: bool) -> list[dict[str, torch.Tensor]]:
+    """Of each run's model, adapter B not zero."""
+    found = []
+    for run in runs:
+        base = Path(run.recipe.base.model)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=fp8).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.01)
+        output = model(TOKENS, labels=TOKENS, use_cache=False)
+        output.loss.backward()
+        gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.requires_grad}
+        found.append({"logits": output.logits.detach()} | gradients)
+    return found
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_ranks_and_offload_change_no_bit(method, tiny_base, make_run, tmp_path):
+    def models(world_size: int, fp8: bool = True) -> list[dict]:
+        runs = [make_run(tiny_base, tmp_path, method, processes=world_size, offload_params=on) for on in (False, True)]
+        return run_ranks(_logits_and_gradients, world_size, runs, fp8)[0]
+
+    [unrounded, _] = models(1, fp8=False)
+    [expected, *others] = models(1) + models(2)
+    assert 0.001 < distance(expected["logits"], unrounded["logits"]) < 0.2
+    for found in others:
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+def test_a_run_learns_as_one_in_full_precision(tiny_base, make_run, tmp_path):
+    """The losses of the same steps. The last one is lower by far more than the two lie apart."""
+    losses = {}
+    for compute in ("bf16", "fp8"):
+        training = {"max_steps": STEPS, "learning_rate": 5e-3}
+        run = make_run(tiny_base, tmp_path / compute, processes=2, batch=4, compute=compute, training=training)
+        run_ranks(train_here, 2, run)
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        losses[compute] = torch.tensor([row["loss"] for line in lines if "loss" in (row := json.loads(line))])
+        assert run.result_folder.is_dir()
+    apart = (losses["fp8"] - losses["bf16"]).abs().max()
+    learned = losses["bf16"][0] - losses["bf16"][-3:].mean()
+    assert 0 < apart < 0.1 * learned

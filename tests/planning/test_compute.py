@@ -1,0 +1,129 @@
+"""`profile.compute`: who may ask for fp8, what auto takes, what `plan` and `doctor` say of it."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fitune.cli import cli
+from fitune.config import run as runs
+from fitune.errors import UsageError
+from fitune.launching import doctor, preflight
+from fitune.planning import compute, hardware
+from fitune.planning.fill import resolve
+from fitune.planning.hardware import Gpu, Machine, gpu_model
+from fitune.planning.model_shapes import find_shape
+from fitune.planning.plan import setup_of
+from fitune.planning.step_time import step_seconds
+
+FP8 = "profile.compute=fp8"
+
+
+def _plan(*arguments: str):
+    return CliRunner().invoke(cli, ["plan", *arguments])
+
+
+def _on(monkeypatch, name: str) -> None:
+    machine = Machine((Gpu(name, 80.0, 79.0),), 500.0, 500.0)
+    monkeypatch.setattr(hardware, "this_machine", lambda: machine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "single_gpu", "--gpu", "A100"], "needs compute capability 8.9, A100 has 8.0; use --set"),
+        (["--profile", "fsdp_2x40gb"], "A100, taken for a card of 40 GiB, has 8.0; name yours with --gpu, or use"),
+        (["--gpus", "1", "--gpu-memory", "24", "--gpu", "RTX 3090"], "RTX 3090 has 8.6; use --set"),
+    ],
+)
+def test_plan_refuses_what_the_card_lacks_in_one_line(arguments, message):
+    result = _plan("llama3_8b_qlora", *arguments, "--set", FP8)
+    assert result.exit_code == 2
+    assert message in result.output and "profile.compute=bf16" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_train_refuses_it_before_anything_starts(monkeypatch, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("{}\n")
+    run = runs.resolve("tiny_qlora", "single_gpu", (FP8, f"data.prepared={tmp_path}"))
+    monkeypatch.setattr(preflight, "local_config", lambda *_: None)
+    _on(monkeypatch, "NVIDIA A100-SXM4-80GB")
+    with pytest.raises(UsageError, match=r"A100 has 8\.0; use --set profile\.compute=bf16"):
+        preflight.check_before_training(run, force=True)
+    for name in ("NVIDIA H100 80GB HBM3", "a card nobody knows"):
+        _on(monkeypatch, name)
+        preflight.check_before_training(run, force=True)
+
+
+def test_a_rank_refuses_a_card_that_no_table_knows(monkeypatch):
+    from types import SimpleNamespace
+
+    from fitune.training.train import _check_compute
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card")
+    run, on_gpu = runs.resolve("tiny_qlora", "single_gpu", (FP8,)), SimpleNamespace(device_type="cuda")
+    with pytest.raises(UsageError, match=r"8\.9, Some Card has 8\.6; use --set profile\.compute=bf16"):
+        _check_compute(run, on_gpu)
+    _check_compute(runs.resolve("tiny_qlora", "single_gpu"), on_gpu)
+    for capability in ((8, 9), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        _check_compute(run, on_gpu)
+
+
+def test_on_the_cpu_it_is_emulated_and_said(capsys):
+    from types import SimpleNamespace
+
+    from fitune.training.train import _check_compute
+
+    run = runs.resolve("tiny_qlora", "cpu_2proc", (FP8,))
+    compute.refuse_missing_fp8(run, None)
+    _check_compute(run, SimpleNamespace(device_type="cpu"))
+    assert "fp8 is emulated on the CPU" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_is_refused():
+    with pytest.raises(UsageError, match=r"fp8 is for a frozen base .* llama3_8b_full is full; use .*=bf16"):
+        runs.resolve("llama3_8b_full", "fsdp_2x80gb", (FP8,))
+
+
+@pytest.mark.parametrize(("name", "text"), [("NVIDIA L40S", "L40S has it"), ("NVIDIA A10G", "8.6, fp8 needs 8.9")])
+def test_doctor_says_whether_the_card_has_it(name, text, monkeypatch):
+    _on(monkeypatch, name)
+    [finding] = doctor._fp8()
+    assert text in finding.text
+
+
+def test_auto_takes_what_is_proven_where_the_card_has_it(monkeypatch):
+    def taken(gpu: str | None, recipe: str = "llama3_8b_qlora", profile: str = "single_gpu", *sets: str) -> str:
+        run = runs.resolve(recipe, profile, sets)
+        return compute.settled(run, gpu and gpu_model(gpu)).profile.compute
+
+    assert not compute.AUTO_TAKES_FP8 and taken("H100") == "bf16"
+    assert resolve("llama3_8b_qlora", "single_gpu").profile.compute == "bf16"
+    assert taken("H100", "llama3_8b_qlora", "single_gpu", FP8) == "fp8"
+    monkeypatch.setattr(compute, "AUTO_TAKES_FP8", True)
+    assert taken("H100") == taken("RTX 4090") == "fp8"
+    assert taken("A100") == taken(None) == taken("H100", "llama3_8b_full", "fsdp_2x80gb") == "bf16"
+    assert taken("H100", "llama3_8b_qlora", "single_gpu", "profile.compute=bf16") == "bf16"
+    assert resolve("llama3_8b_qlora", "single_gpu").profile.compute == "fp8"
+
+
+def test_plan_counts_its_memory_and_its_speed():
+    def of(compute: str):
+        sets = (f"profile.compute={compute}", "profile.micro_batch=4", "profile.kept_layers=32")
+        run = runs.resolve("llama3_8b_qlora", "fsdp_1x48gb", sets)
+        return setup_of(run, find_shape(run.recipe.base.model))
+
+    bf16, fp8 = of("bf16"), of("fp8")
+    scales = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096) * 4  # one of four bytes for each row of a weight
+    assert fp8.statistics - bf16.statistics == scales
+    slow, fast = (step_seconds(setup, gpu_model("H200"))["compute"] for setup in (bf16, fp8))
+    assert 1.2 < slow / fast < 2  # attention and what moves memory stay as slow
+
+    flags = ["llama3_8b_qlora", "--profile", "single_gpu", "--set", FP8]
+    assert "fp8 (memory and time not measured yet)" in _plan(*flags).output
+    assert json.loads(_plan(*flags, "--json").output)["compute"] == "fp8"
+    assert json.loads(_plan(*flags[:-2], "--json").output)["compute"] == "bf16"
