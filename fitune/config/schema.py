@@ -61,7 +61,7 @@ class Data(Strict):
     system_message: str | None = None
     "Put first in conversations that have no system message."
     chat_template: str = "llama3"
-    "`llama3`, `plain` (no special tokens besides BOS and EOS), `tokenizer` (its own), or the path of a .jinja file."
+    "`llama3`, `chatml`, `plain` (no tokens but BOS and EOS), `tokenizer` (its own), or the path of a .jinja file."
     format: DataFormat | None = None
     "What the rows look like; null finds it out from the first row of each file."
     columns: dict[str, str] = {}

@@ -107,18 +107,26 @@ def for_template(conversation: dict) -> tuple[list[dict], list | None]:
 
 
 def arguments_as_objects(messages: list[dict]) -> list[dict]:
-    """Chat templates expect the arguments of tool calls as objects; stored rows have their JSON text."""
+    """Chat templates expect the arguments of tool calls as objects; stored rows have their JSON text.
+
+    Keys that a table filled in with null are left out: templates ask whether they are there.
+    """
     return [
-        message | {"tool_calls": list(map(_with_object, message["tool_calls"]))}
-        if message.get("tool_calls")
-        else message
+        _without_nulls(message) | ({"tool_calls": list(map(_with_object, calls))} if calls else {})
         for message in messages
+        for calls in [message.get("tool_calls")]
     ]
 
 
 def _with_object(call: dict) -> dict:
     function, arguments = call["function"], call["function"]["arguments"]
-    return call | {"function": function | {"arguments": json_value(arguments, "arguments")}}
+    return _without_nulls(call) | {
+        "function": _without_nulls(function) | {"arguments": json_value(arguments, "arguments")}
+    }
+
+
+def _without_nulls(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None or key == "content"}
 
 
 NAMED_TEXTS = ("name", "tool_call_id", "reasoning_content")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fitune.config.schema import Data, Source
 from fitune.data import chat_template, conversations
-from fitune.data.chat_template import ChatRenderer
+from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.data_report import describe, print_report
 from fitune.data.file_formats import jsonl_to_parquet
 from fitune.data.reading import Tally, read_all, refuse_problems

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 
 from fitune.data import conversations, row_formats
-from fitune.data.chat_template import ChatRenderer
+from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
 from fitune.data.conversations import RowError
 from fitune.data.file_formats import MAX_ROW_BYTES, too_large
 from fitune.data.token_counter import TokenCounter
@@ -142,6 +142,8 @@ class Checker:
         if self._renderer:
             try:
                 row.text, row.spans = self._renderer.render(*conversations.for_template(row.conversation))
+            except AnswerNotFound as error:
+                raise RowError("answer_not_found", f"the chat template hides what is to be trained: {error}") from None
             except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
                 raise RowError("template_refused", f"the chat template refuses it: {error}") from None
         return row

@@ -7,7 +7,7 @@ again. So a piece is tokenised once and its number of tokens remembered.
 import json
 import re
 
-Span = tuple[int, int]
+from fitune.data.chat_renderer import Span
 
 REMEMBERED_PIECES = 200_000
 "About 25 MiB per process; then the memory starts afresh."
@@ -42,7 +42,7 @@ class TokenCounter:
     def count(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[int, int]]:
         """`(tokens, trained tokens)` of each text; `spans` holds, per text, `(start, end)` in characters.
 
-        A token counts as trained when any of its characters is in a span, as in transformers' assistant mask.
+        Which tokens are trained is for `trained_tokens` to say.
         """
         counts = [self._count_pieces(text, marked) for text, marked in zip(texts, spans, strict=True)]
         left = [number for number, count in enumerate(counts) if count is None]
@@ -56,10 +56,9 @@ class TokenCounter:
         """The same through `tokenizers`, for any tokenizer and any text."""
         counts = []
         for encoding, marked in zip(self.tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True):
-            trained = 0
-            for start, end in marked:
-                trained += encoding.char_to_token(end - 1) - encoding.char_to_token(start) + 1
-            counts.append((len(encoding), trained))
+            counts.append(
+                (len(encoding), sum(stop - start for start, stop in trained_tokens(encoding.offsets, marked)))
+            )
         return counts
 
     def _count_pieces(self, text: str, spans: list[Span]) -> tuple[int, int] | None:
@@ -99,6 +98,22 @@ class TokenCounter:
             for piece in set(pieces) - known.keys():
                 known[piece] = len(self.tokenizer.model.tokenize(self._to_bytes(piece)[0][0]))
             return [known[piece] for piece in pieces]
+
+
+def trained_tokens(offsets: list[Span], spans: list[Span]) -> list[Span]:
+    """[start, stop) of the tokens of each span: those that hold any of its characters, and what is between them.
+
+    `offsets` gives each token's characters. Some tokenizers leave white space at a token's edge out of them.
+    """
+    found, number = [], 0
+    for start, end in spans:
+        while number < len(offsets) and offsets[number][1] <= start:
+            number += 1
+        first = number
+        while number < len(offsets) and offsets[number][0] < end:
+            number += 1
+        found.append((first, number))
+    return found
 
 
 def _pieces_until(pieces, offset: int) -> int | None:

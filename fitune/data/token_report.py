@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from fitune.data.token_counter import trained_tokens
+
 TRL_PACKING_BATCH = 1000
 "Rows that TRL packs together (datasets.map's batch size)."
 
@@ -92,10 +94,10 @@ def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, cons
     for number, (text, spans) in enumerate(rows, start=1):
         encoding = tokenizer.encode(text, add_special_tokens=False)
         trained = np.zeros(len(text), bool)
-        for start, end in spans:
-            first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-            trained[encoding.offsets[first][0] : encoding.offsets[last][1]] = True
-        count = sum(encoding.char_to_token(end - 1) - encoding.char_to_token(start) + 1 for start, end in spans)
+        count = 0
+        for first, stop in trained_tokens(encoding.offsets, spans):
+            trained[encoding.offsets[first][0] : encoding.offsets[stop - 1][1]] = True
+            count += stop - first
         shown_as = "green" if coloured else "in ⟦ ⟧"
         console.rule(f"row {number}: {len(encoding)} tokens, {count} of them trained ({shown_as})")
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(text)]

@@ -59,7 +59,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
-    stop_ids = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
+    stop_ids = end_of_turn_ids(tokenizer)
     tuned_folder = tuned_base_folder(run, base_folder, options.force)
 
     def load(folder: Path) -> Answerer:

@@ -81,7 +81,7 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
     tokenizer.save_pretrained(folder)
     causal_lm = decoder(model)
     generation_config = copy.deepcopy(causal_lm.generation_config)
-    generation_config.eos_token_id = end_of_turn_ids(tokenizer, run.recipe.data.chat_template)
+    generation_config.eos_token_id = end_of_turn_ids(tokenizer)
     generation_config.save_pretrained(folder)
     if isinstance(model, PeftModel):
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")

@@ -17,11 +17,12 @@ from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
 
 from fitune.config.command_name import command
 from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
-from fitune.data.dataset import with_filler_rows
+from fitune.data.dataset import tokenised, with_filler_rows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
@@ -53,7 +54,6 @@ def training_arguments(run: Run) -> SFTConfig:
         max_length=recipe.max_length,
         packing=recipe.packing,
         packing_strategy="bfd",
-        assistant_only_loss=True,
         seed=recipe.seed,
         use_cpu=run.accelerate.use_cpu,
         activation_checkpointing=False,  # the layers see to it: fitune.model.activations
@@ -88,13 +88,17 @@ class ShardedSFTTrainer(SFTTrainer):
         arguments = training_arguments(run)
         if kwargs.get("eval_dataset") is None:  # `eval` trains nothing, whenever training evaluates
             arguments.eval_strategy = IntervalStrategy.NO
+        with global_then_local_main_first():  # the others find the rows in the cache
+            for split in ("train_dataset", "eval_dataset"):
+                if kwargs.get(split) is not None:
+                    kwargs[split] = tokenised(kwargs[split], kwargs["processing_class"])
         super().__init__(args=arguments, **kwargs)
         self.best_model = BestModel(run.recipe)
         self.add_callback(self.best_model)
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
-        batch, token_id = run.recipe.global_batch_size, self.processing_class.bos_token_id
+        batch, token_id = run.recipe.global_batch_size, self.processing_class.pad_token_id
         self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
         if self.eval_dataset is not None:
             rows_a_pass = self.args.per_device_eval_batch_size * self.args.world_size

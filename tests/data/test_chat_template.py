@@ -7,16 +7,23 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from datasets import Dataset
 from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from fitune.data import chat_template
-from fitune.data.chat_template import ChatRenderer, apply_chat_template_choice, end_of_turn_ids
+from fitune.data.chat_renderer import ChatRenderer
+from fitune.data.chat_template import apply_chat_template_choice, end_of_turn_ids
 from fitune.data.conversations import LLAMA3_CONTROL_TOKENS, RowError, check_text, for_template
+from fitune.data.dataset import tokenised
 from fitune.data.row_formats import to_conversation
 from fitune.errors import UsageError
 
-CHOICES = ["llama3", "plain"]
+CHOICES = ["llama3", "chatml", "plain"]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+END_OF_TURN = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "plain": "<|end_of_text|>"}
 CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
     [
@@ -57,11 +64,18 @@ def new_tokenizer(request):
     return lambda: copy.deepcopy(loaded)
 
 
+def with_template(tokenizer, choice):
+    """The tokenizer with a shipped template, and ChatML's tokens where it is that one."""
+    if choice == "chatml":
+        tokenizer.add_tokens([AddedToken(name, special=True) for name in CHATML_TOKENS], special_tokens=True)
+    apply_chat_template_choice(tokenizer, choice)
+    return tokenizer
+
+
 @pytest.fixture(params=CHOICES)
 def prepared(request, new_tokenizer):
     """(tokenizer with the template, renderer, choice)"""
-    tokenizer = new_tokenizer()
-    apply_chat_template_choice(tokenizer, request.param)
+    tokenizer = with_template(new_tokenizer(), request.param)
     return tokenizer, ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map), request.param
 
 
@@ -79,7 +93,7 @@ def test_text_and_mask_equal_those_of_transformers(prepared, messages):
     trained = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
     assert trained == [token for start, end in spans for token in ids(tokenizer, text[start:end])]
     answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
-    end = "<|eot_id|>" if prepared[2] == "llama3" else "<|end_of_text|>"
+    end = END_OF_TURN[prepared[2]]
     assert [text[start:stop].strip() for start, stop in spans] == [answer + end for answer in answers]
 
 
@@ -110,7 +124,7 @@ def test_prompt_is_a_prefix_of_the_conversation_token_by_token(prepared, message
     tokenizer, renderer, _ = prepared
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = ids(tokenizer, renderer.render(messages[:number], add_generation_prompt=True)[0])
+            prompt = ids(tokenizer, renderer.text(messages[:number], add_generation_prompt=True))
             text, spans = renderer.render(messages[: number + 1])
             answer = ids(tokenizer, text[spans[-1][0] :])
             assert prompt + answer == ids(tokenizer, text)
@@ -120,16 +134,16 @@ def test_prompt_is_a_prefix_of_the_conversation_token_by_token(prepared, message
 def test_one_bos_and_one_end_of_turn_for_each_turn(prepared, messages):
     tokenizer, _, choice = prepared
     tokens = tokenizer.apply_chat_template(messages)["input_ids"]
-    assert tokens[0] == tokenizer.bos_token_id
-    assert tokens.count(tokenizer.bos_token_id) == 1
-    turns = len([message for message in messages if choice == "llama3" or message["role"] != "system"])
-    assert tokens.count(end_of_turn_ids(tokenizer, choice)[0]) == turns
+    assert (tokens[0] == tokenizer.bos_token_id) == (choice != "chatml")
+    assert tokens.count(tokenizer.bos_token_id) == (choice != "chatml")
+    turns = len([message for message in messages if choice != "plain" or message["role"] != "system"])
+    assert tokens.count(end_of_turn_ids(tokenizer)[0]) == turns
 
 
 def test_plain_is_the_tutorials_text():
-    text, _ = ChatRenderer(
-        chat_template.training_template("plain"), {"bos_token": "<BOS>", "eos_token": "<EOS>"}
-    ).render(CONVERSATIONS[1], add_generation_prompt=True)
+    text = ChatRenderer(chat_template.training_template("plain"), {"bos_token": "<BOS>", "eos_token": "<EOS>"}).text(
+        CONVERSATIONS[1], add_generation_prompt=True
+    )
     assert text == (
         "<BOS>Be brief.\n\nHuman: 12 + 30?<EOS>\n\nAssistant: 42<EOS>"
         "\n\nHuman: Sure?<EOS>\n\nAssistant: (yes)\n\n- one\n- two<EOS>\n\nAssistant:"
@@ -147,16 +161,16 @@ def test_plain_refuses_tools():
 def test_stop_tokens(new_tokenizer):
     names = {}
     for choice in CHOICES:
-        tokenizer = new_tokenizer()
-        apply_chat_template_choice(tokenizer, choice)
-        names[choice] = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, choice))
-    assert names == {"llama3": ["<|eot_id|>", "<|end_of_text|>"], "plain": ["<|end_of_text|>"]}
+        tokenizer = with_template(new_tokenizer(), choice)
+        names[choice] = tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer))
+    end = "<|end_of_text|>"
+    assert names == {"llama3": ["<|eot_id|>", end], "chatml": ["<|im_end|>", end], "plain": [end]}
 
 
 def test_stop_token_of_a_template_from_a_file(tmp_path):
     tokenizer = tiny_tokenizer()
     apply_chat_template_choice(tokenizer, jinja_file(tmp_path, good_template("<|reserved_special_token_0|>")))
-    found = end_of_turn_ids(tokenizer, str(tmp_path / "mine.jinja"))
+    found = end_of_turn_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(found) == ["<|reserved_special_token_0|>", "<|end_of_text|>"]
 
 
@@ -177,11 +191,19 @@ def test_without_any_such_token_the_end_of_text_pads():
     assert tokenizer.pad_token == tokenizer.eos_token
 
 
-def test_no_token_to_pad_with_is_an_error_that_changes_nothing(tmp_path):
+def test_without_a_pad_token_and_an_end_of_text_any_special_token_pads(tmp_path):
     tokenizer = tiny_tokenizer([name for name in SPECIAL_TOKENS if "reserved" not in name and "pad" not in name])
     tokenizer.pad_token = tokenizer.eos_token = None
+    apply_chat_template_choice(tokenizer, jinja_file(tmp_path, good_template("<|eot_id|>")))
+    assert tokenizer.pad_token == "<|begin_of_text|>"
+
+
+def test_no_token_to_pad_with_is_an_error_that_changes_nothing(tmp_path):
+    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str()) | {"added_tokens": []}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    template = good_template("END").replace("<|start_header_id|>", "").replace("<|end_header_id|>", "")
     with pytest.raises(UsageError, match="no token to pad with"):
-        apply_chat_template_choice(tokenizer, jinja_file(tmp_path, good_template("<|eot_id|>")))
+        apply_chat_template_choice(tokenizer, jinja_file(tmp_path, template))
     assert tokenizer.chat_template is None
 
 
@@ -195,9 +217,9 @@ def test_missing_control_tokens_are_refused():
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        ("chatml", "allowed are llama3, plain, tokenizer or the path of a .jinja file"),
+        ("alpaca", "allowed are llama3, chatml, plain, tokenizer or the path of a .jinja file"),
         ("nowhere.jinja", "nowhere.jinja: cannot be read"),
-        ("tokenizer", "this tokenizer has no chat template; use llama3 or plain"),
+        ("tokenizer", "this tokenizer has no chat template; use llama3, chatml, plain"),
     ],
 )
 def test_unknown_choices(choice, expected):
@@ -223,7 +245,8 @@ def jinja_file(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("{{ message['content'] }}END", "does not mark the assistant's answers"),
+        ("{{ message['content'] }}", "leaves the end of the turn out"),
+        ("{{ message['content'][:3] }}END", "cannot be found: it leaves out what messages.1. says: 'First answer.'"),
         ("{% generation %}{{ message['content'] }}{% endgeneration %}END", "leaves the end of the turn out"),
         ("{% generation %}{{ message['role'] }}END{% endgeneration %}", "instead of the two answers"),
         (
@@ -244,13 +267,24 @@ def test_the_tokenizers_own_template_is_used_where_it_marks_answers():
     tokenizer.chat_template = good_template()
     apply_chat_template_choice(tokenizer, "tokenizer")
     assert tokenizer.chat_template == good_template()
-    assert tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, "tokenizer"))[0] == "<|eot_id|>"
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer))[0] == "<|eot_id|>"
 
 
-def test_offsets_that_hide_the_answers_first_token_are_refused():
-    tokenizer = tiny_tokenizer(trim_offsets=True)
-    with pytest.raises(UsageError, match="trim_offsets: false"):
-        apply_chat_template_choice(tokenizer, "plain")
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_offsets_that_leave_out_a_tokens_space_change_nothing(messages):
+    labels = []
+    for trim_offsets in (False, True):
+        tokenizer = with_template(tiny_tokenizer(trim_offsets=trim_offsets), "plain")
+        labels.append(tokenised(Dataset.from_list([{"messages": messages}]), tokenizer)["labels"][0])
+    assert labels[0] == labels[1]
+
+
+def test_an_answer_that_begins_inside_a_token_is_refused(tmp_path):
+    template = "{% for m in messages %}|{{ m.role | title }}: {{ m.content }}<|eot_id|>{% endfor %}"
+    prompt = "{% if add_generation_prompt %}|Assis{% endif %}"  # the tokens are As, sistan, t
+    with pytest.raises(UsageError, match="must begin and end where a token does"):
+        apply_chat_template_choice(tiny_tokenizer(), jinja_file(tmp_path, template + prompt))
+    apply_chat_template_choice(tiny_tokenizer(), jinja_file(tmp_path, template + prompt.replace("Assis", "Assistant")))
 
 
 def test_hashes_tell_templates_and_tokenizers_apart():

@@ -7,7 +7,8 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import normalizers, pre_tokenizers
 
-from fitune.data.chat_template import ChatRenderer, apply_chat_template_choice
+from fitune.data.chat_renderer import ChatRenderer
+from fitune.data.chat_template import apply_chat_template_choice
 from fitune.data.row_store import RowStore, _first_occurrences
 from fitune.data.token_counter import TokenCounter
 from fitune.data.token_report import packed_rows, token_statistics

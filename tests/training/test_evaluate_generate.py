@@ -104,7 +104,7 @@ def test_evaluation_counts_every_answer_token_once(runs, processes):
 
 def _plain_answer(model, tokenizer, messages: list[dict]) -> str:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    stop = end_of_turn_ids(tokenizer, "llama3")
+    stop = end_of_turn_ids(tokenizer)
     output = model.generate(
         **inputs, max_new_tokens=12, do_sample=False, eos_token_id=stop, output_logits=True,
         return_dict_in_generate=True,
