@@ -32,7 +32,7 @@ demo: setup  ## prepare, train, eval, merge and generate a tiny model on the CPU
 test: $(DEV_INSTALLED)  ## run the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments: it must end as if nobody had (about 20 min)
+soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments, change it each time: it must end as a calm one (about 40 min)
 	$(BIN)/python tests/faults/soak.py
 
 lint: $(DEV_INSTALLED)  ## check style

@@ -1,19 +1,21 @@
-"""Kills a training run at random moments, resumes it each time, and compares the end with a run nobody disturbed.
+"""Kills a training run at random moments, resumes it each time with changes, and compares the end with a calm run.
 
     python tests/faults/soak.py --kills 50 --seed 7          (or: make soak)
 
-Each time one of: SIGKILL for the launcher, SIGKILL for one rank, SIGTERM for the launcher or one rank, SIGTERM and then
-SIGKILL while it may be saving. Two ranks on the CPU, a tiny model, a checkpoint every other step.
+Each time one of: SIGKILL for the launcher or one rank, SIGTERM for the launcher or one rank, SIGTERM and then SIGKILL
+while it may be saving. Each start draws the number of ranks, rows a pass, steps asked for, how often to save and how
+many checkpoints to keep. The calm run makes the same changes at the same steps: its losses and its adapter are the
+same, byte for byte. A tiny model on the CPU.
 """
 
 import argparse
 import random
-import shutil
 import signal
 import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -23,7 +25,7 @@ for needed in (HERE.parents[1], HERE.parent, HERE):
     sys.path.insert(0, str(needed))
 
 import conftest  # noqa: E402
-from commands import ADAPTER, Running, losses, saved_steps, train_command  # noqa: E402
+from commands import ADAPTER, ROOT, Running, losses, saved_steps, train_command  # noqa: E402
 
 STEPS_PER_KILL = 12
 
@@ -38,40 +40,73 @@ def main() -> None:
         soak(Path(folder), options.kills, random.Random(options.seed))
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a start is told that is not the run itself."""
+
+    ranks: int
+    micro_batch: int
+    steps: int
+    save_steps: int
+    keep: int
+
+    @classmethod
+    def drawn(cls, draw: random.Random, reached: int, last: int) -> "Settings":
+        ranks = draw.choice([1, 2])
+        micro_batch = draw.choice([1, 2, 4][: 4 - ranks])  # of the recipe's four rows a step
+        steps = draw.choice([last, last, draw.randint(min(reached + 4, last), last)])
+        return cls(ranks, micro_batch, steps, draw.choice([1, 2, 3]), draw.choice([1, 2, 3]))
+
+
 def soak(folder: Path, kills: int, draw: random.Random) -> None:
     base, prepared = folder / "base", folder / "prepared"
     conftest.build_base(base, vocab_size=512, hidden_size=64, intermediate_size=192)
     prepared.mkdir()
     for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
         conftest.write_split(prepared, split, count, seed)
-    steps = kills * STEPS_PER_KILL
+    text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
+    (folder / "1.yaml").write_text(text.replace("num_processes: 2", "num_processes: 1"))
+    (folder / "2.yaml").write_text(text)
+    last = kills * STEPS_PER_KILL
 
-    def command(output: Path) -> list[str]:
-        sets = {"training.save_steps": 2, "training.save_total_limit": 2, "lora.dropout": 0.1}
-        return train_command(base, prepared, output, steps, **sets)
-
-    started = time.monotonic()
-    undisturbed = Running(command(folder / "undisturbed"), folder / "log")
-    assert undisturbed.wait(3600) == 0, undisturbed.log.read_text()[-3000:]
-    print(f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
-
-    run, done = folder / "run", 0
-    while True:
-        resume = ["--resume"] if (run / "checkpoints").is_dir() and saved_steps(run) else []
+    def start(run: Path, settings: Settings) -> Running:
+        sets = {
+            "training.save_steps": settings.save_steps, "training.save_total_limit": settings.keep,
+            "training.lr_scheduler_type": "constant", "lora.dropout": 0.1, "profile.micro_batch": settings.micro_batch,
+            "profile.accelerate_config": folder / f"{settings.ranks}.yaml",
+        }  # fmt: skip
+        resume = ["--resume"] if newest(run) else []  # what has no checkpoint yet begins again, --resume or not
         if not resume:
-            shutil.rmtree(run, ignore_errors=True)
-        running = Running([*command(run), *resume], folder / "log")
-        if done == kills:
-            break
+            (run / "metrics.jsonl").unlink(missing_ok=True)
+        return Running([*train_command(base, prepared, run, settings.steps, **sets), *resume], folder / "log")
+
+    run, parts = folder / "run", []
+    for kill in range(1, kills + 1):
+        settings = Settings.drawn(draw, newest(run), last)
+        parts.append((newest(run), settings))
+        running = start(run, settings)
         code = disturb(running, run, draw)
-        done += 1
-        reached = max(saved_steps(run), default=0) if (run / "checkpoints").is_dir() else 0
-        print(f"kill {done}: exit code {code}, newest checkpoint {reached} of {steps}", flush=True)
-        assert code in (-9, -15, 1, 75) or (code == 0 and reached == steps), running.log.read_text()[-3000:]
+        print(f"kill {kill}: {settings}: exit code {code}, newest checkpoint {newest(run)} of {last}", flush=True)
+        ended = code == 0 and newest(run) == settings.steps
+        assert code in (-9, -15, 1, 75) or ended, running.log.read_text()[-3000:]
+    final = Settings(2, 2, last, 2, 2)
+    parts.append((newest(run), final))
+    running = start(run, final)
     assert running.wait(3600) == 0, running.log.read_text()[-3000:]
-    assert losses(run) == losses(folder / "undisturbed"), "the losses differ"
-    assert (run / ADAPTER).read_bytes() == (folder / "undisturbed" / ADAPTER).read_bytes(), "the adapters differ"
-    print(f"the same {steps} losses and the same adapter, byte for byte, after {done} kills")
+
+    calm = folder / "calm"
+    for (begun, settings), (end, _) in zip(parts, [*parts[1:], (last, None)], strict=True):
+        if begun < end:
+            running = start(calm, Settings(settings.ranks, settings.micro_batch, end, end, 2))
+            assert running.wait(3600) == 0, running.log.read_text()[-3000:]
+    assert losses(run) == losses(calm), "the losses differ"
+    assert (run / ADAPTER).read_bytes() == (calm / ADAPTER).read_bytes(), "the adapters differ"
+    print(f"the same {last} losses and the same adapter, byte for byte, after {kills} kills with changes")
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max(saved_steps(run), default=0) if (run / "checkpoints").is_dir() else 0
 
 
 def disturb(running: Running, run: Path, draw: random.Random) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fitune.errors import FituneError
-from fitune.weights import merge
+from fitune.export import merge
 
 sys.path.insert(0, str(Path(__file__).parent))
 
