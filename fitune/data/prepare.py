@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fitune.config.base_model import check_vocabulary
 from fitune.config.schema import Data, Source
 from fitune.data import chat_template, conversations
 from fitune.data.chat_renderer import ChatRenderer
@@ -117,6 +118,7 @@ def _load_tokenizer(tokenizer, choice: str):
     if tokenizer is None:
         return None
     if isinstance(tokenizer, (str, Path)):
+        check_vocabulary(Path(tokenizer))
         tokenizer = chat_template.read_tokenizer(tokenizer)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UsageError("tokenizer: a fast tokenizer (with a tokenizer.json) is needed")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fitune.config.base_model import check_base_model
 from fitune.config.command_name import command
 from fitune.config.evaluation import is_evaluated
 from fitune.config.hub import local_config
@@ -20,7 +21,7 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
             f"{run.recipe.data.prepared}/test.jsonl has no rows, and training.eval_strategy asks for evaluations; "
             f"prepare held-out rows (data.test_split or data.test_fraction), or set training.eval_strategy=no"
         )
-    local_config(run.recipe.base.model, run.recipe.base.revision)
+    check_base_model(local_config(run.recipe.base.model, run.recipe.base.revision))
     _check_compute(run)
     if not force:
         check_fits(run)
