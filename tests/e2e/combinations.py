@@ -13,33 +13,45 @@ class Combination:
     profile: str
     packing: bool
     base: Literal["bf16", "nf4", "untied"] = "bf16"
+    "The folder that is trained on. QLoRA quantises bf16 while it loads."
     ranks: int = 1
     sets: dict[str, object] = field(default_factory=dict)
     thorough: bool = False
-    "Also asks a checkpoint and the merged model, and holds conversations."
+    "Also trains without an interruption, asks a checkpoint, and holds conversations with run and merged model."
+
+    @property
+    def trained_over(self) -> Literal["bf16", "nf4"]:
+        """How the frozen weights are, or the first ones that method full changes."""
+        return "nf4" if self.method == "qlora" else "bf16"
+
+    @property
+    def merged_into(self) -> Literal["bf16", "nf4"]:
+        """What `merge` adds an adapter to: the base as its folder has it."""
+        return "nf4" if self.base == "nf4" else "bf16"
 
 
-# full fine-tuning needs a head of its own, the real model's is its embedding: hence the copy called untied
+# The longest come first: they are begun in this order.
+# Full fine-tuning needs a head of its own, the real model's is its embedding: hence the copy called untied.
 ON_GPUS = [
     Combination("qlora-1", "qlora", "single_gpu", True, "nf4", thorough=True),
-    Combination("qlora-1-offloaded", "qlora", "fsdp_offload_1x24gb", False, "nf4"),
-    Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2),
+    Combination("lora-1-embedding", "lora", "fsdp_1x48gb", True, "bf16", thorough=True),
+    Combination("full-2", "full", "fsdp_2x80gb", True, "untied", 2, thorough=True),
     Combination("qlora-4-embedding", "qlora", "fsdp_4x24gb", True, "nf4", 4, {"profile.embedding_offload": "true"}),
     Combination("qlora-4-offloaded", "qlora", "fsdp_offload_4gpu", True, "bf16", 4),
-    Combination("lora-1-embedding", "lora", "fsdp_1x48gb", True, "bf16", thorough=True),
-    Combination("lora-1", "lora", "fsdp_1x48gb", False, "bf16", 1, {"profile.embedding_offload": "false"}),
-    Combination("lora-2-embedding", "lora", "fsdp_2x40gb", False, "bf16", 2, {"profile.embedding_offload": "true"}),
     Combination("lora-4-offloaded", "lora", "fsdp_offload_4gpu", True, "bf16", 4),
+    Combination("full-4", "full", "fsdp_4x48gb", False, "untied", 4),
+    Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2),
+    Combination("lora-2-embedding", "lora", "fsdp_2x40gb", False, "bf16", 2, {"profile.embedding_offload": "true"}),
     Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "untied"),
     Combination(
         "full-1", "full", "fsdp_offload_1x80gb", True, "untied", 1, {"profile.accelerate_config": "single_gpu"}
     ),
-    Combination("full-2", "full", "fsdp_2x80gb", True, "untied", 2, thorough=True),
-    Combination("full-4", "full", "fsdp_4x48gb", False, "untied", 4),
+    Combination("qlora-1-offloaded", "qlora", "fsdp_offload_1x24gb", False, "nf4"),
+    Combination("lora-1", "lora", "fsdp_1x48gb", False, "bf16", 1, {"profile.embedding_offload": "false"}),
 ]
 ON_CPU = [
-    Combination("qlora-1", "qlora", "cpu_2proc", True, "nf4", thorough=True),
-    Combination("lora-2-embedding", "lora", "cpu_2proc", False, "bf16", 2, {"profile.embedding_offload": "true"}),
     Combination("lora-4-offloaded", "lora", "cpu_2proc", True, "bf16", 4),
+    Combination("qlora-1", "qlora", "cpu_2proc", True, "nf4", thorough=True),
     Combination("full-2", "full", "cpu_2proc", True, "untied", 2),
+    Combination("lora-2-embedding", "lora", "cpu_2proc", False, "bf16", 2, {"profile.embedding_offload": "true"}),
 ]

@@ -3,12 +3,13 @@
 import json
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from combinations import Combination
 from real_commands import Commands, Failed
-from reference import FLOAT32, Reference
+from reference import FLOAT32, PlainModel, Reference
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE = HERE / "chatml.jinja"
@@ -60,7 +61,11 @@ def data_sets(size: Size, prepared: Path, model: Path) -> dict:
 
 
 def set_up(commands: Commands, model: Path, work: Path, size: Size) -> dict:
-    """doctor, prepare, quantize, and a copy of the model whose head is its own. Returns what doctor found bad."""
+    """doctor, list, show, prepare, quantize, and a copy of the model with a head of its own. Returns what is bad."""
+    printed = commands.call("list", "list")
+    check("llama3_8b_qlora" in printed, printed)
+    printed = commands.call("show", "show", "llama3_8b_qlora", "--profile", "single_gpu")
+    check("accelerate launch" in printed, printed)
     printed = commands.call("doctor", "doctor", "--model", model, expect=(0, 1))
     bad = [line for line in printed.splitlines() if line.startswith("bad")]
     check(all(line.split()[1] in NOT_OURS for line in bad), f"doctor: {bad}")
@@ -94,6 +99,7 @@ class Part:
         self.base = model if combination.base == "bf16" else work / combination.base
         self.recipe = f"llama3_8b_{combination.method}"
         self.compared: dict = {}
+        self.answers: list[str] = []
         rate = 5e-5 if combination.method == "full" else 1e-3
         training = {
             "max_steps": size.steps, "learning_rate": rate, "logging_steps": 1, "lr_scheduler_type": "constant",
@@ -119,85 +125,116 @@ class Part:
         sets = {"profile.accelerate_config": file, "profile.kept_layers": 30}
         return sets if self.combination.method == "full" else sets | {"lora.dropout": 0}  # its masks take CPUs long
 
-    def go(self, reference: Reference) -> None:
-        self._plan_and_train()
-        self._evaluate(reference)
-        self._ask_and_merge(reference)
-        if self.combination.thorough:
-            self._converse()
-            self._ask_a_checkpoint()
+    def stages(self, reference: Reference) -> list[Callable[[], None]]:
+        """What to call, in order. Nothing works without the first; each of the others may fail and leave the rest."""
+        stages = [lambda: self._plan_and_train(reference), self._evaluate, self._ask, self._merge]
+        thorough = [self._converse, self._ask_a_checkpoint, self._train_whole]
+        return stages + thorough if self.combination.thorough else stages
 
-    def _plan_and_train(self) -> None:
+    def _plan_and_train(self, reference: Reference) -> None:
+        """`plan`, a `train` that is interrupted, and its `--resume`; then plain transformers' view of the result."""
         printed = self.commands.call("plan", "plan", *self.named)
         check("GiB" in printed, "plan says nothing about memory")
-        train = ["train", *self.named, "--output", self.run]
+        train = ["train", *self.named, "--output"]
         number = signal.SIGINT if self.combination.packing else signal.SIGTERM
         printed = self.commands.interrupt(
-            "train", *train, signal_number=number, when=lambda: len(self._logged("loss")) >= 2
+            "train", *train, self.run, signal_number=number, when=lambda: len(self._logged("loss")) >= 2
         )
         check("which is saved; go on with: python cli.py train --resume" in printed, printed[-1000:])
         before = self._logged("loss")
-        self.commands.call("resume", *train, "--resume")
-        steps = [line["step"] for line in self._logged("loss")]
-        check(steps == list(range(1, self.size.steps + 1)), f"logged steps {steps}")
+        self.commands.call("resume", *train, self.run, "--resume")
         check(self._logged("loss")[: len(before)] == before, "the curve before the interruption was changed")
-        evaluated = {line["step"]: line["eval_loss"] for line in self._logged("eval_loss")}
-        check(set(evaluated) == {self.size.steps // 2, self.size.steps}, f"evaluated after steps {list(evaluated)}")
-        check(all(map(math.isfinite, evaluated.values())), f"held-out losses {evaluated}")
-        self.compared |= {"interrupted_after": len(before), "eval_losses": evaluated}
+        self.eval_losses = self._check_curve(self.run)
+        self.compared |= {"interrupted_after": len(before), "eval_losses": self.eval_losses}
+        self._consult(reference)
 
-    def _logged(self, key: str) -> list[dict]:
-        file = self.run / "metrics.jsonl"
+    def _check_curve(self, run: Path) -> dict[int, float]:
+        """Each step was logged once; returns the losses on the held-out rows by step."""
+        steps = [line["step"] for line in self._logged("loss", run)]
+        check(steps == list(range(1, self.size.steps + 1)), f"logged steps {steps}")
+        losses = {line["step"]: line["eval_loss"] for line in self._logged("eval_loss", run)}
+        check(set(losses) == {self.size.steps // 2, self.size.steps}, f"evaluated after steps {list(losses)}")
+        check(all(map(math.isfinite, losses.values())), f"held-out losses {losses}")
+        return losses
+
+    def _logged(self, key: str, run: Path | None = None) -> list[dict]:
+        file = (run or self.run) / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         return [line for line in map(_json_or_nothing, lines) if key in line]
 
-    def _evaluate(self, reference: Reference) -> None:
+    def _consult(self, reference: Reference) -> None:
+        """Sets what plain transformers makes of base, result and merged model, and the bounds of losses and answers."""
+        combination, result = self.combination, self.run / self._result_name()
+        self.base_model = reference.base(combination.trained_over)
+        self.tuned_model = reference.tuned(combination.trained_over, result)
+        self.tuned_loss = self.tuned_model.loss(reference.rows)
+        merges_otherwise = combination.merged_into != combination.trained_over and combination.method != "full"
+        self.merged_model = reference.tuned(combination.merged_into, result) if merges_otherwise else self.tuned_model
+        self.bound = self.base_model.bounds.loss if self.on_gpu else FLOAT32 * self.base_model.loss
+        self.gap_bound = self.base_model.bounds.logit_gap
+
+    def _result_name(self) -> str:
+        return "model" if self.combination.method == "full" else "adapter"
+
+    def _evaluate(self) -> None:
         """The losses of `eval` against plain transformers and PEFT in float32."""
         self.commands.call("eval", "eval", self.run)
-        found = json.loads((self.run / "eval.json").read_text(encoding="utf-8"))
-        base, self.bounds = reference.of_base(self.combination.base)
-        tuned, self.model = reference.of_result(self.combination.base, self._result())
-        bound = self.bound = self.bounds.loss if self.on_gpu else FLOAT32 * base
-        expected = {"base": base, "tuned": tuned}
+        found = self._losses("eval.json")
+        expected = {"base": self.base_model.loss, "tuned": self.tuned_loss}
         self.compared["losses"] = {
-            label: {"found": found[label]["loss"], "float32": loss, "bound": bound} for label, loss in expected.items()
+            label: {"found": found[label], "float32": loss, "bound": self.bound} for label, loss in expected.items()
         }
         for label, loss in expected.items():
-            off = abs(found[label]["loss"] - loss)
-            check(
-                off <= bound,
-                f"{label} loss {found[label]['loss']:.5f}, in float32 {loss:.5f}: off by more than {bound:.5f}",
-            )
-        fall = found["base"]["loss"] - found["tuned"]["loss"]
-        check(fall > 2 * bound, f"the held-out loss fell by {fall:.4f}, less than twice {bound:.4f}")
+            said = f"{label} loss {found[label]:.5f}, in float32 {loss:.5f}: off by more than {self.bound:.5f}"
+            check(abs(found[label] - loss) <= self.bound, said)
+        fall = found["base"] - found["tuned"]
+        check(fall > 2 * self.bound, f"the held-out loss fell by {fall:.4f}, less than twice {self.bound:.4f}")
 
-    def _result(self) -> Path:
-        return self.run / ("model" if self.combination.method == "full" else "adapter")
+    def _losses(self, name: str) -> dict[str, float]:
+        report = json.loads((self.run / name).read_text(encoding="utf-8"))
+        return {label: report[label]["loss"] for label in ("base", "tuned")}
 
-    def _ask_and_merge(self, reference: Reference) -> None:
-        asked = self._ask("generate", self.run, "tuned", "--test", "1")
-        check(len(asked) == len(PROMPTS) + 1 and all(entry["base"] for entry in asked), f"answers {asked}")
+    def _ask(self) -> None:
+        """`generate` on the run: base and tuned answers against plain transformers' greedy ones."""
+        asked = self._generate("generate", self.run, "--test", "1")
+        check(len(asked) == len(PROMPTS) + 1, f"{len(asked)} answers")
+        self.answers = [entry["tuned"] for entry in asked[: len(PROMPTS)]]
+        self._compare("base_answers", asked, "base", self.base_model.plain)
+        self._compare("tuned_answers", asked, "tuned", self.tuned_model)
+
+    def _merge(self) -> None:
+        """The merged model answers as plain transformers does, and as the run did if its base is what was trained on.
+
+        An adapter trained over NF4 can be merged into bf16: then the run itself answers otherwise.
+        """
         printed = self.commands.call("merge", "merge", self.run, "--output", self.merged)
         check(f"merged: {self.merged}" in printed, printed)
-        merged = self._ask("generate-merged", self.merged, "model")
-        self.answers = [entry["tuned"] for entry in asked[: len(PROMPTS)]]
-        if self.combination.method == "qlora" and self.combination.base == "bf16":
-            self.compared["merged_answers"] = "not compared: merged into bf16 weights, trained and asked over their NF4"
-            return
-        gaps = [
-            reference.gap_where_they_part(self.model, a["messages"], a["tuned"], b["model"])
-            for a, b in zip(asked, merged, strict=False)
-        ]
-        self.compared["merged_answers"] = {"logit_gaps_where_they_part": gaps, "bound": self.bounds.logit_gap}
-        check(max(gaps) <= self.bounds.logit_gap, f"merged model and run part at gaps {gaps}: {asked}, {merged}")
+        merged = self._generate("generate-merged", self.merged)
+        self._compare("merged_answers", merged, "model", self.merged_model)
+        if self.merged_model is self.tuned_model:
+            as_run = [entry | {"run": answer} for entry, answer in zip(merged, self.answers, strict=True)]
+            self._compare("merged_as_run", as_run, "model", self.tuned_model, other="run")
 
-    def _ask(self, step: str, folder: Path, label: str, *more: str) -> list[dict]:
+    def _generate(self, step: str, folder: Path, *more: str) -> list[dict]:
         file = self.run / f"{step}.json"
         prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
         self.commands.call(step, "generate", folder, *prompts, *more, "--max-new-tokens", NEW_TOKENS, "--json", file)
-        answers = json.loads(file.read_text(encoding="utf-8"))
-        check(all(entry[label] for entry in answers), f"{step}: an answer is empty: {answers}")
-        return answers
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _compare(self, name: str, entries: list[dict], label: str, model: PlainModel, other: str | None = None) -> None:
+        """Greedy answers are equal, or part at two tokens that bf16 may swap."""
+        gaps = []
+        for entry in entries:
+            messages, said = entry["messages"], entry[label]
+            check(said, f"{name}: an empty answer to {messages[-1]['content']!r}")
+            expected = entry[other] if other else model.answer(messages, NEW_TOKENS)
+            gaps.append(model.gap_where_they_part(messages, said, expected))
+        self.compared[name] = {
+            "said": [entry[label] for entry in entries],
+            "logit_gaps_where_they_part": gaps,
+            "bound": self.gap_bound,
+        }
+        check(max(gaps) <= self.gap_bound, f"{name} part from what is expected at gaps {gaps}: {entries}")
 
     def _converse(self) -> None:
         """The first answer of a conversation is the one that `--prompt` gives."""
@@ -217,12 +254,20 @@ class Part:
             printed = self.commands.call("generate-checkpoint", *words, expect=(2,))
             check("checkpoints of method full only resume a run" in printed, printed)
             return
-        asked = self._ask("generate-checkpoint", checkpoint, "tuned")
-        check([entry["tuned"] for entry in asked] == self.answers, f"the last checkpoint answers otherwise: {asked}")
+        asked = self._generate("generate-checkpoint", checkpoint)
+        self._compare("checkpoint_answers", asked, "tuned", self.tuned_model)
         self.commands.call("eval-checkpoint", "eval", checkpoint)
-        found = json.loads((self.run / f"eval-{checkpoint.name}.json").read_text(encoding="utf-8"))
-        result = json.loads((self.run / "eval.json").read_text(encoding="utf-8"))
-        check(abs(found["tuned"]["loss"] - result["tuned"]["loss"]) <= self.bound, f"{found}, {result}")
+        found = self._losses(f"eval-{checkpoint.name}.json")["tuned"]
+        check(abs(found - self.tuned_loss) <= self.bound, f"the last checkpoint's loss {found}, {self.tuned_loss}")
+
+    def _train_whole(self) -> None:
+        """The same without an interruption: what it learned is worth the same on the held-out rows."""
+        run = self.run.with_name(f"{self.run.name}-whole")
+        self.commands.call("train-whole", "train", *self.named, "--output", run)
+        losses = self._check_curve(run)
+        self.compared["eval_losses_uninterrupted"] = losses
+        off = max(abs(losses[step] - loss) for step, loss in self.eval_losses.items())
+        check(off <= self.bound, f"held-out losses {losses}, interrupted and resumed {self.eval_losses}")
 
 
 def _json_or_nothing(line: str) -> dict:

@@ -17,6 +17,10 @@ TABLE = re.compile("[│┃┏┡└├]")
 "Begins the lines of tables, which show what the model said."
 
 
+LONGEST = 900
+"Seconds that one command may take."
+
+
 class Failed(Exception):
     """A promise that was not kept, in one line or with the end of what was printed."""
 
@@ -34,17 +38,18 @@ def unwelcome_lines(printed: str) -> list[str]:
 class Commands:
     """The commands of one part. `steps` has a line for each: name, seconds, exit code."""
 
-    def __init__(self, logs: Path, environment: dict[str, str]):
+    def __init__(self, logs: Path, environment: dict[str, str], ends: float):
+        """`ends` is the moment of `time.monotonic` at which a command that still runs is stopped."""
         logs.mkdir(parents=True, exist_ok=True)
-        self.logs, self.environment, self.steps = logs, environment, []
+        self.logs, self.environment, self.ends, self.steps = logs, environment, ends, []
         self.printed_badly: list[str] = []
 
-    def call(self, step: str, *words, typed: str = "", expect: tuple[int, ...] = (0,), timeout: float = 400) -> str:
-        """What `python cli.py WORDS` printed. Raises Failed for another exit code and after `timeout` seconds."""
+    def call(self, step: str, *words, typed: str = "", expect: tuple[int, ...] = (0,)) -> str:
+        """What `python cli.py WORDS` printed. Raises Failed for another exit code and when it takes too long."""
         process, began = self._start(step, words), time.monotonic()
-        return self._finish(step, process, began, typed, expect, timeout)
+        return self._finish(step, process, began, typed, expect)
 
-    def interrupt(self, step: str, *words, signal_number: int, when, timeout: float = 400) -> str:
+    def interrupt(self, step: str, *words, signal_number: int, when) -> str:
         """The same for a command that is sent a signal as soon as `when()` holds, and must leave with code 75."""
         process, began = self._start(step, words), time.monotonic()
 
@@ -56,9 +61,11 @@ class Commands:
                 time.sleep(0.02)
 
         threading.Thread(target=send, daemon=True).start()
-        return self._finish(step, process, began, "", (75,), timeout)
+        return self._finish(step, process, began, "", (75,))
 
     def _start(self, step: str, words: tuple) -> subprocess.Popen:
+        if time.monotonic() > self.ends:
+            raise Failed(f"{step}: not begun, the time was up")
         self.command = ["python", "cli.py", *map(str, words)]
         return subprocess.Popen(
             [sys.executable, *self.command[1:]],
@@ -71,19 +78,22 @@ class Commands:
             start_new_session=True,
         )
 
-    def _finish(self, step, process, began, typed, expect, timeout) -> str:
+    def _finish(self, step, process, began, typed, expect) -> str:
+        stopped = ""
         try:
-            process.communicate(typed, timeout=timeout)
+            process.communicate(typed, timeout=max(1, min(LONGEST, self.ends - began)))
         except subprocess.TimeoutExpired:
             _kill(process)
+            stopped = ", stopped as it took too long"
         printed = (self.logs / f"{step}.log").read_text(encoding="utf-8", errors="replace")
         seconds = round(time.monotonic() - began, 1)
         self.steps.append({"step": step, "seconds": seconds, "exit": process.returncode})
         self.printed_badly += [f"{step}: {line[:300]}" for line in unwelcome_lines(printed)]
         if process.returncode not in expect:
-            over = f", stopped after {seconds} s" if seconds >= timeout else ""
             command = " ".join(self.command)
-            raise Failed(f"{step}: exit code {process.returncode}{over}: {command}\n{printed[-3000:]}")
+            raise Failed(
+                f"{step}: exit code {process.returncode} after {seconds} s{stopped}: {command}\n{printed[-3000:]}"
+            )
         return printed
 
 
@@ -103,11 +113,15 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def environment(gpus: int, own_gpu: int | None, cap_gib: float | None) -> dict[str, str]:
-    """For commands without network and colours. `own_gpu` hides the others, `cap_gib` lets ranks share GPUs."""
+def environment(own_gpus: list[int], cap_gib: float | None) -> dict[str, str]:
+    """For commands without network and colours. `own_gpus` hides the others, `cap_gib` lets ranks share GPUs."""
     result = os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "150", "TERM": "dumb"}
     result.pop("PYTHONDONTWRITEBYTECODE", None)
-    if not gpus:
-        return result | {"CUDA_VISIBLE_DEVICES": ""}
-    result |= {"FITUNE_GPU_CAP_GIB": f"{cap_gib:.1f}", "NCCL_SOCKET_NTHREADS": "4", "NCCL_NSOCKS_PERTHREAD": "4"}
-    return result | ({"CUDA_VISIBLE_DEVICES": str(own_gpu)} if own_gpu is not None else {})
+    result |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own_gpus))}
+    if not own_gpus:
+        return result | {"OMP_NUM_THREADS": "1"}  # threads of commands side by side would wait for each other, spinning
+    return result | {
+        "FITUNE_GPU_CAP_GIB": f"{cap_gib:.1f}",
+        "NCCL_SOCKET_NTHREADS": "4",
+        "NCCL_NSOCKS_PERTHREAD": "4",
+    }

@@ -11,6 +11,7 @@ change places if their logits differ by less than six times the spread of such d
 import json
 import math
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,36 +53,37 @@ class Bounds:
     shared_shift: float
 
 
-class Reference:
-    """Losses and answers by plain transformers. One computation at a time, whichever thread asks."""
+class PlainModel:
+    """A model of plain transformers in float32. All of them compute one at a time, whichever thread asks."""
 
-    def __init__(self, bases: dict[str, Path], held_out: Path, template: Path, threads: int):
-        torch.set_num_threads(threads)
-        self.bases, self.lock = bases, threading.Lock()
-        self.tokenizer = read_tokenizer(bases["bf16"])
-        apply_chat_template_choice(self.tokenizer, str(template))
-        self.rows = Rows.read(held_out, self.tokenizer)
-        self._known: dict[str, tuple[float, Bounds]] = {}
+    _lock = threading.Lock()
 
-    def of_base(self, base: str) -> tuple[float, Bounds]:
-        """The loss of a base in float32, and what bf16 may make of it."""
-        kind = "nf4" if base == "nf4" else "bf16"  # the untied copy has the same weights
-        with self.lock:
-            if kind not in self._known:
-                self._known[kind] = self._measure(self._load_base(kind))
-        return self._known[kind]
+    def __init__(self, model: nn.Module, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self._answers: dict[str, str] = {}
 
-    def of_result(self, base: str, result: Path) -> tuple[float, nn.Module]:
-        """The loss of what a run trained, its adapter over `base` or its whole model, and that model in float32."""
-        with self.lock:
-            model = self._load_result(base, result)
-            losses = torch.cat([self._token_losses(model, ids, mask)[0] for ids, mask in self.rows.tokens])
-            return losses.mean().item(), model
+    def loss(self, rows: Rows) -> float:
+        """Nats, the mean over all answer tokens."""
+        with self._lock:
+            return torch.cat([token_losses(self.model, ids, mask)[0] for ids, mask in rows.tokens]).mean().item()
 
     @torch.no_grad()
-    def gap_where_they_part(self, model: nn.Module, messages: list[dict], one: str, other: str) -> float:
+    def answer(self, messages: list[dict], new_tokens: int) -> str:
+        """The greedy one."""
+        prompt = self._prompt(messages)
+        with self._lock:
+            if prompt not in self._answers:
+                inputs = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+                stop = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.eos_token_id}
+                output = self.model.generate(**inputs, **stop, do_sample=False, max_new_tokens=new_tokens)
+                said = output[0, inputs["input_ids"].shape[1] :]
+                self._answers[prompt] = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+            return self._answers[prompt]
+
+    @torch.no_grad()
+    def gap_where_they_part(self, messages: list[dict], one: str, other: str) -> float:
         """0 for equal answers, else the difference of logits between the tokens at which they first differ."""
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = self._prompt(messages)
         ids = [
             self.tokenizer(prompt + text + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
             for text in (one, other)
@@ -89,44 +91,82 @@ class Reference:
         place = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), None)
         if place is None:
             return 0.0
-        with self.lock:
-            logits = model(input_ids=torch.tensor([ids[0][:place]])).logits[0, -1]
+        with self._lock:
+            logits = self.model(input_ids=torch.tensor([ids[0][:place]])).logits[0, -1]
         return (logits[ids[0][place]] - logits[ids[1][place]]).abs().item()
 
     @torch.no_grad()
-    def _measure(self, model: nn.Module) -> tuple[float, Bounds]:
-        exact = [self._token_losses(model, ids, mask) for ids, mask in self.rows.tokens]
-        model = model.to(torch.bfloat16)
-        rounded = [
-            self._token_losses(model, ids, mask, first_two)
-            for (ids, mask), (_, _, first_two) in zip(self.rows.tokens, exact, strict=True)
-        ]
+    def measure_bf16(self, rows: Rows) -> Bounds:
+        """Computes `rows` in float32 and in bf16."""
+        with self._lock:
+            exact = [token_losses(self.model, ids, mask) for ids, mask in rows.tokens]
+            self.model.to(torch.bfloat16)
+            rounded = [
+                token_losses(self.model, ids, mask, first_two)
+                for (ids, mask), (_, _, first_two) in zip(rows.tokens, exact, strict=True)
+            ]
         loss, gap = (torch.cat([row[part] for row in exact]) for part in (0, 1))
         loss_bf16, gap_bf16 = (torch.cat([row[part] for row in rounded]) for part in (0, 1))
         shift, spread = (loss_bf16 - loss).mean().abs().item(), (loss_bf16 - loss).std().item()
         bound = shift + 6 * spread / math.sqrt(len(loss))
         gap_spread = (gap_bf16 - gap).square().mean().sqrt().item()
-        return loss.mean().item(), Bounds(bound, 6 * gap_spread, spread, shift)
+        return Bounds(bound, 6 * gap_spread, spread, shift)
 
-    @torch.no_grad()
-    def _token_losses(self, model, ids, mask, first_two=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each answer token of a row: its loss, the gap between the first two tokens' logits, and who these are."""
-        logits = model(input_ids=ids).logits[0, :-1].float()[mask[0, 1:]]
-        targets = ids[0, 1:][mask[0, 1:]]
-        first_two = logits.topk(2).indices if first_two is None else first_two
-        pair = logits.gather(1, first_two)
-        return nn.functional.cross_entropy(logits, targets, reduction="none"), pair[:, 0] - pair[:, 1], first_two
+    def _prompt(self, messages: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
-    def _load_base(self, base: str) -> nn.Module:
-        model = _load(self.bases["bf16"])
-        return _through_nf4(model) if base == "nf4" else model
 
-    def _load_result(self, base: str, result: Path) -> nn.Module:
-        if (result / "config.json").exists():
-            return _load(result)
-        from peft import PeftModel
+@torch.no_grad()
+def token_losses(model, ids, mask, first_two=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each answer token of a row: its loss, the gap between the first two tokens' logits, and who these are."""
+    logits = model(input_ids=ids).logits[0, :-1].float()[mask[0, 1:]]
+    targets = ids[0, 1:][mask[0, 1:]]
+    first_two = logits.topk(2).indices if first_two is None else first_two
+    pair = logits.gather(1, first_two)
+    return nn.functional.cross_entropy(logits, targets, reduction="none"), pair[:, 0] - pair[:, 1], first_two
 
-        return PeftModel.from_pretrained(self._load_base(base), result).eval()
+
+@dataclass
+class Base:
+    """A base without what a run has learned."""
+
+    plain: PlainModel
+    loss: float
+    bounds: Bounds
+
+
+class Reference:
+    """Plain models over the weights in `folder`, as they are ("bf16") or as NF4 keeps them ("nf4")."""
+
+    def __init__(self, folder: Path, held_out: Path, template: Path, threads: int):
+        torch.set_num_threads(threads)
+        self.folder, self._lock = folder, threading.Lock()
+        self.tokenizer = read_tokenizer(folder)
+        apply_chat_template_choice(self.tokenizer, str(template))
+        self.rows = Rows.read(held_out, self.tokenizer)
+        self._bases: dict[str, Base] = {}
+
+    def base(self, weights: str) -> Base:
+        with self._lock:
+            if weights not in self._bases:
+                plain, copy = (PlainModel(self._load(weights), self.tokenizer) for _ in range(2))
+                self._bases[weights] = Base(plain, plain.loss(self.rows), copy.measure_bf16(self.rows))
+            return self._bases[weights]
+
+    def tuned(self, weights: str, result: Path) -> PlainModel:
+        """What a run trained: its adapter over `weights`, or its whole model."""
+        with self._lock:
+            if (result / "config.json").exists():
+                return PlainModel(_load(result), self.tokenizer)
+            from peft import PeftModel
+
+            with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # between PEFT and transformers
+                model = PeftModel.from_pretrained(self._load(weights), result).eval()
+            return PlainModel(model, self.tokenizer)
+
+    def _load(self, weights: str) -> nn.Module:
+        model = _load(self.folder)
+        return _through_nf4(model) if weights == "nf4" else model
 
 
 def _load(folder: Path) -> nn.Module:
