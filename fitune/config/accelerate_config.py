@@ -35,7 +35,7 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
         "num_processes": data["num_processes"],
         "num_machines": data.get("num_machines", 1),
         "use_cpu": use_cpu,
-        "mixed_precision": {False: "no"}.get(data.get("mixed_precision", "no"), data.get("mixed_precision", "no")),
+        "mixed_precision": data.get("mixed_precision", "no"),
         "offload_params": fsdp.get("fsdp_offload_params", False),
         "reshard_after_forward": fsdp.get("fsdp_reshard_after_forward", True),
     }

@@ -9,12 +9,12 @@ import yaml
 from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
-from fitune.config.evaluation import refuse_unfit_evaluation
+from fitune.config.hints import meant_by
 from fitune.config.recipe_paths import found_beside, path_from_here, refuse_missing
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
-from fitune.config.training_block import check_training_block
-from fitune.config.yaml_file import parse, read_yaml
+from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
+from fitune.config.yaml_file import parse, parse_yaml, read_yaml
 from fitune.errors import UsageError, nearest
 
 SMALLEST = {"micro_batch": 1, "kept_layers": 0}
@@ -46,7 +46,7 @@ def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
         if not equals or not all(key.split(".")):
             raise UsageError(f"--set {item}: expected key=value, for example --set training.learning_rate=1e-4")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             raise UsageError(f"--set {item}: the value is not valid YAML") from None
         target = overrides
@@ -81,10 +81,8 @@ def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
 
 
 def _checked(values: dict, source: str) -> Recipe:
-    recipe = parse(Recipe, values, source)
-    training = check_training_block(recipe.training, source)
-    refuse_unfit_evaluation(training, recipe.early_stopping, source)
-    return recipe.model_copy(update={"training": training})
+    recipe = parse(Recipe, values, source, meant_by)
+    return recipe.model_copy(update={"training": check_training_block(recipe, source)})
 
 
 def check_paths(name: str, sets: tuple[str, ...], *keys: str) -> None:
@@ -176,6 +174,7 @@ def with_numbers(run: Run, **numbers: int) -> Run:
 
 
 def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, accelerate: AccelerateConfig) -> None:
+    refuse_what_needs_a_gpu(recipe.training, use_cpu=accelerate.use_cpu)
     if recipe.method not in profile.methods:
         fitting = [name for name in names(PROFILES) if goes_with(recipe_name, recipe, load_profile(name))]
         raise UsageError(

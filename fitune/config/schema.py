@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Method = Literal["full", "lora", "qlora"]
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+YES_OR_NO = {"yes": True, "on": True, "no": False, "off": False}
+"Words that YAML files and `--set` keep as they are written (`fitune.config.yaml_file`)."
+Flag = Annotated[bool, BeforeValidator(lambda value: YES_OR_NO.get(str(value).lower(), value))]
 RowWeight = Annotated[float, Field(gt=0, le=1000)]
 AUTO = "auto"
 "A profile's value that `plan` chooses."
@@ -106,7 +109,7 @@ class Recipe(Strict):
     lora: Lora | None = None
     max_length: PositiveInt
     "Tokens per row; longer rows are cut, shorter ones packed."
-    packing: bool = True
+    packing: Flag = True
     "Fill each row with whole conversations (best fit decreasing) that do not see each other."
     global_batch_size: PositiveInt
     "Rows per optimizer step over all processes."
@@ -160,9 +163,9 @@ class Profile(Strict):
     """In what a frozen base is multiplied in training: `fp8` needs a GPU of compute capability 8.9 or higher.
     `auto`: `fitune.planning.compute` says what it takes. CPUs compute in float32, and emulate fp8.
     """
-    activation_offload: bool = False
+    activation_offload: Flag = False
     "Move those inputs to host RAM until the backward pass needs them."
-    embedding_offload: bool = False
+    embedding_offload: Flag = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."
     expected: dict[str, Expectation] = {}
     "Peak memory by recipe name."
@@ -210,11 +213,11 @@ class AccelerateConfig(Strict):
     path: str
     num_processes: PositiveInt
     num_machines: PositiveInt = 1
-    use_cpu: bool = False
+    use_cpu: Flag = False
     mixed_precision: Literal["no", "bf16"] = "no"
-    offload_params: bool = False
+    offload_params: Flag = False
     "Keep sharded weights in host RAM; a layer visits the GPU while it computes."
-    reshard_after_forward: bool = True
+    reshard_after_forward: Flag = True
     "Free a layer's gathered weights after its forward pass (False keeps them for the backward pass)."
 
 
@@ -233,7 +236,7 @@ class Run(Strict):
     accelerate: AccelerateConfig
     gradient_accumulation_steps: PositiveInt
     "Derived: global batch / (micro batch x processes)."
-    resume: bool = False
+    resume: Flag = False
     left_to_plan: tuple[str, ...] = Field(default=(), exclude=True)
     "Keys of the profile that are `auto`. They have their smallest value until `fitune.planning.fill` chooses one."
     checkpoint: str | None = Field(default=None, exclude=True)

@@ -1,7 +1,9 @@
 """Reads a YAML file into a typed pydantic model; every mistake names the file, the key and the nearest valid name."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,8 +13,20 @@ from fitune.errors import UsageError, nearest
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where PyYAML would keep the last one without a word."""
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML would keep the last one without a word.
+
+    `yes`, `no`, `on` and `off` stay words, as in YAML 1.2: some fields mean the word. 2e-4 is a number, a date is text.
+    """
+
+
+_BOOL, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _DATE)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
 
 
 def _mapping_of_unique_keys(loader, node, deep=False):
@@ -28,7 +42,12 @@ def _mapping_of_unique_keys(loader, node, deep=False):
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_of_unique_keys)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_of_unique_keys)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> dict:
@@ -40,7 +59,7 @@ def read_yaml(path: Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -50,15 +69,18 @@ def read_yaml(path: Path) -> dict:
     return data
 
 
-def parse(model: type[Model], data: dict, source: str) -> Model:
-    """`model` built from `data`; `source` (a file or `--set`) is named in every error."""
+def parse(model: type[Model], data: dict, source: str, hinted: Callable[[str], str | None] = lambda key: None) -> Model:
+    """`model` built from `data`; `source` (a file or `--set`) is named in every error.
+
+    `hinted` says what an unknown key is probably meant for, where it knows; else the nearest known key is named.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_describe(error, model, data, source)) from None
+        raise UsageError(_describe(error, model, data, source, hinted)) from None
 
 
-def _describe(error: ValidationError, model: type[BaseModel], data: dict, source: str) -> str:
+def _describe(error: ValidationError, model: type[BaseModel], data: dict, source: str, hinted) -> str:
     found = [(_keys(entry, data), entry) for entry in error.errors()]
     # a misspelt key is also a missing one: the spelling is the better thing to say
     keys, _ = min(found, key=lambda one: one[1]["type"] != "extra_forbidden")
@@ -70,12 +92,27 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
     more = f" (and {len(innermost) - 1} more)" if len(innermost) > 1 else ""
     if first["type"] == "extra_forbidden":
         owner = _model_at(model, keys[:-1])
-        return f"{source}: unknown key '{key}'{nearest(keys[-1], owner.model_fields if owner else ())}{more}"
+        hint = f"; did you mean '{meant}'?" if (meant := hinted(key)) else ""
+        return f"{source}: unknown key '{key}'{hint or nearest(keys[-1], owner.model_fields if owner else ())}{more}"
     if first["type"] == "missing":
-        return f"{source}: key '{key}' is missing{more}"
+        missing = [".".join(map(str, keys)) for keys, entry in found if entry["type"] == "missing"]
+        said = f"keys {', '.join(map(repr, missing))} are" if len(missing) > 1 else f"key '{key}' is"
+        others = len(innermost) - len(missing)
+        return f"{source}: {said} missing{f' (and {others} more mistakes)' if others else ''}"
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], str) and "," in first["input"] and _takes_a_list(model, keys):
+        listed = ", ".join(part.strip() for part in first["input"].split(","))
+        return f"{source}: {key}: a list needs brackets: [{listed}]{more}"
     given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
     return f"{source}: {key + ': ' if key else ''}{message}{given if key else ''}{more}"
+
+
+def _takes_a_list(model: type[BaseModel], keys: list[str | int]) -> bool:
+    owner = _model_at(model, keys[:-1])
+    field = owner.model_fields.get(str(keys[-1])) if owner else None
+    return field is not None and any(
+        get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation))
+    )
 
 
 def _keys(entry: dict, data) -> list[str | int]:

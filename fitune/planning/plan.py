@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.config.evaluation import keeps_the_best
+from fitune.config.optimizers import numbers_per_weight
 from fitune.config.schema import Recipe, Run
 from fitune.errors import UsageError, nearest
 from fitune.planning.hardware import GpuModel, likely_model
 from fitune.planning.limits import Limits
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
 from fitune.planning.model_shapes import ModelShape, find_shape, has_weights
-from fitune.planning.sizes import ADAM_STATE, BF16, FP32, GIB, Setup
+from fitune.planning.sizes import BF16, FP32, GIB, Setup
 from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
 
 GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
@@ -22,11 +23,6 @@ TIME_ERROR = 0.15
 "Of a predicted step, at most: likewise."
 SAVES_WITHOUT_LIMIT = 3
 "Checkpoints that pile up where neither save_total_limit nor the number of steps is known."
-OPTIMIZER_STATE = {
-    "sgd": 0, "adafactor": 0.01, "lion_32bit": FP32, "adagrad": FP32, "rmsprop": FP32,
-    "adamw_bnb_8bit": 2 + 2 * FP32 / 256, "adamw_8bit": 2 + 2 * FP32 / 256, "lion_8bit": 1 + FP32 / 256,
-}  # fmt: skip
-"""Bytes per trained parameter by `training.optim`; any other is taken for AdamW's two float32 moments."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         accumulation=run.gradient_accumulation_steps,
         packing=recipe.packing,
         compute=BF16 if accelerate.mixed_precision == "bf16" else FP32,
-        optimizer_state=OPTIMIZER_STATE.get(str(recipe.training.get("optim")), ADAM_STATE),
+        optimizer_state=FP32 * numbers_per_weight(recipe.training),
         **_lora(recipe, shape),
         offload=accelerate.offload_params,
         embedding_offload=profile.embedding_offload,
@@ -140,7 +136,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         fp8=profile.compute == "fp8",
         reshard=accelerate.reshard_after_forward,
         on_gpu=not accelerate.use_cpu,
-        saves=recipe.training.get("save_strategy") not in ("no", False),
+        saves=recipe.training.get("save_strategy") != "no",
     )
 
 
@@ -183,7 +179,7 @@ def needed_disk(space: dict[str, float]) -> float:
 
 def kept_checkpoints(run: Run) -> int:
     training = run.recipe.training
-    if training.get("save_strategy") in ("no", False):
+    if training.get("save_strategy") == "no":
         return 0
     if (training.get("save_total_limit") or 0) > 0:
         return training["save_total_limit"] + keeps_the_best(training)

@@ -8,9 +8,10 @@ import yaml
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.installed_names import sft_config_fields
+from fitune.config.optimizers import ARGUMENTS, all_optimizers, nearest_fit
 from fitune.config.run import ACCELERATE_CONFIGS, PROFILES, RECIPES, load_profile, load_recipe, names, resolve
 from fitune.config.schema import Method, Run
-from fitune.config.training_block import OWNED_ELSEWHERE
+from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
 from fitune.errors import UsageError
 from fitune.planning import fill
 from fitune.training.train import run_stage
@@ -129,7 +130,7 @@ def test_a_profile_has_one_micro_batch_for_all_or_one_for_each_size(recipe_name,
 MISTAKES = {
     # what is wrong: file, text, its replacement, what the message must say beside the file
     "unknown key": ("recipe", "max_length", "max_lenght", ["'max_lenght'", "did you mean 'max_length'?"]),
-    "unknown key in a block": ("recipe", "  r: 8", "  rank: 8\n  alpa: 3", ["'lora.rank'", "alpha, dropout"]),
+    "unknown key in a block": ("recipe", "  r: 8", "  rank: 8\n  alpa: 3", ["'lora.rank'", "did you mean 'lora.r'?"]),
     "typo in a block": ("recipe", "  r: 8", "  alpa: 8", ["'lora.alpa'", "did you mean 'alpha'?"]),
     "typo in data": ("recipe", "prepared:", "prepard:", ["'data.prepard'", "did you mean 'prepared'?"]),
     "typo in a list": (
@@ -150,7 +151,7 @@ MISTAKES = {
     "missing process number": ("accelerate", "num_processes: 2\n", "", ["'num_processes'", "missing"]),
     "text for a number": ("recipe", "max_length: 512", "max_length: many", ["max_length", "integer", "'many'"]),
     "fraction for a whole number": ("recipe", "  r: 8", "  r: 8.5", ["lora.r", "integer", "8.5"]),
-    "yes for a number": ("recipe", "max_length: 512", "max_length: yes", ["max_length", "True"]),
+    "yes for a number": ("recipe", "max_length: 512", "max_length: yes", ["max_length", "not 'yes'"]),
     "number for text": ("recipe", "some/model", "7", ["base.model", "string", "7"]),
     "zero": ("recipe", "global_batch_size: 8", "global_batch_size: 0", ["global_batch_size", "greater than 0"]),
     "dropout of one": ("recipe", "  r: 8", "  dropout: 1.0", ["lora.dropout", "less than 1"]),
@@ -288,6 +289,33 @@ PAIRS = {
         ("training.eval_strategy=steps", "training.eval_steps=9", "training.max_steps=5"),
         ["training.eval_steps 9 is beyond training.max_steps 5"],
     ),
+    "a field without its block": (("learning_rate=1e-4",), ["'learning_rate'; did you mean 'training.learning_rate'?"]),
+    "another program's word": (("epochs=3",), ["did you mean 'training.num_train_epochs'?"]),
+    "that word in the right block": (("training.epochs=3",), ["did you mean training.num_train_epochs?"]),
+    "a list without brackets": (
+        ("lora.target_modules=q_proj,v_proj",),
+        ["lora.target_modules: a list needs brackets: [q_proj, v_proj]"],
+    ),
+    "trackers without brackets": (("training.report_to=tensorboard,wandb",), ["brackets: [tensorboard, wandb]"]),
+    "an absent tracker": (("training.report_to=neptune",), ["needs the package neptune", "pip install neptune"]),
+    "an unknown tracker": (("training.report_to=tensorbord",), ["did you mean 'tensorboard'?"]),
+    "a name for no tracker": (("training.run_name=x",), ["training.run_name is for training.report_to="]),
+    "Adam's with another optimizer": (("training.optim=sgd", "training.adam_beta1=0.8"), ["would ignore it"]),
+    "an argument that is none": (
+        ("training.optim=sgd", "training.optim_args=momentm=0.9"),
+        ["sgd has no argument 'momentm'; did you mean 'momentum'?"],
+    ),
+    "a schedule without its argument": (
+        ("training.lr_scheduler_type=cosine_with_min_lr",),
+        ["needs min_lr or min_lr_rate", "training.lr_scheduler_kwargs.min_lr=1e-6"],
+    ),
+    "an argument of another schedule": (
+        ("training.lr_scheduler_kwargs.min_lr=1e-6",),
+        ["schedule linear has no argument 'min_lr'"],
+    ),
+    "no epoch": (("training.num_train_epochs=0",), ["training.num_train_epochs: 0.0 is not above 0"]),
+    "a rate below 0": (("training.learning_rate=-1e-4",), ["training.learning_rate: -0.0001 is not above 0"]),
+    "a loss that is none": (("training.loss_type=dtf",), ["did you mean 'dft'?", "training.loss_type"]),
     "set the training block": (("training=3",), ["training"]),
     "set a key of a list": (("lora.target_modules.x=3",), ["lora.target_modules"]),
 }
@@ -299,6 +327,48 @@ def test_impossible_pair_is_named_in_one_line(pair, write):
     message = _message(write(), sets)
     for part in said:
         assert part in message
+
+
+def test_every_missing_key_is_named(write):
+    message = _message(write("recipe", RECIPE, "description: A recipe.\nmethod: qlora\n"))
+    for key in ("base", "data", "max_length", "global_batch_size"):
+        assert f"'{key}'" in message
+    assert message.endswith(" are missing")
+
+
+def test_words_that_yaml_reads_as_true_or_false(write):
+    paths = write("recipe", "training:\n", "packing: no\ntraining:\n  save_strategy: no\n  report_to: none\n")
+    recipe = load_recipe(str(paths["recipe"]))
+    assert recipe.packing is False and recipe.training["save_strategy"] == "no"
+    sets = ("training.eval_strategy=no", "training.disable_tqdm=on", "packing=yes", "training.logging_first_step=off")
+    run = resolve(str(paths["recipe"]), str(paths["profile"]), sets)
+    assert run.recipe.packing is True
+    assert run.recipe.training["eval_strategy"] == "no"
+    assert run.recipe.training["disable_tqdm"] is True and run.recipe.training["logging_first_step"] is False
+
+
+@pytest.mark.parametrize("name", sorted(all_optimizers()))
+def test_every_optimizer_resolves_or_names_the_nearest_that_works(name, write):
+    sets = (f"training.optim={name}",)
+    if name in ARGUMENTS:
+        paths = write()
+        assert resolve(str(paths["recipe"]), str(paths["profile"]), sets).recipe.training["optim"] == name
+        return
+    message = _message(write(), sets)
+    assert f"training.optim={name} " in message and nearest_fit(name) in ARGUMENTS
+    assert message.endswith(f"the nearest that works: {nearest_fit(name)}")
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_refused_training_field_says_why(field, write):
+    message = _message(write("recipe", "num_train_epochs: 1", f"{field}: 1"))
+    assert f"training.{field} cannot be set: {REFUSED[field]}" in message
+
+
+def test_tables_name_fields_that_exist():
+    for table in (OWNED_ELSEWHERE, REFUSED, LIMITS, CHOICES, NEEDS_WORKERS):
+        assert set(table) <= set(sft_config_fields())
+    assert not set(OWNED_ELSEWHERE) & set(REFUSED)
 
 
 def test_wrong_names_and_paths_are_usage_errors(write, tmp_path):
