@@ -4,6 +4,7 @@ Tensors stream from the base's safetensors to the output's, one at a time, the a
 time; memory holds the largest tensor plus about half a GiB. The output appears under its name only when it is whole.
 """
 
+import copy
 import sys
 from pathlib import Path
 from typing import Literal
@@ -214,8 +215,9 @@ def _refuse_missing_tensors(weights: BaseWeights, config: dict) -> None:
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    described = copy.deepcopy({k: v for k, v in config.items() if k != "quantization_config"})  # from_dict edits it
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"}))
+        model = LlamaForCausalLM(LlamaConfig.from_dict(described))
     base, tied = weights.checkpoint.folder, config.get("tie_word_embeddings")
     for name, tensor in model.state_dict().items():
         found = weights.shapes.get(name)

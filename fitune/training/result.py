@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids
 from fitune.export.adapter import saved_name
+from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
+from fitune.export.tokenizer_files import copy_tokenizer
 from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
 from fitune.output_folder import new_folder
 from fitune.weights.base_identity import BaseRecord, write_base_record
+from fitune.weights.model_files import LICENCE_FILES, copy_file, matching, read_json, write_json
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
 
@@ -78,20 +81,23 @@ def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[torch.Tensor, Te
 
 
 def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_record: BaseRecord) -> None:
-    tokenizer.save_pretrained(folder)
-    causal_lm = decoder(model)
-    generation_config = copy.deepcopy(causal_lm.generation_config)
-    generation_config.eos_token_id = end_of_turn_ids(tokenizer)
-    generation_config.save_pretrained(folder)
+    """Tokenizer, configs and records: the base's own files, with what was trained put in."""
+    base = Path(tokenizer.name_or_path)
+    copy_tokenizer(base, folder, template=tokenizer.chat_template, pad_token=tokenizer.pad_token)
+    base_config = read_json(base / "config.json", "give a model's folder")
+    stop_ids = end_of_turn_ids(tokenizer)
+    generation = generation_config(base, stop_ids=stop_ids, default_stop=base_config.get("eos_token_id"))
+    write_json(folder / GENERATION_CONFIG, generation)
     if isinstance(model, PeftModel):
         (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
         config = copy.deepcopy(model.peft_config["default"])
-        config.base_model_name_or_path, config.revision = run.recipe.base.model, run.recipe.base.revision
+        config.base_model_name_or_path, config.revision = run.recipe.base.model, base_record.revision
         config.inference_mode = True
         config.save_pretrained(folder)
         computed_in = "nf4" if run.recipe.method == "qlora" else "stored"
         write_base_record(folder, replace(base_record, computed_in=computed_in))
     else:
-        config = copy.deepcopy(causal_lm.config)
-        config.use_cache = True  # off while training
-        config.save_pretrained(folder)
+        dtype = str(decoder(model).config.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", config_for_loaders(base_config, dtype))
+        for file in matching(base, LICENCE_FILES):
+            copy_file(file, folder)

@@ -23,6 +23,10 @@ def read_json(file: Path, hint: str) -> dict:
     return data
 
 
+def write_json(file: Path, data: dict) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def matching(folder: Path, patterns: list[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 

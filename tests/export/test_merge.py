@@ -141,12 +141,12 @@ def test_config_and_tokenizer_come_from_the_right_folder(own_base, own_adapter, 
     [
         (2038, None, [2038, 2046]),
         ([2038, 7], None, [2038, 7, 2046]),
-        (2038, [2046, 5], [2046, 5]),
+        (2038, [2046, 5], [2038, 2046, 5]),
         (None, None, [2038, 2046]),
     ],
 )
 def test_stop_tokens(own_base, own_adapter, tmp_path, in_base, in_adapter, expected):
-    """The adapter's own, else the base's, else config.json's; the template's <|eot_id|> (2046) is always among them."""
+    """The base's and the adapter's, else config.json's; the template's <|eot_id|> (2046) is always among them."""
     (own_base / "generation_config.json").unlink()
     for folder, stop in ((own_base, in_base), (own_adapter, in_adapter)):
         if stop is not None:

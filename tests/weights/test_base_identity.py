@@ -114,7 +114,7 @@ def test_training_records_the_base_in_every_adapter_and_other_bases_are_refused(
 ):
     run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, training=TRAINING)
     run_ranks(train_here, 2, run)
-    expected = BaseRecord(str(tiny_base), None, _fingerprint(tiny_base))
+    expected = BaseRecord(str(tiny_base), None, _fingerprint(tiny_base), "stored")
     for adapter in (run.result_folder, run.folder / "checkpoints" / "checkpoint-1" / "adapter"):
         assert read_base_record(adapter) == expected
     assert tuned_base_folder(run, tiny_base) == tiny_base
