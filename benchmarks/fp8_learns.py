@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--template", default="tokenizer")
+    parser.add_argument("--template", default="chatml")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--gradients", nargs=2, metavar=("RUN", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -49,8 +49,8 @@ def _measure(options) -> None:
     data = options.output / "data"
     _fitune(
         "prepare", "--dataset", options.dataset, "--output", data, "--tokenizer", options.model, "--template",
-        options.template, "--max-length", options.max_length, "--long-rows", "drop", "--drop-invalid", "--overwrite", "--set",
-        "data.test_fraction=0.15",
+        options.template, "--max-length", options.max_length, "--long-rows", "drop", "--drop-invalid", "--overwrite",
+        "--set", "data.test_fraction=0.15",
     )  # fmt: skip
     report = about(options.commit) | {
         "command": " ".join(sys.argv), "model": options.model.name, "method": options.method, "steps": options.steps,
@@ -117,12 +117,12 @@ def _gradients(options) -> dict:
 
 
 def _write_gradients(folder: Path, file: Path) -> None:
-    """The gradients of a run's adapter on its first held-out rows, one process."""
+    """The gradients of a run's adapter on the text of its first held-out rows, one process."""
     import torch
 
     from fitune.config import run as runs
     from fitune.config.hub import local_folder
-    from fitune.data.dataset import load_split, load_tokenizer
+    from fitune.data.dataset import load_tokenizer
     from fitune.training.distributed import compute_device, join
     from fitune.training.train import load_sharded_model
     from fitune.training.tuned import load_tuned_weights
@@ -139,8 +139,10 @@ def _write_gradients(folder: Path, file: Path) -> None:
             module.p = 0.0
     model.train()
     device = compute_device(mesh)
-    for row in load_split(run.recipe, "test", folder / "cache").select(range(8)):
-        ids = torch.tensor([row["input_ids"]], device=device)
+    lines = (Path(run.recipe.data.prepared) / "test.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    for line in lines:
+        text = "\n".join(message["content"] for message in json.loads(line)["messages"])
+        ids = torch.tensor([tokenizer(text)["input_ids"][: run.recipe.max_length]], device=device)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
