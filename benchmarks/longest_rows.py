@@ -1,0 +1,156 @@
+"""How long a row may be on a card: trains three steps of one row that is a single example, through `cli.py train`.
+
+    python benchmarks/longest_rows.py OUTPUT --models FOLDER --tokenizer FOLDER --seconds 500 [--only WORD ...]
+
+Each run has a GPU of its own; as many run side by side as there are GPUs. `--models` holds checkpoints of
+`benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions. LoRA has r 32 on all linears,
+all layers are recomputed and their inputs go to host RAM. Writes OUTPUT/longest-rows.json.
+"""
+
+import argparse
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tier_run import ROOT, about
+
+LLAMA_3_1_POSITIONS = 131_072
+OUTSIDE_TORCH_GIB = 1.3
+RUNS = [
+    {"model": "8b-nf4", "card_gib": 80, "tokens": 131_072, "claimed": 343_000, "gpu_memory": True},
+    {"model": "8b-nf4", "card_gib": 24, "tokens": 98_304, "claimed": 79_000},
+    {"model": "70b-nf4", "card_gib": 48, "tokens": 24_576, "claimed": 12_000},
+    {"model": "8b-nf4", "card_gib": 12, "tokens": 57_344, "claimed": 22_000, "embedding_offload": True},
+    {"model": "8b-nf4", "card_gib": 8, "tokens": 10_240, "claimed": 3_000},
+]
+"`claimed`: the longest row that Unsloth's documents name for such a card."
+PROFILES = {"8b-nf4": ("llama3_8b_qlora", "single_gpu"), "70b-nf4": ("llama3_70b_qlora", "fsdp_1x48gb")}
+STEPS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--only", nargs="*", help="Runs whose name has one of these words.")
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    import torch
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    chosen = [run for run in RUNS if not options.only or any(word in _name(run) for word in options.only)]
+    report = about(options.commit) | {"command": " ".join(sys.argv), "runs": []}
+    waiting, deadline = queue.Queue(), time.monotonic() + options.seconds
+    for run in chosen:
+        waiting.put(run)
+
+    def serve(gpu: int) -> None:
+        while not waiting.empty():
+            report["runs"].append(_measure(waiting.get(), gpu, options, deadline))
+            (options.output / "longest-rows.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in range(torch.cuda.device_count())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for run in report["runs"]:
+        print({key: value for key, value in run.items() if key != "set"})
+
+
+def _name(run: dict) -> str:
+    return f"{run['model']}-{run['card_gib']}gb"
+
+
+def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
+    model = _with_long_positions(options.models / run["model"])
+    data = _prepared(run["tokens"], options)
+    recipe, profile = PROFILES[run["model"]]
+    sets = {
+        "base.model": model, "data.prepared": data, "data.chat_template": "plain", "max_length": run["tokens"],
+        "global_batch_size": 1, "lora.r": 32, "profile.micro_batch": 1, "profile.kept_layers": 0,
+        "profile.activation_offload": "true", "profile.gpu_memory_gib": run["card_gib"],
+        "profile.host_memory_gib": 256, "training.max_steps": STEPS, "training.logging_steps": 1,
+        "training.save_strategy": "'no'", "training.report_to": "none",
+    }  # fmt: skip
+    if run.get("embedding_offload") or run["card_gib"] == 8:
+        sets["profile.embedding_offload"] = "true"
+    flags = [str(part) for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    planned = json.loads(_call(["plan", recipe, "--profile", profile, *flags, "--json"], {}, 60).stdout)
+    about_plan = {"planned_gpu_gib": planned["peak_gpu_gib"], "longest_planned": planned["longest_sequence"]}
+    folder = options.output / _name(run)
+    environment = {
+        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "FITUNE_GPU_CAP_GIB": str(run["card_gib"] - OUTSIDE_TORCH_GIB),
+    }
+    try:
+        train = ["train", recipe, "--profile", profile, "--output", folder, *flags]
+        done = _call(train, environment, deadline - time.monotonic())
+        measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
+    except subprocess.TimeoutExpired:
+        return run | about_plan | {"error": "no time was left"}
+    except (OSError, ValueError):
+        return run | about_plan | {"error": (done.stderr or done.stdout)[-1500:]}
+    keys = ("step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "tokens_per_second_per_gpu")
+    return run | about_plan | {key: measured[key] for key in keys} | {"set": {k: str(v) for k, v in sets.items()}}
+
+
+def _call(arguments: list, environment: dict, seconds: float) -> subprocess.CompletedProcess:
+    command = [sys.executable, "cli.py", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+
+
+def _with_long_positions(model: Path) -> Path:
+    """The checkpoint under another name, its files linked and its config with Llama 3.1's positions."""
+    longer = model.with_name(f"{model.name}-long")
+    if not (longer / "config.json").exists():
+        longer.mkdir(exist_ok=True)
+        for file in model.iterdir():
+            if file.name != "config.json" and not (longer / file.name).exists():
+                (longer / file.name).symlink_to(file.absolute())
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps(config | {"max_position_embeddings": LLAMA_3_1_POSITIONS})
+        (longer / "config.json").write_text(text, encoding="utf-8")
+    return longer
+
+
+def _prepared(tokens: int, options) -> Path:
+    """Rows of one example each, nearly `tokens` long: the shipped instructions' texts, shuffled and joined."""
+    data = options.output / f"data-{tokens}"
+    if (data / "report.json").exists():
+        return data
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(options.tokenizer))
+    shipped = (ROOT / "examples" / "instructions" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [message["content"] for line in shipped for message in json.loads(line)["messages"]]
+    chance, rows = random.Random(0), options.output / f"rows-{tokens}.jsonl"
+    with rows.open("w", encoding="utf-8") as stream:
+        for number in range(2 * (STEPS + 1)):
+            words: list[int] = []
+            while len(words) < tokens:
+                words += tokenizer(chance.choice(texts), add_special_tokens=False)["input_ids"]
+            answer = tokenizer.decode(words[: int(tokens * 0.985) - 64])  # joined again, it has a few tokens more
+            messages = [{"role": "user", "content": f"Text {number}."}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    done = _call(
+        ["prepare", "--dataset", rows, "--output", data, "--tokenizer", options.tokenizer, "--template", "plain",
+         "--max-length", tokens, "--set", "data.test_fraction=0.4"], {}, 300,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return data
+
+
+if __name__ == "__main__":
+    main()
