@@ -1,5 +1,6 @@
 """Builds a folder under a temporary name beside its own and renames it at the end: whoever sees it sees all of it."""
 
+import ctypes
 import fcntl
 import glob
 import os
@@ -7,7 +8,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -67,13 +67,20 @@ def check_disk_space(output: Path, nbytes: int) -> None:
 
 
 def rename_when_whole(unfinished: Path, output: Path, *, replace: bool) -> None:
-    """Flushes `unfinished` to disk and names it `output`; with `replace`, what had that name is deleted after that."""
+    """Flushes `unfinished` to disk and names it `output`; with `replace`, what had that name is deleted after that.
+
+    At no moment is there nothing of that name, where the file system can exchange two (Linux's renameat2).
+    """
     for path in [*unfinished.rglob("*"), unfinished]:
         _flush(path)
     replaced = _temporary(output)
     if not replace:
         refuse_existing(output)
     elif os.path.lexists(output):
+        if _exchange(unfinished, output):
+            _flush(output.parent)
+            remove(unfinished)
+            return
         output.rename(replaced)
     try:
         unfinished.rename(output)
@@ -85,14 +92,12 @@ def rename_when_whole(unfinished: Path, output: Path, *, replace: bool) -> None:
     remove(replaced)
 
 
-@contextmanager
-def flushed_meanwhile(folder: Path) -> Iterator[None]:
-    """While the block runs, the disk writes what is in `folder`; raises OSError at the end if it could not."""
-    paths = list(folder.rglob("*"))
-    with ThreadPoolExecutor(1) as thread:
-        flushed = thread.submit(lambda: [_flush(path) for path in paths])
-        yield
-        flushed.result()
+def _exchange(one: Path, other: Path) -> bool:
+    """Gives each the other's name in one step; False where the C library or the file system cannot."""
+    at_working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other)
+    return renameat2 is not None and renameat2(*paths, exchange) == 0
 
 
 def checkpoints(folder: Path) -> list[Path]:

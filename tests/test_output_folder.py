@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_SECONDS
 
+from fitune import output_folder
 from fitune.errors import FituneError, UsageError
-from fitune.output_folder import check_disk_space, flushed_meanwhile, new_folder, rename_when_whole
+from fitune.output_folder import check_disk_space, new_folder, rename_when_whole
 
 
 def _build(output, text="new", **options):
@@ -125,6 +126,7 @@ def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr(output_folder, "_exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(FituneError, match="Input/output error"), new_folder(tmp_path / "out", replace=True) as folder:
         (folder / "new").write_text("")
@@ -224,15 +226,32 @@ def test_disk_space_is_compared_with_what_the_nearest_existing_folder_has(tmp_pa
     assert asked == [tmp_path, tmp_path]
 
 
-def test_a_file_that_could_not_be_flushed_stops_what_follows(tmp_path, monkeypatch):
-    """A checkpoint is renamed after this block, so it never is."""
-    (tmp_path / "file").write_text("x")
+def test_a_folder_that_could_not_be_flushed_is_not_renamed(tmp_path, monkeypatch):
+    for name in ("partial", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
 
     def failing(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", failing)
-    went_on = []
-    with pytest.raises(OSError, match="Input/output error"), flushed_meanwhile(tmp_path):
-        went_on.append("hashing")
-    assert went_on == ["hashing"]
+    with pytest.raises(OSError, match="Input/output error"):
+        rename_when_whole(tmp_path / "partial", tmp_path / "whole", replace=True)
+    assert (tmp_path / "whole/file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_whole_folder_stands_under_its_name_at_every_moment(can_exchange, tmp_path, monkeypatch):
+    """Where two names can be exchanged; elsewhere the old one is away for the moment between two renames."""
+    for name in ("partial", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not can_exchange:
+        monkeypatch.setattr(output_folder, "_exchange", lambda one, other: False)
+    renamed = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: renamed.append(self.name) or rename(self, to))
+    rename_when_whole(tmp_path / "partial", tmp_path / "whole", replace=True)
+    assert renamed == ([] if can_exchange else ["whole", "partial"])
+    assert (tmp_path / "whole/file").read_text() == "partial"
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

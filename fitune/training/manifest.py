@@ -83,16 +83,17 @@ def identify(run: Run, base: BaseRecord, tokenizer) -> Identity:
     )
 
 
-def write_manifest(folder: Path, step: int, run: Run, identity: Identity, waiting=nullcontext) -> None:
-    """Call on all ranks once all files are written: each reads its share of them, rank 0 writes.
+def write_manifest(
+    folder: Path, step: int, run: Run, identity: Identity, saved: dict[str, SavedFile], waiting=nullcontext
+) -> None:
+    """Call on all ranks, each with the files that it has `saved`: rank 0 may not see another machine's yet.
 
-    `waiting` is entered where ranks wait for each other.
+    Rank 0 adds what else is in `folder` and writes. `waiting` is entered where ranks wait for each other.
     """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    with waiting():
-        names = from_rank_0(names)
-    files = {name: saved for part in _on_all_ranks(_describe, folder, names, waiting) for name, saved in part.items()}
+    files = {name: file for part in _from_all_ranks(saved, waiting) for name, file in part.items()}
     if is_main_process():
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        files |= {name: describe(folder / name) for name in found - set(files)}
         manifest = Manifest(
             step=step,
             samples=step * run.recipe.global_batch_size,
@@ -134,6 +135,10 @@ def find_damage(folder: Path, waiting=nullcontext) -> str | None:
         manifest, error = from_rank_0((manifest, error))
     if error:
         return error
+    for rank in range(manifest.geometry.world_size):
+        state = f"state/rank-{rank:05d}-of-{manifest.geometry.world_size:05d}/model.safetensors"
+        if state not in manifest.files:
+            return f"{state} is not in {MANIFEST}"
     parts = _on_all_ranks(_compare, folder, list(manifest.files.items()), waiting)
     found = [damage for part in parts for damage in part]
     return min(found, default=None)
@@ -156,25 +161,28 @@ def _is_moved_base(before: Identity, now: Identity) -> bool:
     return Path(now.base).is_dir() and before.base_fingerprint == now.base_fingerprint
 
 
+def describe(path: Path, sha256: str | None = None) -> SavedFile:
+    """A file that was written; small ones, whose hash is not known, are read for it."""
+    if sha256 is None:
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return SavedFile(bytes=path.stat().st_size, sha256=sha256)
+
+
 def _on_all_ranks(work, folder: Path, items: list, waiting) -> list:
     """`work(folder, share)` of every rank, where rank r's share is every world_size-th item from r on."""
     if not dist.is_initialized():
         return [work(folder, items)]
+    return _from_all_ranks(work(folder, items[dist.get_rank() :: dist.get_world_size()]), waiting)
+
+
+def _from_all_ranks(own, waiting) -> list:
+    if not dist.is_initialized():
+        return [own]
     results = [None] * dist.get_world_size()
-    own = work(folder, items[dist.get_rank() :: dist.get_world_size()])
     with waiting():
         dist.all_gather_object(results, own)
     return results
-
-
-def _describe(folder: Path, names: list[str]) -> dict[str, SavedFile]:
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(lambda name: _saved_file(folder / name), names), strict=True))
-
-
-def _saved_file(path: Path) -> SavedFile:
-    with path.open("rb") as stream:
-        return SavedFile(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def _compare(folder: Path, files: list[tuple[str, SavedFile]]) -> list[str]:
@@ -188,7 +196,7 @@ def _damage(folder: Path, name: str, saved: SavedFile) -> str | None:
         return f"{name} is missing"
     if path.stat().st_size != saved.bytes:
         return f"{name} has {path.stat().st_size} bytes, not {saved.bytes}"
-    return f"{name} has other contents than were written" if _saved_file(path) != saved else None
+    return f"{name} has other contents than were written" if describe(path) != saved else None
 
 
 def _short(value) -> str:

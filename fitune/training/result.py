@@ -31,16 +31,17 @@ def save_result(
     tokenizer: PreTrainedTokenizerBase,
     base_record: BaseRecord,
     waiting=nullcontext,
-) -> None:
+) -> dict[str, str]:
     """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
 
     Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
+    Returns the SHA-256 of the files of weights by name, on the rank that wrote them; nothing on the others.
     `base_record` is what an adapter remembers of its base. `waiting` is entered where ranks wait for each other.
     """
     main = dist.get_rank() == 0
     with new_folder(folder, replace=True) if main else nullcontext() as unfinished:
         parameters = _named_for_saving(model, run)
-        writer = CheckpointWriter(unfinished, [spec for _, spec in parameters]) if main else None
+        writer = CheckpointWriter(unfinished, [spec for _, spec in parameters], hashed=True) if main else None
         for parameter, spec in parameters:
             with waiting():
                 whole = gather_rows(parameter, spec.dtype)
@@ -51,6 +52,10 @@ def save_result(
             _write_companions(unfinished, run, model, tokenizer, base_record)
     with waiting():
         dist.barrier()
+    hashes = writer.hashes if main else {}
+    if isinstance(model, PeftModel):  # named so by _write_companions
+        hashes = {name.replace("model", "adapter_model", 1): sha256 for name, sha256 in hashes.items()}
+    return hashes
 
 
 def gather_rows(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -25,11 +25,11 @@ SEPARATOR = "::"
 
 def save_training_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
-) -> None:
+) -> dict[str, str]:
     """Writes this rank's rows of every trainable parameter and of its optimizer state. Call on all ranks.
 
     Parameters are left out if `folder` holds the adapter that they make up. One tensor at a time passes through host
-    RAM. The disk may not have it all yet when this returns.
+    RAM. Returns the SHA-256 of what it wrote, by path inside `folder`; the disk has it by then.
     """
     names = {parameter: name for name, parameter in _trainable(model)}
     has_adapter = (folder / ADAPTER).is_dir()
@@ -40,7 +40,7 @@ def save_training_state(
     part = folder / "state" / f"rank-{rank:05d}-of-{world_size:05d}"
     part.mkdir(parents=True)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, durable=False)
+    writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, hashed=True)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.close()
@@ -55,6 +55,7 @@ def save_training_state(
             ],
         }
         (folder / "state" / "layout.json").write_text(json.dumps(layout, indent=1), encoding="utf-8")
+    return {str((part / name).relative_to(folder)): sha256 for name, sha256 in writer.hashes.items()}
 
 
 def load_trainable_weights(folder: Path, model: nn.Module, rank: int, world_size: int) -> None:

@@ -28,11 +28,11 @@ from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
-from fitune.output_folder import checkpoints, flushed_meanwhile, remove, rename_when_whole
+from fitune.output_folder import checkpoints, remove, rename_when_whole
 from fitune.training.bad_rows import name_rows
 from fitune.training.best_model import BestModel
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
-from fitune.training.manifest import Identity, find_damage, write_manifest
+from fitune.training.manifest import Identity, describe, find_damage, write_manifest
 from fitune.training.result import save_result
 from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
 from fitune.training.token_metrics import token_metrics
@@ -224,8 +224,10 @@ class ShardedSFTTrainer(SFTTrainer):
         with self.heartbeat.using_files():
             self._save_result(folder)
 
-    def _save_result(self, folder: Path) -> None:
-        save_result(folder, self.run, self.model, self.processing_class, self.base_record, self.heartbeat.waiting)
+    def _save_result(self, folder: Path) -> dict[str, str]:
+        return save_result(
+            folder, self.run, self.model, self.processing_class, self.base_record, self.heartbeat.waiting
+        )
 
     def _save_checkpoint(self, model, trial) -> None:
         """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
@@ -244,26 +246,27 @@ class ShardedSFTTrainer(SFTTrainer):
         dist.barrier()
 
     def _write_checkpoint(self) -> None:
-        """Result, sharded state, scheduler, RNG, position, manifest; renamed when whole, then read back."""
+        """Result, sharded state, scheduler, RNG, position, manifest; renamed when the disk has it all."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f".{folder.name}.partial")
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._meet()
+        rank, ranks, hashes = self.args.process_index, self.args.world_size, {}
         if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
-            self._save_result(partial / self.run.result_folder.name)
-        save_training_state(partial, self.model, self.optimizer, self.args.process_index, self.args.world_size)
+            result = self.run.result_folder.name
+            hashes = {f"{result}/{name}": sha256 for name, sha256 in self._save_result(partial / result).items()}
+        hashes |= save_training_state(partial, self.model, self.optimizer, rank, ranks)
         self._save_position(partial)
+        written = [*hashes, "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"]
+        saved = {name: describe(partial / name, hashes.get(name)) for name in written}
         self._meet()
-        with flushed_meanwhile(partial):
-            write_manifest(partial, self.state.global_step, self.run, self.identity, self.heartbeat.waiting)
+        write_manifest(partial, self.state.global_step, self.run, self.identity, saved, self.heartbeat.waiting)
         self._meet()
         if self.args.should_save:
             rename_when_whole(partial, folder, replace=True)
         self._meet()
-        if damage := find_damage(folder, self.heartbeat.waiting):
-            raise FituneError(f"{folder}: read back, {damage}")
 
     def _meet(self) -> None:
         with self.heartbeat.waiting():

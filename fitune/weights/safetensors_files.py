@@ -5,11 +5,13 @@ bytes (https://huggingface.co/docs/safetensors). Reading ranges ourselves lets e
 into a buffer of its choice, and lets tests count every byte.
 """
 
+import hashlib
 import json
 import math
 import os
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,11 +195,17 @@ class CheckpointWriter:
 
     Shards hold at most `max_shard_bytes` unless one tensor is larger. File modes follow the umask. `write` must be
     called once per spec in the given order; `close` checks that and writes the index. `durable` waits for the disk.
+    With `hashed`, `hashes` gets the SHA-256 of each file of tensors: of the bytes as they were in memory, by another
+    thread while they are written.
     """
 
-    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int = 5 * 10**9, *, durable=True):
+    def __init__(
+        self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int = 5 * 10**9, *, durable=True, hashed=False
+    ):
         self.folder = folder
-        self._durable = durable
+        self.hashes: dict[str, str] = {}
+        self._durable, self._hashed = durable, hashed
+        self._hasher = ThreadPoolExecutor(1) if hashed else None
         self._shards = self._split(list(specs), max_shard_bytes)
         self._pending = [(shard, spec) for shard, specs in self._shards.items() for spec in specs]
         self._stream = None
@@ -221,7 +229,14 @@ class CheckpointWriter:
         if shard != self._open_shard:
             self._start(shard)
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._stream.write(memoryview(flat.numpy()))
+        self._put(memoryview(flat.numpy()))
+
+    def _put(self, data) -> None:
+        """Both let other threads of Python run: hashing costs time only where the disk is faster than a core hashes."""
+        hashed = self._hasher.submit(self._hash.update, data) if self._hasher else None
+        self._stream.write(data)
+        if hashed:
+            hashed.result()
 
     def _start(self, shard: str) -> None:
         self._finish_shard()
@@ -235,8 +250,8 @@ class CheckpointWriter:
             position += spec.nbytes
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)  # keeps the data 8-byte aligned
-        self._stream = (self.folder / shard).open("wb")
-        self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._stream, self._hash = (self.folder / shard).open("wb"), hashlib.sha256()
+        self._put(len(encoded).to_bytes(8, "little") + encoded)
         self._open_shard = shard
 
     def _finish_shard(self) -> None:
@@ -246,6 +261,8 @@ class CheckpointWriter:
                 os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
+            if self._hashed:
+                self.hashes[self._open_shard] = self._hash.hexdigest()
 
     def close(self) -> None:
         if self._pending:
@@ -253,6 +270,8 @@ class CheckpointWriter:
         if self._open_shard is None:  # no tensors: a file all the same
             self._start(next(iter(self._shards)))
         self._finish_shard()
+        if self._hasher:
+            self._hasher.shutdown()
         if len(self._shards) > 1:
             weight_map = {spec.name: shard for shard, specs in self._shards.items() for spec in specs}
             total = sum(spec.nbytes for specs in self._shards.values() for spec in specs)

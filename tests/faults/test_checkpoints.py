@@ -104,11 +104,17 @@ def test_every_damage_is_named(finished, tmp_path):
         data[-5] ^= 1
         (folder / state).write_bytes(data)
 
+    def of_two_ranks(folder):
+        manifest_file = folder / "manifest.json"
+        text = manifest_file.read_text().replace("rank-00000-of-00001", "rank-00000-of-00002")
+        manifest_file.write_text(text.replace('"world_size": 1', '"world_size": 2'))
+
     kinds = {
         f"{state} has 1000 bytes, not {saved.files[state].bytes}": truncate,
         f"{state} has other contents than were written": flip,
         "adapter/adapter_config.json is missing": lambda folder: (folder / "adapter/adapter_config.json").unlink(),
         "no manifest.json: not written by fitune, or never finished": lambda f: (f / "manifest.json").unlink(),
+        "state/rank-00001-of-00002/model.safetensors is not in manifest.json": of_two_ranks,
         "manifest.json: Invalid JSON: ": lambda folder: (folder / "manifest.json").write_text("{"),
     }
     folders = [tmp_path / str(number) for number in range(len(kinds))]
@@ -154,7 +160,7 @@ def test_resume_says_what_it_skips_and_loads_no_pickle(finished, tmp_path):
     shutil.rmtree(newest)
     (older / "rng_state.pth").write_bytes(pickle.dumps(Command()))
     forged = json.loads((older / "manifest.json").read_text())
-    forged["files"]["rng_state.pth"] = manifest._saved_file(older / "rng_state.pth").model_dump()
+    forged["files"]["rng_state.pth"] = manifest.describe(older / "rng_state.pth").model_dump()
     (older / "manifest.json").write_text(json.dumps(forged))
     with pytest.raises(RuntimeError, match="Weights only load failed"):
         run_ranks(train_here, 1, run)
