@@ -44,7 +44,11 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     import torch
+    from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(str(options.tokenizer))
+    for run in RUNS:
+        _write_rows(run["tokens"], tokenizer, options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = [run for run in RUNS if not options.only or any(word in _name(run) for word in options.only)]
     report = about(options.commit) | {"command": " ".join(sys.argv), "runs": []}

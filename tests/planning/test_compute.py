@@ -48,7 +48,8 @@ def test_train_refuses_it_before_anything_starts(monkeypatch, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("{}\n")
     run = runs.resolve("tiny_qlora", "single_gpu", (FP8, f"data.prepared={tmp_path}"))
-    monkeypatch.setattr(preflight, "local_config", lambda *_: None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(preflight, "local_config", lambda *_: tmp_path)
     _on(monkeypatch, "NVIDIA A100-SXM4-80GB")
     with pytest.raises(UsageError, match=r"A100 has 8\.0; use --set profile\.compute=bf16"):
         preflight.check_before_training(run, force=True)

@@ -331,7 +331,8 @@ def test_train_refuses_what_cannot_fit_and_force_overrides(monkeypatch, tmp_path
     monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
     with pytest.raises(UsageError, match=r"does not fit: GPU memory: needs 2\d.* of 15.5.*--force"):
         preflight.check_fits(run)
-    monkeypatch.setattr(preflight, "local_config", lambda *_: None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(preflight, "local_config", lambda *_: tmp_path)
     prepared = tmp_path / "data"
     prepared.mkdir()
     for split in ("train", "test"):

@@ -123,7 +123,6 @@ def test_a_whole_model_is_as_near_as_on_the_cpu(batch):
 
     on_cpu = in_fp8(LAYERS, "cpu")
     kept, recomputed = (in_fp8(count, "cuda") for count in (LAYERS, 0))
-    for name, value in exact.items():
-        assert torch.equal(kept[name], recomputed[name]), name
-        errors = [(found[name].cpu().double() - value).norm() for found in (kept, on_cpu)]
-        assert errors[0] < 1.5 * errors[1], name
+    for name, value in exact.items():  # FlashAttention's backward adds in any order: kept and recomputed may differ
+        errors = [(found[name].cpu().double() - value).norm() for found in (kept, recomputed, on_cpu)]
+        assert max(errors[:2]) < 1.5 * errors[2], name
