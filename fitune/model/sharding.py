@@ -79,11 +79,11 @@ def _count_head_as_run(norm: FSDPModule) -> None:
 def reshard_whole_weights(model: nn.Module) -> None:
     """Frees what a forward pass left gathered for a backward pass that never came, as in an evaluation.
 
-    The head's parameters, trained by method full, would else be whole when they are saved.
+    The head's parameters, trained by method full, would else be whole when they are saved. torch 2.11's own `reshard`
+    does nothing for the unit of norm and head, which it takes to be in its forward pass still.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for group in _parameter_groups(model):
+        group._to_sharded()
 
 
 def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:
@@ -153,6 +153,15 @@ def _tell_transformers(causal_lm: nn.Module) -> None:
     """Marks the model as sharded, so that Trainer and accelerate neither move it nor wrap it again."""
     causal_lm._is_distributed_loading_by_transformers = True
     causal_lm._is_fsdp_managed_module = True
+
+
+def computes_on(causal_lm: nn.Module, device: torch.device) -> None:
+    """Makes `device` the model's, which transformers takes for its own tensors when it generates.
+
+    It would else take that of the first parameter: the embedding may wait in host RAM.
+    """
+    kind = type(causal_lm)
+    causal_lm.__class__ = type(kind.__name__, (kind,), {"device": property(lambda _: device)})
 
 
 def local_rows(total: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from fitune.data.chat_template import end_of_turn_ids, read_tokenizer
 from fitune.data.dataset import load_split, load_tokenizer
 from fitune.data.file_formats import first_line
 from fitune.errors import UsageError
+from fitune.model.sharding import computes_on
+from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.train import load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
@@ -66,6 +68,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
         model = load_sharded_model(run, folder, tokenizer, mesh)
         load_tuned_weights(run, model, mesh)
         dist.fsdp.register_fsdp_forward_method(model, "generate")
+        computes_on(decoder(model), compute_device(mesh))
         return Answerer(model, tokenizer, stop_ids, compute_device(mesh), options.max_new_tokens, options.temperature)
 
     answerer = load(tuned_folder if options.chat else base_folder)

@@ -71,6 +71,8 @@ PRIVATE_NAMES = (
     PrivateName(f"{FSDP}._fsdp_common:TrainingState.PRE_BACKWARD", (ONE_RANK,), "see _training_state", COPIES),
     PrivateName(f"{FSDP}._fsdp_param_group:TrainingState", (ONE_RANK,), "see _training_state", COPIES),
     PrivateName(f"{GROUP}._all_gather_result", (ONE_RANK,), "that copies are under way", COPIES),
+    PrivateName(f"{GROUP}._to_sharded", (SHARDING,), "frees what an evaluation left gathered",
+                "FSDPModule.reshard frees the unit of norm and head, as it does from torch 2.13 on", parameters=()),
     PrivateName(f"{GROUP}._to_unsharded", (ONE_RANK,), "that they have arrived", COPIES, parameters=()),
     PrivateName(f"{GROUP}.is_unsharded", (ONE_RANK,), "that nothing is to be copied", COPIES),
     PrivateName(f"{GROUP}.unshard_in_backward", (ONE_RANK,), "the embedding is not needed there", COPIES),
@@ -133,6 +135,8 @@ PRIVATE_NAMES = (
                 called_as='getattr(module, "_is_fsdp_managed_module", False)'),
     PrivateName(f"{HF}._prepare_inputs", (TRAINER,), "a batch on its device before dropout's keys are made of it",
                 "Trainer has a callback with the batch before the forward pass", parameters=("inputs",)),
+    PrivateName("transformers.models.llama.modeling_llama:LlamaForCausalLM.__class__", (SHARDING,),
+                "swapped for one whose device is that of the computation", "generate takes a device"),
     PrivateName("transformers.models.llama.modeling_llama:LlamaDecoderLayer.__class__", ("model/layer.py",),
                 "swapped for the layer written out", "transformers has an interface for a layer of one's own"),
     # TRL

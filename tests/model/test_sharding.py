@@ -301,3 +301,14 @@ def _left_to_run(run) -> int:
 def test_a_head_that_is_never_called_counts_as_run(tiny_base, make_run, tmp_path):
     """torch 2.11 warns otherwise, in every run."""
     assert run_ranks(_left_to_run, 2, make_run(tiny_base, tmp_path, "full", processes=2)) == [0, 0]
+
+
+def test_transformers_is_told_where_a_model_computes_whose_embedding_waits_elsewhere(tiny_base):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fitune.model.sharding import computes_on
+
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(str(tiny_base)))
+    computes_on(model, torch.device("meta"))
+    assert model.device == torch.device("meta") and next(model.parameters()).device.type == "cpu"
+    assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "LlamaForCausalLM"
