@@ -11,14 +11,11 @@ from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
 from fitune.config.hints import meant_by
 from fitune.config.recipe_paths import found_beside, path_from_here, refuse_missing
-from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+from fitune.config.schema import SMALLEST, AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
 from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
 from fitune.config.yaml_file import parse, parse_yaml, read_yaml
 from fitune.errors import UsageError, nearest
-
-SMALLEST = {"micro_batch": 1, "kept_layers": 0}
-"What needs least memory of the keys that a profile may leave to `plan`."
 
 
 def names(folder: Path) -> list[str]:

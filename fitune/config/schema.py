@@ -15,6 +15,8 @@ Flag = Annotated[bool, BeforeValidator(lambda value: YES_OR_NO.get(str(value).lo
 RowWeight = Annotated[float, Field(gt=0, le=1000)]
 AUTO = "auto"
 "A profile's value that `plan` chooses."
+SMALLEST = {"micro_batch": 1, "kept_layers": 0}
+"The keys that a profile may leave to `plan`, with the value that takes least memory."
 Rows = PositiveInt | Literal["auto"]
 ADAPTER = "adapter"
 "The folder of a trained adapter, in a run and in its checkpoints."
@@ -204,7 +206,7 @@ class Profile(Strict):
     @property
     def left_to_plan(self) -> tuple[str, ...]:
         """The keys that are `auto`."""
-        return tuple(key for key in ("micro_batch", "kept_layers") if getattr(self, key) == AUTO)
+        return tuple(key for key in SMALLEST if getattr(self, key) == AUTO)
 
 
 class AccelerateConfig(Strict):
@@ -244,7 +246,7 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _the_profile_has_numbers(self):
-        for key in ("micro_batch", "kept_layers"):
+        for key in SMALLEST:
             if not isinstance(getattr(self.profile, key), int):
                 raise ValueError(f"profile.{key}: a run has one number")
         return self

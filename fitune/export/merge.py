@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from fitune.config.base_model import ARCHITECTURE
 from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
@@ -211,7 +212,7 @@ def _merged_config(config: dict, tuned: TunedWeights) -> dict:
 
 def _refuse_missing_tensors(weights: BaseWeights, config: dict) -> None:
     """FituneError if the base lacks a tensor of the Llama that its config.json describes, or has another shape."""
-    if config.get("model_type") != "llama":
+    if config.get("model_type") != ARCHITECTURE:
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 

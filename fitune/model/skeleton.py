@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from fitune.config.base_model import ARCHITECTURE
 from fitune.config.schema import Lora, Recipe
 from fitune.config.shipped import how_to_install
 from fitune.errors import UsageError
@@ -56,7 +57,7 @@ def decoder(model: nn.Module) -> PreTrainedModel:
 
 
 def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
-    if config.model_type != "llama":
+    if config.model_type != ARCHITECTURE:
         raise UsageError(f"{folder}: a {config.model_type} model; fitune shards and streams Llama models only")
     if recipe.max_length > config.max_position_embeddings:
         raise UsageError(

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitune.config.base_model import ARCHITECTURE
 from fitune.errors import UsageError
 
 
@@ -138,7 +139,7 @@ def read_config(file: Path) -> ModelShape:
         raise UsageError(f"{file}: no such file; give a folder with config.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
+    if not isinstance(config, dict) or config.get("model_type") != ARCHITECTURE:
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise UsageError(f"{file}: a {kind} model; fitune trains Llama models only")
     try:

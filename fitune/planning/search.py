@@ -8,7 +8,7 @@ from pathlib import Path
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
-from fitune.config.schema import AUTO, AccelerateConfig, Lora, Profile, Recipe, Run
+from fitune.config.schema import AUTO, SMALLEST, AccelerateConfig, Lora, Profile, Recipe, Run
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
 from fitune.planning.fill import filled, fits, largest
@@ -126,7 +126,7 @@ def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *,
 
     Those that `overrides` gives are as given.
     """
-    left_to_plan = dict.fromkeys(runs.SMALLEST, AUTO)
+    left_to_plan = dict.fromkeys(SMALLEST, AUTO)
     for name in runs.names(runs.PROFILES):
         if not any_method and not runs.goes_with(recipe_name, recipe, runs.load_profile(name)):
             continue
@@ -168,7 +168,7 @@ def unlike_profile(run: Run, sets: tuple[str, ...] = ()) -> tuple[str, ...]:
     """What `--set` needs beside `sets` to make its shipped profile that of a run which was found with them."""
     shipped = _run(run.recipe_name, run.recipe, run.profile_name, runs.parse_sets(sets)[1])
     as_shipped = filled(shipped, limits_of(shipped)).profile
-    found = {key: getattr(run.profile, key) for key in runs.SMALLEST}
+    found = {key: getattr(run.profile, key) for key in SMALLEST}
     return tuple(f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key))
 
 
