@@ -211,7 +211,7 @@ class Part:
         check(f"merged: {self.merged}" in printed, printed)
         merged = self._generate("generate-merged", self.merged)
         self._compare("merged_answers", merged, "model", self.merged_model)
-        if self.merged_model is self.tuned_model:
+        if self.merged_model is self.tuned_model and self.answers:  # none if `generate` failed, which is said there
             as_run = [entry | {"run": answer} for entry, answer in zip(merged, self.answers, strict=True)]
             self._compare("merged_as_run", as_run, "model", self.tuned_model, other="run")
 
