@@ -56,10 +56,10 @@ def _measure(options) -> None:
         "command": " ".join(sys.argv), "model": options.model.name, "method": options.method, "steps": options.steps,
         "runs": {name: _run(name, *RUNS[name], options, data) for name in RUNS},
     }  # fmt: skip
-    report["gradients"] = _gradients(options)
     losses = {name: run["held_out"]["tuned"]["loss"] for name, run in report["runs"].items()}
     report["held_out_difference"] = losses["fp8"] / losses["bf16"] - 1
     report["passed"] = abs(report["held_out_difference"]) <= ALLOWED
+    report["gradients"] = _gradients(options)
     (options.output / "fp8-learns.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _print_tables(report)
 
