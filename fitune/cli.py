@@ -129,8 +129,8 @@ def plan(recipe, profile, sets, **options):
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
 )
 @set_option
-@click.option("--tokenizer", help="Folder or Hub id to count tokens with. [default: the recipe's base.model]")
-@click.option("--no-tokens", is_flag=True, help="Don't count tokens (no access to the base model needed).")
+@click.option("--tokenizer", help="Folder or Hub id of the tokenizer. [default: the recipe's base.model]")
+@click.option("--no-tokens", is_flag=True, help="Don't tokenise (no access to the base model needed); train does then.")
 @click.option("--template", "template_choice", help="Chat template, instead of the recipe's.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's.")
 @click.option("--long-rows", type=click.Choice(["refuse", "drop", "cut"]), help="What to do with longer rows.")
@@ -147,7 +147,7 @@ def plan(recipe, profile, sets, **options):
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: all cores]")
 @click.option("--preview", type=click.IntRange(min=0), default=0, help="Show the first N rows as the model sees them.")
 def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice, max_length, format_, **options):
-    """Check rows, split them, count tokens: train.jsonl, test.jsonl, report.json."""
+    """Check rows, split them, tokenise them: train.jsonl, test.jsonl, their tokens, report.json."""
     if bool(recipe) == bool(dataset):
         raise UsageError("give a recipe, or --dataset with --output (see prepare --help)")
     if dataset and not output:

@@ -67,6 +67,8 @@ class Data(Strict):
     "Put first in conversations that have no system message."
     chat_template: str = "llama3"
     "`llama3`, `chatml`, `plain` (no tokens but BOS and EOS), `tokenizer` (its own), or the path of a .jinja file."
+    train_on: Literal["all", "last", "completion"] = "all"
+    "Which answers are trained: all of a row, its last, or those after the user's last turn."
     format: DataFormat | None = None
     "What the rows look like; null finds it out from the first row of each file."
     columns: dict[str, str] = {}

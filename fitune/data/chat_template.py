@@ -11,7 +11,7 @@ import jinja2
 from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
 from fitune.data.conversations import arguments_as_objects
 from fitune.data.file_formats import first_line
-from fitune.data.token_counter import trained_tokens
+from fitune.data.token_encoder import trained_tokens
 from fitune.errors import UsageError
 
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"

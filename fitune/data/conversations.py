@@ -60,6 +60,13 @@ def check_turns(messages: list[Message]) -> None:
         raise RowError("roles_out_of_order", f"the last turn is the {previous}'s, not the assistant's")
 
 
+def trained_answers(messages: list[dict], train_on: str) -> list[bool]:
+    """For each answer whether `train_on` means it: all, the last, or those after the user's last turn (completion)."""
+    places = {role: [n for n, turn in enumerate(messages) if turn["role"] == role] for role in ("user", "assistant")}
+    first = {"all": 0, "last": places["assistant"][-1], "completion": max(places["user"], default=0)}[train_on]
+    return [place >= first for place in places["assistant"]]
+
+
 def check_not_rendered(conversation: dict) -> None:
     """Raise RowError for text that a template has already been applied to."""
     for where, text in _texts(conversation):

@@ -1,21 +1,16 @@
 """report.json: what was read, what was kept, where it came from; and the same as a table."""
 
 import hashlib
-import json
-from pathlib import Path
 
 import numpy as np
 
-from fitune.data.chat_template import template_hash, tokenizer_hash
+from fitune.data.packing import Pieces
+from fitune.data.prepared import REPORT_VERSION
 from fitune.data.reading import Tally
-from fitune.data.row_checks import Rules
 from fitune.data.row_store import RowStore, Selection
+from fitune.data.rules import Rules
 from fitune.data.sources import SourceFile
 from fitune.data.token_report import histogram_chart, packing_report, token_statistics
-from fitune.errors import UsageError
-
-REPORT_VERSION = 2
-"Of prepared data, raised when the same rows would be prepared in another way."
 
 
 def describe(
@@ -25,6 +20,7 @@ def describe(
     selection: Selection,
     rules: Rules,
     packing: bool,
+    pieces: Pieces | None,
     global_batch_size: int | None,
 ) -> dict:
     """The report, but for the template and the tokenizer. `sources` holds `(settings, splits)` pairs.
@@ -34,7 +30,7 @@ def describe(
     """
     repeats = selection.train_repeats
     train_tokens = np.repeat(store.tokens, repeats)
-    counted = rules.counter is not None
+    counted = rules.encoder is not None
     report = {
         "version": REPORT_VERSION,
         "rows_in": tally.rows_in,
@@ -55,8 +51,8 @@ def describe(
         "source": _source(sources[0], 0, tally, store),
         "mixed_in": [_source(source, number, tally, store) for number, source in enumerate(sources[1:], start=1)],
     }
-    if counted and rules.max_length:
-        report |= packing_report(train_tokens, rules.max_length, packing, global_batch_size)
+    if pieces is not None:
+        report |= packing_report(pieces, rules.max_length, global_batch_size)
     return report | {"notes": _notes(report, sources, global_batch_size)}
 
 
@@ -147,40 +143,3 @@ def _lines(report: dict):
         yield f"rows of {report['max_length']:,}", f"{report['packed_rows']:,}, {share}"
     if report["steps_per_epoch"]:
         yield "steps per epoch", f"{report['steps_per_epoch']:,}"
-
-
-def check_prepared(folder: Path, tokenizer, choice: str, max_length: int) -> dict | None:
-    """The report of prepared data; None for files that were put there by hand, without a report.json.
-
-    `tokenizer` is a transformers tokenizer after `apply_chat_template_choice`. Raises UsageError if the data was
-    prepared by another version of fitune, or for another tokenizer or chat template than `choice`, where its token
-    counts, its cuts and its checks would not hold, or if a row has more than `max_length` tokens: training would cut
-    its last answer.
-    """
-    file = folder / "report.json"
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        prepared_with = {name: report[name]["sha256"] for name in ("tokenizer", "template")}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{file}: not a report of prepare ({error}); prepare the data again with --overwrite"
-        ) from None
-    if report.get("version") != REPORT_VERSION:
-        raise UsageError(f"{folder}: prepared by another version of fitune; prepare the data again with --overwrite")
-    used_now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_hash(tokenizer)}
-    for name, before in prepared_with.items():
-        if before is not None and before != used_now[name]:
-            template = f"chat template ({report['template']['choice']}, not {choice})"
-            what = "tokenizer" if name == "tokenizer" else template
-            raise UsageError(
-                f"{folder}: prepared with another {what}; prepare the data again with --overwrite --template {choice}"
-            )
-    longest = report["tokens"]["max"] if report.get("tokens") else 0
-    if longest > max_length:
-        raise UsageError(
-            f"{folder}: its longest row has {longest:,} tokens, max_length is {max_length:,}; prepare the data again "
-            f"with --overwrite --max-length {max_length} and --long-rows drop or cut"
-        )
-    return report

@@ -9,16 +9,13 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fitune.data.conversations import RowError
 from fitune.errors import UsageError
-
-OPTIONAL_KEYS = ("name", "tool_call_id", "reasoning_content", "tool_calls", "tools")
-"What a row that prepare writes may have beside roles and contents; the last one the row, the others a message."
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 10 << 20
@@ -324,35 +321,24 @@ class _JsonList:
         raise UsageError(f"{self._name}:{self._line}: invalid JSON: {reason}; nothing after it can be read")
 
 
-def row_schema(optional: Collection[str]):
-    """The Arrow schema of prepare's rows, with those of OPTIONAL_KEYS that are asked for."""
-    import pyarrow
-
-    function = pyarrow.struct({"name": pyarrow.string(), "arguments": pyarrow.string()})
-    call = pyarrow.struct({"id": pyarrow.string(), "type": pyarrow.string(), "function": function})
-    kinds = dict.fromkeys(OPTIONAL_KEYS, pyarrow.string()) | {"tool_calls": pyarrow.list_(call)}
-    texts = {"role": pyarrow.string(), "content": pyarrow.string()}
-    message = texts | {key: kinds[key] for key in OPTIONAL_KEYS if key in optional and key != "tools"}
-    columns = {"messages": pyarrow.list_(pyarrow.struct(message))}
-    return pyarrow.schema(columns | ({"tools": pyarrow.string()} if "tools" in optional else {}))
-
-
-def optional_keys(file: Path) -> set[str]:
-    """Which of OPTIONAL_KEYS any row of a .jsonl file may have; a text that quotes one counts too."""
-    patterns = {key: f'"{key}":'.encode() for key in OPTIONAL_KEYS}
-    found = set()
-    with file.open("rb") as lines:
-        for line in lines:
-            found |= {key for key in patterns.keys() - found if patterns[key] in line}
-    return found
-
-
 def jsonl_to_parquet(source: Path, target: Path, rows_per_group: int = 8192) -> None:
     """A .jsonl file that prepare wrote as Parquet, one row group at a time; `tools` stay JSON text."""
     import pyarrow
     import pyarrow.parquet
 
-    schema = row_schema(OPTIONAL_KEYS)
+    schema = _row_schema()
     with source.open(encoding="utf-8") as lines, pyarrow.parquet.ParquetWriter(target, schema) as writer:
         while group := list(itertools.islice(lines, rows_per_group)):
             writer.write_table(pyarrow.Table.from_pylist(list(map(json.loads, group)), schema))
+
+
+def _row_schema():
+    """The Arrow schema of prepare's rows."""
+    import pyarrow
+
+    text = pyarrow.string()
+    function = pyarrow.struct({"name": text, "arguments": text})
+    call = pyarrow.struct({"id": text, "type": text, "function": function})
+    names = ("role", "content", "name", "tool_call_id", "reasoning_content")
+    message = dict.fromkeys(names, text) | {"tool_calls": pyarrow.list_(call), "train": pyarrow.bool_()}
+    return pyarrow.schema({"messages": pyarrow.list_(pyarrow.struct(message)), "tools": text})

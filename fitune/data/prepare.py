@@ -1,9 +1,8 @@
-"""The stage `prepare`: any usual data in; train.jsonl, test.jsonl and report.json out, every bad row named."""
+"""The stage `prepare`: any usual data in; readable rows, their tokens and a report out, every bad row named."""
 
 import itertools
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,21 @@ from fitune.data import chat_template, conversations
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.data_report import describe, print_report
 from fitune.data.file_formats import jsonl_to_parquet
+from fitune.data.packing import Pieces, lay_out, write_layout
+from fitune.data.prepared import REPORT, SPLITS, describe_files
 from fitune.data.reading import Tally, read_all, refuse_problems
-from fitune.data.row_checks import Rules
 from fitune.data.row_formats import FORMATS, OPTIONAL_COLUMNS
 from fitune.data.row_store import RowStore, Selection
+from fitune.data.rules import Rules, rules_for, rules_without_tokenizer
 from fitune.data.sources import Splits, open_source
-from fitune.data.token_counter import TokenCounter
+from fitune.data.token_file import write_tokens
 from fitune.data.token_report import print_preview, progress_line
 from fitune.errors import UsageError, nearest
 from fitune.output_folder import new_folder
 
-WRITTEN = {"report.json", "train.jsonl", "test.jsonl", "train.parquet", "test.parquet"}
+WRITTEN = {REPORT} | {
+    f"{split}.{kind}" for split in SPLITS for kind in ("jsonl", "tokens.arrow", "packed.arrow", "parquet")
+}
 
 
 def prepare(
@@ -47,14 +50,14 @@ def prepare(
     preview: int = 0,
     console=None,
 ) -> dict:
-    """Write `output`/train.jsonl, test.jsonl and report.json; return the report.
+    """Write `output`/train.jsonl, test.jsonl, their tokens and report.json; return the report.
 
     Flags of `fitune prepare`, in its words, and what it takes from the recipe:
 
-    --tokenizer (`tokenizer`)          folder or Hub id, or a transformers tokenizer; None: tokens are not counted
+    --tokenizer (`tokenizer`)          folder or Hub id, or a transformers tokenizer; None: no tokens are written
     --template (`template_choice`)     instead of the recipe's `chat_template`
     --max-length (`max_length`)        tokens a row may have; longer rows follow `long_rows`
-    `packing`                          whether rows will be packed, for the steps per epoch
+    `packing`                          whether rows will be packed
     `global_batch_size`                rows per optimizer step
     `seed`                             picks the test rows and those of fractional weights
     --drop-invalid                     go on without the rows that cannot be used, as the recipe's `invalid_rows: drop`
@@ -76,24 +79,34 @@ def prepare(
     tokenizer = _load_tokenizer(tokenizer, choice)
     if preview and tokenizer is None:
         raise UsageError("--preview needs the tokenizer: it shows rows as the model sees them; pass --tokenizer")
-    rules = _rules(tokenizer, choice, max_length, long_rows or data.long_rows, escape_control_tokens)
+    how = {"escape_control_tokens": escape_control_tokens, "train_on": data.train_on}
+    if tokenizer is None:
+        rules = rules_without_tokenizer(choice, **how)
+    else:
+        rules = rules_for(tokenizer, max_length=max_length, long_rows=long_rows or data.long_rows, **how)
     sources = _open_sources(data, format)
     with new_folder(output, replace=overwrite) as folder:
-        store = RowStore(folder / "rows")
+        store = RowStore(folder)
         with progress_line(console) as show_progress:
             tally = read_all(sources, rules, store, workers or _cores(), show_progress)
         refuse_problems(tally, rules, drop_invalid or data.invalid_rows == "drop")
         fractions = [None if splits.test else data.test_fraction for _, splits in sources]
         selection = store.select(seed, [source.weight for source, _ in sources], fractions)
         _refuse_too_few(selection, tally, global_batch_size)
-        _write(store, selection, folder, parquet)
-        report = describe(sources, tally, store, selection, rules, packing, global_batch_size) | {
+        pieces = _write(store, selection, folder, rules, packing)
+        report = describe(sources, tally, store, selection, rules, packing, pieces, global_batch_size) | {
             "test_fraction": data.test_fraction if any(fractions) else None,
             "seed": seed,
             "template": {"choice": choice, "sha256": _template_sha256(choice, tokenizer)},
             "tokenizer": {"sha256": chat_template.tokenizer_hash(tokenizer) if tokenizer else None},
+            "system_message": data.system_message,
+            "train_on": data.train_on,
+            "files": describe_files(folder),
         }
-        (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if parquet:
+            for split in SPLITS:
+                jsonl_to_parquet(folder / f"{split}.jsonl", folder / f"{split}.parquet")
+        (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if console:
         print_report(report, console)
         if preview:
@@ -107,7 +120,7 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{output}: already exists; remove it, choose another folder, or pass --overwrite")
-    if not (output / "report.json").is_file():
+    if not (output / REPORT).is_file():
         raise UsageError(f"{output}: exists and was not written by prepare (no report.json); choose another folder")
     if strangers := sorted(path.name for path in output.iterdir() if path.name not in WRITTEN):
         raise UsageError(f"{output}: holds {strangers[0]}, which prepare did not write; choose another folder")
@@ -124,35 +137,6 @@ def _load_tokenizer(tokenizer, choice: str):
         raise UsageError("tokenizer: a fast tokenizer (with a tokenizer.json) is needed")
     chat_template.apply_chat_template_choice(tokenizer, choice)
     return tokenizer
-
-
-def _rules(tokenizer, choice: str, max_length, long_rows: str, escape_control_tokens: bool) -> Rules:
-    if long_rows not in ("refuse", "drop", "cut"):
-        raise UsageError(f"long_rows: {long_rows}: allowed are refuse, drop, cut")
-    if tokenizer is None:
-        if choice != "tokenizer":
-            chat_template.training_template(choice)
-        return Rules(conversations.LLAMA3_CONTROL_TOKENS, escape_control_tokens)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    names = set(special) | set(chat_template.control_tokens_of_template(tokenizer))
-    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
-    return Rules(
-        control_tokens=pattern,
-        escape_control_tokens=escape_control_tokens,
-        template=tokenizer.chat_template,
-        special_tokens=tokenizer.special_tokens_map,
-        counter=TokenCounter(_bare_tokenizer(tokenizer)),
-        max_length=max_length,
-        long_rows=long_rows,
-    )
-
-
-def _bare_tokenizer(tokenizer):
-    """The `tokenizers.Tokenizer` inside, without the truncation and padding a caller may have left on."""
-    bare = tokenizer.backend_tokenizer
-    bare.no_truncation()
-    bare.no_padding()
-    return bare
 
 
 def _open_sources(data: Data, format: str | None) -> list[tuple[Data | Source, Splits]]:
@@ -185,13 +169,19 @@ def _refuse_too_few(selection: Selection, tally: Tally, global_batch_size: int |
         )
 
 
-def _write(store: RowStore, selection: Selection, folder: Path, parquet: bool) -> None:
-    store.write(folder / "train.jsonl", selection.train_repeats)
-    store.write(folder / "test.jsonl", selection.test.astype(np.uint16))
-    store.path.unlink()
-    if parquet:
-        for split in ("train", "test"):
-            jsonl_to_parquet(folder / f"{split}.jsonl", folder / f"{split}.parquet")
+def _write(store: RowStore, selection: Selection, folder: Path, rules: Rules, packing: bool) -> Pieces | None:
+    """Lines, tokens and layout of both splits; the training rows' layout, None where nothing was tokenised."""
+    layouts = {}
+    for split, repeats in (("train", selection.train_repeats), ("test", selection.test.astype(np.uint16))):
+        store.write(folder / f"{split}.jsonl", repeats)
+        if rules.encoder is not None:
+            write_tokens(folder / f"{split}.tokens.arrow", store.token_batches(repeats))
+            if rules.max_length:
+                order = store.order(repeats)
+                layouts[split] = lay_out(store.tokens[order], np.zeros(len(order), bool), rules.max_length, packing)
+                write_layout(folder / f"{split}.packed.arrow", layouts[split])
+    store.remove()
+    return layouts.get("train")
 
 
 def _cores() -> int:
@@ -211,4 +201,4 @@ def _print_preview(output: Path, count: int, rules: Rules, console) -> None:
     with (output / "train.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, count)]
     rendered = [renderer.render(*conversations.for_template(row)) for row in rows]
-    print_preview(rendered, rules.counter.tokenizer, console)
+    print_preview(rendered, rules.encoder.tokenizer, console)

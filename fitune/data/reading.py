@@ -16,7 +16,6 @@ from fitune.data.row_checks import (
     EXAMPLES_PER_REASON,
     Checker,
     Outcome,
-    Rules,
     Shape,
     check_in_worker,
     parse_record,
@@ -24,6 +23,7 @@ from fitune.data.row_checks import (
 )
 from fitune.data.row_formats import FORMATS
 from fitune.data.row_store import RowStore
+from fitune.data.rules import Rules
 from fitune.data.sources import SourceFile, file_sha256
 from fitune.errors import FituneError, UsageError
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -17,25 +16,13 @@ from fitune.data import conversations, row_formats
 from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
 from fitune.data.conversations import RowError
 from fitune.data.file_formats import MAX_ROW_BYTES, too_large
-from fitune.data.token_counter import TokenCounter
+from fitune.data.rules import Rules
+from fitune.data.token_encoder import Encoded
 
 EXAMPLES_PER_REASON = 20
 ROWS_PER_BATCH = 256
 HASH_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How rows are converted and what is refused; the same for every chunk of a run."""
-
-    control_tokens: re.Pattern
-    escape_control_tokens: bool = False
-    template: str | None = None
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    counter: TokenCounter | None = None
-    "None where tokens are not counted"
-    max_length: int | None = None
-    long_rows: str = "refuse"
+NOT_ENCODED = Encoded(b"", [])
 
 
 @dataclass(frozen=True)
@@ -58,10 +45,16 @@ class Outcome:
     "bytes of each line, uint32"
     hashes: bytes = b""
     "HASH_BYTES for each row"
+    ids: bytes = b""
+    "int32, the tokens of all rows"
     tokens: np.ndarray = None
-    "uint32"
+    "of each row, uint32"
     trained: np.ndarray = None
-    "tokens inside the assistant's turns, uint32"
+    "tokens of each row that are trained, uint32"
+    edges: np.ndarray = None
+    "int32, start and stop of each trained run of tokens, counted from its row's first"
+    runs: np.ndarray = None
+    "trained runs of each row, uint32"
     counts: dict[str, int] = field(default_factory=dict)
     "rows refused, by reason"
     examples: list[tuple[str, int, str]] = field(default_factory=list)
@@ -84,8 +77,7 @@ class Row:
     conversation: dict
     text: str = ""
     spans: list[tuple[int, int]] = field(default_factory=list)
-    tokens: int = 0
-    trained: int = 0
+    encoded: Encoded = NOT_ENCODED
 
 
 class Checker:
@@ -99,25 +91,20 @@ class Checker:
         """Every row of `chunk`, in order."""
         outcome, good = Outcome(), []
         for batch in _batches(self._converted(chunk, shape, outcome), ROWS_PER_BATCH):
-            if self.rules.counter is not None:
-                batch = self._counted(batch, outcome)
+            if self.rules.encoder is not None:
+                batch = self._encoded(batch, outcome)
             good += self._written(batch, outcome)
-        lines = [line for line, _, _ in good]
-        outcome.text = b"".join(lines)
-        outcome.sizes = np.fromiter(map(len, lines), np.uint32, len(lines))
-        outcome.hashes = b"".join(hashlib.blake2b(line, digest_size=HASH_BYTES).digest() for line in lines)
-        outcome.tokens = np.fromiter((tokens for _, tokens, _ in good), np.uint32, len(good))
-        outcome.trained = np.fromiter((trained for _, _, trained in good), np.uint32, len(good))
+        _fill(outcome, [line for line, _ in good], [encoded for _, encoded in good])
         return outcome
 
-    def _written(self, batch: list[Row], outcome: Outcome) -> Iterator[tuple[bytes, int, int]]:
-        """Each row's line with its counts. Formats other than lines have no limit of their own on a row's size."""
+    def _written(self, batch: list[Row], outcome: Outcome) -> Iterator[tuple[bytes, Encoded]]:
+        """Each row's line with its tokens. Formats other than lines have no limit of their own on a row's size."""
         for row in batch:
             line = _json_line(row.conversation)
             if len(line) > MAX_ROW_BYTES:
                 outcome.refuse(row.number, too_large(len(line)))
             else:
-                yield line, row.tokens, row.trained
+                yield line, row.encoded
 
     def _converted(self, chunk, shape: Shape, outcome: Outcome) -> Iterator[Row]:
         """Rows that pass every check on their words; the others are noted in `outcome`."""
@@ -146,13 +133,23 @@ class Checker:
                 raise RowError("answer_not_found", f"the chat template hides what is to be trained: {error}") from None
             except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
                 raise RowError("template_refused", f"the chat template refuses it: {error}") from None
+            row.spans = self._trained_spans(row)
         return row
 
-    def _counted(self, rows: list[Row], outcome: Outcome) -> list[Row]:
-        self._count(rows)
+    def _trained_spans(self, row: Row) -> list[tuple[int, int]]:
+        """Of the answers' places in the text, those that `train_on` means."""
+        trained = conversations.trained_answers(row.conversation["messages"], self.rules.train_on)
+        if all(trained):
+            return row.spans
+        if len(row.spans) != len(trained):
+            raise RowError("template_refused", f"the chat template writes {len(row.spans)} of {len(trained)} answers")
+        return [span for span, is_one in zip(row.spans, trained, strict=True) if is_one]
+
+    def _encoded(self, rows: list[Row], outcome: Outcome) -> list[Row]:
+        self._encode(rows)
         kept = []
         for row in rows:
-            if self.rules.max_length and row.tokens > self.rules.max_length:
+            if self.rules.max_length and row.encoded.tokens > self.rules.max_length:
                 try:
                     row = self._shortened(row)
                     outcome.cut += 1
@@ -162,24 +159,26 @@ class Checker:
             kept.append(row)
         return kept
 
-    def _count(self, rows: list[Row]) -> None:
-        counts = self.rules.counter.count([row.text for row in rows], [row.spans for row in rows])
-        for row, (tokens, trained) in zip(rows, counts, strict=True):
-            row.tokens, row.trained = tokens, trained
+    def _encode(self, rows: list[Row]) -> None:
+        encoded = self.rules.encoder.encode([row.text for row in rows], [row.spans for row in rows])
+        for row, tokens in zip(rows, encoded, strict=True):
+            row.encoded = tokens
 
     def _shortened(self, row: Row) -> Row:
         """The row without its last turns, cut after the last answer that still fits. Raises RowError."""
         limit = self.rules.max_length
         if self.rules.long_rows != "cut":
-            raise RowError("too_long", f"{row.tokens:,} tokens, max_length is {limit:,}")
+            raise RowError("too_long", f"{row.encoded.tokens:,} tokens, max_length is {limit:,}")
         messages = row.conversation["messages"]
         ends = [number for number, message in enumerate(messages) if _ends_exchange(messages, number)]
         for end in reversed(ends[:-1]):
             shorter = self._rendered(Row(row.number, row.conversation | {"messages": messages[: end + 1]}))
-            self._count([shorter])
-            if shorter.tokens <= limit:
+            self._encode([shorter])
+            if shorter.encoded.tokens <= limit:
                 return shorter
-        raise RowError("too_long", f"{row.tokens:,} tokens; max_length of {limit:,} ends inside its first answer")
+        raise RowError(
+            "too_long", f"{row.encoded.tokens:,} tokens; max_length of {limit:,} ends inside its first answer"
+        )
 
 
 def parse_record(record) -> dict:
@@ -219,6 +218,18 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def _fill(outcome: Outcome, lines: list[bytes], encoded: list[Encoded]) -> None:
+    """Puts the good rows into the outcome's arrays."""
+    outcome.text = b"".join(lines)
+    outcome.sizes = np.fromiter(map(len, lines), np.uint32, len(lines))
+    outcome.hashes = b"".join(hashlib.blake2b(line, digest_size=HASH_BYTES).digest() for line in lines)
+    outcome.ids = b"".join(row.ids for row in encoded)
+    outcome.tokens = np.fromiter((row.tokens for row in encoded), np.uint32, len(encoded))
+    outcome.trained = np.fromiter((row.trained_tokens for row in encoded), np.uint32, len(encoded))
+    outcome.edges = np.array([edge for row in encoded for run in row.trained for edge in run], np.int32)
+    outcome.runs = np.fromiter((len(row.trained) for row in encoded), np.uint32, len(encoded))
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

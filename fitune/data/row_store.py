@@ -1,12 +1,15 @@
-"""The good rows between reading and writing: their text on disk, 41 bytes about each in memory."""
+"""The good rows between reading and writing: their texts and tokens on disk, some 45 bytes about each in memory."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fitune.data.row_checks import HASH_BYTES, Outcome
+from fitune.data.token_encoder import ID_BYTES
+from fitune.data.token_file import ROWS_PER_BATCH, TokenBatch
 
 COPY_BYTES = 8 << 20
 
@@ -25,31 +28,39 @@ class Selection:
 class RowStore:
     """Rows in the order they were read. `close()` turns the lists into arrays, one entry per row."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = path.open("wb")
-        self._sizes, self._hashes, self._tokens, self._trained = [], [], [], []
+    def __init__(self, folder: Path):
+        self._rows, self._ids, self._edges = (folder / name for name in ("rows", "ids", "edges"))
+        self._files = [path.open("wb") for path in (self._rows, self._ids, self._edges)]
+        self._sizes, self._hashes, self._tokens, self._trained, self._runs = [], [], [], [], []
         self._source_of_block, self._is_test_of_block = [], []
 
     def add(self, outcome: Outcome, source: int, is_test: bool) -> None:
-        self._file.write(outcome.text)
+        for file, data in zip(self._files, (outcome.text, outcome.ids, outcome.edges.tobytes()), strict=True):
+            file.write(data)
         self._sizes.append(outcome.sizes)
         self._hashes.append(np.frombuffer(outcome.hashes, np.uint64).reshape(-1, HASH_BYTES // 8))
         self._tokens.append(outcome.tokens)
         self._trained.append(outcome.trained)
+        self._runs.append(outcome.runs)
         self._source_of_block.append(source)
         self._is_test_of_block.append(is_test)
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files:
+            file.close()
         rows_of_block = [len(sizes) for sizes in self._sizes]
         self.sizes = _joined(self._sizes, np.uint32)
         self.tokens = _joined(self._tokens, np.uint32)
         self.trained = _joined(self._trained, np.uint32)
+        self.runs = _joined(self._runs, np.uint32)
         self.hashes = np.concatenate(self._hashes) if self._hashes else np.empty((0, 2), np.uint64)
         self.source = np.repeat(np.array(self._source_of_block, np.uint16), rows_of_block)
         self.is_test = np.repeat(np.array(self._is_test_of_block, bool), rows_of_block)
-        self._sizes = self._hashes = self._tokens = self._trained = None
+        self._sizes = self._hashes = self._tokens = self._trained = self._runs = None
+
+    def remove(self) -> None:
+        for path in (self._rows, self._ids, self._edges):
+            path.unlink()
 
     def select(self, seed: int, weights: list[float], split_fraction: list[float | None]) -> Selection:
         """Exact duplicates out, the test rows chosen, the sources weighed.
@@ -80,10 +91,47 @@ class RowStore:
     def write(self, path: Path, repeats: np.ndarray) -> None:
         """The rows with `repeats` > 0, in order; then once more those with `repeats` > 1, and so on."""
         ends = np.cumsum(self.sizes, dtype=np.int64)
-        with self.path.open("rb") as rows, path.open("wb") as output:
-            for times in range(int(repeats.max(initial=0))):
-                for start, end in _ranges(repeats > times, ends):
+        with self._rows.open("rb") as rows, path.open("wb") as output:
+            for wanted in _passes(repeats):
+                for start, end in _ranges(wanted, ends):
                     _copy(rows, output, start, end)
+
+    def token_batches(self, repeats: np.ndarray) -> Iterator[TokenBatch]:
+        """The tokens of the same rows in the same order."""
+        order = self.order(repeats)
+        id_ends, edge_ends = (np.cumsum(sizes, dtype=np.int64) for sizes in (self.tokens, 2 * self.runs))
+        with self._ids.open("rb") as ids, self._edges.open("rb") as edges:
+            for first in range(0, len(order), ROWS_PER_BATCH):
+                rows = order[first : first + ROWS_PER_BATCH]
+                yield TokenBatch(
+                    _gathered(ids, rows, id_ends),
+                    self.tokens[rows],
+                    _gathered(edges, rows, edge_ends),
+                    self.runs[rows],
+                    np.zeros(len(rows), bool),
+                )
+
+    @staticmethod
+    def order(repeats: np.ndarray) -> np.ndarray:
+        """The rows' numbers, as `write` writes them."""
+        return np.concatenate([np.flatnonzero(wanted) for wanted in _passes(repeats)] or [np.empty(0, np.int64)])
+
+
+def _passes(repeats: np.ndarray) -> Iterator[np.ndarray]:
+    """Which rows are written the first time through, the second, and so on."""
+    for times in range(int(repeats.max(initial=0))):
+        yield repeats > times
+
+
+def _gathered(file: io.BufferedReader, rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """int32 of the `rows`, ascending or not, whose values end at `ends` in the file."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    blocks = []
+    for run in np.split(rows, breaks):
+        start = int(ends[run[0] - 1]) if run[0] else 0
+        file.seek(start * ID_BYTES)
+        blocks.append(file.read((int(ends[run[-1]]) - start) * ID_BYTES))
+    return np.frombuffer(b"".join(blocks), np.int32)
 
 
 def _first_occurrences(hashes: np.ndarray, is_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,7 @@ def open_source(dataset: str, revision: str | None, train_split: str, test_split
     if path.is_dir():
         return _split_files(path, train_split, test_split)
     if path.exists():
-        return Splits(train=[_source_file(path)], test=[])
+        return Splits(train=[open_file(path)], test=[])
     if _looks_like_a_path(dataset):
         raise UsageError(f"{dataset}: no such file{_nearby_file(path)}")
     if len(path.parts) != 2:
@@ -68,7 +68,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _source_file(path: Path) -> SourceFile:
+def open_file(path: Path) -> SourceFile:
+    """Raises UsageError for a kind of file that is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -102,7 +103,7 @@ def _split_files(folder: Path, train_split: str, test_split: str | None) -> Spli
         raise UsageError(f"{folder}: every file belongs to the split '{test_split}', none to '{train_split}'")
     read = in_test.union(train)
     ignored = [str(path) for path in everything if path not in read]
-    return Splits([_source_file(path) for path in train], [_source_file(path) for path in test], ignored=ignored)
+    return Splits([open_file(path) for path in train], [open_file(path) for path in test], ignored=ignored)
 
 
 def _hidden(path: Path) -> bool:

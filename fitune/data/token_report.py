@@ -7,10 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fitune.data.token_counter import trained_tokens
-
-TRL_PACKING_BATCH = 1000
-"Rows that TRL packs together (datasets.map's batch size)."
+from fitune.data.packing import Pieces
+from fitune.data.token_encoder import trained_tokens
 
 
 def token_statistics(tokens: np.ndarray, trained: np.ndarray) -> dict:
@@ -31,20 +29,12 @@ def token_statistics(tokens: np.ndarray, trained: np.ndarray) -> dict:
     }
 
 
-def packed_rows(tokens: np.ndarray, max_length: int) -> int:
-    """Rows of `max_length` tokens that best-fit-decreasing needs, packing TRL_PACKING_BATCH rows at a time."""
-    batches = range(0, len(tokens), TRL_PACKING_BATCH)
-    return sum(_best_fit_decreasing(tokens[start : start + TRL_PACKING_BATCH], max_length) for start in batches)
-
-
-def packing_report(tokens: np.ndarray, max_length: int, packing: bool, global_batch_size: int | None) -> dict:
+def packing_report(pieces: Pieces, max_length: int, global_batch_size: int | None) -> dict:
     """Rows as the model sees them, the share of their positions that hold a token, optimizer steps per epoch."""
-    used = np.minimum(tokens, max_length)
-    rows = packed_rows(used, max_length) if packing else len(tokens)
-    total = int(used.sum(dtype=np.int64))
+    rows, used = pieces.rows, int((pieces.stop - pieces.start).sum(dtype=np.int64))
     return {
         "packed_rows": rows,
-        "packing_efficiency": round(total / (rows * max_length), 4) if rows else 0.0,
+        "packing_efficiency": round(used / (rows * max_length), 4) if rows else 0.0,
         "steps_per_epoch": math.ceil(rows / global_batch_size) if global_batch_size else None,
     }
 
@@ -106,26 +96,6 @@ def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, cons
             part = text[start:end] if coloured or not trained[start] else f"⟦{text[start:end]}⟧"
             shown.append(part, style="bold green" if trained[start] else "dim")
         console.print(shown, soft_wrap=True)  # line breaks of the text only
-
-
-def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
-    """Number of bins. Bit s of `spaces` says that some open bin has s positions left, `bins_with` how many do."""
-    spaces, bins_with, bins = 0, [0] * (capacity + 1), 0
-    for length in np.sort(lengths)[::-1].tolist():
-        fitting = spaces >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            bins_with[space] -= 1
-            if not bins_with[space]:
-                spaces &= ~(1 << space)
-        else:
-            space = capacity
-            bins += 1
-        left = space - length
-        if left:
-            bins_with[left] += 1
-            spaces |= 1 << left
-    return bins
 
 
 def _percentile(values: np.ndarray, percent: float) -> int:

@@ -1,31 +1,34 @@
-"""Which rows of train.jsonl a training batch was made of: read back from its tokens, when a step went wrong."""
+"""Which rows of train.jsonl a training batch was made of: found by their tokens, when a step went wrong."""
 
-import json
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+
+from fitune.data.token_file import TokenFile
 
 MOST = 8
 "Rows that are named."
 
 
-def name_rows(batches: list[dict[str, torch.Tensor]], tokenizer: PreTrainedTokenizerBase, train_file: Path) -> str:
+def name_rows(batches: list[dict[str, torch.Tensor]], tokens: TokenFile, train_file: Path) -> str:
     """`FILE:LINE, FILE:LINE` of the examples in `batches`, as many as there is room for.
 
     `batches` hold `input_ids` [rows, T] with an `attention_mask`, or [1, T] of packed examples with `position_ids`.
     """
-    wanted = [tokenizer.decode(ids) for batch in batches for ids in _examples(batch)]
-    found = []
-    with train_file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = json.loads(line)
-            tools = json.loads(row["tools"]) if row.get("tools") else None
-            rendered = tokenizer.apply_chat_template(row["messages"], tools=tools, tokenize=False)
-            if any(rendered.startswith(text) for text in wanted):
-                found.append(f"{train_file}:{number}")
+    wanted = [ids.numpy() for batch in batches for ids in _examples(batch)]
+    found = [
+        f"{train_file}:{row + 1}"
+        for row in range(len(tokens))
+        if any(_holds(tokens.ids(row), example) for example in wanted)
+    ]
     more = f" and {len(found) - MOST} more" if len(found) > MOST else ""
     return ", ".join(found[:MOST]) + more
+
+
+def _holds(ids: np.ndarray, example: np.ndarray) -> bool:
+    """Whether a row begins with an example, which was cut if the row is longer."""
+    return len(example) <= len(ids) and bool((ids[: len(example)] == example).all())
 
 
 def _examples(batch: dict[str, torch.Tensor]):

@@ -13,11 +13,13 @@ from rich.table import Table
 
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
-from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_tokenizer
+from fitune.data.prepared import check_prepared
+from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.distributed import is_main_process, join, leave
 from fitune.training.token_metrics import token_metrics
-from fitune.training.train import load_sharded_model, run_stage
+from fitune.training.train import load_sharded_model, rows_on_all_ranks, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
@@ -31,7 +33,8 @@ def evaluate(run: Run, force: bool = False) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
-    rows = load_split(run.recipe, "test", run.folder / "cache")
+    check_prepared(run.recipe, tokenizer)
+    rows = rows_on_all_ranks(run, "test", tokenizer, Heartbeat())
     results = {}
     for label, folder in (("base", base_folder), ("tuned", tuned_base_folder(run, base_folder, force))):
         if label == "base" or folder != base_folder:  # an adapter is switched off and on; a full model is loaded anew
@@ -46,7 +49,7 @@ def evaluate(run: Run, force: bool = False) -> None:
         ):
             results[label] = token_metrics(trainer.model, batches, advance)
     if is_main_process():
-        report = {**results, "rows": len(rows)}
+        report = {**results, "rows": len(rows.tokens)}
         name = f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
         (run.folder / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         Console().print(_table(report))

@@ -19,14 +19,19 @@ from rich.table import Table
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids, read_tokenizer
-from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.conversations import for_template
+from fitune.data.dataset import load_tokenizer
 from fitune.data.file_formats import first_line
+from fitune.data.prepared import check_prepared, first_rows
 from fitune.errors import UsageError
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.train import load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
+
+Asked = tuple[list[dict], list | None]
+"A conversation up to the turn that is wanted, and the tools that may be called in it."
 
 
 class Answerer:
@@ -44,10 +49,10 @@ class Answerer:
             self.options["temperature"] = temperature
 
     @torch.no_grad()
-    def answer(self, messages: list[dict], streamer=None) -> str:
+    def answer(self, messages: list[dict], tools: list | None = None, streamer=None) -> str:
         """The next assistant turn. On a sharded model every rank must call with the same messages."""
         inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.device)
         if self.options["do_sample"]:
             torch.manual_seed(len(messages))  # all ranks must draw the same token
@@ -61,6 +66,8 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
+    if options.test:
+        check_prepared(run.recipe, tokenizer)
     stop_ids = end_of_turn_ids(tokenizer)
     tuned_folder = tuned_base_folder(run, base_folder, options.force)
 
@@ -78,24 +85,24 @@ def generate(run: Run, options: argparse.Namespace) -> None:
         conversations = _conversations(run, options)
         adapter_off = getattr(answerer.model, "disable_adapter", contextlib.nullcontext)
         with adapter_off():
-            base_answers = [answerer.answer(messages) for messages in conversations]
+            base_answers = [answerer.answer(*asked) for asked in conversations]
         if tuned_folder != base_folder:
             answerer = load(tuned_folder)
-        tuned_answers = [answerer.answer(messages) for messages in conversations]
+        tuned_answers = [answerer.answer(*asked) for asked in conversations]
         if is_main_process():
             _report(conversations, {"base": base_answers, "tuned": tuned_answers}, options.json)
     leave()
 
 
-def _conversations(run: Run, options: argparse.Namespace) -> list[list[dict]]:
+def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
     """The prompts asked for: --prompt texts, or the first N held-out conversations up to their last answer."""
     system = run.recipe.data.system_message
     start = [{"role": "system", "content": system}] if system else []
-    conversations = [[*start, {"role": "user", "content": prompt}] for prompt in options.prompt]
-    if options.test:
-        rows = load_split(run.recipe, "test", run.folder / "cache")
-        conversations += [rows[i]["messages"][:-1] for i in range(min(options.test, len(rows)))]
-    return conversations
+    asked = [([*start, {"role": "user", "content": prompt}], None) for prompt in options.prompt]
+    for row in first_rows(run.recipe, "test", options.test):
+        messages, tools = for_template(row)
+        asked.append((messages[:-1], tools))
+    return asked
 
 
 def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
@@ -115,8 +122,8 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     if options.chat:
         chat(answerer, None)
         return
-    conversations = [[{"role": "user", "content": prompt}] for prompt in options.prompt]
-    _report(conversations, {"model": [answerer.answer(messages) for messages in conversations]}, options.json)
+    conversations = [([{"role": "user", "content": prompt}], None) for prompt in options.prompt]
+    _report(conversations, {"model": [answerer.answer(*asked) for asked in conversations]}, options.json)
 
 
 def chat(answerer: Answerer, system_message: str | None) -> None:
@@ -129,7 +136,7 @@ def chat(answerer: Answerer, system_message: str | None) -> None:
     )
     while line := _read_on_all_ranks():
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": answerer.answer(messages, streamer)})
+        messages.append({"role": "assistant", "content": answerer.answer(messages, streamer=streamer)})
 
 
 def _read_on_all_ranks() -> str:
@@ -142,17 +149,19 @@ def _read_on_all_ranks() -> str:
     return line[0]
 
 
-def _report(conversations: list[list[dict]], answers: dict[str, list[str]], json_file: Path | None) -> None:
+def _report(conversations: list[Asked], answers: dict[str, list[str]], json_file: Path | None) -> None:
     table = Table(show_lines=True)
     for column in ("prompt", *answers):
         table.add_column(column, overflow="fold")
-    for i, messages in enumerate(conversations):
+    for i, (messages, _) in enumerate(conversations):
         table.add_row(messages[-1]["content"], *(texts[i] for texts in answers.values()))
     Console().print(table, markup=False)
     if json_file:
         rows = [
-            {"messages": messages, **{label: texts[i] for label, texts in answers.items()}}
-            for i, messages in enumerate(conversations)
+            {"messages": messages}
+            | ({"tools": tools} if tools else {})
+            | {label: texts[i] for label, texts in answers.items()}
+            for i, (messages, tools) in enumerate(conversations)
         ]
         json_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from fitune.config.schema import Run, Strict
 from fitune.data.chat_template import template_hash, tokenizer_hash
+from fitune.data.prepared import sha256_of_rows
 from fitune.errors import UsageError
 from fitune.training.distributed import from_rank_0, is_main_process
 from fitune.weights.base_identity import BaseRecord
@@ -69,14 +70,12 @@ class Manifest(Strict):
 
 
 def identify(run: Run, base: BaseRecord, tokenizer) -> Identity:
-    """The identity of a run. Reads its train.jsonl once."""
-    with (Path(run.recipe.data.prepared) / "train.jsonl").open("rb") as stream:
-        data = hashlib.file_digest(stream, "sha256").hexdigest()
+    """The identity of a run."""
     return Identity(
         base=base.model,
         revision=base.revision,
         base_fingerprint=base.fingerprint,
-        data=data,
+        data=sha256_of_rows(Path(run.recipe.data.prepared), "train"),
         template=template_hash(tokenizer),
         tokenizer=tokenizer_hash(tokenizer),
         seed=run.recipe.seed,

@@ -21,8 +21,8 @@ from transformers.utils import logging
 from fitune.config import run as runs
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
-from fitune.data.data_report import check_prepared
-from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.dataset import TokenisedRows, load_tokenizer
+from fitune.data.prepared import check_prepared, folder_with_tokens, map_rows, rows_beyond
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, say_while_training
 from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_folder import begin_to_train, finish, steps_asked
@@ -66,7 +66,7 @@ def train(run: Run) -> None:
         mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
-    _check_data(run, tokenizer)
+    check_prepared(run.recipe, tokenizer)
     _check_compute(run, mesh)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
     with heartbeat.using_files():
@@ -85,8 +85,8 @@ def train(run: Run) -> None:
         heartbeat=heartbeat,
         model=model,
         processing_class=tokenizer,
-        train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
-        eval_dataset=_eval_dataset(run),
+        train_dataset=rows_on_all_ranks(run, "train", tokenizer, heartbeat),
+        eval_dataset=_eval_dataset(run, tokenizer, heartbeat),
         callbacks=[MetricsFile(run.folder), measurements, interruption],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
@@ -136,12 +136,25 @@ def _loading_bar(model: torch.nn.Module):
     return bar("loading weights", sum(1 for _ in model.parameters()), show=is_main_process())
 
 
-def _check_data(run: Run, tokenizer) -> None:
-    recipe, folder = run.recipe, Path(run.recipe.data.prepared)
-    report = check_prepared(folder, tokenizer, recipe.data.chat_template, recipe.max_length)
-    if report and not report["tokens"] and is_main_process():
-        limit = f"max_length {recipe.max_length}"
-        print(f"note: {folder}: tokens were not counted; what is beyond {limit} will be cut off", file=sys.stderr)
+def rows_on_all_ranks(run: Run, split: str, tokenizer, heartbeat: Heartbeat) -> TokenisedRows:
+    """The rows of a split, mapped. Where they have no tokens yet, rank 0 makes them while the others wait."""
+    folder = None
+    if is_main_process():
+        with heartbeat.using_files():
+            folder = folder_with_tokens(run.recipe, split, tokenizer, run.folder / "cache")
+    with heartbeat.waiting():
+        folder = from_rank_0(folder)
+    rows = map_rows(run.recipe, split, folder)
+    if is_main_process() and folder != Path(run.recipe.data.prepared):
+        _say_what_is_cut(run, split, rows)
+    return rows
+
+
+def _say_what_is_cut(run: Run, split: str, rows: TokenisedRows) -> None:
+    """About rows that `prepare` did not measure."""
+    if too_long := rows_beyond(limit := run.recipe.max_length, rows):
+        file = Path(run.recipe.data.prepared) / f"{split}.jsonl"
+        print(f"note: {file}: {too_long:,} rows are cut after max_length {limit:,} tokens", file=sys.stderr)
 
 
 def _check_compute(run: Run, mesh) -> None:
@@ -170,10 +183,10 @@ def _identify(run: Run, base_folder: Path, tokenizer, heartbeat: Heartbeat) -> t
         return from_rank_0(found)
 
 
-def _eval_dataset(run: Run):
+def _eval_dataset(run: Run, tokenizer, heartbeat: Heartbeat) -> TokenisedRows | None:
     if run.recipe.training.get("eval_strategy", "no") == "no":
         return None
-    return load_split(run.recipe, "test", run.folder / "cache")
+    return rows_on_all_ranks(run, "test", tokenizer, heartbeat)
 
 
 def _checkpoint_to_resume(run: Run, identity: Identity, heartbeat: Heartbeat) -> Path | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,12 +18,11 @@ from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import global_then_local_main_first
 
 from fitune.config.command_name import command
 from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
-from fitune.data.dataset import tokenised, with_filler_rows
+from fitune.data.dataset import TokenisedRows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
@@ -54,6 +54,7 @@ def training_arguments(run: Run) -> SFTConfig:
         max_length=recipe.max_length,
         packing=recipe.packing,
         packing_strategy="bfd",
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows come with their labels: fitune.data.dataset
         seed=recipe.seed,
         use_cpu=run.accelerate.use_cpu,
         activation_checkpointing=False,  # the layers see to it: fitune.model.activations
@@ -78,6 +79,9 @@ class ShardedSFTTrainer(SFTTrainer):
         base_record: BaseRecord | None = None,
         identity: Identity | None = None,
         heartbeat: Heartbeat | None = None,
+        *,
+        train_dataset: TokenisedRows,
+        eval_dataset: TokenisedRows | None = None,
         **kwargs,
     ):
         self.run, self.base_record, self.identity, self.heartbeat = run, base_record, identity, heartbeat or Heartbeat()
@@ -86,23 +90,24 @@ class ShardedSFTTrainer(SFTTrainer):
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
         arguments = training_arguments(run)
-        if kwargs.get("eval_dataset") is None:  # `eval` trains nothing, whenever training evaluates
+        if eval_dataset is None:  # `eval` trains nothing, whenever training evaluates
             arguments.eval_strategy = IntervalStrategy.NO
-        with global_then_local_main_first():  # the others find the rows in the cache
-            for split in ("train_dataset", "eval_dataset"):
-                if kwargs.get(split) is not None:
-                    kwargs[split] = tokenised(kwargs[split], kwargs["processing_class"])
-        super().__init__(args=arguments, **kwargs)
+        super().__init__(
+            args=arguments,
+            train_dataset=_stand_in(train_dataset),
+            eval_dataset=_stand_in(eval_dataset) if eval_dataset is not None else None,
+            **kwargs,
+        )
         self.best_model = BestModel(run.recipe)
         self.add_callback(self.best_model)
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
-        batch, token_id = run.recipe.global_batch_size, self.processing_class.pad_token_id
-        self.train_dataset = with_filler_rows(self.train_dataset, batch, token_id)
-        if self.eval_dataset is not None:
+        pad = self.processing_class.pad_token_id
+        self.train_dataset = train_dataset.filled_up(run.recipe.global_batch_size, pad)
+        if eval_dataset is not None:
             rows_a_pass = self.args.per_device_eval_batch_size * self.args.world_size
-            self.eval_dataset = with_filler_rows(self.eval_dataset, rows_a_pass, token_id)
+            self.eval_dataset = eval_dataset.filled_up(rows_a_pass, pad)
 
     def training_step(self, model, inputs, *args, **kwargs):
         """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.
@@ -189,10 +194,10 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def _stop_before_a_bad_step(self, norm: float) -> None:
         """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet."""
-        self.heartbeat.rest()  # all of train.jsonl is read
+        self.heartbeat.rest()  # all tokens are read
         bad = [inputs for inputs, loss in self._step if not math.isfinite(loss)]
         batches = bad or [inputs for inputs, _ in self._step]
-        rows = name_rows(batches, self.processing_class, Path(self.run.recipe.data.prepared) / "train.jsonl")
+        rows = name_rows(batches, self.train_dataset.tokens, Path(self.run.recipe.data.prepared) / "train.jsonl")
         ranks = [None] * self.args.world_size
         dist.all_gather_object(ranks, (bool(bad), rows))
         if any(is_bad for is_bad, _ in ranks):
@@ -324,6 +329,11 @@ class AsOftenAsAskedNow(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
+
+
+def _stand_in(rows: TokenisedRows) -> Dataset:
+    """The first of `rows`, where TRL asks for one of `datasets`' own; what is trained on takes its place after that."""
+    return Dataset.from_list([rows[0]])
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from preparing import ANSWER, EXAMPLES, QUESTION, chat, refused, rows, run, writ
 from rich.console import Console
 from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 
-from fitune.config.schema import Source
+from fitune.config.schema import Data, Recipe, Source
 from fitune.data import file_formats, reading
 from fitune.data.chat_template import apply_chat_template_choice
-from fitune.data.data_report import check_prepared
+from fitune.data.prepared import check_prepared, load_rows, rows_beyond
 from fitune.errors import UsageError
 
 
@@ -195,31 +195,90 @@ def test_without_a_tokenizer_everything_but_the_tokens(tmp_path):
         run(EXAMPLES, tmp_path, preview=1, overwrite=True)
 
 
-def test_data_prepared_with_another_tokenizer_or_template_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("train_on", "trained"),
+    [("all", ["One.", "Call.", "Two."]), ("last", ["Two."]), ("completion", ["Call.", "Two."])],
+)
+def test_train_on_says_which_answers_are_trained(train_on, trained, tmp_path):
+    """The labels that training reads are those of the answers that are meant, and no others."""
+    call = {"role": "assistant", "content": "Call.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    ask, one, two = ({"role": "user", "content": "?"}, *({"role": "assistant", "content": c} for c in ("One.", "Two.")))
+    row = {"messages": [ask, one, ask, call, {"role": "tool", "content": "x"}, two]}
+    tokenizer = tiny_tokenizer()
+    run(write(tmp_path / "a.jsonl", row), tmp_path, {"train_on": train_on}, tokenizer=tokenizer, max_length=999)
+    rows = load_rows(recipe_for(tmp_path / "out", 999, train_on=train_on), "train", tokenizer, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "the tokens that prepare wrote are mapped"
+    text = " ".join(
+        tokenizer.decode([i for i in r["labels"] if i != -100]) for r in (rows[n] for n in range(len(rows)))
+    )
+    assert [said for said in ("One.", "Call.", "Two.") if said in text] == trained
+
+
+def test_changed_lines_are_tokenised_again(tmp_path):
+    tokenizer = tiny_tokenizer()
+    run(write(tmp_path / "a.jsonl", *map(chat, range(4))), tmp_path, tokenizer=tokenizer, max_length=999)
+    lines = tmp_path / "out" / "train.jsonl"
+    lines.write_text(lines.read_text().replace("Yes.", "Nay."))
+    rows = load_rows(recipe_for(tmp_path / "out", 999), "train", tokenizer, tmp_path / "cache")
+    assert "Nay." in tokenizer.decode(rows[0]["input_ids"]) and "Yes." not in tokenizer.decode(rows[0]["input_ids"])
+
+
+def test_lines_without_tokens_are_tokenised_by_training_and_what_is_cut_is_counted(tmp_path):
+    tokenizer = tiny_tokenizer()
+    run(write(tmp_path / "a.jsonl", *(chat(f"{n} " + "long " * 50) for n in range(3))), tmp_path)
+    apply_chat_template_choice(tokenizer, "llama3")
+    rows = load_rows(recipe_for(tmp_path / "out", 40), "train", tokenizer, tmp_path / "cache")
+    assert max(len(rows[n]["input_ids"]) for n in range(len(rows))) == 40
+    assert rows_beyond(40, rows) == 2  # one row is held out
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(load_rows(recipe_for(tmp_path / "out", 99), "train", tokenizer, tmp_path / "cache")) == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == made, "made once"
+
+
+def test_a_split_without_rows_is_an_error(tmp_path):
+    tokenizer = tiny_tokenizer()
+    run(write(tmp_path / "a.jsonl", chat("Hi")), tmp_path, tokenizer=tokenizer, max_length=99)
+    with pytest.raises(UsageError, match=r"out/test.jsonl: no rows; prepare held-out rows \(data.test_split or"):
+        load_rows(recipe_for(tmp_path / "out"), "test", tokenizer, tmp_path / "cache")
+
+
+def recipe_for(folder, max_length=99, **data) -> Recipe:
+    values = {"dataset": "none", "prepared": str(folder)} | data
+    return Recipe.model_construct(data=Data(**values), max_length=max_length, packing=True)
+
+
+def test_data_prepared_in_another_way_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", *map(chat, range(4)))
     tokenizer = tiny_tokenizer()
     report = run(path, tmp_path, tokenizer=tokenizer)
-    assert check_prepared(tmp_path / "out", tokenizer, "llama3", 99) == report
+    out = tmp_path / "out"
+    assert check_prepared(recipe_for(out), tokenizer) == report
     with pytest.raises(UsageError, match=r"its longest row has \d+ tokens, max_length is 5"):
-        check_prepared(tmp_path / "out", tokenizer, "llama3", 5)
+        check_prepared(recipe_for(out, max_length=5), tokenizer)
+    with pytest.raises(UsageError, match=r"out: prepared with system_message none, not 'Be brief.'; prepare"):
+        check_prepared(recipe_for(out, system_message="Be brief."), tokenizer)
+    with pytest.raises(
+        UsageError, match=r"out: prepared with train_on 'all', not 'last'; prepare the data again with "
+    ):
+        check_prepared(recipe_for(out, train_on="last"), tokenizer)
     plain = tiny_tokenizer()
     apply_chat_template_choice(plain, "plain")
-    with pytest.raises(UsageError, match=r"another chat template \(llama3, not plain\); .* --template plain"):
-        check_prepared(tmp_path / "out", plain, "plain", 99)
+    with pytest.raises(UsageError, match=r"another chat template \(llama3, not plain\); "):
+        check_prepared(recipe_for(out, chat_template="plain"), plain)
     other = tiny_tokenizer((*SPECIAL_TOKENS, "<|more|>"))
     apply_chat_template_choice(other, "llama3")
     with pytest.raises(UsageError, match="prepared with another tokenizer"):
-        check_prepared(tmp_path / "out", other, "llama3", 99)
+        check_prepared(recipe_for(out), other)
     run(path, tmp_path, overwrite=True)
-    assert check_prepared(tmp_path / "out", other, "llama3", 99)["tokens"] is None
-    file = tmp_path / "out" / "report.json"
+    assert check_prepared(recipe_for(out), other)["tokens"] is None
+    file = out / "report.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 1}))
     with pytest.raises(UsageError, match="prepared by another version of fitune; prepare the data again"):
-        check_prepared(tmp_path / "out", other, "llama3", 99)
+        check_prepared(recipe_for(out), other)
     file.write_text("{")
     with pytest.raises(UsageError, match="not a report of prepare"):
-        check_prepared(tmp_path / "out", other, "llama3", 99)
-    assert check_prepared(tmp_path, other, "llama3", 99) is None
+        check_prepared(recipe_for(out), other)
+    assert check_prepared(recipe_for(tmp_path), other) is None
 
 
 def test_overwrite_deletes_nothing_that_prepare_did_not_write(tmp_path):

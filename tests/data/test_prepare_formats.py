@@ -8,8 +8,6 @@ import pytest
 from preparing import ANSWER, EXAMPLES, QUESTION, SYSTEM, chat, refused, rows, run, write
 from tiny_tokenizer import tiny_tokenizer
 
-from fitune.config.schema import Data
-
 PARTS = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "value": "y?"}]}
 TURNS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
 FORMATS = {
@@ -209,23 +207,6 @@ def test_folder_with_splits(tmp_path):
     assert rows(tmp_path, "test") == [chat(3), chat(99)]
     assert chat(3) not in rows(tmp_path)
     assert len(report["source"]["files"]) == 3
-
-
-def test_tool_calls_that_begin_late_are_loaded(tmp_path):
-    """The schema of a JSON file is otherwise guessed from its first 10 MB."""
-    from fitune.config.schema import Recipe
-    from fitune.data.dataset import load_split
-
-    function = {"name": "f", "arguments": "{}"}
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-    late = {"messages": [{"role": "user", "content": "?"}, call], "tools": "[]"}
-    with (tmp_path / "train.jsonl").open("w") as stream:
-        for number in range(13):
-            stream.write(json.dumps(chat(f"{number} " + "word " * 200_000)) + "\n")
-        stream.write(json.dumps(late) + "\n")
-    recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path)))
-    rows = load_split(recipe, "train", tmp_path / "cache")
-    assert len(rows) == 14 and rows[13]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
 
 
 def test_parquet_beside_jsonl(tmp_path):

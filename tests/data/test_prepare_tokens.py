@@ -1,4 +1,4 @@
-"""Token counts equal those of `tokenizers`, whatever the text; packing equals TRL's."""
+"""Token ids equal those of `tokenizers`, whatever the text; packing equals TRL's."""
 
 import random
 
@@ -9,9 +9,10 @@ from tokenizers import normalizers, pre_tokenizers
 
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.chat_template import apply_chat_template_choice
+from fitune.data.packing import Layout, lay_out, write_layout
 from fitune.data.row_store import RowStore, _first_occurrences
-from fitune.data.token_counter import TokenCounter
-from fitune.data.token_report import packed_rows, token_statistics
+from fitune.data.token_encoder import TokenEncoder
+from fitune.data.token_report import token_statistics
 
 CHARACTERS = list(" \n\t\r'sS.?  ab1234567") * 20 + [
     character
@@ -33,37 +34,37 @@ def conversations(count: int, characters, seed: int):
 
 @pytest.mark.parametrize("choice", ["llama3", "plain"])
 @pytest.mark.parametrize("characters", [CHARACTERS, CHARACTERS + RARE], ids=["common", "rare"])
-def test_remembered_pieces_count_what_tokenizers_counts(choice, characters):
+def test_remembered_pieces_are_what_tokenizers_makes(choice, characters):
     tokenizer = tiny_tokenizer()
     apply_chat_template_choice(tokenizer, choice)
     renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
-    counter = TokenCounter(tokenizer.backend_tokenizer)
-    assert counter.remembers
+    encoder = TokenEncoder(tokenizer.backend_tokenizer)
+    assert encoder.remembers
     texts, spans = zip(*map(renderer.render, conversations(500, characters, seed=7)), strict=True)
-    whole = counter.count_whole(texts, spans)
-    assert counter.count(texts, spans) == whole
-    fast = [counter._count_pieces(text, marked) for text, marked in zip(texts, spans, strict=True)]
+    whole = encoder.encode_whole(texts, spans)
+    assert encoder.encode(texts, spans) == whole
+    fast = [encoder._encode_pieces(text, marked) for text, marked in zip(texts, spans, strict=True)]
     agreed = [one == other for one, other in zip(fast, whole, strict=True) if one is not None]
     assert all(agreed) and len(agreed) > (450 if characters is CHARACTERS else 20)
-    assert min(trained for _, trained in whole) > 0
+    assert min(encoded.trained_tokens for encoded in whole) > 0
 
 
 def test_spans_that_cut_a_piece_are_left_to_tokenizers():
-    counter = TokenCounter(tiny_tokenizer().backend_tokenizer)
+    encoder = TokenEncoder(tiny_tokenizer().backend_tokenizer)
     text = "question answering"
-    assert counter._count_pieces(text, [(12, 18)]) is None
-    assert counter.count([text], [[(12, 18)]]) == counter.count_whole([text], [[(12, 18)]])
+    assert encoder._encode_pieces(text, [(12, 18)]) is None
+    assert encoder.encode([text], [[(12, 18)]]) == encoder.encode_whole([text], [[(12, 18)]])
 
 
 def test_forgetting_pieces_changes_nothing(monkeypatch):
-    counter = TokenCounter(tiny_tokenizer().backend_tokenizer)
+    encoder = TokenEncoder(tiny_tokenizer().backend_tokenizer)
     texts = [" ".join(random.Random(seed).choices(["one", "two", "three", "four", "five"], k=9)) for seed in range(50)]
-    monkeypatch.setattr("fitune.data.token_counter.REMEMBERED_PIECES", 3)
-    assert counter.count(texts, [[]] * 50) == counter.count_whole(texts, [[]] * 50)
+    monkeypatch.setattr("fitune.data.token_encoder.REMEMBERED_PIECES", 3)
+    assert encoder.encode(texts, [[]] * 50) == encoder.encode_whole(texts, [[]] * 50)
 
 
 @pytest.mark.parametrize("change", ["normalizer", "prefix space", "another split"])
-def test_other_kinds_of_tokenizers_are_counted_whole(change):
+def test_other_kinds_of_tokenizers_are_taken_whole(change):
     backend = tiny_tokenizer().backend_tokenizer
     if change == "normalizer":
         backend.normalizer = normalizers.NFC()
@@ -71,20 +72,33 @@ def test_other_kinds_of_tokenizers_are_counted_whole(change):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     else:
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])
-    counter = TokenCounter(backend)
-    assert not counter.remembers
-    assert counter.count(["cafe\u0301 12"], [[(0, 4)]]) == counter.count_whole(["cafe\u0301 12"], [[(0, 4)]])
+    encoder = TokenEncoder(backend)
+    assert not encoder.remembers
+    assert encoder.encode(["cafe\u0301 12"], [[(0, 4)]]) == encoder.encode_whole(["cafe\u0301 12"], [[(0, 4)]])
 
 
-def test_packing_equals_that_of_trl():
+def test_packing_equals_that_of_trl(tmp_path):
+    """The same examples in the same rows in the same order, those that are too long cut."""
     datasets = pytest.importorskip("datasets")
     from trl import pack_dataset
 
     draw = random.Random(3)
-    lengths = [draw.choice([draw.randint(1, 30), draw.randint(1, 200)]) for _ in range(2500)]
-    rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
-    packed = pack_dataset(rows, seq_length=200, strategy="bfd")
-    assert packed_rows(np.array(lengths), 200) == len(packed)
+    lengths = [draw.choice([draw.randint(1, 30), draw.randint(1, 220)]) for _ in range(2500)]
+    ids = [[number] * length for number, length in enumerate(lengths)]
+    packed = pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), seq_length=200, strategy="bfd")
+    write_layout(tmp_path / "packed.arrow", lay_out(np.array(lengths), np.zeros(2500, bool), 200, packing=True))
+    layout = Layout(tmp_path / "packed.arrow")
+    assert len(layout) == len(packed)
+    for number, row in enumerate(packed):
+        assert [stop - start for _, start, stop in layout[number]] == row["seq_lengths"]
+        assert [example for example, start, stop in layout[number] for _ in range(start, stop)] == row["input_ids"]
+
+
+def test_texts_are_split_and_conversations_cut():
+    lengths, is_text = np.array([5, 10, 0, 23, 11]), np.array([False, True, True, True, False])
+    layout = Layout(lay_out(lengths, is_text, 10, packing=False))
+    pieces = [layout[number] for number in range(len(layout))]
+    assert pieces == [[(0, 0, 5)], [(1, 0, 10)], [(3, 0, 10)], [(3, 10, 20)], [(3, 20, 23)], [(4, 0, 10)]]
 
 
 def test_statistics():
@@ -112,6 +126,6 @@ def test_first_occurrences():
 def test_repeated_rows_are_written_pass_by_pass(tmp_path):
     (tmp_path / "rows").write_bytes(b"a\nbb\nccc\n")
     store = RowStore.__new__(RowStore)
-    store.path, store.sizes = tmp_path / "rows", np.array([2, 3, 4], np.uint32)
+    store._rows, store.sizes = tmp_path / "rows", np.array([2, 3, 4], np.uint32)
     store.write(tmp_path / "out", np.array([1, 3, 2], np.uint16))
     assert (tmp_path / "out").read_bytes() == b"a\nbb\nccc\nbb\nccc\nbb\n"

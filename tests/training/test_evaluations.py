@@ -10,7 +10,7 @@ from ranks import run_ranks, sharded_model, train_here
 from rounding import additions_to_logits, rounding
 from transformers import LlamaConfig
 
-from fitune.data.dataset import load_split
+from fitune.data.prepared import load_rows
 from fitune.model.sharding import local_part
 from fitune.training.evaluate import evaluate
 from fitune.training.trainer import ShardedSFTTrainer
@@ -34,7 +34,7 @@ def evaluations(runs: list) -> list[dict[str, float]]:
                     local = local_part(parameter)
                     start = torch.distributed.get_rank() * -(-len(whole) // torch.distributed.get_world_size())
                     local.copy_(whole[start : start + len(local)])
-        train, test = (load_split(run.recipe, split, run.folder / "cache") for split in ("train", "test"))
+        train, test = (load_rows(run.recipe, split, tokenizer, run.folder / "cache") for split in ("train", "test"))
         options = {"processing_class": tokenizer, "train_dataset": train, "eval_dataset": test}
         found.append(ShardedSFTTrainer(run, model=model, **options).evaluate())
     return found

@@ -6,6 +6,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from ranks import run_alone, run_ranks, sharded_model, train_here, whole
 from rounding import additions_to_a_step, assert_curve_equal_but_for_rounding, assert_trained_equal_but_for_rounding
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_tokenizer
 
 STEPS = 20
 TRAINING = {
@@ -109,7 +110,12 @@ def _plain_run(run, adapter: dict[str, torch.Tensor], batch: int):
         model=model,
         args=arguments,
         processing_class=load_tokenizer(run.recipe, base),
-        train_dataset=load_split(run.recipe, "train", run.folder / "cache"),
+        train_dataset=load_dataset(
+            "json",
+            data_files=f"{run.recipe.data.prepared}/train.jsonl",
+            split="train",
+            cache_dir=str(run.folder / "cache"),
+        ),
     )
     trainer.train()
     trained = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}

@@ -11,7 +11,8 @@ from ranks import run_ranks, sharded_model
 from rounding import additions_to_logits, assert_equal_but_for_rounding, distance, rounding
 from transformers import LlamaConfig
 
-from fitune.data.dataset import load_split, load_tokenizer
+from fitune.data.dataset import load_tokenizer
+from fitune.data.prepared import load_rows
 from fitune.model.sharding import local_part
 from fitune.training.trainer import ShardedSFTTrainer
 
@@ -20,7 +21,7 @@ IGNORED = -100
 
 def _trainer(run) -> ShardedSFTTrainer:
     model, tokenizer = sharded_model(run)
-    rows = load_split(run.recipe, "train", run.folder / "cache")
+    rows = load_rows(run.recipe, "train", tokenizer, run.folder / "cache")
     return ShardedSFTTrainer(run, model=model, processing_class=tokenizer, train_dataset=rows)
 
 
