@@ -47,6 +47,8 @@ class Source(Strict):
     format: DataFormat | None = None
     "As in `data`."
     columns: dict[str, str] = {}
+    keep: dict[str, Any] = {}
+    ignored_keys: list[str] = []
     weight: RowWeight = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
 
@@ -69,10 +71,16 @@ class Data(Strict):
     "`llama3`, `chatml`, `plain` (no tokens but BOS and EOS), `tokenizer` (its own), or the path of a .jinja file."
     train_on: Literal["all", "last", "completion"] = "all"
     "Which answers are trained: all of a row, its last, or those after the user's last turn."
+    reasoning: Literal["refuse", "drop"] = "refuse"
+    "Thinking beside an answer that the chat template does not write: an error, or left out and counted."
     format: DataFormat | None = None
     "What the rows look like; null finds it out from the first row of each file."
     columns: dict[str, str] = {}
     "The format's column name: the name it has in the data, such as {output: response}."
+    keep: dict[str, Any] = {}
+    "Only rows whose columns have these values, such as {label: true}, {lang: [de, en]} or {score: '>= 4'}."
+    ignored_keys: list[str] = []
+    "Columns and keys of turns that are not looked at, because they only look like flags or ratings."
     weight: RowWeight = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
     mix: list[Source] = []

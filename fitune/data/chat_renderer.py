@@ -5,6 +5,7 @@ answer is what its turn adds to the prompt that the template writes for it: the 
 answer, with and without it. That is how the model will be asked later: what is trained is what it will have to write.
 """
 
+import itertools
 import json
 import re
 from contextlib import contextmanager
@@ -39,14 +40,21 @@ class ChatRenderer:
         self.marks_answers = bool(_MARK.search(template))
         "Whether the template itself says where answers lie."
 
-    def render(self, messages, tools=None) -> tuple[str, list[Span]]:
+    def render(self, messages, tools=None, wanted: list[bool] | None = None) -> tuple[str, list[Span]]:
         """The text, and where in it lies what the assistant generates, answer by answer.
 
-        Raises jinja2.TemplateError where the template refuses the conversation, AnswerNotFound, which is one, where an
-        answer cannot be told from the rest.
+        `wanted` says for each answer whether its place is asked for; all are by default. Raises jinja2.TemplateError
+        where the template refuses the conversation, AnswerNotFound, which is one, where a wanted answer cannot be told
+        from the rest.
         """
         text, marked = self._render(messages, tools, add_generation_prompt=False)
-        return text, marked if self.marks_answers else self._found_by_rendering(text, messages, tools)
+        if not self.marks_answers:
+            return text, self._found_by_rendering(text, messages, tools, wanted)
+        if wanted is None or all(wanted):
+            return text, marked
+        if len(marked) != len(wanted):
+            raise AnswerNotFound(f"it marks {len(marked)} of {len(wanted)} answers")
+        return text, list(itertools.compress(marked, wanted))
 
     def text(self, messages, tools=None, add_generation_prompt=False) -> str:
         """The text alone. Raises jinja2.TemplateError where the template refuses the conversation."""
@@ -61,12 +69,12 @@ class ChatRenderer:
                 marks.length += len(block)
             return "".join(marks.blocks), marks.spans
 
-    def _found_by_rendering(self, text: str, messages, tools) -> list[Span]:
+    def _found_by_rendering(self, text: str, messages, tools, wanted: list[bool] | None) -> list[Span]:
         """Where the answers are: after the prompt that each was asked with, up to where its turn ends."""
         spans, last = [], len(messages) - 1
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        for number in answers if wanted is None else itertools.compress(answers, wanted):
+            message = messages[number]
             until = text if number == last else self.text(messages[: number + 1], tools)
             if not text.startswith(until):
                 raise AnswerNotFound(

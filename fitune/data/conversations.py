@@ -24,6 +24,10 @@ _MAY_BE_RENDERED = re.compile(
 "One of these is in every text that RENDERED finds, and a search for it is fast."
 
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"The keys that tools give an answer's thinking. It is stored under the first; templates get it under each of them."
+
+
 class RowError(Exception):
     """Why a row cannot be used: `reason` is the name counted in the report, the message says what was found."""
 
@@ -58,13 +62,6 @@ def check_turns(messages: list[Message]) -> None:
         previous = role
     if previous != "assistant":
         raise RowError("roles_out_of_order", f"the last turn is the {previous}'s, not the assistant's")
-
-
-def trained_answers(messages: list[dict], train_on: str) -> list[bool]:
-    """For each answer whether `train_on` means it: all, the last, or those after the user's last turn (completion)."""
-    places = {role: [n for n, turn in enumerate(messages) if turn["role"] == role] for role in ("user", "assistant")}
-    first = {"all": 0, "last": places["assistant"][-1], "completion": max(places["user"], default=0)}[train_on]
-    return [place >= first for place in places["assistant"]]
 
 
 def check_not_rendered(conversation: dict) -> None:
@@ -116,10 +113,11 @@ def for_template(conversation: dict) -> tuple[list[dict], list | None]:
 def arguments_as_objects(messages: list[dict]) -> list[dict]:
     """Chat templates expect the arguments of tool calls as objects; stored rows have their JSON text.
 
-    Keys that a table filled in with null are left out: templates ask whether they are there.
+    Keys that a table filled in with null are left out: templates ask whether they are there. So is `train`, which is
+    not theirs.
     """
     return [
-        _without_nulls(message) | ({"tool_calls": list(map(_with_object, calls))} if calls else {})
+        _as_templates_take(message) | ({"tool_calls": list(map(_with_object, calls))} if calls else {})
         for message in messages
         for calls in [message.get("tool_calls")]
     ]
@@ -132,11 +130,18 @@ def _with_object(call: dict) -> dict:
     }
 
 
+def _as_templates_take(message: dict) -> dict:
+    kept = _without_nulls(message)
+    kept.pop("train", None)
+    thinking = kept.get(REASONING[0])
+    return kept if thinking is None else kept | dict.fromkeys(REASONING, thinking)
+
+
 def _without_nulls(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None or key == "content"}
 
 
-NAMED_TEXTS = ("name", "tool_call_id", "reasoning_content")
+NAMED_TEXTS = ("name", "tool_call_id", REASONING[0])
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -39,6 +39,7 @@ def describe(
         "examples": tally.examples,
         "rows_cut": tally.cut,
         "escaped_control_tokens": tally.escaped,
+        "reasoning_dropped": tally.reasoning_dropped,
         "train_rows": int(repeats.sum()),
         "test_rows": int(selection.test.sum()),
         "tokens": token_statistics(train_tokens, np.repeat(store.trained, repeats)) if counted else None,
@@ -128,6 +129,8 @@ def _lines(report: dict):
         yield "  cut", f"{report['rows_cut']:,}  after the last answer that fits in max_length"
     if report["escaped_control_tokens"]:
         yield "  escaped", f"{report['escaped_control_tokens']:,}  control tokens"
+    if report["reasoning_dropped"]:
+        yield "  left out", f"{report['reasoning_dropped']:,}  times the thinking, which the template does not write"
     yield "train / test", f"{report['train_rows']:,} / {report['test_rows']:,}"
     for source in (report["source"], *report["mixed_in"]):
         revision = f" at {source['revision']}" if source["revision"] else ""

@@ -66,7 +66,27 @@ class Table:
     counts_lines = False
 
     def records(self) -> Iterator[tuple[int, dict]]:
-        yield from enumerate(self.table.to_pylist(), start=self.first_row)
+        rows = self.table.to_pylist()
+        if any(f"{key}:" in str(self.table.schema) for key in _FREE_OBJECTS):
+            rows = [_as_before_the_table(row) for row in rows]
+        yield from enumerate(rows, start=self.first_row)
+
+
+_FREE_OBJECTS = ("tool_calls", "function_call", "tools", "functions")
+"Keys of what has other keys in every row. A table has one set of keys for all rows, and fills in null."
+
+
+def _as_before_the_table(value, fills: bool = False):
+    """Without the keys of tool calls and schemas that a table filled in; elements of lists are the row's own."""
+    if isinstance(value, list):
+        return [_as_before_the_table(one, fills) for one in value]
+    if isinstance(value, dict):
+        return {
+            key: _as_before_the_table(one, fills or key in _FREE_OBJECTS)
+            for key, one in value.items()
+            if not (fills and one is None)
+        }
+    return value
 
 
 Chunk = Lines | Rows | Table

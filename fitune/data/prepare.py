@@ -16,12 +16,14 @@ from fitune.data.file_formats import jsonl_to_parquet
 from fitune.data.packing import Pieces, lay_out, write_layout
 from fitune.data.prepared import REPORT, SPLITS, describe_files
 from fitune.data.reading import Tally, read_all, refuse_problems
+from fitune.data.row_filter import check_filter
 from fitune.data.row_formats import FORMATS, OPTIONAL_COLUMNS
 from fitune.data.row_store import RowStore, Selection
 from fitune.data.rules import Rules, rules_for, rules_without_tokenizer
 from fitune.data.sources import Splits, open_source
 from fitune.data.token_file import write_tokens
 from fitune.data.token_report import print_preview, progress_line
+from fitune.data.training_flags import trained_answers
 from fitune.errors import UsageError, nearest
 from fitune.output_folder import new_folder
 
@@ -83,7 +85,8 @@ def prepare(
     if tokenizer is None:
         rules = rules_without_tokenizer(choice, **how)
     else:
-        rules = rules_for(tokenizer, max_length=max_length, long_rows=long_rows or data.long_rows, **how)
+        how |= {"max_length": max_length, "long_rows": long_rows or data.long_rows, "reasoning": data.reasoning}
+        rules = rules_for(tokenizer, **how)
     sources = _open_sources(data, format)
     with new_folder(output, replace=overwrite) as folder:
         store = RowStore(folder)
@@ -147,6 +150,7 @@ def _open_sources(data: Data, format: str | None) -> list[tuple[Data | Source, S
         data = data.model_copy(update={"format": format})
     known = dict.fromkeys(itertools.chain(*FORMATS.values(), *OPTIONAL_COLUMNS.values()))
     for source in (data, *data.mix):
+        check_filter(source.keep)
         for name in source.columns:
             if name not in known:
                 raise UsageError(f"columns: unknown column '{name}'{nearest(name, known)}")
@@ -200,5 +204,8 @@ def _print_preview(output: Path, count: int, rules: Rules, console) -> None:
     renderer = ChatRenderer(rules.template, rules.special_tokens)
     with (output / "train.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, count)]
-    rendered = [renderer.render(*conversations.for_template(row)) for row in rows]
+    rendered = [
+        renderer.render(*conversations.for_template(row), trained_answers(row["messages"], rules.train_on))
+        for row in rows
+    ]
     print_preview(rendered, rules.encoder.tokenizer, console)

@@ -141,12 +141,13 @@ def has_tokens(folder: Path, split: str, report: dict | None) -> bool:
 def tokenised_in(cache: Path, recipe: Recipe, split: str, tokenizer, workers: int) -> Path:
     """The folder with the tokens of a SPLIT.jsonl that has none, made if they are not there yet."""
     source = _lines(recipe, split)
-    made_from = [_sha256(source), tokenizer_hash(tokenizer), template_hash(tokenizer), recipe.data.train_on]
+    how = [recipe.data.train_on, recipe.data.reasoning]
+    made_from = [_sha256(source), tokenizer_hash(tokenizer), template_hash(tokenizer), *how]
     folder = cache / f"{split}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with new_folder(folder, replace=True) as unfinished:
-            tokenise_lines(source, unfinished / f"{split}.tokens.arrow", tokenizer, recipe.data.train_on, workers)
+            tokenise_lines(source, unfinished / f"{split}.tokens.arrow", tokenizer, recipe.data, workers)
     return folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 from fitune.data import row_formats
@@ -38,6 +38,7 @@ class Tally:
     rows_in: int = 0
     cut: int = 0
     escaped: int = 0
+    reasoning_dropped: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     "by reason, `file:line: message`"
@@ -50,6 +51,7 @@ class Tally:
         self.rows_in += outcome.rows_in
         self.cut += outcome.cut
         self.escaped += outcome.escaped
+        self.reasoning_dropped += outcome.reasoning_dropped
         self.rows_by_source[source] = self.rows_by_source.get(source, 0) + outcome.rows_in
         for reason, count in outcome.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
@@ -92,7 +94,7 @@ def read_all(sources, rules: Rules, store: RowStore, workers: int, show_progress
 
 def refuse_problems(tally: Tally, rules: Rules, drop_invalid: bool) -> None:
     """One error that names the rows, unless they are to be dropped, and the files that cannot be read, in any case."""
-    tolerated = {"too_long"} if rules.long_rows != "refuse" else set()
+    tolerated = {"not_kept"} | ({"too_long"} if rules.long_rows != "refuse" else set())
     bad = {reason: count for reason, count in tally.counts.items() if reason not in tolerated}
     if drop_invalid or not bad:
         if tally.file_errors:
@@ -118,7 +120,7 @@ def _checked(file, source, system_message, submit, window: int) -> Iterator[tupl
     first = next(chunks, None)
     if first is None:
         return
-    shape = Shape(source.format or _find_format(first, source, file.name), source.columns, system_message)
+    shape = _shape(first, source, system_message, file.name)
     pending = deque()
     broken_off = None
     chunks = itertools.chain([first], chunks)
@@ -138,14 +140,38 @@ def _checked(file, source, system_message, submit, window: int) -> Iterator[tupl
             return
 
 
+def _shape(chunk, source, system_message: str | None, name: str) -> Shape:
+    """What the rows of a file look like, by its first ones. Raises UsageError for preference data."""
+    unread = Shape(
+        format=source.format or "messages",
+        system_message=system_message,
+        columns=source.columns,
+        keep=source.keep,
+        ignored_keys=tuple(source.ignored_keys),
+        format_is_named=source.format is not None,
+    )
+    for number, row in _objects(chunk):
+        try:
+            unread.refuse_preferences(unread.without_ignored(row))
+        except RowError as error:
+            raise UsageError(f"{name}:{number}: {error}") from None
+        break  # one line tells what the file is; of later rows each is named
+    return unread if source.format else replace(unread, format=_find_format(chunk, source, name))
+
+
+def _objects(chunk) -> Iterator[tuple[int, dict]]:
+    """`(number, row)` of those that are objects."""
+    for number, record in chunk.records():
+        try:
+            yield number, parse_record(record)
+        except RowError:
+            continue
+
+
 def _find_format(chunk, source, name: str) -> str:
     """The format of the first row that has one; `messages` where no row is an object, so that each is named."""
     first = None
-    for number, record in chunk.records():
-        try:
-            row = parse_record(record)
-        except RowError:
-            continue
+    for number, row in _objects(chunk):
         if found := row_formats.detect_format(row_formats.rename_columns(row, source.columns)):
             return found
         first = first or (number, row)

@@ -8,16 +8,21 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from fitune.data import conversations, row_formats
 from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
-from fitune.data.conversations import RowError
+from fitune.data.conversations import REASONING, RowError
 from fitune.data.file_formats import MAX_ROW_BYTES, too_large
+from fitune.data.preferences import refuse_preferences
+from fitune.data.reasoning import unwritten_reasoning
+from fitune.data.row_filter import is_kept
 from fitune.data.rules import Rules
 from fitune.data.token_encoder import Encoded
+from fitune.data.training_flags import check_something_is_trained, refuse_flags_of_the_row, trained_answers
 
 EXAMPLES_PER_REASON = 20
 ROWS_PER_BATCH = 256
@@ -30,8 +35,25 @@ class Shape:
     """What the rows of one source look like."""
 
     format: str
-    columns: dict[str, str]
     system_message: str | None
+    columns: dict[str, str]
+    keep: dict[str, Any]
+    ignored_keys: tuple[str, ...]
+    format_is_named: bool
+    "By the recipe or --format, not found out."
+
+    def refuse_preferences(self, record: dict) -> None:
+        """Raises RowError for a record that holds good and bad answers, of which nothing says which to take."""
+        refuse_preferences(record, answer_is_named=self.format_is_named or bool(self.columns), kept_by=tuple(self.keep))
+
+    def without_ignored(self, record: dict) -> dict:
+        if not self.ignored_keys:
+            return record
+        return {key: value for key, value in record.items() if key not in self.ignored_keys}
+
+    def known_columns(self) -> tuple[str, ...]:
+        """Those that are read, by the names that the format gives them."""
+        return (*row_formats.FORMATS[self.format], *row_formats.OPTIONAL_COLUMNS[self.format], *self.keep)
 
 
 @dataclass
@@ -61,6 +83,11 @@ class Outcome:
     "(reason, number in the chunk or file, message), the first EXAMPLES_PER_REASON of each reason"
     cut: int = 0
     escaped: int = 0
+    reasoning_dropped: int = 0
+
+    def leave_out(self, reason: str) -> None:
+        """A row that is good, but not wanted."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
 
     def refuse(self, number: int, error: RowError) -> None:
         seen = self.counts.get(error.reason, 0)
@@ -114,36 +141,58 @@ class Checker:
                 continue
             outcome.rows_in += 1
             try:
-                row = row_formats.rename_columns(parse_record(record), shape.columns)
-                conversation = row_formats.to_conversation(row, shape.format, shape.system_message)
+                conversation = self._conversation(shape.without_ignored(parse_record(record)), shape)
+                if conversation is None:
+                    outcome.leave_out("not_kept")
+                    continue
                 conversations.check_turns(conversation["messages"])
+                check_something_is_trained(conversation["messages"], self.rules.train_on)
                 conversations.check_not_rendered(conversation)
                 if self.rules.escape_control_tokens:
                     outcome.escaped += conversations.escape_control_tokens(conversation, self.rules.control_tokens)
                 conversations.check_text(conversation, self.rules.control_tokens)
-                yield self._rendered(Row(number, conversation))
+                row = self._rendered(Row(number, conversation))
+                outcome.reasoning_dropped += self._without_unwritten_reasoning(row)
+                yield row
             except RowError as error:
                 outcome.refuse(number, error)
 
+    def _conversation(self, record: dict, shape: Shape) -> dict | None:
+        """None for a row that `keep` leaves out."""
+        shape.refuse_preferences(record)
+        if not is_kept(record, shape.keep):
+            return None
+        row = row_formats.rename_columns(record, shape.columns)
+        refuse_flags_of_the_row(row, shape.known_columns())
+        return row_formats.to_conversation(row, shape.format, shape.system_message, shape.ignored_keys)
+
     def _rendered(self, row: Row) -> Row:
         if self._renderer:
+            trained = trained_answers(row.conversation["messages"], self.rules.train_on)
             try:
-                row.text, row.spans = self._renderer.render(*conversations.for_template(row.conversation))
+                row.text, row.spans = self._renderer.render(*conversations.for_template(row.conversation), trained)
             except AnswerNotFound as error:
                 raise RowError("answer_not_found", f"the chat template hides what is to be trained: {error}") from None
             except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
                 raise RowError("template_refused", f"the chat template refuses it: {error}") from None
-            row.spans = self._trained_spans(row)
         return row
 
-    def _trained_spans(self, row: Row) -> list[tuple[int, int]]:
-        """Of the answers' places in the text, those that `train_on` means."""
-        trained = conversations.trained_answers(row.conversation["messages"], self.rules.train_on)
-        if all(trained):
-            return row.spans
-        if len(row.spans) != len(trained):
-            raise RowError("template_refused", f"the chat template writes {len(row.spans)} of {len(trained)} answers")
-        return [span for span, is_one in zip(row.spans, trained, strict=True) if is_one]
+    def _without_unwritten_reasoning(self, row: Row) -> int:
+        """Takes thinking that the template does not write out of the row; how often. Raises RowError unless allowed."""
+        messages = row.conversation["messages"]
+        if not self._renderer or not any(REASONING[0] in message for message in messages):
+            return 0
+        trained = trained_answers(messages, self.rules.train_on)
+        unwritten = unwritten_reasoning(messages, trained, row.text, row.spans, self.rules.template)
+        if unwritten and self.rules.reasoning != "drop":
+            raise RowError(
+                "reasoning_not_written",
+                f"{messages[unwritten[0]].where}: the chat template does not write its thinking; take a template that "
+                f"does, or leave thinking out: --set data.reasoning=drop",
+            )
+        for number in unwritten:
+            del messages[number][REASONING[0]]
+        return len(unwritten)
 
     def _encoded(self, rows: list[Row], outcome: Outcome) -> list[Row]:
         self._encode(rows)
@@ -172,8 +221,10 @@ class Checker:
         messages = row.conversation["messages"]
         ends = [number for number, message in enumerate(messages) if _ends_exchange(messages, number)]
         for end in reversed(ends[:-1]):
-            shorter = self._rendered(Row(row.number, row.conversation | {"messages": messages[: end + 1]}))
-            self._encode([shorter])
+            shorter = Row(row.number, row.conversation | {"messages": messages[: end + 1]})
+            if not any(trained_answers(shorter.conversation["messages"], self.rules.train_on)):
+                continue
+            self._encode([self._rendered(shorter)])
             if shorter.encoded.tokens <= limit:
                 return shorter
         raise RowError(

@@ -1,8 +1,11 @@
 """One row of any usual format as a conversation."""
 
 import json
+from collections.abc import Collection
 
-from fitune.data.conversations import Message, RowError, json_value, quote
+from fitune.data.conversations import REASONING, Message, RowError, json_value, quote
+from fitune.data.reasoning import reasoning_of
+from fitune.data.training_flags import is_trained
 
 FORMATS = {
     "messages": ("messages",),
@@ -49,8 +52,13 @@ def rename_columns(row: dict, columns: dict[str, str]) -> dict:
     return kept | {name: row[source] for name, source in columns.items() if source in row}
 
 
-def to_conversation(row: dict, format: str, system_message: str | None = None) -> dict:
-    """`{"messages": [...]}`, and `"tools"` as JSON text where the row has tools. Raises RowError."""
+def to_conversation(
+    row: dict, format: str, system_message: str | None = None, ignored_keys: Collection[str] = ()
+) -> dict:
+    """`{"messages": [...]}`, and `"tools"` as JSON text where the row has tools. Raises RowError.
+
+    Keys of turns that are in `ignored_keys` are not looked at. An answer that is not to be trained has `train: False`.
+    """
     for column in FORMATS[format]:
         if column not in row:
             raise RowError("missing_field", f"no '{column}'; the row has {', '.join(map(repr, row)) or 'nothing'}")
@@ -59,7 +67,7 @@ def to_conversation(row: dict, format: str, system_message: str | None = None) -
     for column in MEDIA_COLUMNS:
         if isinstance(row.get(column), list) and row[column]:
             raise RowError("wrong_type", f"only text can be trained on, '{column}' holds {len(row[column])}")
-    messages = [Message(_message(turn, where), where) for where, turn in _CONVERTERS[format](row)]
+    messages = [Message(_message(turn, where, ignored_keys), where) for where, turn in _CONVERTERS[format](row)]
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
     if system_message and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, Message({"role": "system", "content": system_message}, "system_message"))
@@ -100,7 +108,8 @@ def _from_prompt_completion(row):
         yield "system", {"role": "system", "content": row["system"]}
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row[column], list):
-            yield from _turns(row, column)
+            for where, turn in _turns(row, column):
+                yield where, turn | {"train": False} if _is_answer_in_prompt(column, turn) else turn
         else:
             yield column, {"role": role, "content": row[column]}
 
@@ -113,6 +122,13 @@ _CONVERTERS = {
 }
 
 
+def _is_answer_in_prompt(column: str, turn) -> bool:
+    """Only the completion is trained."""
+    if column != "prompt" or not isinstance(turn, dict):
+        return False
+    return ROLES.get(str(turn.get("role", turn.get("from")))) in ("assistant", "function_call")
+
+
 def _turns(row: dict, column: str):
     turns = json_value(row[column], column)
     if not isinstance(turns, list):
@@ -121,25 +137,31 @@ def _turns(row: dict, column: str):
         yield f"{column}[{number}]", turn
 
 
-def _message(turn, where: str) -> dict:
-    """One turn as `role`, `content` and, where it has them, `tool_calls`, `tool_call_id`, `name`, reasoning."""
+def _message(turn, where: str, ignored_keys: Collection[str]) -> dict:
+    """One turn as `role`, `content` and, where it has them, `tool_calls`, `tool_call_id`, `name`, thinking, `train`."""
     if not isinstance(turn, dict):
         raise RowError("wrong_type", f"{where}: expected an object with 'role' and 'content', found {_kind(turn)}")
+    if ignored_keys:
+        turn = {key: value for key, value in turn.items() if key not in ignored_keys}
     role = _role(turn, where)
+    is_answer = role in ("assistant", "function_call")
+    trained = is_trained(turn, "assistant" if is_answer else role, where)
+    thinking = reasoning_of(turn, where) if is_answer else None
     if role == "function_call":
         turn = {"role": "assistant", "content": "", "tool_calls": json_value(_content(turn, where, False), where)}
         turn["tool_calls"] = turn["tool_calls"] if isinstance(turn["tool_calls"], list) else [turn["tool_calls"]]
         role = "assistant"
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    for key in ("weight", "loss_weight"):
-        if role == "assistant" and turn.get(key) == 0:
-            raise RowError("untrained_turn", f"{where}: '{key}: 0' (an answer not to be trained on) is not supported")
     message = {"role": role, "content": _content(turn, where, optional=bool(calls))}
     if calls:
         message["tool_calls"] = [_tool_call(call, where) for call in _list(calls, where)]
-    for key in ("name", "tool_call_id") if role == "tool" else ("reasoning_content",):
+    for key in ("name", "tool_call_id") if role == "tool" else ():
         if isinstance(turn.get(key), str):
             message[key] = turn[key]
+    if thinking is not None:
+        message[REASONING[0]] = thinking
+    if is_answer and not trained:
+        message["train"] = False
     return message
 
 

@@ -22,6 +22,8 @@ class Rules:
     long_rows: str = "refuse"
     train_on: str = "all"
     "Which answers: all, last or completion, as the recipe's `data.train_on`."
+    reasoning: str = "refuse"
+    "Thinking that the template does not write: refuse or drop, as the recipe's `data.reasoning`."
 
 
 def rules_without_tokenizer(template_choice: str, *, escape_control_tokens: bool, train_on: str) -> Rules:
@@ -34,6 +36,7 @@ def rules_for(
     tokenizer,
     *,
     train_on: str,
+    reasoning: str = "refuse",
     max_length: int | None = None,
     long_rows: str = "refuse",
     escape_control_tokens: bool = False,
@@ -52,6 +55,7 @@ def rules_for(
         max_length=max_length,
         long_rows=long_rows,
         train_on=train_on,
+        reasoning=reasoning,
     )
 
 

@@ -17,12 +17,14 @@ from fitune.data.sources import open_file
 from fitune.data.token_file import write_tokens
 
 
-def tokenise_lines(source: Path, target: Path, tokenizer, train_on: str, workers: int) -> None:
+def tokenise_lines(source: Path, target: Path, tokenizer, data: Data, workers: int) -> None:
     """Writes `target`. `tokenizer`: a transformers tokenizer that holds the training template.
+
+    Of the recipe's `data` only what is trained and rendered counts; the lines are of prepare's own format.
 
     Raises UsageError that names every bad row by its line.
     """
-    rules = rules_for(tokenizer, train_on=train_on)
+    rules = rules_for(tokenizer, train_on=data.train_on, reasoning=data.reasoning)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         store = RowStore(Path(scratch))
         settings = Data(dataset=str(source), prepared=str(source.parent))

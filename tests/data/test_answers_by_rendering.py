@@ -85,6 +85,13 @@ def test_templates_that_write_answers_otherwise_are_refused_with_the_place(name,
         trl(name).render(messages)
 
 
+def test_an_earlier_answer_that_is_not_trained_may_be_written_otherwise():
+    """As of a template that leaves out earlier thinking: the last answer is asked for as it is trained."""
+    messages = CONVERSATIONS[1]
+    text, [span] = trl("qwen3").render(messages, wanted=[False, True])
+    assert text[slice(*span)] == f"<think>\n\n</think>\n\n{messages[-1]['content']}<|im_end|>\n"
+
+
 def test_an_answer_that_is_cut_is_refused():
     template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
     with pytest.raises(AnswerNotFound, match=r"leaves out what messages\[1\] says: 'Hm.'"):
