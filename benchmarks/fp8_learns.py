@@ -1,6 +1,6 @@
 """Whether fp8 learns what bf16 learns: a model trained in both from the same data, both adapters judged in bf16.
 
-    python benchmarks/fp8_learns.py OUTPUT --model FOLDER --dataset ROWS.jsonl [--steps 200] [--profile single_gpu]
+    python benchmarks/fp8_learns.py OUTPUT --model FOLDER --dataset ROWS.jsonl [--steps 200] [--method lora]
 
 Through fitune's own commands: prepare, train in bf16, in fp8 and in bf16 with another seed (how far two equally good
 adapters lie apart), eval of each, which always computes in bf16. Then the gradients of the bf16 run's adapter on
@@ -19,6 +19,7 @@ from tier_run import ROOT, about
 
 RUNS = {"bf16": ("bf16", 42), "fp8": ("fp8", 42), "bf16, other seed": ("bf16", 43)}
 "Name -> (compute, seed)."
+PROFILES = {"qlora": "single_gpu", "lora": "fsdp_1x48gb"}
 ALLOWED = 0.005
 "Of the held-out loss: what the two may lie apart."
 EVERY = 20  # steps of the printed curve
@@ -29,8 +30,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dataset", type=Path, required=True)
-    parser.add_argument("--method", choices=["qlora", "lora"], default="qlora")
-    parser.add_argument("--profile", default="single_gpu")
+    parser.add_argument("--method", choices=list(PROFILES), default="qlora")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -85,7 +85,7 @@ def _run(name: str, compute: str, seed: int, options, data: Path) -> dict:
         "training.eval_strategy": "'no'", "training.report_to": "none", "training.disable_tqdm": "true",
     }  # fmt: skip
     flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    _fitune("train", "llama3_8b_qlora", "--profile", options.profile, "--output", folder, "--force", *flags)
+    _fitune("train", "llama3_8b_qlora", "--profile", PROFILES[options.method], "--output", folder, "--force", *flags)
     _fitune("eval", folder)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [{key: step[key] for key in ("step", "loss", "grad_norm")} for step in steps if "loss" in step]

@@ -46,8 +46,12 @@ def requirements(name: str) -> list[str]:
     return sorted(line for line in lines if line)
 
 
+def _path(installed: Path) -> str:
+    return os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+
+
 def call(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(installed)}
+    environment = os.environ | {"PYTHONPATH": _path(installed)}
     command = [sys.executable, "-m", "fitune", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -98,7 +102,7 @@ def test_installed_doctor_knows_the_pins(installed, tmp_path):
     code = (
         "from fitune.config import shipped as s; print(s.CHECKOUT, len(s.pinned_versions()), s.how_to_install('click'))"
     )
-    environment = os.environ | {"PYTHONPATH": str(installed), "PATH": ""}  # no nvidia-smi
+    environment = os.environ | {"PYTHONPATH": _path(installed), "PATH": ""}  # no nvidia-smi
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     pins = dict(line.split("==") for line in requirements("requirements.txt"))
     assert said.stdout.strip() == f"None {len(pins)} pip install click=={pins['click']}", said.stderr

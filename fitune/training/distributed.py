@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fitune.config.schema import AccelerateConfig
 from fitune.errors import UsageError
+
+SECONDS_FOR_RANK_0 = 30
+"What the ranks of a busy machine may take longer than each other to start."
 
 
 def join(settings: AccelerateConfig) -> DeviceMesh:
@@ -94,11 +98,19 @@ def from_rank_0(value):
 def is_first_to_fail() -> bool:
     """Whether no other rank has asked before: what one rank or all of them met is told once, by the first."""
     if not dist.is_initialized():
-        return is_main_process()
+        if not is_main_process():
+            _wait_for_rank_0_to_tell()
+        return True
     try:
         return dist.distributed_c10d._get_default_store().add("fitune/failures", 1) == 1
     except dist.DistNetworkError:
         return True
+
+
+def _wait_for_rank_0_to_tell() -> None:
+    """Rank 0 mostly meets the same before the ranks have joined; it tells it, and the launcher ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(SECONDS_FOR_RANK_0)
 
 
 def take_over_from_accelerate() -> None:

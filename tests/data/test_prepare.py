@@ -128,7 +128,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
         "reading.Tally.add = slow\n"
         f"prepare.prepare(Data(dataset={str(source)!r}, prepared='x'), Path({str(tmp_path / 'out')!r}), workers=2)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )

@@ -118,8 +118,9 @@ def environment(own_gpus: list[int], cap_gib: float | None) -> dict[str, str]:
     result = os.environ | {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "150", "TERM": "dumb"}
     result.pop("PYTHONDONTWRITEBYTECODE", None)
     result |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own_gpus))}
+    result["OMP_NUM_THREADS"] = "2" if own_gpus else "1"  # threads of commands side by side would wait, spinning
     if not own_gpus:
-        return result | {"OMP_NUM_THREADS": "1"}  # threads of commands side by side would wait for each other, spinning
+        return result
     return result | {
         "FITUNE_GPU_CAP_GIB": f"{cap_gib:.1f}",
         "NCCL_SOCKET_NTHREADS": "4",

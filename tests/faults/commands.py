@@ -57,7 +57,7 @@ def change(rank):
 def changed(code: str, folder: Path) -> dict[str, str]:
     """The environment in which ranks call `change(rank)`, which `code` defines, before they train."""
     (folder / "sitecustomize.py").write_text(code + WHEN_TRAINER_IS_IMPORTED)
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 class Hold:

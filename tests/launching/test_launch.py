@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_SECONDS
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+
+from commands import changed
+
 from fitune.launching import launch
 from fitune.planning.fill import resolve
 
@@ -119,7 +123,10 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
     assert (folder / adapter).read_bytes() == (finished / adapter).read_bytes()
 
 
-def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
+@pytest.mark.parametrize("late", ["no rank is late", "rank 0 is late"])
+def test_an_error_in_the_processes_is_one_line(finished, tmp_path, late):
+    wait = "def change(rank): time.sleep(10 * (rank == 0))\n"
+    environment = os.environ | (changed(wait, tmp_path) if late == "rank 0 is late" else {})
     text = (finished / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
     done = start(
@@ -132,7 +139,8 @@ def test_an_error_in_the_processes_is_one_line(finished, tmp_path):
             "-m",
             "fitune.training.train",
             tmp_path / "run.yaml",
-        ]
+        ],
+        env=environment,
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]
