@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fitune.export.chat_record import CHAT_RECORD
 from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
 from fitune.export.tokenizer_files import copy_tokenizer, template_of
 from fitune.weights.model_files import LICENCE_FILES, copy_file, matching, read_json, write_json
@@ -11,7 +12,7 @@ from fitune.weights.model_files import LICENCE_FILES, copy_file, matching, read_
 
 def write_small_files(base: Path, adapter: Path, output: Path, config: dict, dtype: torch.dtype) -> None:
     """config.json, tokenizer, chat template, generation_config.json and licence: the adapter's where it has them."""
-    for file in matching(base, LICENCE_FILES):
+    for file in (*matching(base, LICENCE_FILES), *matching(adapter, [CHAT_RECORD])):
         copy_file(file, output)
     has_tokenizer = (adapter / "tokenizer.json").exists() or (adapter / "tokenizer_config.json").exists()
     copy_tokenizer(adapter if has_tokenizer else base, output, template=template_of(adapter))

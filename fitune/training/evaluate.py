@@ -21,7 +21,7 @@ from fitune.training.distributed import is_main_process, join, leave
 from fitune.training.token_metrics import token_metrics
 from fitune.training.train import load_sharded_model, rows_on_all_ranks, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
-from fitune.training.tuned import load_tuned_weights, tuned_base_folder
+from fitune.training.tuned import load_tuned_weights, refuse_another_chat, tuned_base_folder
 
 
 def evaluate(run: Run, force: bool = False) -> None:
@@ -33,6 +33,7 @@ def evaluate(run: Run, force: bool = False) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
+    refuse_another_chat(run, tokenizer)
     check_prepared(run.recipe, tokenizer)
     rows = rows_on_all_ranks(run, "test", tokenizer, Heartbeat())
     results = {}

@@ -9,6 +9,7 @@ transformers on one device.
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ from fitune.data.dataset import load_tokenizer
 from fitune.data.file_formats import first_line
 from fitune.data.prepared import check_prepared, first_rows
 from fitune.errors import UsageError
+from fitune.export.chat_record import read_chat_record
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.train import load_sharded_model, run_stage
-from fitune.training.tuned import load_tuned_weights, tuned_base_folder
+from fitune.training.tuned import load_tuned_weights, refuse_another_chat, tuned_base_folder
 
 Asked = tuple[list[dict], list | None]
 "A conversation up to the turn that is wanted, and the tools that may be called in it."
@@ -66,6 +68,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
+    refuse_another_chat(run, tokenizer)
     if options.test:
         check_prepared(run.recipe, tokenizer)
     stop_ids = end_of_turn_ids(tokenizer)
@@ -96,17 +99,23 @@ def generate(run: Run, options: argparse.Namespace) -> None:
 
 def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
     """The prompts asked for: --prompt texts, or the first N held-out conversations up to their last answer."""
-    system = run.recipe.data.system_message
-    start = [{"role": "system", "content": system}] if system else []
-    asked = [([*start, {"role": "user", "content": prompt}], None) for prompt in options.prompt]
+    asked = _questions(options.prompt, run.recipe.data.system_message)
     for row in first_rows(run.recipe, "test", options.test):
         messages, tools = for_template(row)
         asked.append((messages[:-1], tools))
     return asked
 
 
+def _questions(prompts: Sequence[str], system_message: str | None) -> list[Asked]:
+    start = [{"role": "system", "content": system_message}] if system_message else []
+    return [([*start, {"role": "user", "content": prompt}], None) for prompt in prompts]
+
+
 def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
-    """Answers from a merged (or any chat) model folder, loaded by transformers on one device."""
+    """Answers from a merged (or any chat) model folder, loaded by transformers on one device.
+
+    One that fitune trained is asked with the system message that it was trained with.
+    """
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,10 +128,12 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
         raise UsageError(f"{folder}: cannot be loaded: {first_line(error)}") from None
     stop_ids = model.generation_config.eos_token_id
     answerer = Answerer(model, tokenizer, stop_ids, device, options.max_new_tokens, options.temperature)
+    record = read_chat_record(folder)
+    system_message = record.system_message if record else None
     if options.chat:
-        chat(answerer, None)
+        chat(answerer, system_message)
         return
-    conversations = [([{"role": "user", "content": prompt}], None) for prompt in options.prompt]
+    conversations = _questions(options.prompt, system_message)
     _report(conversations, {"model": [answerer.answer(*asked) for asked in conversations]}, options.json)
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fitune.config.schema import Run
-from fitune.data.chat_template import end_of_turn_ids
+from fitune.data.chat_template import end_of_turn_ids, template_hash
 from fitune.export.adapter import saved_name
+from fitune.export.chat_record import ChatRecord, write_chat_record
 from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
 from fitune.export.tokenizer_files import copy_tokenizer
 from fitune.model.sharding import local_part
@@ -91,6 +92,7 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
     copy_tokenizer(base, folder, template=tokenizer.chat_template, pad_token=tokenizer.pad_token)
     base_config = read_json(base / "config.json", "give a model's folder")
     stop_ids = end_of_turn_ids(tokenizer)
+    write_chat_record(folder, ChatRecord(template_hash(tokenizer), run.recipe.data.system_message))
     generation = generation_config(base, stop_ids=stop_ids, default_stop=base_config.get("eos_token_id"))
     write_json(folder / GENERATION_CONFIG, generation)
     if isinstance(model, PeftModel):

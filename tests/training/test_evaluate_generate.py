@@ -9,8 +9,9 @@ import torch
 from ranks import run_ranks, sharded_model, train_here
 from rounding import additions_to_logits, rounding
 
-from fitune.data.chat_template import end_of_turn_ids
+from fitune.data.chat_template import end_of_turn_ids, template_hash
 from fitune.data.dataset import load_tokenizer
+from fitune.export.chat_record import ChatRecord, read_chat_record
 from fitune.model.sharding import local_part
 from fitune.training.evaluate import evaluate
 from fitune.training.generate import generate
@@ -121,6 +122,7 @@ def test_answers_equal_plain_generation(runs, processes):
     answers = json.loads((run.folder / f"answers-{processes}.json").read_text())
     assert len(answers) == len(PROMPTS) + 1, "the prompts, and one held-out conversation"
     tokenizer, base, tuned = reference(run)
+    assert read_chat_record(run.result_folder) == ChatRecord(template_hash(tokenizer), None)
     for entry in answers:
         for label, model in (("base", base), ("tuned", tuned)):
             assert entry[label] == _plain_answer(model, tokenizer, entry["messages"])

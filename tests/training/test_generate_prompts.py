@@ -1,15 +1,21 @@
-"""`generate --test`: what a held-out row asks, with the tools that it may call."""
+"""What `generate` asks: held-out rows with their tools, questions with the system message that was trained."""
 
 import json
+import shutil
 from argparse import Namespace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from fitune.config.schema import Data, Recipe
-from fitune.data.chat_template import apply_chat_template_choice
-from fitune.training.generate import Answerer, _conversations
+from fitune.data.chat_template import apply_chat_template_choice, template_hash
+from fitune.errors import UsageError
+from fitune.export.chat_record import ChatRecord, read_chat_record, write_chat_record
+from fitune.training import generate as generating
+from fitune.training.generate import Answerer, _conversations, generate_from_model
+from fitune.training.tuned import refuse_another_chat
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
@@ -38,3 +44,42 @@ def test_a_held_out_row_is_asked_with_its_tools(tmp_path):
     apply_chat_template_choice(tokenizer, "llama3")
     Answerer(model, tokenizer, [0], "cpu", 4, 0.0).answer(asked, tools)
     assert json.dumps(TOOLS[0]) in tokenizer.decode(model.asked)
+
+
+def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_trained(tiny_base, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    asked = {}
+    monkeypatch.setattr(generating, "_report", lambda conversations, *_: asked.update(enumerate(conversations)))
+    options = Namespace(prompt=["Hi"], chat=False, max_new_tokens=1, temperature=0.0, json=None)
+    tokenizer = tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, "llama3")
+    monkeypatch.setattr(generating, "read_tokenizer", lambda _: tokenizer)
+    question = {"role": "user", "content": "Hi"}
+    generate_from_model(folder, options)
+    assert asked[0][0] == [question]
+    write_chat_record(folder, ChatRecord("-", "Be brief."))
+    generate_from_model(folder, options)
+    assert asked[0][0] == [{"role": "system", "content": "Be brief."}, question]
+
+
+def test_another_template_or_system_message_than_was_trained_is_refused(tmp_path):
+    tokenizer, plain = tiny_tokenizer(), tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, "llama3")
+    apply_chat_template_choice(plain, "plain")
+
+    def run(**data):
+        recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path), **data))
+        return SimpleNamespace(recipe=recipe, result_folder=tmp_path / "adapter", folder=tmp_path)
+
+    refuse_another_chat(run(), plain)  # of an earlier version: nothing is known
+    (tmp_path / "adapter").mkdir()
+    write_chat_record(tmp_path / "adapter", ChatRecord(template_hash(tokenizer), "Be brief."))
+    refuse_another_chat(run(system_message="Be brief."), tokenizer)
+    with pytest.raises(UsageError, match="adapter: trained with another chat template than plain is now; put the old"):
+        refuse_another_chat(run(system_message="Be brief.", chat_template="plain"), plain)
+    with pytest.raises(UsageError, match=r"trained with data.system_message 'Be brief.'; .*run.yaml says None"):
+        refuse_another_chat(run(), tokenizer)
+    (tmp_path / "adapter" / "fitune_chat.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"fitune_chat.json: not a readable record of template and system message"):
+        read_chat_record(tmp_path / "adapter")
