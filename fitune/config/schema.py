@@ -57,7 +57,7 @@ class Data(Strict):
     """What is learned from, and how a conversation becomes text."""
 
     dataset: str
-    "What `prepare` reads: a Hub id, a local .json, .jsonl, .parquet or .csv file, or a folder of them."
+    "What `prepare` reads: a Hub id, a local file (.jsonl, .json, .parquet, .arrow, .csv) or a folder of them."
     revision: str | None = None
     prepared: str
     "Folder with train.jsonl and test.jsonl: `prepare` writes it, `train` and `eval` read it."

@@ -9,7 +9,7 @@ from fitune.data.prepared import REPORT_VERSION
 from fitune.data.reading import Tally
 from fitune.data.row_store import RowStore, Selection
 from fitune.data.rules import Rules
-from fitune.data.sources import SourceFile
+from fitune.data.source_file import SourceFile
 from fitune.data.token_report import histogram_chart, packing_report, token_statistics
 
 

@@ -1,10 +1,9 @@
-"""Cuts files of lines, JSON lists and CSV tables into chunks of some megabytes, with true line numbers.
+"""Cuts files of lines and CSV tables into chunks of some megabytes, with true line numbers.
 
 A chunk is small to send to another process and knows how to yield its `records()`: `(number, row)`, where the row is
 the line's bytes, a JSON text, a dict, or the RowError that stands in its place.
 """
 
-import codecs
 import csv
 import io
 import itertools
@@ -20,7 +19,6 @@ from fitune.errors import UsageError
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 10 << 20
 ROWS_PER_TABLE = 2048
-_MAX_ELEMENT_CHARACTERS = 64 << 20
 BOM = b"\xef\xbb\xbf"
 
 
@@ -111,24 +109,6 @@ def chunks_of_lines(source: Path | BinaryIO) -> Iterator[Lines]:
             start, block, size = offset + _length(line), [], 0
     if block:
         yield Lines(start, start + size, data=b"".join(block))
-
-
-def chunks_of_json_list(stream: BinaryIO, name: str) -> Iterator[Rows]:
-    """The objects of one JSON list, cut out one by one as JSON text; the list itself is never in memory.
-
-    Raises UsageError at the first place where the file is not JSON: what follows cannot be read.
-    """
-    reader = _JsonList(stream, name)
-    numbers, rows, size = [], [], 0
-    for line, text in reader.elements():
-        numbers.append(line)
-        rows.append(text)
-        size += len(text) if isinstance(text, str) else 0
-        if size >= CHUNK_BYTES:
-            yield Rows(numbers, rows)
-            numbers, rows, size = [], [], 0
-    if rows:
-        yield Rows(numbers, rows)
 
 
 def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]:
@@ -254,91 +234,6 @@ def _csv_row(header: list[str], fields: list[str], bad_lines: list[int]) -> dict
     if len(fields) != len(header):
         return RowError("wrong_type", f"{len(fields)} fields where the header has {len(header)}")
     return dict(zip(header, fields, strict=True))
-
-
-class _JsonList:
-    """Walks over `[{...}, {...}, ...]` with a buffer of one block and one element."""
-
-    def __init__(self, stream: BinaryIO, name: str):
-        self._stream, self._name = stream, name
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._buffer, self._position, self._line = "", 0, 1
-        self._bytes_read, self._ended = 0, False
-
-    def elements(self) -> Iterator[tuple[int, str | RowError]]:
-        """`(line, JSON text)` of each element."""
-        self._expect("[")
-        if self._next_character() == "]":
-            return
-        while True:
-            self._next_character()
-            yield self._line, self._element()
-            if self._next_character() == "]":
-                self._advance(self._position + 1)
-                break
-            self._expect(",")
-        if self._next_character():
-            self._fail(f"text after the end of the list: {self._buffer[self._position : self._position + 20]!r}")
-
-    def _element(self) -> str | RowError:
-        parse = json.JSONDecoder().raw_decode
-        while True:
-            try:
-                _, end = parse(self._buffer, self._position)
-                break
-            except RecursionError:
-                self._fail("nested too deeply")
-            except json.JSONDecodeError as error:
-                if len(self._buffer) - self._position > _MAX_ELEMENT_CHARACTERS:
-                    self._fail(f"an element of more than {_MAX_ELEMENT_CHARACTERS >> 20} MiB, or never closed")
-                into_element = error.pos - self._position
-                if not self._read_more():
-                    self._advance(self._position + into_element)
-                    self._fail(error.msg.removesuffix(" at"))
-        text = self._buffer[self._position : end]
-        self._advance(end)
-        return text if len(text) <= MAX_ROW_BYTES else too_large(len(text))
-
-    def _expect(self, character: str) -> None:
-        found = self._next_character()
-        if found != character:
-            self._fail(
-                f"expected '{character}', found {found!r}" if found else f"expected '{character}', the file ends"
-            )
-        self._advance(self._position + 1)
-
-    def _next_character(self) -> str:
-        """The next one that is not white space; empty at the end of the file."""
-        while True:
-            end = self._position
-            while end < len(self._buffer) and self._buffer[end] in " \t\r\n":
-                end += 1
-            self._advance(end)
-            if end < len(self._buffer):
-                return self._buffer[end]
-            if not self._read_more():
-                return ""
-
-    def _advance(self, position: int) -> None:
-        self._line += self._buffer.count("\n", self._position, position)
-        self._position = position
-
-    def _read_more(self) -> bool:
-        block = self._stream.read(1 << 20)
-        if self._ended:
-            return False
-        self._ended = not block
-        try:
-            text = self._decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            offset = self._bytes_read + len(block) - len(error.object) + error.start
-            raise UsageError(f"{self._name}: not UTF-8: byte offset {offset} of the file") from None
-        self._bytes_read += len(block)
-        self._buffer, self._position = self._buffer[self._position :] + text, 0
-        return bool(block)
-
-    def _fail(self, reason: str):
-        raise UsageError(f"{self._name}:{self._line}: invalid JSON: {reason}; nothing after it can be read")
 
 
 def jsonl_to_parquet(source: Path, target: Path, rows_per_group: int = 8192) -> None:

@@ -46,19 +46,27 @@ def open_hub_dataset(dataset: str, revision: str | None, train_split: str, test_
     try:
         commit = _commit(dataset, revision)
         available = datasets.get_dataset_split_names(dataset, revision=commit)
-        if train_split not in available:
-            raise UsageError(f"{dataset}: no split '{train_split}'{nearest(train_split, available)}; set train_split")
-        splits = {
-            name: HubSplit(f"{dataset}[{name}]", datasets.load_dataset(dataset, revision=commit, split=name))
-            for name in (train_split, test_split)
-            if name in available
-        }
+        for name in names_of(train_split):
+            if name not in available:
+                raise UsageError(f"{dataset}: no split '{name}'{nearest(name, available)}; set data.train_split")
+        train, test = (
+            [
+                HubSplit(f"{dataset}[{name}]", datasets.load_dataset(dataset, revision=commit, split=name))
+                for name in names_of(split)
+                if name in available
+            ]
+            for split in (train_split, test_split)
+        )
     except UsageError:
         raise
     except Exception as error:
         raise _explained(error, dataset, revision) from None
-    test = [splits[test_split]] if test_split in splits else []
-    return Splits([splits[train_split]], test, commit, has_named_splits=True)
+    return Splits(train, test, commit, has_named_splits=True)
+
+
+def names_of(split: str | None) -> list[str]:
+    """Of `train+validation`, as `datasets` writes several splits, each name; none of None."""
+    return split.split("+") if split else []
 
 
 def _commit(dataset: str, revision: str | None) -> str | None:

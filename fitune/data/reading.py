@@ -24,7 +24,7 @@ from fitune.data.row_checks import (
 from fitune.data.row_formats import FORMATS
 from fitune.data.row_store import RowStore
 from fitune.data.rules import Rules
-from fitune.data.sources import SourceFile, file_sha256
+from fitune.data.source_file import SourceFile, file_sha256
 from fitune.errors import FituneError, UsageError
 
 SERIAL_BYTES = 4 << 20

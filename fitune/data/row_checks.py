@@ -51,10 +51,6 @@ class Shape:
             return record
         return {key: value for key, value in record.items() if key not in self.ignored_keys}
 
-    def known_columns(self) -> tuple[str, ...]:
-        """Those that are read, by the names that the format gives them."""
-        return (*row_formats.FORMATS[self.format], *row_formats.OPTIONAL_COLUMNS[self.format], *self.keep)
-
 
 @dataclass
 class Outcome:
@@ -163,8 +159,9 @@ class Checker:
         if not is_kept(record, shape.keep):
             return None
         row = row_formats.rename_columns(record, shape.columns)
-        refuse_flags_of_the_row(row, shape.known_columns())
-        return row_formats.to_conversation(row, shape.format, shape.system_message, shape.ignored_keys)
+        format = shape.format if shape.format_is_named else row_formats.format_of_row(row, shape.format)
+        refuse_flags_of_the_row(row, (*row_formats.columns_of(format), *shape.keep))
+        return row_formats.to_conversation(row, format, shape.system_message, shape.ignored_keys)
 
     def _rendered(self, row: Row) -> Row:
         if self._renderer:

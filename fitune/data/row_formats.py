@@ -38,9 +38,29 @@ ROLES = {
 }
 
 
-def detect_format(columns) -> str | None:
-    """The first format all of whose columns are there."""
-    return next((name for name, needed in FORMATS.items() if set(needed) <= set(columns)), None)
+def detect_format(row: dict) -> str | None:
+    """The first format all of whose columns are there; before it, one that has something in all of them."""
+    there = [name for name, needed in FORMATS.items() if row.keys() >= set(needed)]
+    return next((name for name in there if _is_filled(row, name)), next(iter(there), None))
+
+
+def format_of_row(row: dict, format: str) -> str:
+    """Of a row in a file of `format`: another one where that one's columns are null and the other's are filled.
+
+    Tables that were put together have the columns of both.
+    """
+    if any(row.get(column, "") is not None for column in FORMATS[format]):
+        return format
+    return next((name for name in FORMATS if _is_filled(row, name)), format)
+
+
+def _is_filled(row: dict, format: str) -> bool:
+    return all(row.get(column) is not None for column in FORMATS[format])
+
+
+def columns_of(format: str) -> tuple[str, ...]:
+    """All that may be read."""
+    return (*FORMATS[format], *OPTIONAL_COLUMNS[format])
 
 
 def rename_columns(row: dict, columns: dict[str, str]) -> dict:

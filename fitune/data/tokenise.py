@@ -13,7 +13,7 @@ from fitune.data.hub_dataset import Splits
 from fitune.data.reading import read_all, refuse_problems
 from fitune.data.row_store import RowStore
 from fitune.data.rules import rules_for
-from fitune.data.sources import open_file
+from fitune.data.source_file import open_file
 from fitune.data.token_file import write_tokens
 
 
