@@ -1,11 +1,13 @@
 """Merges an adapter into its base: one standard Hugging Face checkpoint, whatever the size of the model.
 
 Tensors stream from the base's safetensors to the output's, one at a time, the arithmetic in fp32 on a few rows at a
-time; memory holds the largest tensor plus about half a GiB. The output appears under its name only when it is whole.
+time; memory holds the largest tensor plus about half a GiB. They are rounded at random, each tensor by its name: the
+same merge writes the same bytes. The output appears under its name only when it is whole.
 """
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from fitune.export.check import Comparison, check_written, refuse_another_archit
 from fitune.export.merge_record import MergeRecord, write_merge_record
 from fitune.export.model_folder import write_small_files
 from fitune.export.prompts import prompts_for
+from fitune.export.rounding import StochasticRounding
 from fitune.export.tuned_weights import TunedWeights
 from fitune.output_folder import check_disk_space, new_folder, refuse_existing
 from fitune.weights.base_identity import (
@@ -176,19 +179,28 @@ def _write_weights(folder: Path, tuned: TunedWeights, specs: list[TensorSpec], m
 
 
 def _merged(spec: TensorSpec, tuned: TunedWeights) -> torch.Tensor:
-    """One output tensor: summed in fp32, then cast; what nothing changes is passed on as it is."""
+    """One output tensor: summed in fp32, then rounded; what nothing changes is passed on as it is."""
     if not tuned.is_changed(spec.name) and tuned.dtype(spec.name) == spec.dtype:
         return tuned.base.checkpoint.read(tuned.stored_name(spec.name))
     merged = torch.empty(spec.shape, dtype=spec.dtype)
+    rounded = _rounding(spec, tuned)
     for start, stop in tuned.row_chunks(spec.name):
-        merged[start:stop] = tuned.merge_into(tuned.base_rows(spec.name, start, stop), spec.name, start, stop)
-    for start, stop in tuned.row_chunks(spec.name):
-        if not merged[start:stop].isfinite().all():
+        rows = tuned.merge_into(tuned.base_rows(spec.name, start, stop), spec.name, start, stop)
+        finite = rows.isfinite().all()
+        merged[start:stop] = rounded(rows)
+        if not (finite and merged[start:stop].isfinite().all()):
             raise FituneError(
                 f"tensor {spec.name}: not finite in {spec.dtype} after the merge; "
                 f"the adapter or the base holds NaN or inf, or values too large for that dtype"
             )
     return merged
+
+
+def _rounding(spec: TensorSpec, tuned: TunedWeights) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From fp32: at random where there is an update to keep, else to the nearest, which errs by less."""
+    if tuned.is_changed(spec.name):
+        return StochasticRounding(spec.name, spec.dtype)
+    return lambda rows: rows.to(spec.dtype)
 
 
 def _output_specs(tuned: TunedWeights, dtype: torch.dtype) -> list[TensorSpec]:

@@ -26,7 +26,7 @@ def compare(base, adapter, written, prompts=PROMPTS) -> check.Comparison:
 
 
 def test_a_right_merge_is_far_below_the_bound(base, adapter, tmp_path):
-    """Rounding to the nearest errs by less than rounding at random does, of which the bound is four times."""
+    """It is one random rounding, and the bound four times the difference that another makes."""
     out = merge_adapter(base, adapter, tmp_path / "out", progress=False, check=False)
     found = compare(base, adapter, out)
     assert found.largest_difference < found.bound / 2
@@ -84,15 +84,6 @@ def test_a_merge_that_fails_its_check_leaves_nothing(base, adapter, tmp_path, mo
     with pytest.raises(FituneError, match="nothing is left of it"):
         merge_adapter(base, adapter, tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
-
-
-def test_rounding_at_random_keeps_what_the_dtype_holds_and_errs_evenly():
-    side = check._SideBySide(None, None, torch.bfloat16, torch.device("cpu"))
-    held = torch.tensor([0.0, 1.0, -3.140625, 1e-30, 2.0**100]).bfloat16().float()
-    assert torch.equal(side._rounded(held), held)
-    quarter = torch.full((40_000,), 1 + 2**-9)  # a quarter of the way from 1 to the next bf16, 1 + 2^-7
-    share = (side._rounded(quarter) > 1).float().mean().item()
-    assert abs(share - 0.25) < 6 * (0.25 * 0.75 / 40_000) ** 0.5
 
 
 def test_a_config_of_another_architecture_is_refused(base, adapter, tmp_path, monkeypatch):
