@@ -137,7 +137,7 @@ def plan(recipe, profile, sets, **options):
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion"]),
+    type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion", "text"]),
     help="What the rows look like. [default: found out]",
 )
 @click.option("--drop-invalid", is_flag=True, help="Go on without the rows that cannot be used.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Method = Literal["full", "lora", "qlora"]
-DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 YES_OR_NO = {"yes": True, "on": True, "no": False, "off": False}

@@ -60,6 +60,11 @@ class ChatRenderer:
         """The text alone. Raises jinja2.TemplateError where the template refuses the conversation."""
         return self._render(messages, tools, add_generation_prompt)[0]
 
+    def document(self, text: str) -> tuple[str, list[Span]]:
+        """A text without turns between the tokens that begin and end one, and where it lies with its end."""
+        begin, end = (self._special_tokens.get(name) or "" for name in ("bos_token", "eos_token"))
+        return begin + text + end, [(len(begin), len(begin + text + end))]
+
     def _render(self, messages, tools, add_generation_prompt) -> tuple[str, list[Span]]:
         variables = self._special_tokens | {"messages": messages, "tools": tools, "documents": None}
         environment = self._template.environment

@@ -91,7 +91,9 @@ def escape_control_tokens(conversation: dict, control_tokens: re.Pattern) -> int
             count += found
         return text
 
-    for message in conversation["messages"]:
+    if "text" in conversation:
+        conversation["text"] = escaped(conversation["text"])
+    for message in conversation.get("messages", ()):
         for key in ("content", *NAMED_TEXTS):
             if key in message:
                 message[key] = escaped(message[key])
@@ -155,7 +157,9 @@ def _may_follow(previous: str | None, message: dict) -> tuple[str, ...]:
 
 def _texts(conversation: dict):
     """(place in the row, text) of all that a template may write."""
-    for message in conversation["messages"]:
+    if "text" in conversation:
+        yield "text", conversation["text"]
+    for message in conversation.get("messages", ()):
         yield message.where, message["content"]
         for key in NAMED_TEXTS:
             if key in message:

@@ -40,6 +40,8 @@ def describe(
         "rows_cut": tally.cut,
         "escaped_control_tokens": tally.escaped,
         "reasoning_dropped": tally.reasoning_dropped,
+        "texts": int(store.is_text.sum()),
+        "longest_conversation": int(store.tokens[~store.is_text].max(initial=0)) if counted else None,
         "train_rows": int(repeats.sum()),
         "test_rows": int(selection.test.sum()),
         "tokens": token_statistics(train_tokens, np.repeat(store.trained, repeats)) if counted else None,
@@ -116,7 +118,7 @@ def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
     if not report["test_rows"]:
         notes.append("no test rows: eval will have nothing to measure")
     if report["tokens"] is None:
-        notes.append("no tokenizer was given: tokens were not counted, long rows not looked for")
+        notes.append("no tokenizer was given: tokens were not made, long rows not looked for; train makes them")
     return notes
 
 
@@ -131,6 +133,8 @@ def _lines(report: dict):
         yield "  escaped", f"{report['escaped_control_tokens']:,}  control tokens"
     if report["reasoning_dropped"]:
         yield "  left out", f"{report['reasoning_dropped']:,}  times the thinking, which the template does not write"
+    if report["texts"]:
+        yield "  texts", f"{report['texts']:,}  of the rows: all of each is trained, in pieces of max_length"
     yield "train / test", f"{report['train_rows']:,} / {report['test_rows']:,}"
     for source in (report["source"], *report["mixed_in"]):
         revision = f" at {source['revision']}" if source["revision"] else ""

@@ -256,4 +256,4 @@ def _row_schema():
     call = pyarrow.struct({"id": text, "type": text, "function": function})
     names = ("role", "content", "name", "tool_call_id", "reasoning_content")
     message = dict.fromkeys(names, text) | {"tool_calls": pyarrow.list_(call), "train": pyarrow.bool_()}
-    return pyarrow.schema({"messages": pyarrow.list_(pyarrow.struct(message)), "tools": text})
+    return pyarrow.schema({"messages": pyarrow.list_(pyarrow.struct(message)), "tools": text, "text": text})

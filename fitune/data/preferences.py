@@ -14,7 +14,7 @@ PAIRS = (
 )
 "A good answer and a bad one, or two of which a further column says which is better."
 VERDICTS = ("label", "kto_tag", "thumbs_up", "is_good", "is_chosen", "is_preferred")
-"Columns of true and false; a label only beside an answer, where it can be about nothing else."
+"Columns of true and false."
 RATINGS = ("rating", "ratings", "score", "scores", "reward", "stars", "helpfulness", "quality", "overall_score")
 QUESTIONS = ("prompt", "question", "instruction", "input")
 ANSWERS = ("completion", "output", "response", "answer", "messages", "conversations")
@@ -49,8 +49,10 @@ _SUSPECTS = frozenset(itertools.chain(*PAIRS, VERDICTS, RATINGS))
 
 def _is_verdict(column: str, row: dict) -> bool:
     value = row[column]
+    if row.keys().isdisjoint(ANSWERS):
+        return False
     if column in VERDICTS:
-        return isinstance(value, bool) and (column != "label" or not row.keys().isdisjoint(ANSWERS))
+        return isinstance(value, bool)
     return isinstance(value, (bool, int, float))
 
 

@@ -9,13 +9,14 @@ import numpy as np
 
 from fitune.config.base_model import check_vocabulary
 from fitune.config.schema import Data, Source
-from fitune.data import chat_template, conversations
+from fitune.data import chat_template
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.data_report import describe, print_report
 from fitune.data.file_formats import jsonl_to_parquet
 from fitune.data.packing import Pieces, lay_out, write_layout
 from fitune.data.prepared import REPORT, SPLITS, describe_files
 from fitune.data.reading import Tally, read_all, refuse_problems
+from fitune.data.rendering import render_row
 from fitune.data.row_filter import check_filter
 from fitune.data.row_formats import FORMATS, OPTIONAL_COLUMNS
 from fitune.data.row_store import RowStore, Selection
@@ -23,7 +24,6 @@ from fitune.data.rules import Rules, rules_for, rules_without_tokenizer
 from fitune.data.sources import Splits, open_source
 from fitune.data.token_file import write_tokens
 from fitune.data.token_report import print_preview, progress_line
-from fitune.data.training_flags import trained_answers
 from fitune.errors import UsageError, nearest
 from fitune.output_folder import new_folder
 
@@ -182,7 +182,7 @@ def _write(store: RowStore, selection: Selection, folder: Path, rules: Rules, pa
             write_tokens(folder / f"{split}.tokens.arrow", store.token_batches(repeats))
             if rules.max_length:
                 order = store.order(repeats)
-                layouts[split] = lay_out(store.tokens[order], np.zeros(len(order), bool), rules.max_length, packing)
+                layouts[split] = lay_out(store.tokens[order], store.is_text[order], rules.max_length, packing)
                 write_layout(folder / f"{split}.packed.arrow", layouts[split])
     store.remove()
     return layouts.get("train")
@@ -204,8 +204,4 @@ def _print_preview(output: Path, count: int, rules: Rules, console) -> None:
     renderer = ChatRenderer(rules.template, rules.special_tokens)
     with (output / "train.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, count)]
-    rendered = [
-        renderer.render(*conversations.for_template(row), trained_answers(row["messages"], rules.train_on))
-        for row in rows
-    ]
-    print_preview(rendered, rules.encoder.tokenizer, console)
+    print_preview([render_row(renderer, row, rules.train_on) for row in rows], rules.encoder.tokenizer, console)

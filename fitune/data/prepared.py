@@ -18,7 +18,7 @@ from fitune.errors import UsageError
 from fitune.output_folder import new_folder
 
 REPORT = "report.json"
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 "Of prepared data, raised when the same rows would be prepared in another way."
 SPLITS = ("train", "test")
 
@@ -46,11 +46,11 @@ def check_prepared(recipe: Recipe, tokenizer) -> dict | None:
     for name, now in (("system_message", data.system_message), ("train_on", data.train_on)):
         if report[name] != now:
             raise UsageError(f"{folder}: prepared with {name} {_shown(report[name])}, not {_shown(now)}; {again}")
-    longest = report["tokens"]["max"] if report["tokens"] else 0
+    longest = report["longest_conversation"] or 0
     if longest > recipe.max_length:
         raise UsageError(
-            f"{folder}: its longest row has {longest:,} tokens, max_length is {recipe.max_length:,}; prepare the data "
-            f"again with --overwrite --max-length {recipe.max_length} and --long-rows drop or cut"
+            f"{folder}: its longest conversation has {longest:,} tokens, max_length is {recipe.max_length:,}; prepare "
+            f"the data again with --overwrite --max-length {recipe.max_length} and --long-rows drop or cut"
         )
     return report
 
@@ -64,7 +64,7 @@ def read_report(folder: Path) -> dict | None:
             raise UsageError(
                 f"{folder}: prepared by another version of fitune; prepare the data again with --overwrite"
             )
-        for key in ("tokenizer", "template", "system_message", "train_on", "tokens", "files"):
+        for key in ("tokenizer", "template", "system_message", "train_on", "longest_conversation", "files"):
             report[key]
     except FileNotFoundError:
         return None

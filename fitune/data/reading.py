@@ -169,14 +169,19 @@ def _objects(chunk) -> Iterator[tuple[int, dict]]:
 
 
 def _find_format(chunk, source, name: str) -> str:
-    """The format of the first row that has one; `messages` where no row is an object, so that each is named."""
-    first = None
+    """The format of the first row that has one; `messages` where no row is an object, so that each is named.
+
+    A file is one of texts only where no row is a conversation: a column `text` may stand beside many things.
+    """
+    first = text = None
     for number, row in _objects(chunk):
-        if found := row_formats.detect_format(row_formats.rename_columns(row, source.columns)):
+        found = row_formats.detect_format(row_formats.rename_columns(row, source.columns))
+        if found and found != "text":
             return found
+        text = text or found
         first = first or (number, row)
-    if first is None:
-        return "messages"
+    if first is None or text:
+        return text or "messages"
     formats = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
     raise UsageError(
         f"{name}:{first[0]}: no known format has the columns {', '.join(map(repr, first[1])) or '(none)'}; "

@@ -19,6 +19,7 @@ from fitune.data.conversations import REASONING, RowError
 from fitune.data.file_formats import MAX_ROW_BYTES, too_large
 from fitune.data.preferences import refuse_preferences
 from fitune.data.reasoning import unwritten_reasoning
+from fitune.data.rendering import render_row
 from fitune.data.row_filter import is_kept
 from fitune.data.rules import Rules
 from fitune.data.token_encoder import Encoded
@@ -73,6 +74,8 @@ class Outcome:
     "int32, start and stop of each trained run of tokens, counted from its row's first"
     runs: np.ndarray = None
     "trained runs of each row, uint32"
+    is_text: np.ndarray = None
+    "whether each row is a plain text, bool"
     counts: dict[str, int] = field(default_factory=dict)
     "rows refused, by reason"
     examples: list[tuple[str, int, str]] = field(default_factory=list)
@@ -102,6 +105,11 @@ class Row:
     spans: list[tuple[int, int]] = field(default_factory=list)
     encoded: Encoded = NOT_ENCODED
 
+    @property
+    def is_text(self) -> bool:
+        """Without turns: all of it is trained, and it may be split anywhere."""
+        return "text" in self.conversation
+
 
 class Checker:
     """Applies the rules to chunks."""
@@ -112,22 +120,22 @@ class Checker:
 
     def check(self, chunk, shape: Shape) -> Outcome:
         """Every row of `chunk`, in order."""
-        outcome, good = Outcome(), []
+        outcome, good = Outcome(), []  # (line, tokens, whether it is a text)
         for batch in _batches(self._converted(chunk, shape, outcome), ROWS_PER_BATCH):
             if self.rules.encoder is not None:
                 batch = self._encoded(batch, outcome)
             good += self._written(batch, outcome)
-        _fill(outcome, [line for line, _ in good], [encoded for _, encoded in good])
+        _fill(outcome, *map(list, zip(*good, strict=True) if good else ([], [], [])))
         return outcome
 
-    def _written(self, batch: list[Row], outcome: Outcome) -> Iterator[tuple[bytes, Encoded]]:
+    def _written(self, batch: list[Row], outcome: Outcome) -> Iterator[tuple[bytes, Encoded, bool]]:
         """Each row's line with its tokens. Formats other than lines have no limit of their own on a row's size."""
         for row in batch:
             line = _json_line(row.conversation)
             if len(line) > MAX_ROW_BYTES:
                 outcome.refuse(row.number, too_large(len(line)))
             else:
-                yield line, row.encoded
+                yield line, row.encoded, row.is_text
 
     def _converted(self, chunk, shape: Shape, outcome: Outcome) -> Iterator[Row]:
         """Rows that pass every check on their words; the others are noted in `outcome`."""
@@ -141,8 +149,9 @@ class Checker:
                 if conversation is None:
                     outcome.leave_out("not_kept")
                     continue
-                conversations.check_turns(conversation["messages"])
-                check_something_is_trained(conversation["messages"], self.rules.train_on)
+                if "messages" in conversation:
+                    conversations.check_turns(conversation["messages"])
+                    check_something_is_trained(conversation["messages"], self.rules.train_on)
                 conversations.check_not_rendered(conversation)
                 if self.rules.escape_control_tokens:
                     outcome.escaped += conversations.escape_control_tokens(conversation, self.rules.control_tokens)
@@ -159,15 +168,18 @@ class Checker:
         if not is_kept(record, shape.keep):
             return None
         row = row_formats.rename_columns(record, shape.columns)
-        format = shape.format if shape.format_is_named else row_formats.format_of_row(row, shape.format)
+        format = shape.format
+        if self.rules.own_lines:
+            format = row_formats.detect_format(row) or format
+        elif not shape.format_is_named:
+            format = row_formats.format_of_row(row, format)
         refuse_flags_of_the_row(row, (*row_formats.columns_of(format), *shape.keep))
         return row_formats.to_conversation(row, format, shape.system_message, shape.ignored_keys)
 
     def _rendered(self, row: Row) -> Row:
         if self._renderer:
-            trained = trained_answers(row.conversation["messages"], self.rules.train_on)
             try:
-                row.text, row.spans = self._renderer.render(*conversations.for_template(row.conversation), trained)
+                row.text, row.spans = render_row(self._renderer, row.conversation, self.rules.train_on)
             except AnswerNotFound as error:
                 raise RowError("answer_not_found", f"the chat template hides what is to be trained: {error}") from None
             except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
@@ -176,7 +188,7 @@ class Checker:
 
     def _without_unwritten_reasoning(self, row: Row) -> int:
         """Takes thinking that the template does not write out of the row; how often. Raises RowError unless allowed."""
-        messages = row.conversation["messages"]
+        messages = row.conversation.get("messages", ())
         if not self._renderer or not any(REASONING[0] in message for message in messages):
             return 0
         trained = trained_answers(messages, self.rules.train_on)
@@ -195,7 +207,7 @@ class Checker:
         self._encode(rows)
         kept = []
         for row in rows:
-            if self.rules.max_length and row.encoded.tokens > self.rules.max_length:
+            if self.rules.max_length and row.encoded.tokens > self.rules.max_length and not row.is_text:
                 try:
                     row = self._shortened(row)
                     outcome.cut += 1
@@ -268,7 +280,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _fill(outcome: Outcome, lines: list[bytes], encoded: list[Encoded]) -> None:
+def _fill(outcome: Outcome, lines: list[bytes], encoded: list[Encoded], is_text: list[bool]) -> None:
     """Puts the good rows into the outcome's arrays."""
     outcome.text = b"".join(lines)
     outcome.sizes = np.fromiter(map(len, lines), np.uint32, len(lines))
@@ -277,6 +289,7 @@ def _fill(outcome: Outcome, lines: list[bytes], encoded: list[Encoded]) -> None:
     outcome.tokens = np.fromiter((row.tokens for row in encoded), np.uint32, len(encoded))
     outcome.trained = np.fromiter((row.trained_tokens for row in encoded), np.uint32, len(encoded))
     outcome.edges = np.array([edge for row in encoded for run in row.trained for edge in run], np.int32)
+    outcome.is_text = np.array(is_text, bool)
     outcome.runs = np.fromiter((len(row.trained) for row in encoded), np.uint32, len(encoded))
 
 

@@ -12,6 +12,7 @@ FORMATS = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
 }
 "Each format with the columns a row must have; see docs/data.md for an example of each."
 
@@ -20,6 +21,7 @@ OPTIONAL_COLUMNS = {
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system", "history"),
     "prompt_completion": ("system",),
+    "text": (),
 }
 MEDIA_COLUMNS = ("images", "videos", "audios")
 ROLES = {
@@ -75,7 +77,7 @@ def rename_columns(row: dict, columns: dict[str, str]) -> dict:
 def to_conversation(
     row: dict, format: str, system_message: str | None = None, ignored_keys: Collection[str] = ()
 ) -> dict:
-    """`{"messages": [...]}`, and `"tools"` as JSON text where the row has tools. Raises RowError.
+    """`{"messages": [...]}`, and `"tools"` as JSON text where the row has tools; or `{"text": ...}`. Raises RowError.
 
     Keys of turns that are in `ignored_keys` are not looked at. An answer that is not to be trained has `train: False`.
     """
@@ -87,6 +89,8 @@ def to_conversation(
     for column in MEDIA_COLUMNS:
         if isinstance(row.get(column), list) and row[column]:
             raise RowError("wrong_type", f"only text can be trained on, '{column}' holds {len(row[column])}")
+    if format == "text":
+        return {"text": _document(row["text"])}
     messages = [Message(_message(turn, where, ignored_keys), where) for where, turn in _CONVERTERS[format](row)]
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
     if system_message and (not messages or messages[0]["role"] != "system"):
@@ -95,6 +99,14 @@ def to_conversation(
     if tools := _tools_as_text(row.get("tools") or (_old_functions(row) if format == "messages" else None)):
         conversation["tools"] = tools
     return conversation
+
+
+def _document(text) -> str:
+    if not isinstance(text, str):
+        raise RowError("wrong_type", f"'text': expected text, found {_kind(text)}")
+    if not text.strip():
+        raise RowError("empty_text", "'text' is empty")
+    return text
 
 
 def _from_messages(row):

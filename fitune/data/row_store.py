@@ -31,7 +31,7 @@ class RowStore:
     def __init__(self, folder: Path):
         self._rows, self._ids, self._edges = (folder / name for name in ("rows", "ids", "edges"))
         self._files = [path.open("wb") for path in (self._rows, self._ids, self._edges)]
-        self._sizes, self._hashes, self._tokens, self._trained, self._runs = [], [], [], [], []
+        self._sizes, self._hashes, self._tokens, self._trained, self._runs, self._is_text = [], [], [], [], [], []
         self._source_of_block, self._is_test_of_block = [], []
 
     def add(self, outcome: Outcome, source: int, is_test: bool) -> None:
@@ -42,6 +42,7 @@ class RowStore:
         self._tokens.append(outcome.tokens)
         self._trained.append(outcome.trained)
         self._runs.append(outcome.runs)
+        self._is_text.append(outcome.is_text)
         self._source_of_block.append(source)
         self._is_test_of_block.append(is_test)
 
@@ -53,10 +54,11 @@ class RowStore:
         self.tokens = _joined(self._tokens, np.uint32)
         self.trained = _joined(self._trained, np.uint32)
         self.runs = _joined(self._runs, np.uint32)
+        self.is_text = _joined(self._is_text, bool)
         self.hashes = np.concatenate(self._hashes) if self._hashes else np.empty((0, 2), np.uint64)
         self.source = np.repeat(np.array(self._source_of_block, np.uint16), rows_of_block)
         self.is_test = np.repeat(np.array(self._is_test_of_block, bool), rows_of_block)
-        self._sizes = self._hashes = self._tokens = self._trained = self._runs = None
+        self._sizes = self._hashes = self._tokens = self._trained = self._runs = self._is_text = None
 
     def remove(self) -> None:
         for path in (self._rows, self._ids, self._edges):
@@ -108,7 +110,7 @@ class RowStore:
                     self.tokens[rows],
                     _gathered(edges, rows, edge_ends),
                     self.runs[rows],
-                    np.zeros(len(rows), bool),
+                    self.is_text[rows],
                 )
 
     @staticmethod

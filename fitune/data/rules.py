@@ -20,6 +20,8 @@ class Rules:
     "None where rows are not tokenised"
     max_length: int | None = None
     long_rows: str = "refuse"
+    own_lines: bool = False
+    "Whether the rows were written by prepare: conversations and texts beside each other."
     train_on: str = "all"
     "Which answers: all, last or completion, as the recipe's `data.train_on`."
     reasoning: str = "refuse"
@@ -39,6 +41,7 @@ def rules_for(
     reasoning: str = "refuse",
     max_length: int | None = None,
     long_rows: str = "refuse",
+    own_lines: bool = False,
     escape_control_tokens: bool = False,
 ) -> Rules:
     """`tokenizer`: a transformers tokenizer that holds the training template."""
@@ -54,6 +57,7 @@ def rules_for(
         encoder=TokenEncoder(_bare_tokenizer(tokenizer)),
         max_length=max_length,
         long_rows=long_rows,
+        own_lines=own_lines,
         train_on=train_on,
         reasoning=reasoning,
     )

@@ -76,13 +76,17 @@ class TokenFile:
         return TokenFile, (self.path,)
 
     def read(self, row: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """`(ids, labels)`, both int64 [stop - start], of the tokens from `start` to `stop` of a row."""
+        """`(ids, labels)`, both int64 [stop - start], of the tokens from `start` to `stop` of a row.
+
+        The first has no label: in a packed row it would be learned from the end of what stands before it.
+        """
         ids, id_offsets, edges, edge_offsets, _ = self._batch(row // ROWS_PER_BATCH)
         here = row % ROWS_PER_BATCH
         tokens = ids[id_offsets[here] : id_offsets[here + 1]].astype(np.int64)
         labels = np.full(len(tokens), IGNORED, np.int64)
         for first, end in edges[edge_offsets[here] : edge_offsets[here + 1]].reshape(-1, 2):
             labels[first:end] = tokens[first:end]
+        labels[start] = IGNORED
         return tokens[start:stop], labels[start:stop]
 
     def ids(self, row: int) -> np.ndarray:

@@ -24,7 +24,7 @@ def tokenise_lines(source: Path, target: Path, tokenizer, data: Data, workers: i
 
     Raises UsageError that names every bad row by its line.
     """
-    rules = rules_for(tokenizer, train_on=data.train_on, reasoning=data.reasoning)
+    rules = rules_for(tokenizer, train_on=data.train_on, reasoning=data.reasoning, own_lines=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         store = RowStore(Path(scratch))
         settings = Data(dataset=str(source), prepared=str(source.parent))

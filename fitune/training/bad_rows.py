@@ -17,18 +17,27 @@ def name_rows(batches: list[dict[str, torch.Tensor]], tokens: TokenFile, train_f
     `batches` hold `input_ids` [rows, T] with an `attention_mask`, or [1, T] of packed examples with `position_ids`.
     """
     wanted = [ids.numpy() for batch in batches for ids in _examples(batch)]
+    is_text = tokens.is_text()
     found = [
         f"{train_file}:{row + 1}"
         for row in range(len(tokens))
-        if any(_holds(tokens.ids(row), example) for example in wanted)
+        if any(_holds(tokens.ids(row), example, is_text[row]) for example in wanted)
     ]
     more = f" and {len(found) - MOST} more" if len(found) > MOST else ""
     return ", ".join(found[:MOST]) + more
 
 
-def _holds(ids: np.ndarray, example: np.ndarray) -> bool:
-    """Whether a row begins with an example, which was cut if the row is longer."""
+def _holds(ids: np.ndarray, example: np.ndarray, is_text: bool) -> bool:
+    """Whether a row begins with an example, which was cut if the row is longer; of a text it may be any piece."""
+    if is_text:
+        return any((piece == example).all() for piece in _pieces(ids, len(example), example[0]))
     return len(example) <= len(ids) and bool((ids[: len(example)] == example).all())
+
+
+def _pieces(ids: np.ndarray, length: int, first: int):
+    """Every stretch of `length` tokens that begins with the token `first`."""
+    for start in np.flatnonzero(ids[: max(0, len(ids) - length + 1)] == first):
+        yield ids[start : start + length]
 
 
 def _examples(batch: dict[str, torch.Tensor]):

@@ -101,6 +101,8 @@ def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
     """The prompts asked for: --prompt texts, or the first N held-out conversations up to their last answer."""
     asked = _questions(options.prompt, run.recipe.data.system_message)
     for row in first_rows(run.recipe, "test", options.test):
+        if "text" in row:
+            raise UsageError(f"{run.recipe.data.prepared}/test.jsonl: holds texts, not questions; ask with --prompt")
         messages, tools = for_template(row)
         asked.append((messages[:-1], tools))
     return asked

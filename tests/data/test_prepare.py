@@ -253,7 +253,7 @@ def test_data_prepared_in_another_way_is_refused(tmp_path):
     report = run(path, tmp_path, tokenizer=tokenizer)
     out = tmp_path / "out"
     assert check_prepared(recipe_for(out), tokenizer) == report
-    with pytest.raises(UsageError, match=r"its longest row has \d+ tokens, max_length is 5"):
+    with pytest.raises(UsageError, match=r"its longest conversation has \d+ tokens, max_length is 5"):
         check_prepared(recipe_for(out, max_length=5), tokenizer)
     with pytest.raises(UsageError, match=r"out: prepared with system_message none, not 'Be brief.'; prepare"):
         check_prepared(recipe_for(out, system_message="Be brief."), tokenizer)

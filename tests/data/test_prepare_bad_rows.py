@@ -203,7 +203,7 @@ def test_a_folder_of_nasty_files_names_them_all(tmp_path):
     (folder / "d.parquet").write_bytes(b"PAR1")
     (folder / "e.jsonl").write_bytes("{}".encode("utf-16"))
     write(folder / "f.csv", "instruction,output", "Why?,")
-    write(folder / "g.jsonl", {"text": "<s>hello"})
+    write(folder / "g.jsonl", {"txt": "<s>hello"})
     with pyarrow.output_stream(folder / "h.jsonl.zst", compression="zstd") as file:
         file.write(b"\n".join(good))
     (folder / "h.jsonl.zst").write_bytes((folder / "h.jsonl.zst").read_bytes()[:-50])
@@ -213,7 +213,7 @@ def test_a_folder_of_nasty_files_names_them_all(tmp_path):
         assert "c.json:3: invalid JSON: Expecting property name" in message
         assert "d.parquet: not a readable Parquet file" in message
         assert "e.jsonl: not UTF-8 but UTF-16" in message
-        assert "g.jsonl:1: no known format has the columns 'text'" in message
+        assert "g.jsonl:1: no known format has the columns 'txt'" in message
         assert "h.jsonl.zst: truncated or damaged zstd file" in message
         assert ("a.jsonl:11: invalid JSON" in message) is (not options)
         assert ("f.csv:2: output: the assistant's content is empty" in message) is (not options)
@@ -279,7 +279,8 @@ def test_the_examples_in_the_docs_are_true():
     for name, row in shown:
         row = json.loads(row)
         assert row_formats.detect_format(row) == name
-        conversations.check_turns(row_formats.to_conversation(row, name)["messages"])
+        converted = row_formats.to_conversation(row, name)
+        assert "text" in converted or conversations.check_turns(converted["messages"]) is None
     tools = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL).group(1))
     conversations.check_turns(row_formats.to_conversation(tools, "messages")["messages"])
     parse(Data, yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))["data"], "docs/data.md")
