@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tier_run import ROOT, about
@@ -54,7 +55,7 @@ def _measure(options) -> None:
     )  # fmt: skip
     report = about(options.commit) | {
         "command": " ".join(sys.argv), "model": options.model.name, "method": options.method, "steps": options.steps,
-        "runs": {name: _run(name, *RUNS[name], options, data) for name in RUNS},
+        "runs": _side_by_side(options, data),
     }  # fmt: skip
     losses = {name: run["held_out"]["tuned"]["loss"] for name, run in report["runs"].items()}
     report["held_out_difference"] = losses["fp8"] / losses["bf16"] - 1
@@ -62,6 +63,13 @@ def _measure(options) -> None:
     report["gradients"] = _gradients(options)
     (options.output / "fp8-learns.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _print_tables(report)
+
+
+def _side_by_side(options, data: Path) -> dict:
+    """Losses are asked for, not speed: all runs at once."""
+    with ThreadPoolExecutor(len(RUNS)) as pool:
+        runs = {name: pool.submit(_run, name, *RUNS[name], options, data) for name in RUNS}
+    return {name: run.result() for name, run in runs.items()}
 
 
 def _fitune(*arguments) -> None:
@@ -78,7 +86,8 @@ def _run(name: str, compute: str, seed: int, options, data: Path) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     sets = {
         "base.model": options.model.absolute(), "data.prepared": data.absolute(), "method": options.method,
-        "data.chat_template": options.template, "max_length": options.max_length, "seed": seed,
+        "data.chat_template": options.template, "data.system_message": "null",
+        "max_length": options.max_length, "seed": seed,
         "profile.compute": compute, "profile.micro_batch": 4, "profile.kept_layers": 0, "global_batch_size": 8,
         "lora.trainable_tokens": "[]", "training.max_steps": options.steps, "training.logging_steps": 1,
         "training.learning_rate": options.learning_rate, "training.save_strategy": "'no'",

@@ -77,7 +77,8 @@ def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
     data = _prepared(run["tokens"], options)
     recipe, profile = PROFILES[run["model"]]
     sets = {
-        "base.model": model, "data.prepared": data, "data.chat_template": "plain", "max_length": run["tokens"],
+        "base.model": model, "data.prepared": data, "data.chat_template": "plain", "data.system_message": "null",
+        "max_length": run["tokens"],
         "global_batch_size": 1, "lora.r": 32, "profile.micro_batch": 1, "profile.kept_layers": 0,
         "profile.activation_offload": "true", "profile.gpu_memory_gib": run["card_gib"],
         "profile.host_memory_gib": 256, "training.max_steps": STEPS, "training.logging_steps": 1,

@@ -102,6 +102,7 @@ def _fitune(entry: dict, options):
     folder = options.output / entry["name"].replace(" ", "-").replace(",", "")
     sets = {
         "base.model": options.models / entry["model"], "data.prepared": options.data, "data.chat_template": "plain",
+        "data.system_message": "null",
         "training.save_strategy": "'no'", "training.report_to": "none", "training.max_steps": 6,
         "training.logging_steps": 1, "training.disable_tqdm": "true", "global_batch_size": 8, **entry.get("set", {}),
     }  # fmt: skip

@@ -138,6 +138,8 @@ def train_command(plan: dict, work: Path) -> list[str]:
     sets = [
         f"base.model={plan['checkpoint']}",
         f"data.prepared={plan['data']}",
+        "data.chat_template=plain",
+        "data.system_message=null",
         f"training.max_steps={steps}",
         f"training.save_steps={max(1, steps // 2)}",
         "training.logging_steps=1",

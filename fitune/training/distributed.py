@@ -3,7 +3,9 @@
 import ctypes
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -72,9 +74,16 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def leave() -> None:
-    """Closes the process group."""
+def leave(patience: float | None = None) -> None:
+    """Closes the process group; gives up after `patience` seconds, since one whose other ranks are gone may wait."""
     if dist.is_initialized():
+        closing = threading.Thread(target=_close, daemon=True)
+        closing.start()
+        closing.join(patience)
+
+
+def _close() -> None:
+    with suppress(RuntimeError):  # another rank is gone, which has been said
         dist.destroy_process_group()
 
 

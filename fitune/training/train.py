@@ -264,8 +264,7 @@ def run_stage(path: Path, stage, **changes) -> None:
     except FituneError as error:
         if is_first_to_fail():
             say_while_training(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}")
-        if error.exit_code == INTERRUPTED:  # on all ranks, so none waits for another
-            leave()
+        leave(patience=5)
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:
         say_while_training(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}")

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +137,8 @@ class Part:
         printed = self.commands.call("plan", "plan", *self.named)
         check("GiB" in printed, "plan says nothing about memory")
         train = ["train", *self.named, "--output"]
+        if self.combination.thorough:  # beside the rest: the longest of all
+            self.whole = ThreadPoolExecutor(1).submit(self.commands.call, "train-whole", *train, self._whole_run())
         number = signal.SIGINT if self.combination.packing else signal.SIGTERM
         printed = self.commands.interrupt(
             "train", *train, self.run, signal_number=number, when=lambda: len(self._logged("loss")) >= 2
@@ -262,12 +265,14 @@ class Part:
 
     def _train_whole(self) -> None:
         """The same without an interruption: what it learned is worth the same on the held-out rows."""
-        run = self.run.with_name(f"{self.run.name}-whole")
-        self.commands.call("train-whole", "train", *self.named, "--output", run)
-        losses = self._check_curve(run)
+        self.whole.result()
+        losses = self._check_curve(self._whole_run())
         self.compared["eval_losses_uninterrupted"] = losses
         off = max(abs(losses[step] - loss) for step, loss in self.eval_losses.items())
         check(off <= self.bound, f"held-out losses {losses}, interrupted and resumed {self.eval_losses}")
+
+    def _whole_run(self) -> Path:
+        return self.run.with_name(f"{self.run.name}-whole")
 
 
 def _json_or_nothing(line: str) -> dict:

@@ -66,9 +66,8 @@ class Commands:
     def _start(self, step: str, words: tuple) -> subprocess.Popen:
         if time.monotonic() > self.ends:
             raise Failed(f"{step}: not begun, the time was up")
-        self.command = ["python", "cli.py", *map(str, words)]
         return subprocess.Popen(
-            [sys.executable, *self.command[1:]],
+            [sys.executable, "cli.py", *map(str, words)],
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.PIPE,
@@ -90,7 +89,7 @@ class Commands:
         self.steps.append({"step": step, "seconds": seconds, "exit": process.returncode})
         self.printed_badly += [f"{step}: {line[:300]}" for line in unwelcome_lines(printed)]
         if process.returncode not in expect:
-            command = " ".join(self.command)
+            command = " ".join(["python", *process.args[1:]])
             raise Failed(
                 f"{step}: exit code {process.returncode} after {seconds} s{stopped}: {command}\n{printed[-3000:]}"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bitsandbytes.functional import QuantState, quantize_4bit
+from torch.distributed.fsdp import FSDPModule
 
 from fitune.config import run as runs
 from fitune.data.dataset import load_tokenizer
@@ -25,7 +26,9 @@ def changed_bytes(model, checkpoint: Checkpoint, device: torch.device) -> tuple[
     """(bytes that differ, bytes compared) over all quantised weights, as this rank gathers them."""
     changed = compared = 0
     for index, layer in enumerate(decoder(model).model.layers):
-        layer.unshard()
+        sharded = isinstance(layer, FSDPModule)  # one rank with its weights on the GPU needs no FSDP
+        if sharded:
+            layer.unshard()
         for name, module in layer.named_modules():
             if isinstance(module, NF4Linear):
                 expected = expected_parts(
@@ -34,7 +37,8 @@ def changed_bytes(model, checkpoint: Checkpoint, device: torch.device) -> tuple[
                 for part, wanted in zip(parts(module.weight.detach(), module.quant_state), expected, strict=True):
                     changed += int((part != wanted).sum())
                     compared += wanted.numel()
-        layer.reshard()
+        if sharded:
+            layer.reshard()
     return changed, compared
 
 

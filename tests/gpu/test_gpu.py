@@ -100,7 +100,8 @@ def test_out_of_memory_is_one_line_with_a_way_out(checkpoint, tmp_path):
     rows = ["--dataset", "examples/instructions/instructions.jsonl", "--tokenizer", TOKENIZER, "--template", "plain"]
     prepared = call(["cli.py", "prepare", *rows, "--output", data])
     assert prepared.returncode == 0, prepared.stderr
-    sets = [f"base.model={checkpoint}", f"data.prepared={data}", "global_batch_size=2", "profile.micro_batch=1"]
+    sets = [f"base.model={checkpoint}", f"data.prepared={data}", "data.chat_template=plain", "data.system_message=null"]
+    sets += ["global_batch_size=2", "profile.micro_batch=1"]
     flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
     command = ["cli.py", "train", "llama3_8b_qlora", "--profile", "single_gpu", "--output", tmp_path / "run", *flags]
     done = call([*command, "--force"], cap_gib=2.7)
