@@ -75,6 +75,14 @@ def uneven_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tied_base(uneven_base, tmp_path_factory) -> Path:
+    """The same with an embedding that is also the head, stored once."""
+    from bases import base_like
+
+    return base_like(uneven_base, tmp_path_factory.mktemp("models") / "tied", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
 def larger_base(tmp_path_factory) -> Path:
     """62 M parameters in four layers, 118 MiB in bfloat16: enough to see in a process's memory."""
     from fitune.demo.tiny_base import build_tiny_base

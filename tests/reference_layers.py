@@ -1,11 +1,11 @@
-"""A tiny Llama with LoRA twice: as transformers and PEFT compute it, and with fitune's layers."""
+"""A tiny Llama, or its like, with LoRA twice: as transformers and PEFT compute it, and with fitune's layers."""
 
 import copy
 from itertools import pairwise
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fitune.model.activations import keep_activations
 from fitune.model.attention import PACKED_ATTENTION
@@ -27,13 +27,13 @@ def _randomise(model, names: tuple[str, ...], mean: float) -> None:
             torch.nn.init.normal_(parameter, mean, 0.2)
 
 
-def plain(dtype=torch.float64, **options) -> LlamaForCausalLM:
+def plain(dtype=torch.float64, kind: str = "llama", **options) -> PreTrainedModel:
     """transformers' own model, its norms and biases unlike those of a new one."""
     torch.manual_seed(0)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
-    config = LlamaConfig(**sizes, attn_implementation="sdpa", **options)  # eager's softmax is in float32
-    model = LlamaForCausalLM(config).to(dtype)
+    options = sizes | {"attn_implementation": "sdpa"} | options  # eager's softmax is in float32
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).to(dtype)
     _randomise(model, ("norm",), 1.0)
     _randomise(model, ("bias",), 0.0)
     return model

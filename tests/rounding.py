@@ -33,8 +33,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def additions_to_logits(config: LlamaConfig, length: int) -> int:
     """In a row, from a token's embedding to its logits, in a row of `length` tokens."""
-    hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-    attention = hidden + hidden + head + 2 * length + hidden  # norm, q, scores, softmax and values, o
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    attention = hidden + hidden + head + 2 * length + heads * head  # norm, q, scores, softmax and values, o
     mlp = hidden + hidden + config.intermediate_size  # norm, gate, down
     return config.num_hidden_layers * (attention + mlp + 2) + 2 * hidden  # two residuals; the last norm and the head
 

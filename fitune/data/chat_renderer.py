@@ -83,7 +83,8 @@ class ChatRenderer:
             until = text if number == last else self.text(messages[: number + 1], tools)
             if not text.startswith(until):
                 raise AnswerNotFound(
-                    f"it writes messages[{number}] otherwise once other turns follow: {_difference(until, text)}"
+                    f"it writes messages[{number}] otherwise once other turns follow: {_difference(until, text)}; "
+                    f"data.train_on: last trains the last answer alone, which is written as it will be asked for"
                 )
             prompt = self.text(messages[:number], tools, add_generation_prompt=True)
             if not until.startswith(prompt):

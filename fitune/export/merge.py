@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from fitune.config.base_model import ARCHITECTURE
+from fitune.config.base_model import ARCHITECTURES
 from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
@@ -223,14 +223,17 @@ def _merged_config(config: dict, tuned: TunedWeights) -> dict:
 
 
 def _refuse_missing_tensors(weights: BaseWeights, config: dict) -> None:
-    """FituneError if the base lacks a tensor of the Llama that its config.json describes, or has another shape."""
-    if config.get("model_type") != ARCHITECTURE:
-        return
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """FituneError if the base lacks a tensor of the model that its config.json describes, or has another shape.
 
-    described = copy.deepcopy({k: v for k, v in config.items() if k != "quantization_config"})  # from_dict edits it
+    What fitune trains is looked at; transformers may name the tensors of others unlike their files do.
+    """
+    if config.get("model_type") not in ARCHITECTURES:
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    described = copy.deepcopy({k: v for k, v in config.items() if k != "quantization_config"})  # for_model edits it
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_dict(described))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**described), trust_remote_code=False)
     base, tied = weights.checkpoint.folder, config.get("tie_word_embeddings")
     for name, tensor in model.state_dict().items():
         found = weights.shapes.get(name)

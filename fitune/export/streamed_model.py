@@ -30,7 +30,8 @@ class Weights(Protocol):
 def streamed_model(folder: Path, weights: Weights, rows: int, *, tied: bool, on_layer: Callable[[], object]):
     """The model of `folder`'s config.json, float32 on the CPU, for inputs of `rows` rows a variant.
 
-    Raises FituneError for a model with other parts than linears, embeddings and vectors of the hidden size.
+    Raises FituneError for a model with other parts than linears, embeddings and vectors of the hidden size or, for
+    the norms of heads, of theirs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,18 +49,23 @@ def streamed_model(folder: Path, weights: Weights, rows: int, *, tied: bool, on_
         elif name.endswith("rotary_emb"):
             model.set_submodule(name, type(module)(config=config))
         else:
-            _exchange_vectors(module, name, weights, rows, config.hidden_size)
+            of_heads = name.endswith(("q_norm", "k_norm"))
+            _exchange_vectors(
+                module, name, weights, rows, config.head_dim if of_heads else config.hidden_size, of_heads
+            )
     if left := next((name for name, buffer in model.named_buffers() if buffer.is_meta), None):
         raise FituneError(f"{folder}: {config.model_type}: {left} cannot be streamed")
     return model
 
 
-def _exchange_vectors(module: nn.Module, name: str, weights: Weights, rows: int, hidden_size: int) -> None:
+def _exchange_vectors(module: nn.Module, name: str, weights: Weights, rows: int, size: int, of_heads: bool) -> None:
+    """`of_heads` says that a vector is multiplied with each head [rows, tokens, heads, size] of a token."""
     for key, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.shape != (hidden_size,):
+        if parameter.shape != (size,):
             raise FituneError(f"{name}.{key} of shape {tuple(parameter.shape)} cannot be streamed")
+        vectors = weights.vectors(f"{name}.{key}", rows)
         delattr(module, key)
-        setattr(module, key, weights.vectors(f"{name}.{key}", rows))
+        setattr(module, key, vectors.unsqueeze(1) if of_heads else vectors)
 
 
 class _Linear(nn.Module):

@@ -7,8 +7,7 @@ import torch
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, Lora
 from fitune.weights.base_weights import BaseWeights
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from fitune.weights.model_files import EMBEDDING, HEAD
 
 
 class TunedWeights:

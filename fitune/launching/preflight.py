@@ -21,7 +21,7 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
             f"{run.recipe.data.prepared}/test.jsonl has no rows, and training.eval_strategy asks for evaluations; "
             f"prepare held-out rows (data.test_split or data.test_fraction), or set training.eval_strategy=no"
         )
-    check_base_model(local_config(run.recipe.base.model, run.recipe.base.revision))
+    check_base_model(local_config(run.recipe.base.model, run.recipe.base.revision), run.recipe)
     _check_compute(run)
     if not force:
         check_fits(run)

@@ -31,21 +31,35 @@ def packed_attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Query [1, heads, T, head_dim], key and value with fewer heads if they are shared -> ([1, T, heads, head_dim], -).
 
     Example n of the row is tokens [cu_seq_lens_q[n], cu_seq_lens_q[n + 1]), at most `max_length_q` of them, as TRL's
     collator describes a packed row. Rows that are not packed, as in generation, go to sdpa; they must not be padded.
+    Only these may be longer than a `sliding_window`: `fitune.config.base_model` refuses to train on such rows.
     """
     if attention_mask is not None:
         raise ValueError("packed attention knows no padding: set packing: true, or one row at a time")
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+        mask = _window_mask(query.shape[2], key.shape[2], sliding_window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     check_bounds(cu_seq_lens_q, max_length_q, query.device)
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     attend = _by_kernel if query.is_cuda else _by_example
     return attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
+
+
+def _window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[1, 1, queries, keys]: which of the last `window` keys each query sees. None where none is further away.
+
+    The queries are the last ones of the keys.
+    """
+    if window is None or keys <= window:
+        return None
+    ahead = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return ((ahead >= 0) & (ahead < window))[None, None]
 
 
 def check_bounds(bounds: torch.Tensor, longest: int | None, device: torch.device) -> None:

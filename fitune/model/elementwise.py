@@ -71,9 +71,9 @@ def rms_norm_backward(
     weight: torch.Tensor,
     eps: float,
     dropout: Dropout | None,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The gradient of x [T, h], plus `residual`.
+    """The gradient of x [T, h], plus `residual` where there is one.
 
     `gradient` is that of the norm, `dropped` that of its copy with dropout, which `gradient` includes where there is
     no dropout.
@@ -86,7 +86,19 @@ def rms_norm_backward(
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     g = wide(gradient) * wide(weight)
     inner = (g * exact).mean(-1, keepdim=True)
-    return (wide(residual) + inverse * g - exact * inverse.pow(3) * inner).to(x.dtype)
+    result = inverse * g - exact * inverse.pow(3) * inner
+    return (result if residual is None else wide(residual) + result).to(x.dtype)
+
+
+def norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """heads [T, n, d], each normed by itself; weight [d]."""
+    return rms_norm(heads.reshape(-1, heads.shape[-1]), weight, eps, None)[0].view(heads.shape)
+
+
+def norm_heads_backward(gradient: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The gradient of `heads` from that of the normed ones, both [T, n, d]."""
+    gradient, rows = (x.reshape(-1, heads.shape[-1]) for x in (gradient, heads))
+    return rms_norm_backward(gradient, None, rows, weight, eps, None, None).view(heads.shape)
 
 
 def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:

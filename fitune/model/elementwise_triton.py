@@ -60,7 +60,8 @@ def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, 
 
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _rms_norm_backward_kernel(gradient, dropped, x, weight, residual, out, keys, place, threshold, scale, eps,
-                              CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                              CHANNELS: tl.constexpr, DROP: tl.constexpr, ADD: tl.constexpr,
+                              BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < CHANNELS
@@ -74,7 +75,8 @@ def _rms_norm_backward_kernel(gradient, dropped, x, weight, residual, out, keys,
     inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
     inner = tl.sum(g * value) / CHANNELS
     result = inverse * g - value * inverse * inverse * inverse * inner
-    result += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        result += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row, result, mask=inside)
 
 
@@ -179,8 +181,8 @@ def rms_norm_backward(gradient, dropped, x, weight, eps: float, dropout: Dropout
     out = torch.empty_like(x)
     dropping = dropped is not None
     _rms_norm_backward_kernel[(tokens,)](
-        gradient, dropped if dropping else gradient, x, weight, residual, out,
-        *_dropping(dropout if dropping else None, x), eps, CHANNELS=channels, DROP=dropping,
+        gradient, dropped if dropping else gradient, x, weight, x if residual is None else residual, out,
+        *_dropping(dropout if dropping else None, x), eps, CHANNELS=channels, DROP=dropping, ADD=residual is not None,
         BLOCK=triton.next_power_of_2(channels), num_warps=8,
     )  # fmt: skip
     return out

@@ -2,10 +2,13 @@
 
     n1  = norm(x)                 T tokens, h hidden, k of keys and values, i intermediate; [T, .] throughout
     q, k, v = n1 Wq', n1 Wk', n1 Wv'     W' stands for W + s B A: the frozen weight and its adapter
-    o   = attention(rope(q), rope(k), v)
+    o   = attention(rope(q), rope(k), v)        q has h channels too, unless config.json gives heads another size
     mid = x + o Wo'
     n2  = norm(mid)
     y   = mid + (silu(n2 Wgate') * n2 Wup') Wdown'
+
+Mistral's layer is the same. Those of Qwen2 and some Llamas add a frozen bias to products; Qwen3 norms each head of q
+and k before it is rotated.
 
 A kept layer saves x, q, k, v, o, mid, gate and up: (4 h + 2 k + 2 i) values a token. A recomputed one saves x. What is
 cheap is computed again in both: norms, the activation, dropout. A frozen weight has no gradient; NF4 weights are
@@ -16,6 +19,7 @@ Parameters stay where PEFT put them, under PEFT's names, and FSDP gathers and fr
 replaces what is computed.
 """
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,7 +27,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fitune.config.tiles import MLP_TILE
 from fitune.model import attention, elementwise, fp8, products
@@ -57,8 +60,11 @@ class Batch:
     "int32 [T]."
 
 
-class DecoderLayer(LlamaDecoderLayer):
-    """transformers' layer with the same submodules. With a key-value cache, as in generation, it computes as ever."""
+class DecoderLayer(nn.Module):
+    """Put before transformers' class of a layer: the same submodules, computed as above.
+
+    With a key-value cache, as in generation, it computes as ever.
+    """
 
     keep = False
     "Whether what the backward pass needs is kept instead of recomputed."
@@ -94,6 +100,11 @@ class DecoderLayer(LlamaDecoderLayer):
         parameters = [parameter for linear in self.linears() for parameter in _adapter_of(linear)]
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if self.offload else nullcontext():
             return _Function.apply(hidden_states, self, batch, *parameters)
+
+    def head_norms(self) -> list[nn.Module]:
+        """Of the heads of q and k, [] where there are none."""
+        a = self.self_attn
+        return [a.q_norm, a.k_norm] if hasattr(a, "q_norm") else []
 
     def linears(self) -> list[nn.Module]:
         """q, k, v, o, gate, up, down."""
@@ -195,9 +206,7 @@ class _Work:
         norm = layer.input_layernorm
         normed, dropped = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon, dropout)
         qkv = self._products(QKV, normed, dropped)
-        query, key, value = self._heads(qkv)
-        for heads in (query, key):
-            elementwise.rope_(heads, batch.cos, batch.sin)
+        query, key, value = self._heads_for_attention(qkv, rotated=False)
         examples = batch.bounds, batch.longest
         attended, statistics = attention.forward(query, key, value, *examples, layer.self_attn.scaling)
         attended = attended.reshape(x.shape[0], -1)
@@ -213,7 +222,7 @@ class _Work:
         if more is not None:
             elementwise.add_dropped_(dattended, more, dropout)
             del more
-        query, key, value = self._heads(qkv)
+        query, key, value = self._heads_for_attention(qkv, rotated=True)
         gradients = attention.backward(
             dattended.view_as(query), query, key, value, attended.view_as(query), statistics, batch.bounds,
             batch.longest, layer.self_attn.scaling,
@@ -221,7 +230,7 @@ class _Work:
         del dattended
         for heads in gradients[:2]:
             elementwise.rope_(heads, batch.cos, batch.sin, backward=True)
-        gradients = [gradient.reshape(x.shape[0], -1) for gradient in gradients]
+        gradients = [gradient.reshape(x.shape[0], -1) for gradient in self._head_norms_backward(gradients, qkv)]
         dropout, norm = self.dropout(QKV), layer.input_layernorm
         dropped = None
         if QKV in self.adapters:
@@ -300,6 +309,35 @@ class _Work:
         """q, k, v as views [T, heads, head_dim]."""
         size = self.layer.self_attn.head_dim
         return [qkv[:, columns].unflatten(1, (-1, size)) for columns in self._columns(QKV).values()]
+
+    def _heads_for_attention(self, qkv: torch.Tensor, *, rotated: bool) -> list[torch.Tensor]:
+        """q, k, v [T, heads, head_dim], q and k normed, where heads have norms, and rotated.
+
+        Without norms they are rotated in place, once. With them qkv stays as the products gave it, which the norms'
+        gradients need, and this is computed again in the backward pass.
+        """
+        query, key, value = self._heads(qkv)
+        norms = self.layer.head_norms()
+        if norms:
+            query, key = (
+                elementwise.norm_heads(heads, norm.weight, norm.variance_epsilon)
+                for heads, norm in zip((query, key), norms, strict=True)
+            )
+        if norms or not rotated:
+            for heads in (query, key):
+                elementwise.rope_(heads, self.batch.cos, self.batch.sin)
+        return [query, key, value]
+
+    def _head_norms_backward(self, gradients: list[torch.Tensor], qkv: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients of q, k, v as the products gave them, from those of the normed heads."""
+        norms = self.layer.head_norms()
+        if not norms:
+            return gradients
+        before = [
+            elementwise.norm_heads_backward(gradient, heads, norm.weight, norm.variance_epsilon)
+            for gradient, heads, norm in zip(gradients, self._heads(qkv), norms, strict=False)  # v has none
+        ]
+        return [*before, gradients[2]]
 
     def _products(self, group: int, x, dropped, *, residual=None, out=None) -> torch.Tensor:
         """x W'^T for the linears that read x, side by side; `dropped` is what their adapter reads."""
@@ -381,4 +419,10 @@ def use_fp8_products(model: nn.Module) -> None:
 def use_written_out_layers(model: nn.Module) -> None:
     """Makes each decoder layer of a model a `DecoderLayer`."""
     for layer in model.model.layers:
-        layer.__class__ = DecoderLayer
+        layer.__class__ = _written_out(type(layer))
+
+
+@functools.cache
+def _written_out(kind: type[nn.Module]) -> type[nn.Module]:
+    """transformers' class of a layer with `DecoderLayer` before it."""
+    return type(f"WrittenOut{kind.__name__}", (DecoderLayer, kind), {})

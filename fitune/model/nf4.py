@@ -5,7 +5,9 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState
 from torch import nn
 
-BLOCK = 64  # weights per absmax; bitsandbytes' and QLoRA's default
+from fitune.config.tiles import NF4_BLOCK
+
+BLOCK = NF4_BLOCK  # weights per absmax
 NESTED_BLOCK = 256  # absmax values per second-level absmax (double quantisation)
 STORAGE = torch.float32
 """Dtype that the packed bytes wear (8 weights in one element).
@@ -19,17 +21,17 @@ not be.
 
 
 class NF4Linear(nn.Linear):
-    """`nn.Linear` without bias over a packed NF4 weight.
+    """`nn.Linear` over a packed NF4 weight; a bias keeps full precision.
 
     `weight` has shape [out_features * in_features / 8, 1] and dtype `STORAGE`; sharding cuts it along dimension 0.
     `quant_state` (absmax per 64 weights, itself quantised) is small, whole on every rank,
     and set by `fitune.weights.load`.
     """
 
-    def __init__(self, in_features: int, out_features: int, device=None):
+    def __init__(self, in_features: int, out_features: int, device=None, *, bias: bool = False, dtype=None):
         if in_features * out_features % 8:
             raise ValueError(f"NF4 packs 8 weights per element: {out_features} x {in_features} is not a multiple of 8")
-        super().__init__(in_features, out_features, bias=False, device="meta")
+        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         packed = torch.empty(in_features * out_features // 8, 1, dtype=STORAGE, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.quant_state: QuantState | None = None
@@ -38,4 +40,5 @@ class NF4Linear(nn.Linear):
         """Packed weights are loaded, never initialised."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return matmul_4bit(x, self.weight.view(torch.uint8).view(-1, 1), quant_state=self.quant_state)
+        packed = self.weight.view(torch.uint8).view(-1, 1)
+        return matmul_4bit(x, packed, quant_state=self.quant_state, bias=self.bias)

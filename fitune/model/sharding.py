@@ -14,7 +14,7 @@ from fitune.config.schema import Run
 from fitune.errors import FituneError
 from fitune.model.nf4 import NF4Linear
 from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
-from fitune.model.skeleton import decoder
+from fitune.model.skeleton import decoder, is_tied
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
@@ -35,24 +35,30 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
         fully_shard(
             layer, reshard_after_forward=run.accelerate.reshard_after_forward, offload_policy=everything, **options
         )
-    # 2 GiB at 70B and needed once per forward: its own unit, freed at once, not gathered for its gradient.
-    embedding = causal_lm.model.embed_tokens
-    fully_shard(embedding, reshard_after_forward=True, offload_policy=embeddings, **options)
-    embedding.set_unshard_in_backward(False)
-    # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
-    # the weights stay until the backward pass, which starts with them.
-    head = [causal_lm.model.norm, causal_lm.lm_head]
-    fully_shard(head, reshard_after_forward=False, offload_policy=embeddings, **options)
-    for unit in (embedding, causal_lm.model.norm):
-        # Gathered with nothing to overlap with. Else their buffers would come from another stream's memory, which
-        # computing can't reuse, and FSDP would keep the head's through the loss.
-        unit._set_unshard_async_op(True)
+    # One tensor for both is needed from the first moment to the last: the whole model's unit keeps it gathered.
+    if not is_tied(causal_lm):
+        _shard_embedding_and_head(causal_lm, offload_policy=embeddings, **options)
     fully_shard(model, offload_policy=everything, **options)
-    model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
+    if not is_tied(causal_lm):
+        model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
     if mesh.size() == 1:
         use_weights_in_place(_parameter_groups(model))
         prefetch_in_order(causal_lm.model.layers)
     _check_gathered_as_bytes(model)
+
+
+def _shard_embedding_and_head(causal_lm: nn.Module, **options) -> None:
+    # 2 GiB at 70B and needed once per forward: its own unit, freed at once, not gathered for its gradient.
+    embedding = causal_lm.model.embed_tokens
+    fully_shard(embedding, reshard_after_forward=True, **options)
+    embedding.set_unshard_in_backward(False)
+    # The loss multiplies by lm_head.weight without calling the module, so gathering hangs on the norm just before it;
+    # the weights stay until the backward pass, which starts with them.
+    fully_shard([causal_lm.model.norm, causal_lm.lm_head], reshard_after_forward=False, **options)
+    for unit in (embedding, causal_lm.model.norm):
+        # Gathered with nothing to overlap with. Else their buffers would come from another stream's memory, which
+        # computing can't reuse, and FSDP would keep the head's through the loss.
+        unit._set_unshard_async_op(True)
 
 
 def _something_travels(mesh: DeviceMesh, run: Run) -> bool:

@@ -12,25 +12,29 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from fitune.config.base_model import ARCHITECTURE
+from fitune.config.base_model import check_base_model
 from fitune.config.schema import Lora, Recipe
 from fitune.config.shipped import how_to_install
 from fitune.errors import UsageError
 from fitune.model.attention import PACKED_ATTENTION
 from fitune.model.layer import use_written_out_layers
-from fitune.model.nf4 import BLOCK, NF4Linear
+from fitune.model.nf4 import NF4Linear
 
 
 def build_skeleton(
     recipe: Recipe, base_folder: Path, tokenizer: PreTrainedTokenizerBase, compute_dtype: torch.dtype, device_type: str
 ) -> nn.Module:
-    """The model `recipe.method` trains, all parameters on meta: a LlamaForCausalLM, or a PeftModel around it.
+    """What `recipe.method` trains, all parameters on meta: a LlamaForCausalLM or its like, or a PeftModel around it.
 
     Frozen weights have `compute_dtype` (or packed NF4), trainable ones float32: their optimizer needs the precision,
-    and FSDP or `_LoraLinear` casts them for the computation. Raises UsageError for a model that is not a Llama.
+    and FSDP or `_LoraLinear` casts them for the computation. A frozen head has a parameter of its own, even where it is
+    the embedding; method full trains both as the one tensor that they are. Raises UsageError for a base that the recipe
+    cannot be trained on.
     """
+    check_base_model(base_folder, recipe)
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
-    _check_architecture(config, base_folder, recipe)
+    if recipe.method != "full":
+        config.tie_word_embeddings = False  # `fitune.weights.load` reads the head from the embedding
     stored_dtype = config.dtype or torch.bfloat16
     config.pad_token_id = None  # else the embedding never learns that token, which may also end a turn
     with torch.device("meta"):
@@ -52,38 +56,24 @@ def build_skeleton(
 
 
 def decoder(model: nn.Module) -> PreTrainedModel:
-    """The LlamaForCausalLM inside `model`, adapter or not."""
+    """The LlamaForCausalLM, or its like, inside `model`, adapter or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _check_architecture(config, folder: Path, recipe: Recipe) -> None:
-    if config.model_type != ARCHITECTURE:
-        raise UsageError(f"{folder}: a {config.model_type} model; fitune shards and streams Llama models only")
-    if recipe.max_length > config.max_position_embeddings:
-        raise UsageError(
-            f"max_length {recipe.max_length} is beyond the {config.max_position_embeddings} positions of {folder}"
-        )
-    if config.tie_word_embeddings:
-        if recipe.method == "full":
-            raise UsageError(
-                f"{folder}: embedding and head are one tensor (tie_word_embeddings); use method lora or qlora"
-            )
-        if recipe.lora.trainable_tokens:
-            raise UsageError(
-                f"{folder}: lora.trainable_tokens needs an embedding and a head of their own, here they are one tensor "
-                f"(tie_word_embeddings); use chat_template plain"
-            )
-        config.tie_word_embeddings = False  # both are frozen: `fitune.weights.load` reads the head from the embedding
+def is_tied(causal_lm: nn.Module) -> bool:
+    """Whether embedding and head are one parameter: never where the base is frozen."""
+    return bool(causal_lm.config.tie_word_embeddings)
 
 
 def _use_liger_kernels(model: PreTrainedModel) -> None:
     """Fused RMSNorm, SwiGLU and RoPE. The loss is TRL's own fused one."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of each accelerator that is not here
     try:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel import transformers as liger
     except ImportError:
         raise UsageError(f"liger-kernel is not installed; run: {how_to_install('liger-kernel')}") from None
-    apply_liger_kernel_to_llama(
+    apply_to_architecture = getattr(liger, f"apply_liger_kernel_to_{model.config.model_type}")
+    apply_to_architecture(
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )
 
@@ -91,18 +81,15 @@ def _use_liger_kernels(model: PreTrainedModel) -> None:
 def _quantise_linears(model: PreTrainedModel) -> None:
     """NF4 for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
 
-    Their rows must be whole blocks: on CPUs with AVX-512, bitsandbytes 0.50.2 multiplies as if every row began one.
+    Their rows are whole blocks, or `check_base_model` has refused them: on CPUs with AVX-512, bitsandbytes 0.50.2
+    multiplies as if every row began one.
     """
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                if module.in_features % BLOCK:
-                    raise UsageError(
-                        f"{name} has {module.in_features} inputs; method qlora needs a multiple of {BLOCK}, "
-                        f"method lora does not"
-                    )
                 parent, _, child = name.rpartition(".")
-                quantised = NF4Linear(module.in_features, module.out_features, device="meta")
+                options = {"bias": module.bias is not None, "dtype": module.weight.dtype, "device": "meta"}
+                quantised = NF4Linear(module.in_features, module.out_features, **options)
                 setattr(layer.get_submodule(parent), child, quantised)
 
 

@@ -51,6 +51,10 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
     head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
+    # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
+    one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
+    one_embedding = one_embedding if s.one_embedding else {}
+    last_reduction = head_reduction * (not s.one_embedding)
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
     last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
@@ -72,15 +76,16 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
             "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
-            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": head_reduction},
+            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction,
+            **one_embedding},
         "backward, second layer": {
             **after, "gradients": after["gradients"] - not_yet, "unsharded layers": s.unsharded_layer,
             "gather buffers": prefetched_layer, "kept activations": _of_first_two_layers(s),
             "hidden states": s.hidden_state, "one layer's backward": second_layer,
-            "gradient reduction": layer_reduction},
+            "gradient reduction": layer_reduction, **one_embedding},
         "backward, embedding": {
             **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
-            "gradient reduction": head_reduction},
+            "gradient reduction": head_reduction, **one_embedding},
         "optimizer step": stepping,
         "save": _resident(s),
     }  # fmt: skip
@@ -101,7 +106,7 @@ def _of_first_two_layers(s: Setup) -> float:
 def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
     """On the GPU all the time: this rank's share of weights and optimizer state."""
     layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.ranks
-    embeddings = 0.0 if s.offload or s.embedding_offload else 2 * s.embedding / s.ranks
+    embeddings = 0.0 if s.offload or s.embedding_offload else s.embeddings / s.ranks
     mine = 0.0 if s.offload else s.trainable / s.ranks
     return {
         "sharded weights": layers,
@@ -179,10 +184,9 @@ def host_peak(s: Setup) -> float:
 
 def _offloaded_weights(s: Setup) -> float:
     """Base weights in page-locked host RAM, all ranks together."""
-    embeddings = 2 * s.embedding
     if s.offload:
-        return s.shape.layers * s.layer_weights + embeddings
-    return embeddings if s.embedding_offload else 0.0
+        return s.shape.layers * s.layer_weights + s.embeddings
+    return s.embeddings if s.embedding_offload else 0.0
 
 
 def _power_of_two(size: float) -> float:

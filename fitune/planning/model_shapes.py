@@ -1,12 +1,15 @@
-"""Sizes of Llama models: from a local or cached config.json, or from the shipped table of the public Llama 3 family."""
+"""Sizes of models: from a local or cached config.json, or from the shipped table of the public Llama 3 family."""
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fitune.config.base_model import ARCHITECTURE
+from fitune.config.base_model import check_config, in_four_bits
 from fitune.errors import UsageError
+
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,11 @@ class ModelShape:
     vocabulary: int
     max_positions: int
     tied: bool = False
-    "One tensor for embedding and head on disk; fitune keeps two copies in memory."
+    "One tensor for embedding and head on disk. Method full trains it as one; frozen, memory holds it twice."
+    biased: frozenset[str] = frozenset()
+    "Linears with a bias."
+    head_norms: bool = False
+    "Whether the heads of q and k are normed, as in Qwen3."
     nf4_on_disk: bool = False
     "The checkpoint is already quantised."
 
@@ -45,8 +52,10 @@ class ModelShape:
         return sum(rows * columns for rows, columns in self.linears.values())
 
     @property
-    def layer_norm_weights(self) -> int:
-        return 2 * self.hidden
+    def layer_vector_weights(self) -> int:
+        """Of norms and biases, which are never quantised."""
+        biases = sum(self.linears[name][0] for name in self.biased)
+        return 2 * self.hidden + biases + 2 * self.head_dim * self.head_norms
 
     @property
     def embedding_weights(self) -> int:
@@ -56,7 +65,7 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """As counted on disk."""
-        layers = self.layers * (self.layer_linear_weights + self.layer_norm_weights)
+        layers = self.layers * (self.layer_linear_weights + self.layer_vector_weights)
         return layers + self.hidden + self.embedding_weights * (1 if self.tied else 2)
 
 
@@ -132,29 +141,39 @@ def has_weights(model: str, revision: str | None = None) -> bool:
 
 
 def read_config(file: Path) -> ModelShape:
-    """The sizes in a Llama's config.json."""
+    """The sizes in a model's config.json."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file; give a folder with config.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != ARCHITECTURE:
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise UsageError(f"{file}: a {kind} model; fitune trains Llama models only")
+    if not isinstance(config, dict):
+        raise UsageError(f"{file}: holds a {type(config).__name__}, not an object")
+    check_config(config, file)
     try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
         return ModelShape(
             hidden=hidden,
             intermediate=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
+            head_dim=config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
             vocabulary=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             tied=bool(config.get("tie_word_embeddings")),
-            nf4_on_disk="quantization_config" in config,
+            biased=_biased(config),
+            head_norms=kind == "qwen3",
+            nf4_on_disk=in_four_bits(config),
         )
     except KeyError as error:
         raise UsageError(f"{file}: key {error} is missing") from None
+
+
+def _biased(config: dict) -> frozenset[str]:
+    """The linears that a config.json gives a bias."""
+    if config["model_type"] == "qwen2":
+        return ATTENTION - {"o_proj"}
+    attention = ATTENTION if config["model_type"] != "mistral" and config.get("attention_bias") else frozenset()
+    return attention | (MLP if config["model_type"] == "llama" and config.get("mlp_bias") else frozenset())

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitune.config.base_model import refuse_length_beyond
 from fitune.config.evaluation import keeps_the_best
 from fitune.config.optimizers import numbers_per_weight
 from fitune.config.schema import Recipe, Run
@@ -113,10 +114,7 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) 
 def setup_of(run: Run, shape: ModelShape) -> Setup:
     """The numbers that decide about memory, from a resolved run. Raises UsageError for what the model cannot do."""
     recipe, profile, accelerate = run.recipe, run.profile, run.accelerate
-    if recipe.max_length > shape.max_positions:
-        raise UsageError(
-            f"max_length {recipe.max_length} is beyond the {shape.max_positions} positions of {recipe.base.model}"
-        )
+    refuse_length_beyond(shape.max_positions, recipe, recipe.base.model)
     return Setup(
         shape=shape,
         method=recipe.method,

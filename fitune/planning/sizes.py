@@ -79,14 +79,24 @@ class Setup:
 
     @property
     def layer_weights(self) -> float:
-        """Base weights of one layer as stored; norms are never quantised."""
+        """Base weights of one layer as stored; norms and biases are never quantised."""
         norm = FP32 if self.full else self.compute
-        return self.shape.layer_linear_weights * self.weight + self.shape.layer_norm_weights * norm
+        return self.shape.layer_linear_weights * self.weight + self.shape.layer_vector_weights * norm
 
     @property
     def embedding(self) -> float:
         """Embedding or head as stored; neither is ever quantised."""
         return self.shape.embedding_weights * (FP32 if self.full else self.compute)
+
+    @property
+    def one_embedding(self) -> bool:
+        """Whether embedding and head are one tensor in memory, which the whole model's unit keeps gathered."""
+        return self.full and self.shape.tied
+
+    @property
+    def embeddings(self) -> float:
+        """Embedding and head as stored."""
+        return self.embedding * (1 if self.one_embedding else 2)
 
     @property
     def statistics(self) -> float:
@@ -99,7 +109,7 @@ class Setup:
     def gathered_layer(self) -> float:
         """One layer as it computes, all ranks' rows; LoRA is gathered in float32."""
         if self.full:
-            return (self.shape.layer_linear_weights + self.shape.layer_norm_weights) * self.compute
+            return (self.shape.layer_linear_weights + self.shape.layer_vector_weights) * self.compute
         return self.layer_weights + self.lora_per_layer * FP32
 
     @property
@@ -135,7 +145,7 @@ class Setup:
         """Those of the embedding and the first two layers, which a backward pass comes to last: this rank's, bytes."""
         if self.full:
             layer, embedding = (
-                self.shape.layer_linear_weights + self.shape.layer_norm_weights,
+                self.shape.layer_linear_weights + self.shape.layer_vector_weights,
                 self.shape.embedding_weights,
             )
         else:
@@ -160,6 +170,11 @@ class Setup:
         return self.tokens * self.shape.intermediate * self.compute
 
     @property
+    def query_heads(self) -> float:
+        """Queries, or what attention makes of them [T, heads x head_dim]."""
+        return self.tokens * self.shape.heads * self.shape.head_dim * self.compute
+
+    @property
     def shared_heads(self) -> float:
         """Keys, or values [T, kv_heads x head_dim]."""
         return self.tokens * self.shape.kv_heads * self.shape.head_dim * self.compute
@@ -176,12 +191,12 @@ class Setup:
     @property
     def saved_by_layer(self) -> float:
         """What one layer keeps for its backward pass, its input left out."""
-        h, i = self.hidden_state, self.inner_state
+        h, q, i = self.hidden_state, self.query_heads, self.inner_state
         softmax_sums = self.tokens * self.shape.heads * FP32
         if not self.full:  # fitune.model.layer: q, k, v; attention's output; the MLP's input; gate and up
-            return 3 * h + 2 * self.shared_heads + softmax_sums + 2 * i
+            return h + 2 * q + 2 * self.shared_heads + softmax_sums + 2 * i
         # a masked sdpa wants keys and values repeated for all heads
-        attention = 4 * h if self.mask_positions else 2 * h + 2 * self.shared_heads + softmax_sums
+        attention = 4 * q if self.mask_positions else 2 * q + 2 * self.shared_heads + softmax_sums
         bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
         mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
         return attention + bias + mlp + 2 * h + i  # the linears' inputs: two norms, SwiGLU's product
@@ -208,7 +223,9 @@ class Setup:
         )
         if self.fp8:  # the gradients of gate and up, rounded; their weights; an adapter's input; the norm's gradient
             mlp = max(mlp, 2 * tile_i + 2 * tile_i * FP8 / self.compute + 2 * down * FP8 / self.compute + 2 * tile_h)
-        attention = (2 + inputs) * h + 2 * self.shared_heads + inputs * h  # gradients of o, q, k, v and of the norm
+        # gradients of o, q, k, v and of the norm; heads that have norms of their own are there before and after them
+        attention = 2 * self.query_heads + 2 * inputs * h + 2 * self.shared_heads
+        attention += 2 * (self.query_heads + self.shared_heads) * self.shape.head_norms
         return attention_saved + h + max(mlp, attention)
 
     @property

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from fitune.config.schema import Recipe
 from fitune.data.chat_template import control_tokens_of_template
 from fitune.errors import UsageError
+from fitune.weights.model_files import EMBEDDING, HEAD
 from fitune.weights.safetensors_files import Checkpoint
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAMPLES = 256
 "Ordinary tokens whose embeddings give the usual norm."
 UNTRAINED_BELOW = 0.1
@@ -32,7 +32,7 @@ def refuse_untrained_control_tokens(recipe: Recipe, base_folder: Path, tokenizer
             checkpoint, torch.linspace(0, checkpoint[EMBEDDING].shape[0] - 1, SAMPLES).long().tolist()
         ).median()
         norms = _norms(checkpoint, tokenizer.convert_tokens_to_ids(tokens))
-        can_be_trained = HEAD in checkpoint  # where the head is the embedding, `fitune.model.skeleton` refuses
+        can_be_trained = HEAD in checkpoint  # where the head is the embedding, `check_base_model` refuses
     untrained = [token for token, norm in zip(tokens, norms, strict=True) if norm < UNTRAINED_BELOW * usual]
     if untrained:
         rows = f", or train those rows: --set 'lora.trainable_tokens={json.dumps(untrained)}'" if can_be_trained else ""

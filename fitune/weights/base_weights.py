@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fitune.errors import FituneError, UsageError
+from fitune.config.base_model import check_precision
+from fitune.errors import FituneError
 from fitune.weights.model_files import read_json
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -20,12 +21,7 @@ _PACKED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 def read_base_config(base: Path) -> dict:
     """The base's config.json; UsageError for weights quantised in a way that cannot be read."""
     config = read_json(base / "config.json", "give a folder with config.json and *.safetensors")
-    quantised = config.get("quantization_config")
-    if quantised and not isinstance(quantised, dict):
-        raise UsageError(f"{base / 'config.json'}: quantization_config is not an object")
-    if quantised and not (quantised.get("quant_method") == "bitsandbytes" and quantised.get("load_in_4bit")):
-        method = quantised.get("quant_method")
-        raise UsageError(f"{base}: quantised with {method!r}; merge reads bf16, fp16, fp32 and bitsandbytes 4-bit")
+    check_precision(config, base / "config.json")
     return config
 
 

@@ -21,7 +21,8 @@ from fitune.config.read_buffers import CHUNK_BYTES
 from fitune.errors import FituneError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.model.sharding import fsdp_parameters, local_part, local_rows, pad
-from fitune.model.skeleton import decoder
+from fitune.model.skeleton import decoder, is_tied
+from fitune.weights.model_files import EMBEDDING, HEAD
 from fitune.weights.safetensors_files import Checkpoint
 from fitune.weights.streaming import PIN_FROM_BYTES, Read, Step, pin_in_place, stream
 
@@ -59,12 +60,16 @@ def load_weights(
     file if one is missing, surplus or of another shape.
     """
     plan = account_for_every_tensor(model, checkpoint)
+    causal_lm, tied = decoder(model), is_tied(decoder(model))
     loader = _Loader(model, checkpoint, placement, seed)
     kept_by_fsdp = fsdp_parameters(model)
 
     def steps() -> Iterator[Step]:
         # a unit comes before its modules: FSDP looks after all its parameters when it is allocated, some still on meta
         for prefix, module in model.named_modules():
+            if tied and module is causal_lm.lm_head:  # the embedding, which came before it
+                module.weight = causal_lm.model.embed_tokens.weight
+                continue
             module.to_empty(device="cpu" if module in placement.in_host_ram else placement.device, recurse=False)
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 place = module, name.rpartition(".")[2]
@@ -92,6 +97,9 @@ def account_for_every_tensor(model: nn.Module, checkpoint: Checkpoint) -> dict[s
             shape = (quantised[name].out_features, quantised[name].in_features)
         used |= _check_source(checkpoint, source, shape, is_quantised=name in quantised)
         plan[name] = source
+    if is_tied(decoder(model)) and HEAD in checkpoint:
+        _refuse_another_head(checkpoint)
+        used.add(HEAD)
     surplus = [name for name in sorted(checkpoint.tensors) if name not in used]
     surplus = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]  # a constant old files carry
     if surplus:
@@ -102,6 +110,21 @@ def account_for_every_tensor(model: nn.Module, checkpoint: Checkpoint) -> dict[s
     return plan
 
 
+def _refuse_another_head(checkpoint: Checkpoint) -> None:
+    """FituneError where the head that a checkpoint stores beside the embedding is not the same, as its config says."""
+    head, embedding = checkpoint[HEAD], checkpoint[EMBEDDING]
+    rows = max(1, CHUNK_BYTES * head.shape[0] // max(1, head.nbytes))
+    parts = [(start, min(start + rows, head.shape[0])) for start in range(0, head.shape[0], rows)]
+    if head.shape == embedding.shape and all(
+        torch.equal(checkpoint.read_rows(HEAD, *part), checkpoint.read_rows(EMBEDDING, *part)) for part in parts
+    ):
+        return
+    raise FituneError(
+        f"{head.file}: tensor {HEAD} is not {EMBEDDING}, but config.json says that they are one "
+        f"(tie_word_embeddings); set tie_word_embeddings to false there"
+    )
+
+
 def _quantised_linears(model: nn.Module) -> dict[str, NF4Linear]:
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
 
@@ -109,8 +132,8 @@ def _quantised_linears(model: nn.Module) -> dict[str, NF4Linear]:
 def _source_name(parameter: str, checkpoint: Checkpoint) -> str:
     """The checkpoint's name of a parameter: PEFT's prefixes removed, a tied head read from the embedding."""
     name = parameter.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")
-    if name == "lm_head.weight" and name not in checkpoint and "model.embed_tokens.weight" in checkpoint:
-        return "model.embed_tokens.weight"
+    if name == HEAD and name not in checkpoint and EMBEDDING in checkpoint:
+        return EMBEDDING
     return name
 
 
@@ -198,7 +221,7 @@ class _Loader:
     def _initial_adapter(self, name: str, shape: torch.Size) -> torch.Tensor:
         """LoRA's start (A as in PEFT, B zero), the same on any number of ranks; a trained token starts as it was."""
         if "trainable_tokens_delta" in name:
-            source = "lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"
+            source = HEAD if "lm_head" in name else EMBEDDING
             return torch.cat([self.checkpoint.read_rows(source, i, i + 1) for i in self.token_ids[name]])
         if "lora_B" in name:
             return torch.zeros(1).expand(shape)  # one number in memory

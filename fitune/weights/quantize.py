@@ -14,8 +14,9 @@ from fitune.errors import UsageError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK
 from fitune.output_folder import check_disk_space, new_folder
 from fitune.progress import bar
+from fitune.weights.base_weights import read_base_config
 from fitune.weights.load import QUANT_STATE, is_nf4
-from fitune.weights.model_files import LICENCE_FILES, TOKENIZER_FILES, copy_file, matching, read_json
+from fitune.weights.model_files import LICENCE_FILES, TOKENIZER_FILES, copy_file, matching
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorInfo, TensorSpec
 
 QUANT_STATE_BYTES = 256
@@ -31,7 +32,8 @@ QUANTIZATION_CONFIG = {
 
 
 def quantize(model: Path, output: Path, device: torch.device) -> Path:
-    """Writes the NF4 version of `model` to `output`; one tensor in memory at a time. Raises UsageError if it is NF4."""
+    """Writes the NF4 version of `model` to `output`, one tensor in memory at a time. UsageError if it is quantised."""
+    config = read_base_config(model)
     with Checkpoint(model) as source, new_folder(output) as folder:
         already = next((name for name in source.tensors if is_nf4(source, name)), None)
         if already:
@@ -51,7 +53,6 @@ def quantize(model: Path, output: Path, device: torch.device) -> Path:
             model, [*TOKENIZER_FILES, *LICENCE_FILES, "chat_template.jinja", "generation_config.json"]
         ):
             copy_file(file, folder)
-        config = read_json(model / "config.json", "give a model's folder")
         config["quantization_config"] = QUANTIZATION_CONFIG
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return output

@@ -1,6 +1,7 @@
 """What is refused about a base by its small files, in `prepare` and before processes start."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,10 @@ from fitune.data.prepare import prepare
 from fitune.errors import UsageError
 from fitune.launching.preflight import check_before_training
 
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
-def base(folder, added=(), **config):
+
+def base(folder, added=(), **config) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3} | config))
     tokens = [{"id": number, "content": token} for number, token in added]
@@ -33,23 +36,81 @@ def test_more_tokens_than_rows_are_refused_by_name(tmp_path):
         prepare(Data(dataset="none", prepared="none"), tmp_path / "out", tokenizer=str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (
+            "tokenizer.json",
+            {"model": {"type": "Unigram", "vocab": [["a", 0], ["b", -1], ["c", -2], ["d", -3]]}},
+        ),
+        ("vocab.json", {"a": 0, "d": 3}),
+        ("added_tokens.json", {"d": 3}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "d"}}}),
+    ],
+)
+def test_tokens_are_looked_for_in_each_file_of_a_tokenizer(tmp_path, file, content):
+    folder = base(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="token 'd' has id 3, but the model has rows for ids below 3"):
+        check_vocabulary(folder)
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors"])
 def test_quantised_bases_are_refused(tmp_path, method):
     folder = base(tmp_path, quantization_config={"quant_method": method})
-    with pytest.raises(UsageError, match=f"quantised by {method}; fitune trains bf16, fp16, fp32"):
+    with pytest.raises(UsageError, match=f"quantised by {method}; fitune reads bf16, fp16, fp32"):
         check_base_model(folder)
 
 
 def test_bitsandbytes_4_bits_are_not(tmp_path):
-    check_base_model(base(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    check_base_model(base(tmp_path, quantization_config=NF4))
     with pytest.raises(UsageError, match="quantised by bitsandbytes"):
         check_base_model(base(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}))
 
 
+QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128, "num_hidden_layers": 2}
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+
+
 @pytest.mark.parametrize(
-    "config", [{"model_type": "gemma2"}, {"vocab_size": 1}, {"quantization_config": {"quant_method": "awq"}}]
+    ("config", "method", "said"),
+    [
+        ({"model_type": "gemma2"}, "lora", "a gemma2 model; fitune trains these only: Llama"),
+        ({"hidden_act": "gelu"}, "lora", "hidden_act is 'gelu'"),
+        ({"vocab_size": 1}, "lora", "has id 1, but"),
+        ({"quantization_config": {"quant_method": "awq"}}, "lora", "quantised by awq"),
+        ({"quantization_config": NF4}, "lora", "its weights are in 4 bits; method lora needs bf16"),
+        ({"max_position_embeddings": 128}, "full", "max_length 256 is beyond the 128 positions"),
+        ({"model_type": "mistral", "sliding_window": 255}, "full", "beyond the model's sliding window of 255 tokens"),
+        (QWEN | {"max_window_layers": 1}, "lora", "beyond the model's sliding window of 128 tokens"),
+        (QWEN | {"layer_types": ["sliding_attention"]}, "lora", "beyond the model's sliding window of 128 tokens"),
+        ({"tie_word_embeddings": True}, "tokens", "lora.trainable_tokens needs an embedding and a head of their own"),
+        (SIZES | {"hidden_size": 96}, "qlora", "hidden_size 96 is no multiple of 64"),
+        (SIZES | {"intermediate_size": 100}, "qlora", "intermediate_size 100 is no multiple of 64"),
+        (SIZES | {"head_dim": 24}, "qlora", "num_attention_heads x head_dim 96 is no multiple of 64"),
+    ],
 )
-def test_before_processes_start(make_run, tmp_path, config):
-    run = make_run(base(tmp_path / "base", **config), tmp_path / "run", "lora")
-    with pytest.raises(UsageError, match=r"gemma2 model|has id 1, but|quantised by awq"):
+def test_before_processes_start(make_run, tmp_path, config, method, said):
+    lora = {"trainable_tokens": ["a"]} if method == "tokens" else None
+    folder = base(tmp_path / "base", **config)
+    run = make_run(folder, tmp_path / "run", "lora" if lora else method, lora=lora)
+    with pytest.raises(UsageError, match=said):
         check_before_training(run, force=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mistral", "sliding_window": 256},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral"},  # transformers takes 4096
+        {"model_type": "llama", "sliding_window": 16},  # which transformers' Llama ignores
+        QWEN | {"use_sliding_window": False},
+        QWEN | {"max_window_layers": 2},
+        QWEN | {"model_type": "qwen3", "layer_types": ["full_attention"]},
+    ],
+)
+def test_rows_within_the_window_are_trained(make_run, tmp_path, config):
+    run = make_run(base(tmp_path / "base", **config), tmp_path / "run", "full")
+    check_base_model(tmp_path / "base", run.recipe)

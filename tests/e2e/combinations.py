@@ -31,18 +31,18 @@ class Combination:
 
 
 # The longest come first: they are begun in this order.
-# Full fine-tuning needs a head of its own, the real model's is its embedding: hence the copy called untied.
+# The real model's head is its embedding; the copy called untied has one of its own.
 ON_GPUS = [
     Combination("qlora-1", "qlora", "single_gpu", True, "nf4", thorough=True),
     Combination("lora-1-embedding", "lora", "fsdp_1x48gb", True, "bf16", thorough=True),
-    Combination("full-2", "full", "fsdp_2x80gb", True, "untied", 2, thorough=True),
+    Combination("full-2", "full", "fsdp_2x80gb", True, "bf16", 2, thorough=True),
     Combination("qlora-4-embedding", "qlora", "fsdp_4x24gb", True, "nf4", 4, {"profile.embedding_offload": "true"}),
     Combination("qlora-4-offloaded", "qlora", "fsdp_offload_4gpu", True, "bf16", 4),
     Combination("lora-4-offloaded", "lora", "fsdp_offload_4gpu", True, "bf16", 4),
     Combination("full-4", "full", "fsdp_4x48gb", False, "untied", 4),
     Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2),
     Combination("lora-2-embedding", "lora", "fsdp_2x40gb", False, "bf16", 2, {"profile.embedding_offload": "true"}),
-    Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "untied"),
+    Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "bf16"),
     Combination(
         "full-1", "full", "fsdp_offload_1x80gb", True, "untied", 1, {"profile.accelerate_config": "single_gpu"}
     ),
@@ -52,6 +52,6 @@ ON_GPUS = [
 ON_CPU = [
     Combination("lora-4-offloaded", "lora", "cpu_2proc", True, "bf16", 4),
     Combination("qlora-1", "qlora", "cpu_2proc", True, "nf4", thorough=True),
-    Combination("full-2", "full", "cpu_2proc", True, "untied", 2),
+    Combination("full-2", "full", "cpu_2proc", True, "bf16", 2),
     Combination("lora-2-embedding", "lora", "cpu_2proc", False, "bf16", 2, {"profile.embedding_offload": "true"}),
 ]

@@ -12,8 +12,8 @@ from combinations import Combination
 from real_commands import Commands, Failed
 from reference import FLOAT32, PlainModel, Reference
 
-HERE = Path(__file__).resolve().parent
-TEMPLATE = HERE / "chatml.jinja"
+TEMPLATE = "tokenizer"
+"The model's own: ChatML without marks around its answers."
 INSTRUCTIONS = "examples/instructions/instructions.jsonl"
 PROMPTS = ["What is the capital of France?", "Name three colours.", "How many days has a week?"]
 TYPED = ["What is the capital of France?", "And of Italy?"]
@@ -61,8 +61,11 @@ def data_sets(size: Size, prepared: Path, model: Path) -> dict:
     }
 
 
-def set_up(commands: Commands, model: Path, work: Path, size: Size) -> dict:
-    """doctor, list, show, prepare, quantize, and a copy of the model with a head of its own. Returns what is bad."""
+def set_up(commands: Commands, model: Path, work: Path, size: Size, *, untied: bool) -> dict:
+    """doctor, list, show, prepare, quantize; with `untied` a copy of the model with a head of its own.
+
+    Returns what is bad.
+    """
     printed = commands.call("list", "list")
     check("llama3_8b_qlora" in printed, printed)
     printed = commands.call("show", "show", "llama3_8b_qlora", "--profile", "single_gpu")
@@ -76,12 +79,13 @@ def set_up(commands: Commands, model: Path, work: Path, size: Size) -> dict:
     check("train / test" in printed, printed)
     printed = commands.call("quantize", "quantize", model, "--output", work / "nf4")
     check("--set base.model=" in printed, printed)
-    _untie(model, work / "untied")
+    if untied:
+        _untie(model, work / "untied")
     return {"doctor_bad": bad}
 
 
 def _untie(model: Path, output: Path) -> None:
-    """A copy for method full, which doesn't train an embedding that is also the head."""
+    """A copy whose head is a tensor of its own, beside the embedding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     copy = AutoModelForCausalLM.from_pretrained(model, dtype="auto")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
+from fitune.data.chat_template import read_tokenizer
 
 FLOAT32 = 1e-5
 "Relative: losses of float32 sums in another order differ by a few units in the sixth digit."
@@ -34,11 +34,19 @@ class Rows:
     def read(cls, file: Path, tokenizer) -> "Rows":
         rows = []
         for line in file.read_text(encoding="utf-8").splitlines():
-            encoded = tokenizer.apply_chat_template(
-                json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
-            )
-            rows.append((encoded["input_ids"], encoded["assistant_masks"].bool()))
+            messages = json.loads(line)["messages"]
+            ids = _tokens(tokenizer, messages)
+            mask = torch.zeros(1, len(ids), dtype=torch.bool)
+            for number, message in enumerate(messages):
+                if message["role"] == "assistant":  # what comes after its prompt
+                    prompt = _tokens(tokenizer, messages[:number], add_generation_prompt=True)
+                    mask[0, len(prompt) : len(_tokens(tokenizer, messages[: number + 1]))] = True
+            rows.append((torch.tensor([ids]), mask))
         return cls(rows)
+
+
+def _tokens(tokenizer, messages: list[dict], **options) -> list[int]:
+    return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
 
 
 @dataclass
@@ -138,11 +146,10 @@ class Base:
 class Reference:
     """Plain models over the weights in `folder`, as they are ("bf16") or as NF4 keeps them ("nf4")."""
 
-    def __init__(self, folder: Path, held_out: Path, template: Path, threads: int):
+    def __init__(self, folder: Path, held_out: Path, threads: int):
         torch.set_num_threads(threads)
         self.folder, self._lock = folder, threading.Lock()
         self.tokenizer = read_tokenizer(folder)
-        apply_chat_template_choice(self.tokenizer, str(template))
         self.rows = Rows.read(held_out, self.tokenizer)
         self._bases: dict[str, Base] = {}
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from combinations import ON_CPU, ON_GPUS, Combination
 from parts import ON_CPU as SIZE_ON_CPU
 from parts import ON_GPU as SIZE_ON_GPU
-from parts import TEMPLATE, Part, set_up
+from parts import Part, set_up
 from real_commands import Commands, Failed, environment
 from reference import Reference
 from tier_run import ROOT, about
@@ -48,7 +48,7 @@ def main() -> None:
     results = {"set-up": _set_up(options)}
     if results["set-up"]["ok"]:
         threads = max(1, os.cpu_count() // 4)
-        reference = Reference(options.model, options.work / "data" / "test.jsonl", TEMPLATE, threads)
+        reference = Reference(options.model, options.work / "data" / "test.jsonl", threads)
         with ThreadPoolExecutor(options.workers) as pool:
             parts = {c.name: pool.submit(_try_part, c, options, reference) for c in options.chosen}
         results |= {name: part.result() for name, part in parts.items()}
@@ -103,7 +103,8 @@ def _workers(gpus: int) -> int:
 def _set_up(options: argparse.Namespace) -> dict:
     size = SIZE_ON_GPU if options.gpus else SIZE_ON_CPU
     commands = _commands(options, "set-up", list(range(options.gpus)))
-    return _tried(commands, [lambda: set_up(commands, options.model, options.work, size)])
+    untied = any(combination.base == "untied" for combination in options.chosen)
+    return _tried(commands, [lambda: set_up(commands, options.model, options.work, size, untied=untied)])
 
 
 def _try_part(combination: Combination, options: argparse.Namespace, reference: Reference) -> dict:

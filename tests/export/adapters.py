@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fitune.errors import UsageError
@@ -18,16 +17,6 @@ SIZES = {"num_layers": 2, "max_shard_bytes": 300_000}
 TOKENS = [2043, 2046, 2044]  # not in order: rows follow the list
 IDS = torch.tensor([[2037, 5, 77, 2043, 300, 2044, 9, 2046, 1200, 801]])
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def make_adapter(base: Path, folder: Path, **options) -> Path:
-    """An adapter as PEFT saves it, with weights that change every logit."""
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(1)
-    save_file({n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in load_file(file).items()}, file)
-    return folder
 
 
 def logits(folder, adapter=None, *, through_nf4=False) -> torch.Tensor:

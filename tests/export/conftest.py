@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import SIZES, TOKENS, make_adapter
+from adapters import SIZES, TOKENS
+from bases import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fitune.demo.tiny_base import build_tiny_base

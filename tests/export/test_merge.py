@@ -9,7 +9,8 @@ from collections import namedtuple
 
 import pytest
 import torch
-from adapters import ATTENTION, IDS, TOKENS, logits, make_adapter, refused, set_values, truncate_shard
+from adapters import ATTENTION, IDS, TOKENS, logits, refused, set_values, truncate_shard
+from bases import make_adapter
 from bitsandbytes.functional import quantize_4bit
 from peft import PeftModel
 from rounding import additions_to_logits, assert_equal_but_for_rounding, distance

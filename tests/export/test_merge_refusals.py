@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from adapters import ATTENTION, SIZES, logits, make_adapter, refused, set_values, truncate_shard
+from adapters import ATTENTION, SIZES, logits, refused, set_values, truncate_shard
+from bases import make_adapter
 from rounding import distance
 from safetensors.torch import load_file, save_file
 
@@ -182,4 +183,4 @@ def test_another_base_needs_force(base, nf4_base, own_adapter, tmp_path, capsys,
 
 def test_other_quantisation_is_refused(own_base, adapter, tmp_path):
     set_values(own_base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    refused("quantised with 'gptq'", own_base, adapter, tmp_path / "out")
+    refused("quantised by gptq", own_base, adapter, tmp_path / "out")

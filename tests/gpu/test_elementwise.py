@@ -106,6 +106,16 @@ def test_rms_norm_backward(tokens, channels, dtype, dropping, random):
     _compare(elementwise.rms_norm_backward, gradient, dropped, x, weight, EPSILON, dropout, residual, roundings=1)
 
 
+@by_dtype
+@pytest.mark.parametrize("channels", [64, 80, 128])
+def test_norms_of_heads(channels, dtype, random):
+    """Rows of a head's size, with nothing to add to their gradient."""
+    gradient, x = (random(1000, channels, dtype=dtype) for _ in range(2))
+    weight = random(channels, dtype=dtype)
+    _compare(elementwise.rms_norm, x, weight, EPSILON, None, roundings=3)
+    _compare(elementwise.rms_norm_backward, gradient, None, x, weight, EPSILON, None, None, roundings=1)
+
+
 @by_dropout
 @by_dtype
 @by_channels

@@ -42,13 +42,39 @@ def test_gradients_are_those_of_autograd(targets, batch, exact):
         assert_close(run(written_out_copy(reference, kept), ours), expected)
 
 
-@pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}])
-def test_biases_of_the_base_count(biases, exact):
-    ours, theirs = packed()
-    reference = adapted(plain(**biases))
-    expected = run(copy.deepcopy(reference), theirs)
-    for kept in (0, LAYERS):
-        assert_close(run(written_out_copy(reference, kept), ours), expected)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 24},
+        {"kind": "mistral"},
+        {"kind": "mistral", "head_dim": 24},
+        {"kind": "qwen2"},
+        {"kind": "qwen3", "head_dim": 16},
+        {"kind": "qwen3", "head_dim": 24, "attention_bias": True},
+    ],
+    ids=str,
+)
+def test_layers_like_llamas(options, exact):
+    """Biases of the base, heads of another size, norms of heads."""
+    reference = adapted(plain(**options))
+    for ours, theirs in (packed(), padded()):
+        expected = run(copy.deepcopy(reference), theirs)
+        for kept in (0, LAYERS):
+            assert_close(run(written_out_copy(reference, kept), ours), expected)
+
+
+def test_with_a_cache_layers_compute_as_ever():
+    """And beyond a sliding window too, which only rows that are generated may be."""
+    for options in ({"kind": "mistral", "sliding_window": 5}, {"kind": "qwen3", "head_dim": 16}, {}):
+        model = adapted(plain(**options), dropout=0.0).eval()
+        inputs = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
+        asked = {"input_ids": inputs, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        expected = model.generate(**asked, output_logits=True, return_dict_in_generate=True)
+        found = written_out_copy(model).generate(**asked, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, expected.sequences), options
+        assert_close(dict(enumerate(found.logits)), dict(enumerate(expected.logits)))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["down_proj"], ["up_proj"]], ids=id_of)

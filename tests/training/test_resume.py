@@ -58,12 +58,15 @@ def _interrupted_copy(run, folder: Path):
     return run.model_copy(update={"output_dir": str(folder), "resume": True})
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_resumed_run_equals_the_uninterrupted_one(method, tiny_base, make_run, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "base"), [("full", "tiny_base"), ("full", "tied_base"), ("lora", "tiny_base"), ("qlora", "tiny_base")]
+)
+def test_resumed_run_equals_the_uninterrupted_one(method, base, make_run, tmp_path, request):
     """On two ranks, packed, accumulated, resumed within the second epoch, with dropout; then on one rank."""
     options = {"batch": 16, "micro_batch": 2, "packing": True, "max_length": 112, "training": TRAINING}
     options |= {"lora": {"dropout": 0.2}} if method == "qlora" else {}
-    run = make_run(tiny_base, tmp_path / "run", method, processes=2, **options)
+    base = request.getfixturevalue(base)
+    run = make_run(base, tmp_path / "run", method, processes=2, **options)
     run_ranks(train_here, 2, run)
     metrics = _metrics(run)
     assert metrics[2]["epoch"] == 1
@@ -85,7 +88,7 @@ def test_resumed_run_equals_the_uninterrupted_one(method, tiny_base, make_run, t
     assert len(list((run.folder / last).glob("rng_state*"))) == 2
 
     if method != "lora":  # another number of processes and micro batch train on the same rows, with the same dropout
-        alone = make_run(tiny_base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 4})
+        alone = make_run(base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 4})
         alone = _interrupted_copy(alone, tmp_path / "alone")
         run_ranks(train_here, 1, alone)
         for key in ("loss", "grad_norm", "learning_rate", "epoch"):

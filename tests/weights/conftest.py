@@ -1,10 +1,7 @@
-"""Fixtures for loading: checkpoints in bitsandbytes' format, and one whose head is its embedding."""
-
-import json
+"""Fixtures for loading: checkpoints in bitsandbytes' format."""
 
 import pytest
 import torch
-from loading import damaged_copy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
@@ -28,12 +25,3 @@ def nf4_bases(uneven_base, tmp_path_factory):
         model.save_pretrained(bases[name], max_shard_size="200KB")
         AutoTokenizer.from_pretrained(uneven_base).save_pretrained(bases[name])
     return bases
-
-
-@pytest.fixture(scope="module")
-def tied_base(uneven_base, tmp_path_factory):
-    """A model whose head is its embedding, stored once."""
-    folder = damaged_copy(uneven_base, tmp_path_factory.mktemp("tied") / "base", lambda t: t.pop("lm_head.weight"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    return folder

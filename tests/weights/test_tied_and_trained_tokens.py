@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from loading import damaged_copy
 from ranks import run_ranks, sharded_model, whole
 from rounding import additions_to_logits, assert_equal_but_for_rounding
 from torch.distributed.fsdp import FSDPModule
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 from fitune.data.dataset import load_tokenizer
 from fitune.errors import UsageError
 from fitune.model.skeleton import build_skeleton
+from fitune.weights.model_files import EMBEDDING, HEAD
 
 TRAINED = ["<|eot_id|>", "<|start_header_id|>"]
 
@@ -61,8 +63,23 @@ def test_tied_embeddings_and_trained_tokens(tied_base, uneven_base, make_run, tm
             assert_equal_but_for_rounding(found["changed"], plain(tokens).logits, additions, of="changed tokens")
 
 
-@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora", "lora": {"trainable_tokens": TRAINED}}])
-def test_training_a_part_of_tied_embeddings_is_refused(options, tied_base, make_run, tmp_path):
-    run = make_run(tied_base, tmp_path, **options)
+def test_training_rows_of_tied_embeddings_is_refused(tied_base, make_run, tmp_path):
+    run = make_run(tied_base, tmp_path, "lora", lora={"trainable_tokens": TRAINED})
     with pytest.raises(UsageError, match="tie_word_embeddings"):
         build_skeleton(run.recipe, tied_base, load_tokenizer(run.recipe, tied_base), torch.float32, "cpu")
+
+
+def _load(run) -> dict:
+    model, _ = sharded_model(run)
+    return {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_tied_model_may_store_its_head_too(tied_base, make_run, tmp_path):
+    """As older files do. Another head than the embedding is not what config.json says."""
+    same = damaged_copy(tied_base, tmp_path / "same", lambda t: t.update({HEAD: t[EMBEDDING].clone()}))
+    [expected], [found] = (run_ranks(_load, 1, make_run(base, tmp_path, "full")) for base in (tied_base, same))
+    assert HEAD not in expected and set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    other = damaged_copy(tied_base, tmp_path / "other", lambda t: t.update({HEAD: t[EMBEDDING] * 2}))
+    with pytest.raises(RuntimeError, match="set tie_word_embeddings to false"):
+        run_ranks(_load, 1, make_run(other, tmp_path, "full"))
