@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune.config import run as runs
 from fitune.config.schema import Run
+from fitune.config.shipped import PROFILES
 from fitune.planning.fill import filled, resolve
 from fitune.planning.hardware import gpu_model
 from fitune.planning.limits import limits_of
@@ -225,7 +226,7 @@ def published() -> dict[Path, str]:
         MEMORY: with_table(memory, "micro batches", sweep_table()),
     }
     newest = newest_tiers()
-    for file in sorted(runs.PROFILES.glob("*.yaml")):
+    for file in sorted(PROFILES.glob("*.yaml")):
         measured = [run for run in newest if run["profile"] == file.stem]
         texts[file] = with_expected(file.read_text(encoding="utf-8"), measured)
     return texts

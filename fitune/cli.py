@@ -11,6 +11,7 @@ import click
 
 from fitune.config import run as runs
 from fitune.config.command_name import command, remember
+from fitune.config.shipped import PROFILES, RECIPES, names
 from fitune.errors import FituneError, UsageError
 
 
@@ -40,20 +41,20 @@ class Cli(Command, click.Group):
 
 def completed_from(folder: Path):
     """Shell completion from the YAML files of a folder."""
-    return lambda ctx, param, incomplete: [name for name in runs.names(folder) if name.startswith(incomplete)]
+    return lambda ctx, param, incomplete: [name for name in names(folder) if name.startswith(incomplete)]
 
 
-recipe_argument = click.argument("recipe", shell_complete=completed_from(runs.RECIPES))
+recipe_argument = click.argument("recipe", shell_complete=completed_from(RECIPES))
 profile_option = click.option(
     "--profile",
     required=True,
     help="Memory profile (see `list`) or a .yaml file.",
-    shell_complete=completed_from(runs.PROFILES),
+    shell_complete=completed_from(PROFILES),
 )
 fitting_profile_option = click.option(
     "--profile",
     help="Memory profile. [default: the fastest that fits this machine]",
-    shell_complete=completed_from(runs.PROFILES),
+    shell_complete=completed_from(PROFILES),
 )
 set_option = click.option(
     "--set",
@@ -123,7 +124,7 @@ def plan(recipe, profile, sets, **options):
 
 
 @cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
-@click.argument("recipe", required=False, shell_complete=completed_from(runs.RECIPES))
+@click.argument("recipe", required=False, shell_complete=completed_from(RECIPES))
 @click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
@@ -192,7 +193,7 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
 
 
 @cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
-@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=completed_from(runs.RECIPES))
+@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=completed_from(RECIPES))
 @fitting_profile_option
 @set_option
 @output_option

@@ -4,15 +4,16 @@ import click
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
 
 
 def print_catalogue() -> None:
     """Recipes, profiles and accelerate configs, one line each, then which profiles go with which recipe."""
-    recipes = {name: runs.load_recipe(name) for name in runs.names(runs.RECIPES)}
-    profiles = {name: runs.load_profile(name) for name in runs.names(runs.PROFILES)}
+    recipes = {name: runs.load_recipe(name) for name in names(RECIPES)}
+    profiles = {name: runs.load_profile(name) for name in names(PROFILES)}
     _section("recipes", {name: f"{recipe.method:6}{recipe.description}" for name, recipe in recipes.items()})
     _section("memory profiles", {name: profile.description for name, profile in profiles.items()})
-    _section("accelerate configs", {name: _launch_words(name) for name in runs.names(runs.ACCELERATE_CONFIGS)})
+    _section("accelerate configs", {name: _launch_words(name) for name in names(ACCELERATE_CONFIGS)})
     pairs = {
         name: ", ".join(p for p, profile in profiles.items() if runs.goes_with(name, recipe, profile))
         for name, recipe in recipes.items()
@@ -21,7 +22,7 @@ def print_catalogue() -> None:
 
 
 def _launch_words(name: str) -> str:
-    config = read_accelerate_config(runs.ACCELERATE_CONFIGS / f"{name}.yaml")
+    config = read_accelerate_config(ACCELERATE_CONFIGS / f"{name}.yaml")
     words = [f"{config.num_processes} {'CPU' if config.use_cpu else 'GPU'} processes", config.mixed_precision]
     words += [f"{config.num_machines} machines"] if config.num_machines > 1 else []
     words += ["weights offloaded to host RAM"] if config.offload_params else []

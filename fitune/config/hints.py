@@ -21,6 +21,9 @@ TRAINING_SYNONYMS = {
     "max_seq_length": "max_length",
 }
 SYNONYMS = TRAINING_SYNONYMS | {
+    "extend": "extends",
+    "inherits": "extends",
+    "parent": "extends",
     "rank": "lora.r",
     "lora_r": "lora.r",
     "lora_rank": "lora.r",

@@ -10,29 +10,13 @@ from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
 from fitune.config.hints import meant_by
-from fitune.config.recipe_paths import found_beside, path_from_here, refuse_missing
+from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
+from fitune.config.recipe_paths import found_beside, path_from_here
 from fitune.config.schema import SMALLEST, AccelerateConfig, Profile, Recipe, Run
-from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, name_of, names
 from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
-from fitune.config.yaml_file import parse, parse_yaml, read_yaml
-from fitune.errors import UsageError, nearest
-
-
-def names(folder: Path) -> list[str]:
-    """Names of the YAML files in a folder, without the ending."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
-def find(name: str, folder: Path, kind: str) -> Path:
-    """The YAML file called `name` in `folder`, or `name` itself if it is a path to one."""
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        if not Path(name).is_file():
-            raise UsageError(f"{kind} {name}: no such file")
-        return Path(name)
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        raise UsageError(f"no {kind} called '{name}'{nearest(name, names(folder))}")
-    return path
+from fitune.config.yaml_file import Where, parse, parse_yaml, read_yaml
+from fitune.errors import UsageError
 
 
 def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
@@ -59,39 +43,30 @@ def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
     return overrides, profile
 
 
-def _merged(data: dict, overrides: dict) -> dict:
-    result = dict(data)
-    for key, value in overrides.items():
-        old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
-
-
 def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
     """A recipe by name or path, with overrides applied.
 
-    Relative paths inside it are looked for beside it, then in the working folder (`fitune.config.recipe_paths`).
+    It has the keys of the recipe that it extends, if any (`fitune.config.recipe_files`). Relative paths inside it are
+    looked for beside it, then in the working folder (`fitune.config.recipe_paths`).
     """
-    path = find(name, RECIPES, "recipe")
-    source = f"{path}{' with --set' if overrides else ''}"
-    return _checked(_merged(found_beside(read_yaml(path), path.parent), overrides or {}), source)
+    files, overrides = read_recipe_files(name), overrides or {}
+    return _checked(joined(values_of(files), overrides), where_written(files, overrides))
 
 
-def _checked(values: dict, source: str) -> Recipe:
+def _checked(values: dict, source: str | Where) -> Recipe:
     recipe = parse(Recipe, values, source, meant_by)
     return recipe.model_copy(update={"training": check_training_block(recipe, source)})
 
 
 def check_paths(name: str, sets: tuple[str, ...], *keys: str) -> None:
     """Raises UsageError, which says where it looked, if a path that a recipe has under one of `keys` leads nowhere."""
-    path = find(name, RECIPES, "recipe")
-    refuse_missing(read_yaml(path), parse_sets(sets)[0], path, name, keys)
+    refuse_missing_paths(read_recipe_files(name), parse_sets(sets)[0], name, keys)
 
 
 def load_profile(name: str, overrides: dict | None = None) -> Profile:
     """A memory profile by name or path, with overrides applied."""
     path = find(name, PROFILES, "memory profile")
-    return parse(Profile, _merged(read_yaml(path), overrides or {}), f"{path}{' with --set' if overrides else ''}")
+    return parse(Profile, joined(read_yaml(path), overrides or {}), f"{path}{' with --set' if overrides else ''}")
 
 
 def goes_with(recipe_name: str, recipe: Recipe, profile: Profile) -> bool:
@@ -106,7 +81,7 @@ def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), out
     """
     recipe_overrides, profile_overrides = parse_sets(sets)
     recipe = load_recipe(recipe_name, recipe_overrides)
-    recipe_stem, profile_stem = Path(recipe_name).stem, Path(profile_name).stem
+    recipe_stem, profile_stem = name_of(recipe_name), name_of(profile_name)
     profile = load_profile(profile_name, profile_overrides).for_recipe(recipe_stem)
     accelerate = read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
     _check_pair(recipe_stem, recipe, profile_stem, profile, accelerate)
@@ -118,17 +93,17 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     """The run of a folder as it was, but for another profile and what `--set` flags change. Raises UsageError."""
     old, (recipe_overrides, profile_overrides) = load(folder), parse_sets(sets)
     source = f"{folder / 'run.yaml'}{' with --set' if sets else ''}"
-    recipe = _checked(_merged(old.recipe.model_dump(), recipe_overrides), source)
+    recipe = _checked(joined(old.recipe.model_dump(), recipe_overrides), source)
     if profile_name:
         profile = load_profile(profile_name, profile_overrides).for_recipe(old.recipe_name)
     else:
-        profile = parse(Profile, _merged(old.profile.model_dump(), profile_overrides), source)
+        profile = parse(Profile, joined(old.profile.model_dump(), profile_overrides), source)
     if profile_name or "accelerate_config" in profile_overrides:
         accelerate_file = find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config")
     else:
         accelerate_file = Path(old.accelerate.path)
     accelerate = read_accelerate_config(accelerate_file)
-    profile_stem = Path(profile_name or old.profile_name).stem
+    profile_stem = name_of(profile_name or old.profile_name)
     _check_pair(old.recipe_name, recipe, profile_stem, profile, accelerate)
     return run_of(old.recipe_name, recipe, profile_stem, profile, accelerate, old.output_dir)
 

@@ -5,9 +5,12 @@ In a checkout they are folders at the top, where a reader looks for them. `pip i
 """
 
 import importlib.metadata
+import os
 import shlex
 import shutil
 from pathlib import Path
+
+from fitune.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "shipped"
@@ -18,6 +21,33 @@ RECIPES = SHIPPED / "recipes"
 PROFILES = RECIPES / "memory_profiles"
 ACCELERATE_CONFIGS = SHIPPED / "accelerate_configs"
 EXAMPLES = SHIPPED / "examples"
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the YAML files in a folder, without the ending."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def find(name: str, folder: Path, kind: str) -> Path:
+    """The YAML file called `name` in `folder`, or `name` itself if it is a path to one."""
+    if is_path(name):
+        if not Path(name).is_file():
+            raise UsageError(f"{kind} {name}: no such file")
+        return Path(name)
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise UsageError(f"no {kind} called '{name}'{nearest(name, names(folder))}")
+    return path
+
+
+def is_path(name: str) -> bool:
+    """Whether a recipe or another file of settings is given by its path, not by the name of one that is shipped."""
+    return name.endswith((".yaml", ".yml")) or os.sep in name
+
+
+def name_of(name: str) -> str:
+    """The name of a recipe or another file of settings, however it is given: `llama3.1_8b_qlora` has a dot."""
+    return Path(name).name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def pinned_versions() -> dict[str, str]:

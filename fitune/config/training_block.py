@@ -14,15 +14,19 @@ from fitune.config.schedules import refuse_unfit_schedule
 from fitune.config.schema import Recipe
 from fitune.config.trackers import refuse_missing_trackers
 from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
+from fitune.config.yaml_file import Where, place_of
 from fitune.errors import UsageError, nearest
 
 
-def check_training_block(recipe: Recipe, source: str) -> dict[str, Any]:
-    """The block with values converted to their fields' types. Raises UsageError, `source` named.
+def check_training_block(recipe: Recipe, source: str | Where) -> dict[str, Any]:
+    """The block with values converted to their fields' types. Raises UsageError, the place in `source` named.
 
     What one value can be wrong with comes first, then what several together cannot do or would ignore.
     """
-    training = {name: _checked(name, value, source) for name, value in recipe.training.items()}
+    training = {
+        name: _checked(name, value, place_of(source, ["training", name])) for name, value in recipe.training.items()
+    }
+    source = place_of(source, ["training"])
     refuse_unfit_optimizer(training, source)
     refuse_unfit_schedule(training, source)
     refuse_missing_trackers(training, source)

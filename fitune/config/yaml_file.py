@@ -1,7 +1,7 @@
 """Reads a YAML file into a typed pydantic model; every mistake names the file, the key and the nearest valid name."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 from fitune.errors import UsageError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+Where = Callable[[Sequence], str]
+"Names the place where the value at a path of keys was written."
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,8 +71,26 @@ def read_yaml(path: Path) -> dict:
     return data
 
 
-def parse(model: type[Model], data: dict, source: str, hinted: Callable[[str], str | None] = lambda key: None) -> Model:
-    """`model` built from `data`; `source` (a file or `--set`) is named in every error.
+def line_of(path: Path, keys: Sequence) -> int:
+    """The line, from 1 on, where a YAML file gives what is at `keys`; the nearest key above it where it doesn't."""
+    node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader), 1
+    for key in keys:
+        if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+            continue
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next((pair for pair in pairs if pair[0].value == str(key)), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def parse(
+    model: type[Model], data: dict, source: str | Where, hinted: Callable[[str], str | None] = lambda key: None
+) -> Model:
+    """`model` built from `data`; `source` (a file or `--set`), or what it says of a key's path, begins every error.
 
     `hinted` says what an unknown key is probably meant for, where it knows; else the nearest known key is named.
     """
@@ -80,7 +100,12 @@ def parse(model: type[Model], data: dict, source: str, hinted: Callable[[str], s
         raise UsageError(_describe(error, model, data, source, hinted)) from None
 
 
-def _describe(error: ValidationError, model: type[BaseModel], data: dict, source: str, hinted) -> str:
+def place_of(source: str | Where, keys: Sequence) -> str:
+    """What an error about the value at `keys` begins with."""
+    return source if isinstance(source, str) else source(keys)
+
+
+def _describe(error: ValidationError, model: type[BaseModel], data: dict, source: str | Where, hinted) -> str:
     found = [(_keys(entry, data), entry) for entry in error.errors()]
     # a misspelt key is also a missing one: the spelling is the better thing to say
     keys, _ = min(found, key=lambda one: one[1]["type"] != "extra_forbidden")
@@ -91,6 +116,7 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
     key = ".".join(map(str, keys))
     more = f" (and {len(innermost) - 1} more)" if len(innermost) > 1 else ""
     if first["type"] == "extra_forbidden":
+        source = place_of(source, keys)
         owner = _model_at(model, keys[:-1])
         hint = f"; did you mean '{meant}'?" if (meant := hinted(key)) else ""
         return f"{source}: unknown key '{key}'{hint or nearest(keys[-1], owner.model_fields if owner else ())}{more}"
@@ -98,7 +124,9 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
         missing = [".".join(map(str, keys)) for keys, entry in found if entry["type"] == "missing"]
         said = f"keys {', '.join(map(repr, missing))} are" if len(missing) > 1 else f"key '{key}' is"
         others = len(innermost) - len(missing)
+        source = place_of(source, [])
         return f"{source}: {said} missing{f' (and {others} more mistakes)' if others else ''}"
+    source = place_of(source, keys)
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], str) and "," in first["input"] and _takes_a_list(model, keys):
         listed = ", ".join(part.strip() for part in first["input"].split(","))

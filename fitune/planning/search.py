@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
 from fitune.config.schema import AUTO, SMALLEST, AccelerateConfig, Lora, Profile, Recipe, Run
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, name_of, names
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
 from fitune.planning.fill import filled, fits, largest
@@ -127,7 +127,7 @@ def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *,
     Those that `overrides` gives are as given.
     """
     left_to_plan = dict.fromkeys(SMALLEST, AUTO)
-    for name in runs.names(runs.PROFILES):
+    for name in names(PROFILES):
         if not any_method and not runs.goes_with(recipe_name, recipe, runs.load_profile(name)):
             continue
         yield _run(recipe_name, recipe, name, left_to_plan | (overrides or {}))
@@ -135,7 +135,7 @@ def _runs_of(recipe_name: str, recipe: Recipe, overrides: dict | None = None, *,
 
 def _run(recipe_name: str, recipe: Recipe, profile_name: str, overrides: dict | None = None) -> Run:
     profile = runs.load_profile(profile_name, overrides).for_recipe(recipe_name)
-    config = runs.find(profile.accelerate_config, runs.ACCELERATE_CONFIGS, "accelerate config")
+    config = find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config")
     accelerate = read_accelerate_config(config)
     recipe = _with_whole_passes(recipe, profile, accelerate)
     return runs.run_of(recipe_name, recipe, profile_name, profile, accelerate, output="")
@@ -150,7 +150,7 @@ def _with_whole_passes(recipe: Recipe, profile: Profile, accelerate: AccelerateC
 def run_on(machine: Machine, recipe_name: str, sets: tuple[str, ...], gpu: GpuModel | None = None) -> Run:
     """A filled run on all GPUs of a machine that no profile describes, its weights on the GPUs."""
     recipe_overrides, profile_overrides = runs.parse_sets(sets)
-    stem, gpus = Path(recipe_name).stem, len(machine.gpus)
+    stem, gpus = name_of(recipe_name), len(machine.gpus)
     recipe = runs.load_recipe(recipe_name, recipe_overrides)
     values = {
         "description": "Given on the command line.", "accelerate_config": "given", "num_gpus": gpus,
@@ -184,7 +184,7 @@ def find_profile(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu:
     """
     overrides, profile_overrides = runs.parse_sets(sets)
     recipe = runs.load_recipe(recipe_name, overrides)
-    stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
+    stem = name_of(recipe_name)
     gpu, limits = gpu or machine.model, limits_here(machine)
     plans = [
         make_plan(filled(run, limits, gpu), limits, gpu)
@@ -225,7 +225,7 @@ def _shortfall(plan: Plan) -> str:
 def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
     """Every shipped profile against every method for a recipe's model, filled."""
     recipe = runs.load_recipe(recipe_name, runs.parse_sets(sets)[0])
-    stem = runs.find(recipe_name, runs.RECIPES, "recipe").stem
+    stem = name_of(recipe_name)
     rows = {}
     for method in METHODS:
         lora = None if method == "full" else recipe.lora or Lora()

@@ -9,8 +9,9 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.installed_names import sft_config_fields
 from fitune.config.optimizers import ARGUMENTS, all_optimizers, nearest_fit
-from fitune.config.run import ACCELERATE_CONFIGS, PROFILES, RECIPES, load_profile, load_recipe, names, resolve
+from fitune.config.run import load_profile, load_recipe, resolve
 from fitune.config.schema import Method, Run
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
 from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
 from fitune.errors import UsageError
 from fitune.planning import fill

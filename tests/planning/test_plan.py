@@ -9,9 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fitune.config import run as runs
+from fitune.config.shipped import PROFILES, RECIPES, names
 from fitune.errors import UsageError
 from fitune.planning.fill import resolve
 from fitune.planning.hardware import Gpu, Machine
@@ -78,6 +81,41 @@ def test_a_local_config_is_read(tmp_path):
     assert (shape.layers, shape.head_dim, shape.tied) == (3, 16, True)
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
     assert shape.parameters == 3 * layer + 64 + 100 * 64
+
+
+def test_sizes_are_those_of_transformers_models(tmp_path):
+    """Biases, norms of heads, heads of another size."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256}  # fmt: skip
+    for kind, options in (
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+        ("mistral", {"head_dim": 8}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"attention_bias": True}),
+        ("qwen3", {"head_dim": 16}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": kind} | options))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **options))
+        shape = find_shape(str(tmp_path))
+        assert shape.parameters == sum(p.numel() for p in model.parameters()), (kind, options)
+        layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 1)
+        assert shape.layer_vector_weights == layer, (kind, options)
+
+
+def test_a_tied_model_trained_fully_has_one_embedding():
+    shape, other = LLAMA_3_FAMILY["Llama-3.2-1B"], replace(LLAMA_3_FAMILY["Llama-3.2-1B"], tied=False)
+    tied, untied = (replace(setup("llama3_8b_full", "fsdp_2x80gb"), shape=one) for one in (shape, other))
+    embedding = shape.vocabulary * shape.hidden * 4
+    for name, copies in ((tied, 1), (untied, 2)):
+        assert gpu_moments(name)["save"]["embedding and head"] == copies * embedding / 2
+    assert untied.trainable - tied.trainable == embedding / 4
+    # gathered, with its gradient, as long as layers go backward
+    more = shape.vocabulary * shape.hidden * 2
+    for moment in ("backward, last layer", "backward, second layer"):
+        assert gpu_moments(tied)[moment]["gradient of the embedding"] == more
+        assert gpu_moments(tied)[moment]["unsharded head"] == more
+        assert "gradient of the embedding" not in gpu_moments(untied)[moment]
 
 
 def test_a_cached_config_is_found_without_the_hub(tmp_path, monkeypatch):
@@ -234,7 +272,7 @@ def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
 
 def test_the_matrix_has_every_profile_with_gpus_and_every_method():
     rows = {row["profile"]: row["methods"] for row in matrix("llama3_70b_qlora", ())}
-    assert set(rows) == {name for name in runs.names(runs.PROFILES) if runs.load_profile(name).num_gpus}
+    assert set(rows) == {name for name in names(PROFILES) if runs.load_profile(name).num_gpus}
     assert rows["fsdp_4x24gb"]["qlora"]["fits"] and not rows["fsdp_4x24gb"]["full"]["fits"]
     assert "GPU memory" in rows["fsdp_4x24gb"]["lora"]["short_of"]
     assert 0.9 * 48 < rows["fsdp_4x48gb"]["qlora"]["peak_gpu_gib"] <= 48 / (1 + ERROR)
@@ -242,7 +280,7 @@ def test_the_matrix_has_every_profile_with_gpus_and_every_method():
 
 
 def test_the_matrix_of_a_file_is_that_of_its_name(tmp_path):
-    file = shutil.copy(runs.RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine_8b.yaml")
+    file = shutil.copy(RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine_8b.yaml")
     assert matrix(str(file), ()) == matrix("llama3_8b_qlora", ())
 
 
