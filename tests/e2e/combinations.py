@@ -24,11 +24,6 @@ class Combination:
         """How the frozen weights are, or the first ones that method full changes."""
         return "nf4" if self.method == "qlora" else "bf16"
 
-    @property
-    def merged_into(self) -> Literal["bf16", "nf4"]:
-        """What `merge` adds an adapter to: the base as its folder has it."""
-        return "nf4" if self.base == "nf4" else "bf16"
-
 
 # The longest come first: they are begun in this order.
 # The real model's head is its embedding; the copy called untied has one of its own.

@@ -170,13 +170,11 @@ class Part:
         return [line for line in map(_json_or_nothing, lines) if key in line]
 
     def _consult(self, reference: Reference) -> None:
-        """Sets what plain transformers makes of base, result and merged model, and the bounds of losses and answers."""
+        """Sets what plain transformers makes of base and result, and the bounds of losses and answers."""
         combination, result = self.combination, self.run / self._result_name()
         self.base_model = reference.base(combination.trained_over)
         self.tuned_model = reference.tuned(combination.trained_over, result)
         self.tuned_loss = self.tuned_model.loss(reference.rows)
-        merges_otherwise = combination.merged_into != combination.trained_over and combination.method != "full"
-        self.merged_model = reference.tuned(combination.merged_into, result) if merges_otherwise else self.tuned_model
         self.bound = self.base_model.bounds.loss if self.on_gpu else FLOAT32 * self.base_model.loss
         self.gap_bound = self.base_model.bounds.logit_gap
 
@@ -210,15 +208,12 @@ class Part:
         self._compare("tuned_answers", asked, "tuned", self.tuned_model)
 
     def _merge(self) -> None:
-        """The merged model answers as plain transformers does, and as the run did if its base is what was trained on.
-
-        An adapter trained over NF4 can be merged into bf16: then the run itself answers otherwise.
-        """
+        """The merged model answers as plain transformers does, and as the run did: its base is what was trained on."""
         printed = self.commands.call("merge", "merge", self.run, "--output", self.merged)
         check(f"merged: {self.merged}" in printed, printed)
         merged = self._generate("generate-merged", self.merged)
-        self._compare("merged_answers", merged, "model", self.merged_model)
-        if self.merged_model is self.tuned_model and self.answers:  # none if `generate` failed, which is said there
+        self._compare("merged_answers", merged, "model", self.tuned_model)
+        if self.answers:  # none if `generate` failed, which is said there
             as_run = [entry | {"run": answer} for entry, answer in zip(merged, self.answers, strict=True)]
             self._compare("merged_as_run", as_run, "model", self.tuned_model, other="run")
 
