@@ -102,6 +102,82 @@ def test_completion_scripts(cli):
         assert "_CLI_PY_COMPLETE" in cli("completion", shell).output
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """A run's folder with a result, and a checkpoint that nobody looks into."""
+    from fitune.config import run as runs
+
+    run = runs.resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path / "run"))
+    for folder in (run.folder, run.folder / "checkpoints/checkpoint-1"):
+        (folder / "adapter").mkdir(parents=True)
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    return run.folder
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, finished, monkeypatch, code):
+    started = []
+    monkeypatch.setattr("fitune.launching.launch.launch", lambda run, *words: started.append(words) or code)
+    monkeypatch.setattr("fitune.training.manifest.find_damage", lambda folder: None)
+    checkpoint = finished / "checkpoints/checkpoint-1"
+    assert cli("eval", finished).exit_code == code
+    assert cli("eval", checkpoint, "--force").exit_code == code
+    words = ["--prompt", "a", "--prompt", "b", "--max-new-tokens", "7", "--temperature", "0.5", "--force"]
+    assert cli("generate", checkpoint, *words, "--test", "3", "--json", "out.json").exit_code == code
+    module = "fitune.training."
+    assert started[:2] == [
+        (f"{module}evaluate",),
+        (f"{module}evaluate", "--checkpoint", str(checkpoint), "--force"),
+    ]
+    [name, *arguments] = started[2]
+    assert name == f"{module}generate"
+    from fitune.training.generate import parse_options
+
+    options = parse_options([str(finished), *arguments])
+    assert (options.prompt, options.max_new_tokens, options.temperature) == (["a", "b"], 7, 0.5)
+    assert (options.force, options.test, str(options.json)) == (True, 3, "out.json")
+    assert options.checkpoint == str(checkpoint)
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_a_run_that_failed_is_not_said_to_have_a_result(cli, monkeypatch, tmp_path, code):
+    monkeypatch.setattr("fitune.launching.preflight.check_before_training", lambda run, force: None)
+    monkeypatch.setattr("fitune.launching.launch.train_with_restarts", lambda run, **options: code)
+    monkeypatch.setattr("fitune.config.run.check_paths", lambda *names: None)
+    result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run")
+    assert result.exit_code == code
+    assert ("result:" in result.output) == (code == 0)
+
+
+def test_a_resumed_run_keeps_the_rows_that_plan_chose_for_it(cli, tmp_path):
+    from fitune.config import run as runs
+
+    asked = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path / "run"))
+    started = runs.with_numbers(asked, micro_batch=4, kept_layers=3)
+    started.folder.mkdir()
+    (started.folder / "run.yaml").write_text(runs.dump(started))
+    result = cli(
+        "train", "llama3_8b_qlora", "--profile", "single_gpu", "--output", started.folder, "--resume", "--dry-run"
+    )
+    assert "micro_batch: 4" in result.output and "kept_layers: 3" in result.output, result.output
+
+
+def test_prepare_takes_the_recipes_values_unless_others_are_typed(cli, monkeypatch):
+    given = []
+    monkeypatch.setattr("fitune.data.prepare.prepare", lambda data, output, **options: given.append(options))
+    for words in ((), ("--max-length", 77, "--set", "seed=7")):
+        assert cli("prepare", "tiny_qlora", "--no-tokens", *words).exit_code == 0
+    recipe, typed = given
+    assert (recipe["max_length"], recipe["seed"], recipe["global_batch_size"]) == (512, 42, 4)
+    assert (typed["max_length"], typed["seed"]) == (77, 7)
+
+
+@pytest.mark.parametrize(("works", "code"), [(True, 0), (False, 1)])
+def test_doctor_ends_with_1_where_training_cannot_work(cli, monkeypatch, works, code):
+    monkeypatch.setattr("fitune.launching.doctor.doctor", lambda model: works)
+    assert cli("doctor").exit_code == code
+
+
 def test_doctor_names_every_finding_and_what_to_do(cli, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("HF_TOKEN", raising=False)

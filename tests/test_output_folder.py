@@ -14,7 +14,7 @@ from patience import PATIENCE_SECONDS
 
 from fitune import output_folder
 from fitune.errors import FituneError, UsageError
-from fitune.output_folder import check_disk_space, new_folder, rename_when_whole
+from fitune.output_folder import check_disk_space, checkpoints, new_folder, rename_when_whole
 
 
 def _build(output, text="new", **options):
@@ -87,8 +87,8 @@ def test_existing_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("empty", "file", "link"):
-        with pytest.raises(UsageError, match=f"{name}: exists already"):
-            _build(tmp_path / name)
+        with pytest.raises(UsageError, match=f"{name}: exists already"), new_folder(tmp_path / name):
+            pytest.fail("an hour's work was begun")
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "file", "link"}
 
 
@@ -255,3 +255,10 @@ def test_a_whole_folder_stands_under_its_name_at_every_moment(can_exchange, tmp_
     assert renamed == ([] if can_exchange else ["whole", "partial"])
     assert (tmp_path / "whole/file").read_text() == "partial"
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """Not of their names; what bears another name is none."""
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-x", "damaged-checkpoint-1"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]

@@ -114,3 +114,23 @@ def test_before_processes_start(make_run, tmp_path, config, method, said):
 def test_rows_within_the_window_are_trained(make_run, tmp_path, config):
     run = make_run(base(tmp_path / "base", **config), tmp_path / "run", "full")
     check_base_model(tmp_path / "base", run.recipe)
+
+
+def test_evaluations_of_no_rows_are_refused_before_processes_start(make_run, prepared, tmp_path):
+    """Which rows there are is known before the model is read."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_bytes((prepared / "train.jsonl").read_bytes())
+    with pytest.raises(UsageError, match=r"test\.jsonl: no such file; run: .* prepare"):
+        check_before_training(_on(data, make_run(base(tmp_path / "base"), tmp_path / "run", "lora")), force=True)
+    (data / "test.jsonl").touch()
+    check_before_training(_on(data, make_run(base(tmp_path / "base"), tmp_path / "run", "lora")), force=True)
+    evaluated = make_run(base(tmp_path / "base"), tmp_path / "run", "lora", training={"eval_strategy": "epoch"})
+    with pytest.raises(UsageError, match=r"test\.jsonl has no rows, and training\.eval_strategy asks for evaluations"):
+        check_before_training(_on(data, evaluated), force=True)
+
+
+def _on(prepared, run):
+    """The run on other rows."""
+    data = run.recipe.data.model_copy(update={"prepared": str(prepared)})
+    return run.model_copy(update={"recipe": run.recipe.model_copy(update={"data": data})})

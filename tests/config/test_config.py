@@ -13,7 +13,7 @@ from fitune.config.run import load_profile, load_recipe, resolve
 from fitune.config.schema import Method, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
 from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
-from fitune.errors import UsageError
+from fitune.errors import CRASHED, FituneError, UsageError
 from fitune.planning import fill
 from fitune.training.train import run_stage
 
@@ -87,12 +87,15 @@ def test_files_resolve_to_a_run(write, tmp_path):
     assert run.gradient_accumulation_steps == 2
     assert run.recipe.training == {"learning_rate": 2e-4, "num_train_epochs": 1}  # YAML reads 2e-4 as text
     assert run.accelerate.offload_params and run.accelerate.mixed_precision == "bf16"
+    assert run.accelerate.reshard_after_forward, "unless the file says otherwise"
     assert run.result_folder == tmp_path / "out" / "adapter"
 
     sets = ("training.learning_rate=1e-5", "lora.r=4", "seed=7", "global_batch_size=16", "profile.micro_batch=4")
+    sets += ("lora.dropout=5e-2",)  # which YAML 1.1 takes for text
     changed = resolve(str(paths["recipe"]), str(paths["profile"]), sets)
     assert changed.recipe.training == {"learning_rate": 1e-5, "num_train_epochs": 1}
     assert (changed.recipe.lora.r, changed.recipe.lora.target_modules) == (4, ["q_proj", "v_proj"])
+    assert changed.recipe.lora.dropout == 0.05
     assert (changed.recipe.seed, changed.profile.micro_batch, changed.gradient_accumulation_steps) == (7, 4, 2)
 
     run.folder.mkdir()
@@ -315,6 +318,7 @@ PAIRS = {
         ["schedule linear has no argument 'min_lr'"],
     ),
     "no epoch": (("training.num_train_epochs=0",), ["training.num_train_epochs: 0.0 is not above 0"]),
+    "a step and a half": (("training.save_steps=1.5",), ["training.save_steps: 1.5 is not a whole number of steps"]),
     "a rate below 0": (("training.learning_rate=-1e-4",), ["training.learning_rate: -0.0001 is not above 0"]),
     "a loss that is none": (("training.loss_type=dtf",), ["did you mean 'dft'?", "training.loss_type"]),
     "set the training block": (("training=3",), ["training"]),
@@ -405,6 +409,28 @@ def test_stage_prints_one_line_and_exits_with_the_errors_code(write, tmp_path, c
         assert caught.value.code == 2
         [line] = capsys.readouterr().err.split("\n")[1:-1]  # a blank line before it, see say_while_training
         assert line.startswith("error: ") and str(path) in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UsageError("wrong"), 2, "error: wrong"),
+        (FituneError("it cannot go on"), 1, "error: it cannot go on"),
+        (ZeroDivisionError("a mistake of ours"), CRASHED, "ZeroDivisionError: a mistake of ours"),
+    ],
+)
+def test_what_a_stage_raises_decides_its_exit_code(error, code, said, write, tmp_path, capsys):
+    """The launcher starts a run again after what nobody expected, and only then."""
+
+    def stage(run):
+        raise error
+
+    path = tmp_path / "run.yaml"
+    path.write_text(runs.dump(resolve(str(write()["recipe"]), str(tmp_path / "profile_8b.yaml"))), encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        run_stage(path, stage)
+    assert caught.value.code == code
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", names(RECIPES))

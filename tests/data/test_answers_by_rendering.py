@@ -145,6 +145,9 @@ def test_an_earlier_answer_that_is_not_trained_may_be_written_otherwise():
 
 
 def test_an_answer_that_is_cut_is_refused():
+    shortened = CHATML.replace("message['content']", "message['content'][:9]")
+    with pytest.raises(AnswerNotFound, match=r"leaves out what messages\[1\] says: 'It rains in Paris\.'"):
+        ChatRenderer(shortened, TOKENS).render([QUESTION, {"role": "assistant", "content": "It rains in Paris."}])
     template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
     with pytest.raises(AnswerNotFound, match=r"leaves out what messages\[1\] says: 'Hm.'"):
         ChatRenderer(template, TOKENS).render([QUESTION, {"role": "assistant", "content": "<think>Hm.</think>Yes."}])

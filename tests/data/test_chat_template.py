@@ -183,9 +183,11 @@ def test_pad_is_never_a_token_with_a_meaning(missing):
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def test_without_any_such_token_the_end_of_text_pads():
+@pytest.mark.parametrize("own", [None, "<|eot_id|>"])
+def test_without_any_such_token_the_end_of_text_pads(own):
+    """Not the end of a turn, even where the tokenizer pads with it."""
     tokenizer = tiny_tokenizer([name for name in SPECIAL_TOKENS if "reserved" not in name and "pad" not in name])
-    tokenizer.pad_token = None
+    tokenizer.pad_token = own
     apply_chat_template_choice(tokenizer, "llama3")
     assert tokenizer.pad_token == tokenizer.eos_token
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tiny_tokenizer import SPECIAL_TOKENS, tiny_tokenizer
 from fitune.config.schema import Data, Recipe, Source
 from fitune.data import file_formats, reading
 from fitune.data.chat_template import apply_chat_template_choice
-from fitune.data.prepared import check_prepared, load_rows, rows_beyond
+from fitune.data.prepared import check_prepared, load_rows, rows_beyond, sha256_of_rows
 from fitune.errors import UsageError
 
 
@@ -88,6 +89,30 @@ def test_long_rows_are_refused_dropped_or_cut_at_a_turn(tmp_path):
     assert (report["rows_cut"], report["dropped"]) == (1, {"too_long": 1})
     assert {"messages": turns[:2]} in rows(tmp_path) + rows(tmp_path, "test")
     assert "ends inside its first answer" in report["examples"]["too_long"][0]
+
+
+def test_a_row_of_exactly_max_length_fits(tmp_path):
+    """Whether it came so, or was cut to it."""
+    tokenizer = tiny_tokenizer()
+    short, long = [QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION, {"role": "assistant", "content": "long " * 100}]
+    path = write(tmp_path / "a.jsonl", {"messages": short})
+    exactly = run(path, tmp_path, tokenizer=tokenizer)["tokens"]["max"]
+    options = {"tokenizer": tokenizer, "overwrite": True}
+    assert run(path, tmp_path, max_length=exactly, **options)["tokens"]["max"] == exactly
+    with pytest.raises(UsageError, match=f"{exactly} tokens, max_length is {exactly - 1}"):
+        run(path, tmp_path, max_length=exactly - 1, **options)
+    path = write(tmp_path / "a.jsonl", {"messages": long})
+    report = run(path, tmp_path, max_length=exactly, long_rows="cut", **options)
+    assert (report["rows_cut"], report["tokens"]["max"]) == (1, exactly)
+    assert rows(tmp_path) == [{"messages": short}]
+
+
+def test_a_cut_never_parts_a_call_from_its_result(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    turns = [QUESTION, call, {"role": "tool", "content": "x"}, {"role": "assistant", "content": "long " * 100}]
+    path = write(tmp_path / "a.jsonl", {"messages": turns}, chat(1), chat(2))
+    report = run(path, tmp_path, tokenizer=tiny_tokenizer(), max_length=150, long_rows="cut", drop_invalid=True)
+    assert (report["rows_cut"], report["dropped"]) == (0, {"too_long": 1})
 
 
 def test_existing_output_is_refused(tmp_path):
@@ -235,6 +260,33 @@ def test_lines_without_tokens_are_tokenised_by_training_and_what_is_cut_is_count
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == made, "made once"
 
 
+@pytest.mark.parametrize(("max_length", "packing"), [(40, True), (999, False)])
+def test_rows_are_laid_out_as_the_recipe_says_now(max_length, packing, tmp_path):
+    """Not as `prepare` laid them out for another length, or packed."""
+    tokenizer = tiny_tokenizer()
+    report = run(write(tmp_path / "a.jsonl", *map(chat, range(9))), tmp_path, tokenizer=tokenizer, max_length=999)
+    assert report["tokens"]["max"] <= 40
+    recipe = recipe_for(tmp_path / "out", max_length).model_copy(update={"packing": packing})
+    found = load_rows(recipe, "train", tokenizer, tmp_path / "cache")
+    lengths = [len(found[n]["input_ids"]) for n in range(len(found))]
+    assert sum(lengths) == report["tokens"]["total"]
+    assert max(lengths) <= max_length
+    assert len(found) == report["train_rows"] if not packing else len(found) > 1
+
+
+def test_rows_are_known_by_their_bytes(tmp_path):
+    """Wherever they lie; with a report or without."""
+    run(write(tmp_path / "a.jsonl", *map(chat, range(4))), tmp_path, tokenizer=tiny_tokenizer())
+    moved = shutil.copytree(tmp_path / "out", tmp_path / "moved")
+    known = sha256_of_rows(tmp_path / "out", "train")
+    assert sha256_of_rows(moved, "train") == known
+    (moved / "report.json").unlink()
+    assert sha256_of_rows(moved, "train") == known
+    lines = moved / "train.jsonl"
+    lines.write_text(lines.read_text().replace("Yes.", "Nay."))
+    assert sha256_of_rows(moved, "train") != known
+
+
 def test_a_split_without_rows_is_an_error(tmp_path):
     tokenizer = tiny_tokenizer()
     run(write(tmp_path / "a.jsonl", chat("Hi")), tmp_path, tokenizer=tokenizer, max_length=99)
@@ -253,8 +305,11 @@ def test_data_prepared_in_another_way_is_refused(tmp_path):
     report = run(path, tmp_path, tokenizer=tokenizer)
     out = tmp_path / "out"
     assert check_prepared(recipe_for(out), tokenizer) == report
-    with pytest.raises(UsageError, match=r"its longest conversation has \d+ tokens, max_length is 5"):
-        check_prepared(recipe_for(out, max_length=5), tokenizer)
+    longest = report["tokens"]["max"]
+    check_prepared(recipe_for(out, max_length=longest), tokenizer)
+    said = rf"its longest conversation has {longest} tokens, max_length is {longest - 1}"
+    with pytest.raises(UsageError, match=said):
+        check_prepared(recipe_for(out, max_length=longest - 1), tokenizer)
     with pytest.raises(UsageError, match=r"out: prepared with system_message none, not 'Be brief.'; prepare"):
         check_prepared(recipe_for(out, system_message="Be brief."), tokenizer)
     with pytest.raises(

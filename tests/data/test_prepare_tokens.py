@@ -12,6 +12,7 @@ from fitune.data.chat_template import apply_chat_template_choice
 from fitune.data.packing import Layout, lay_out, write_layout
 from fitune.data.row_store import RowStore, _first_occurrences
 from fitune.data.token_encoder import TokenEncoder
+from fitune.data.token_file import TokenBatch, TokenFile, write_tokens
 from fitune.data.token_report import token_statistics
 
 CHARACTERS = list(" \n\t\r'sS.?  ab1234567") * 20 + [
@@ -101,6 +102,17 @@ def test_texts_are_split_and_conversations_cut():
     assert pieces == [[(0, 0, 5)], [(1, 0, 10)], [(3, 0, 10)], [(3, 10, 20)], [(3, 20, 23)], [(4, 0, 10)]]
 
 
+def test_a_piece_of_a_row_has_its_own_labels(tmp_path):
+    """Tokens 2, 3, 7 and 8 of the second row are trained; its piece begins at 2, and nothing stands before that."""
+    ids, edges = np.arange(13, dtype=np.int32), np.array([0, 1, 2, 4, 7, 9], np.int32)
+    batch = TokenBatch(ids, np.array([3, 10]), edges, np.array([1, 2]), np.array([False, True]))
+    write_tokens(tmp_path / "tokens.arrow", [batch])
+    tokens = TokenFile(tmp_path / "tokens.arrow")
+    found, labels = tokens.read(1, 2, 8)
+    assert found.tolist() == [5, 6, 7, 8, 9, 10]
+    assert labels.tolist() == [-100, 6, -100, -100, -100, 10]
+
+
 def test_statistics():
     tokens, trained = np.array([1, 2, 3, 4, 5, 600], np.uint32), np.array([0, 1, 1, 2, 2, 300], np.uint32)
     assert token_statistics(tokens, trained) == {
@@ -129,3 +141,15 @@ def test_repeated_rows_are_written_pass_by_pass(tmp_path):
     store._rows, store.sizes = tmp_path / "rows", np.array([2, 3, 4], np.uint32)
     store.write(tmp_path / "out", np.array([1, 3, 2], np.uint16))
     assert (tmp_path / "out").read_bytes() == b"a\nbb\nccc\nbb\nccc\nbb\n"
+
+
+def test_what_is_sampled_does_not_depend_on_what_is_held_out():
+    """Half of the rows that are left, though those that were held out are the ones with the lowest numbers."""
+    rows = 20_000
+    store = RowStore.__new__(RowStore)
+    store.hashes = np.random.default_rng(5).integers(0, 2**64, (rows, 2), np.uint64, endpoint=False)
+    store.is_test, store.source = np.zeros(rows, bool), np.zeros(rows, np.uint16)
+    selection = store.select(seed=3, weights=[0.5], split_fraction=[0.3])
+    left = rows - int(selection.test.sum())
+    assert left == 0.7 * rows
+    assert abs((selection.train_repeats > 0).sum() / left - 0.5) < 6 * (0.25 / left) ** 0.5

@@ -93,6 +93,8 @@ def test_a_resume_that_began_is_not_finished_by_the_result_before_it(make):
     [
         ("lora.r=5", r"started with lora\.r 64, not 5: not the same run"),
         ("training.optim=sgd", r"started with training\.optim None, not sgd"),
+        ("seed=3", "started with seed 42, not 3"),
+        ("training.weight_decay=0.3", r"started with training\.weight_decay None, not 0\.3"),
         ("training.learning_rate=1", "raise training.max_steps; other changes would have no effect"),
         ("training.max_steps=3", "other changes would have no effect"),
         ("training.max_steps=-1", "raise training.num_train_epochs; other changes"),  # 3 epochs are 6 steps

@@ -154,6 +154,7 @@ def test_every_rank_holds_its_share_and_the_logits_are_the_unsharded_models(
             assert set(found["saved"].values()) == ({True} if rank == 0 else {None}), case
             assert torch.equal(found["logits"], first["logits"]), case
 
+        assert {weight.dtype for weight in first["trainable"].values()} == {torch.float32}, f"{case}: for the optimizer"
         found = {"logits": first["logits"]} | first["gradients"]
         assert set(found) == set(expected) and len(found) > 1
         config = LlamaConfig.from_pretrained(uneven_base)
@@ -287,6 +288,22 @@ def test_local_rows_are_those_of_torch_chunk(world_size):
         chunks += [[]] * (world_size - len(chunks))
         rows = [sharding.local_rows(total, rank, world_size) for rank in range(world_size)]
         assert [list(range(*pair)) for pair in rows] == chunks
+
+
+def _gradients_of_own_rows(run) -> dict[str, torch.Tensor]:
+    """Whole gradients, averaged over ranks that each saw another row."""
+    model, _ = sharded_model(run)
+    tokens = TOKENS[torch.distributed.get_rank()].unsqueeze(0)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def test_gradients_are_reduced_in_float32(uneven_base, make_run, tmp_path):
+    """Where layers compute in bf16: the mean of two bf16 numbers is seldom one itself."""
+    run = make_run(uneven_base, tmp_path, "full", processes=2, mixed_precision="bf16")
+    for name, gradient in run_ranks(_gradients_of_own_rows, 2, run)[0].items():
+        assert gradient.dtype == torch.float32, name
+        assert (gradient.bfloat16().float() != gradient).any(), name
 
 
 def _left_to_run(run) -> int:

@@ -32,6 +32,7 @@ def test_nothing_that_fits_is_faster(recipe, profile):
     run = resolve(recipe, profile)
     assert not run.left_to_plan
     chosen, stated = setup(run), limits_of(run)
+    assert chosen.micro_batch * chosen.accumulation * chosen.ranks == run.recipe.global_batch_size
     room = replace(stated, gpu=stated.gpu / (1 + ERROR))
     gpu = likely_model(stated.gpu)
     assert fits(chosen, room)

@@ -158,6 +158,9 @@ def test_what_is_turned_on_moves_bytes_where_it_says():
     assert "sharded weights" not in gpu_peak(offloaded).components
     grown = host_moments(offloaded)["step"]["offloaded weights"] - host_moments(base)["step"]["offloaded weights"]
     assert grown == pytest.approx(80 * base.layer_weights)
+    two = replace(offloaded, ranks=2)
+    here, apart = (host_moments(replace(two, machines=n))["step"]["offloaded weights"] for n in (1, 2))
+    assert apart == pytest.approx(here / 2), "RAM is that of one machine"
     kept = replace(base, kept_layers=base.shape.layers)
     assert gpu_peak(kept).total > gpu_peak(base).total + 35 * GIB
     activations = replace(base, activation_offload=True)
@@ -181,6 +184,17 @@ def test_disk_holds_one_checkpoint_more_than_are_kept():
 
 
 # Verdicts and changes
+
+
+def test_a_run_needs_room_for_its_checkpoints_its_result_and_the_download():
+    run = resolve("llama3_70b_qlora", "fsdp_4x24gb", ("training.save_total_limit=2",))
+    space = make_plan(run, limits_of(run)).disk
+    needed = {"disk": space["checkpoints"] + space["result"], "download_disk": space["download"]}
+    assert min(space["checkpoints"], space["result"], space["download"]) > 0
+    for name, size in needed.items():
+        for room, fitting in ((1.01, True), (0.99, False)):
+            limits = replace(limits_of(run), **{name: size * room / GIB})
+            assert make_plan(run, limits).fits is fitting, (name, room)
 
 
 def test_a_plan_that_fits_says_by_how_much():

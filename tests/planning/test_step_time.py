@@ -52,3 +52,5 @@ def test_money_is_hours_times_price():
     plan = make_plan(run, limits_of(run), price=2.0)
     assert plan.time.cost == pytest.approx(plan.time.hours * 2.0)
     assert plan.time.hours == pytest.approx(100 * plan.time.parts["total"] / 3600)
+    tokens = run.recipe.global_batch_size * run.recipe.max_length  # of a step
+    assert plan.time.tokens_per_second == pytest.approx(tokens / plan.time.parts["total"])

@@ -10,8 +10,16 @@ from ranks import run_ranks, train_here
 from fitune.errors import FituneError
 
 
-def poisoned(run) -> tuple[str, str]:
-    """Trains with a loss that turns to NaN on the last rank in the third step; the error, and that batch's text."""
+def not_a_number(loss: torch.Tensor) -> torch.Tensor:
+    return loss * torch.nan
+
+
+def finite_with_a_gradient_that_is_not(loss: torch.Tensor) -> torch.Tensor:
+    return loss + (0 * loss).sqrt()
+
+
+def poisoned(run, poison_of=not_a_number) -> tuple[str, str]:
+    """Trains with a poisoned loss on the last rank in the third step; the error, and that batch's text."""
     import torch.distributed as dist
 
     from fitune.training.trainer import ShardedSFTTrainer
@@ -24,7 +32,7 @@ def poisoned(run) -> tuple[str, str]:
         if self.state.global_step != 2 or dist.get_rank() != dist.get_world_size() - 1:
             return loss
         texts.append(self.processing_class.decode(inputs["input_ids"].flatten()))
-        return loss * torch.nan
+        return poison_of(loss)
 
     ShardedSFTTrainer.compute_loss = poison
     with pytest.raises(FituneError) as caught:
@@ -48,3 +56,15 @@ def test_all_ranks_stop_before_the_optimizer_step(method, packing, make_run, tin
     checkpoints = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-1", "checkpoint-2"], "no checkpoint of the bad step"
     assert not run.result_folder.exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_them_too(make_run, tiny_base, tmp_path):
+    """Whatever the losses say; then the rows of all ranks are named."""
+    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    run = make_run(tiny_base, tmp_path, "lora", processes=2, batch=2, training=training)
+    (message, _), (other_message, _) = run_ranks(poisoned, 2, run, finite_with_a_gradient_that_is_not)
+    assert message == other_message
+    assert message.startswith("step 3: the gradient's norm is nan; all losses are finite: ")
+    assert len(set(re.findall(r"train\.jsonl:(\d+)", message))) == 2, "a row of each rank"
+    checkpoints = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-1", "checkpoint-2"], "no checkpoint of the bad step"

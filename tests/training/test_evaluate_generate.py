@@ -14,7 +14,7 @@ from fitune.data.dataset import load_tokenizer
 from fitune.export.chat_record import ChatRecord, read_chat_record
 from fitune.model.sharding import local_part
 from fitune.training.evaluate import evaluate
-from fitune.training.generate import generate
+from fitune.training.generate import Answerer, generate
 from fitune.training.result import save_result
 from fitune.weights.base_identity import identify_base
 
@@ -44,8 +44,9 @@ def ask(run) -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["rows", "packed"])
 def runs(request, make_run, tiny_base, tmp_path_factory):
-    """The same lora run resolved for one and for two processes, its adapter written."""
-    folder, options = tmp_path_factory.mktemp("run"), {"batch": 2, "micro_batch": 1, "packing": request.param}
+    """The same lora run resolved for one and for two processes, its adapter written; dropout is for training alone."""
+    folder = tmp_path_factory.mktemp("run")
+    options = {"batch": 2, "micro_batch": 1, "packing": request.param, "lora": {"dropout": 0.3}}
     by_processes = {n: make_run(tiny_base, folder, "lora", processes=n, **options) for n in (1, 2)}
     run_ranks(write_adapter, 1, by_processes[1])
     return by_processes
@@ -127,6 +128,27 @@ def test_answers_equal_plain_generation(runs, processes):
         for label, model in (("base", base), ("tuned", tuned)):
             assert entry[label] == _plain_answer(model, tokenizer, entry["messages"])
     assert any(entry["base"] != entry["tuned"] for entry in answers)
+
+
+def sampled(run) -> list[str]:
+    """The answers that this rank computes, drawn at a temperature."""
+    answers, answer = [], Answerer.answer
+
+    def recorded(self, *asked):
+        answers.append(answer(self, *asked))
+        return answers[-1]
+
+    Answerer.answer = recorded
+    options = {"prompt": PROMPTS, "test": 0, "chat": False, "max_new_tokens": 12, "json": None, "force": False}
+    generate(run, Namespace(**options, temperature=1.5))
+    return answers
+
+
+def test_all_ranks_draw_the_same_answer(runs):
+    """Else one would stop while another waits for it to gather the next layer."""
+    one, two = run_ranks(sampled, 2, runs[2])
+    assert one == two
+    assert len(one) == 2 * len(PROMPTS) and len(set(one)) > 1
 
 
 def test_a_full_run_is_evaluated_against_its_base(make_run, tiny_base, tmp_path):

@@ -76,7 +76,7 @@ def _weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("method", "processes", "rate"), [("full", 2, 10), ("lora", 1, 2), ("qlora", 2, 2)])
 def test_the_best_evaluation_becomes_the_result(method, processes, rate, make_run, tiny_base, tmp_path):
     training = {**EACH_STEP, **WORSE_LATER, "learning_rate": rate, "load_best_model_at_end": True}
-    training["save_total_limit"] = 2
+    training |= {"save_steps": 1, "save_total_limit": 2}
     run = make_run(tiny_base, tmp_path / "run", method, processes=processes, batch=2, training=training)
     run_ranks(train_here, processes, run)
     losses = _logged(run, "eval_loss")

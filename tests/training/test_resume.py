@@ -34,7 +34,7 @@ def _metrics(run) -> list[dict]:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    keys = ("step", "loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy")
+    keys = ("step", "loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy", "num_tokens")
     return [{key: line[key] for key in keys} for line in steps]
 
 

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,32 @@ def test_shards_respect_the_limit_and_the_index_names_them(tmp_path):
     for file in folder.glob("*.safetensors"):
         tensors, _ = read_header(file)
         assert len(tensors) == 1 or sum(info.nbytes for info in tensors.values()) <= 50
+
+
+def test_tensors_begin_where_a_reader_can_map_them(tmp_path):
+    """At a multiple of 8 bytes, whatever the length of the names before them."""
+    for name in ("a", "ab", "abc", "abcdefgh"):
+        tensors, _ = read_header(_write(tmp_path / name, {name: torch.ones(3)}) / "model.safetensors")
+        assert tensors[name].offset % 8 == 0
+
+
+def test_hashes_are_those_of_the_files_which_the_disk_has(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def note(handle):
+        fsync(handle)
+        flushed.append(Path(f"/proc/self/fd/{handle}").resolve().name)
+
+    monkeypatch.setattr(os, "fsync", note)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+    writer = CheckpointWriter(tmp_path, specs, max_shard_bytes=50, hashed=True)
+    for name, tensor in TENSORS.items():
+        writer.write(name, tensor)
+    writer.close()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    assert writer.hashes == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert flushed == [file.name for file in files]
 
 
 @pytest.mark.parametrize("umask, mode", [(0o077, 0o600), (0o022, 0o644)])

@@ -1,0 +1,74 @@
+"""The list of planted faults does not rot, and what plants them says which one lives."""
+
+import subprocess
+import sys
+
+import pytest
+from fault_list import ROOT, WINGS, Fault, all_faults, missing_tests, planted, read_faults
+from plant import plant
+
+FAULTS = all_faults()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.wing}: {fault.name}")
+def test_a_fault_can_be_planted_and_its_tests_are_there(fault):
+    planted(fault)
+    assert fault.tests
+    assert not missing_tests(fault)
+
+
+def test_every_wing_has_its_faults():
+    for wing in WINGS:
+        assert read_faults(wing), wing
+    for fault in FAULTS:
+        folder = fault.file.split("/")[1]
+        assert fault.wing == (folder if folder in WINGS else "cli"), f"{fault.name}: of {fault.wing}?"
+    assert len({(fault.file, fault.text, fault.becomes) for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A package with a function, and two tests: one that holds what it returns, one that does not look."""
+    (tmp_path / "fitune").mkdir()
+    (tmp_path / "fitune/one.py").write_text("def one():\n    return 1\n")
+    (tmp_path / "test_one.py").write_text(
+        "from fitune.one import one\n\n\ndef test_value():\n    assert one() == 1\n\n\ndef test_nothing():\n    one()\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "becomes", "tests", "problem"),
+    [
+        ("return 1", "return 2", ["test_one.py::test_value"], None),
+        ("return 1", "return 2", ["test_one.py::test_nothing"], "LIVES: its tests pass"),
+        ("return 1", "return 2", ["test_one.py"], None),
+        ("return 3", "return 2", ["test_one.py"], "cannot be planted: fitune/one.py: the text stands there 0 times"),
+        ("n", "m", ["test_one.py"], "cannot be planted: fitune/one.py: the text stands there 2 times"),
+        ("return 1", "return 1", ["test_one.py"], "cannot be planted: fitune/one.py: nothing is changed"),
+        ("return 1", "return (", ["test_one.py"], "cannot be planted: '(' was never closed"),
+        ("return 1", "return 2", ["test_one.py::test_gone"], "no such test: test_one.py::test_gone"),
+        ("def one", "def two", ["test_one.py"], "its tests could not be run (pytest's exit code 2)"),
+    ],
+)
+def test_a_fault_is_noticed_or_its_problem_named(text, becomes, tests, problem, tree):
+    files = [path.relative_to(tree) for path in tree.rglob("*.py")]
+    before = {path: (tree / path).read_bytes() for path in files}
+    outcome = plant(Fault("cli", "a fault", "fitune/one.py", text, becomes, tuple(tests)), files, tree)
+    assert outcome.problem is None if problem is None else outcome.problem.startswith(problem), outcome
+    assert {path: (tree / path).read_bytes() for path in files} == before, "only the copy is changed"
+    assert sorted(path.relative_to(tree) for path in tree.rglob("*") if path.is_file()) == sorted(files)
+
+
+def test_tests_that_take_too_long_are_no_verdict(tree):
+    (tree / "test_one.py").write_text("import time\n\n\ndef test_value():\n    time.sleep(60)\n")
+    files = [path.relative_to(tree) for path in tree.rglob("*.py")]
+    fault = Fault("cli", "a fault", "fitune/one.py", "return 1", "return 2", ("test_one.py",))
+    assert plant(fault, files, tree, timeout=1).problem == "no verdict after 1 s"
+
+
+def test_the_command_names_what_it_does_not_know():
+    command = [sys.executable, str(ROOT / "tests/planted/plant.py")]
+    for arguments, said in ((["trainig"], "no wing trainig"), (["--match", "no such fault"], "no fault matches")):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and said in done.stderr
