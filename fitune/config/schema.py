@@ -43,12 +43,17 @@ class Source(Strict):
     revision: str | None = None
     "Branch, tag or commit on the Hub."
     train_split: str = "train"
+    "Split to learn from, or several: `train+validation`. A file in a folder belongs to the split in its name."
     test_split: str | None = "test"
+    "Split held out for `eval`; null takes `data.test_fraction` of the training rows instead."
     format: DataFormat | None = None
     "As in `data`."
     columns: dict[str, str] = {}
+    "As in `data`."
     keep: dict[str, Any] = {}
+    "As in `data`."
     ignored_keys: list[str] = []
+    "As in `data`."
     weight: RowWeight = 1.0
     "Times each training row is taken: 0.5 takes a random half of the rows, 2 takes each twice."
 
@@ -59,12 +64,15 @@ class Data(Strict):
     dataset: str
     "What `prepare` reads: a Hub id, a local file (.jsonl, .json, .parquet, .arrow, .csv) or a folder of them."
     revision: str | None = None
+    "Branch, tag or commit of the data set on the Hub."
     prepared: str
     "Folder with train.jsonl and test.jsonl: `prepare` writes it, `train` and `eval` read it."
     train_split: str = "train"
+    "Split to learn from, or several: `train+validation`. A file in a folder belongs to the split in its name."
     test_split: str | None = "test"
     "Split held out for `eval`; null takes `test_fraction` of the training rows instead."
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    "Share of the training rows that is held out where there is no test split."
     system_message: str | None = None
     "Put first in conversations that have no system message."
     chat_template: str = "llama3"
@@ -95,9 +103,13 @@ class Lora(Strict):
     """Shape of the low-rank adapter, in PEFT's terms."""
 
     r: PositiveInt = 16
+    "Rank of the two small matrices. A larger one learns more and takes more memory."
     alpha: PositiveFloat = 8
+    "The adapter's output is multiplied by alpha / r."
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    "Share of the adapter's inputs that is set to zero in training. 0 is fastest."
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    "Linear layers that get an adapter: all of a block, or some by name, such as [q_proj, v_proj]."
     trainable_tokens: list[str] = []
     "Tokens whose embedding rows are trained too (the base model never saw the llama3 template's tokens)."
 
@@ -115,17 +127,23 @@ class Recipe(Strict):
     """WHAT is learned. One file in recipes/."""
 
     description: str
+    "One line, which `list` prints."
     base: Base
+    "The model that is fine-tuned."
     data: Data
+    "What is learned from."
     method: Method
+    "`full` trains every weight, `lora` an adapter beside bf16 weights, `qlora` an adapter beside 4-bit weights."
     lora: Lora | None = None
+    "Shape of the adapter, for the methods lora and qlora."
     max_length: PositiveInt
-    "Tokens per row; longer rows are cut, shorter ones packed."
+    "Tokens per row. `data.long_rows` says what becomes of longer rows, `packing` of shorter ones."
     packing: Flag = True
     "Fill each row with whole conversations (best fit decreasing) that do not see each other."
     global_batch_size: PositiveInt
     "Rows per optimizer step over all processes."
     seed: Annotated[int, Field(ge=0)] = 42
+    "Decides the adapter's first weights, dropout, the order of rows and the rows held out."
     early_stopping: EarlyStopping | None = None
     "By `training.metric_for_best_model`; null trains to the end."
     training: dict[str, Any] = {}
@@ -155,28 +173,30 @@ class Profile(Strict):
     """WHERE it fits. One file in recipes/memory_profiles/."""
 
     description: str
+    "One line, which `list` prints."
     accelerate_config: str
     "Name of the file in accelerate_configs/ that starts the processes."
     num_gpus: Annotated[int, Field(ge=0)]
     "GPUs over all machines; 0 trains on the CPU."
     gpu_memory_gib: PositiveFloat | None = None
-    "Memory of one GPU."
+    "Memory of one GPU that a run may take."
     host_memory_gib: PositiveFloat
     "RAM of one machine."
     fits: dict[str, list[Method]]
     "Methods by model size, as it appears in recipe names: `70b: [qlora]`."
     micro_batch: Rows | dict[str, Rows] = AUTO
-    "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: auto}`. `auto`: see below."
+    "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: auto}`. `auto`: as below."
     kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = AUTO
     """Layers that keep their activations for the backward pass; the others keep their input and compute the rest again.
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
     """
     compute: Literal["auto", "bf16", "fp8"] = AUTO
     """In what a frozen base is multiplied in training: `fp8` needs a GPU of compute capability 8.9 or higher.
-    `auto`: `fitune.planning.compute` says what it takes. CPUs compute in float32, and emulate fp8.
+    `auto`: bf16, but where it was shown that fp8 learns as well (`fitune.planning.compute`). CPUs compute in float32,
+    and emulate fp8.
     """
     activation_offload: Flag = False
-    "Move those inputs to host RAM until the backward pass needs them."
+    "Move the inputs of layers that are not kept to host RAM until the backward pass needs them."
     embedding_offload: Flag = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."
     expected: dict[str, Expectation] = {}
@@ -223,10 +243,15 @@ class AccelerateConfig(Strict):
     """HOW processes start: what fitune reads of a file in accelerate_configs/."""
 
     path: str
+    "The file."
     num_processes: PositiveInt
+    "Processes over all machines, one for each GPU."
     num_machines: PositiveInt = 1
+    "Machines; `train --machine-rank` says which one this is."
     use_cpu: Flag = False
+    "Train on the CPU. Only tiny models do that in reasonable time."
     mixed_precision: Literal["no", "bf16"] = "no"
+    "What is computed in: `bf16` on GPUs, where `no` is refused."
     offload_params: Flag = False
     "Keep sharded weights in host RAM; a layer visits the GPU while it computes."
     reshard_after_forward: Flag = True
