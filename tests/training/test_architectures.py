@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from fitune.export.merge import merge_adapter, merge_run
 from fitune.model.sharding import local_part, local_rows
 from fitune.weights.model_files import EMBEDDING, HEAD
+from fitune.weights.quantize import quantize
 from fitune.weights.safetensors_files import Checkpoint
 
 LENGTH = 40
@@ -120,6 +121,20 @@ def test_merged_they_answer_as_base_and_adapter_do(method, uneven_base, make_run
             found = plain_model(merged)(tokens).logits
         assert_equal_but_for_rounding(found, expected, additions, of=case)
         assert AutoConfig.from_pretrained(merged).tie_word_embeddings == config.tie_word_embeddings
+
+
+def test_quantised_beforehand_they_are_the_same_to_the_last_bit(uneven_base, make_run, tmp_path):
+    runs = {}
+    for case in ("biases", "qwen2, tied", "qwen3, biases"):
+        base = base_like(uneven_base, tmp_path / case, **BASES[case])
+        for kind in (base, quantize(base, tmp_path / f"{case}-nf4", torch.device("cpu"))):
+            runs[case, kind == base] = make_run(kind, tmp_path, "qlora", processes=2)
+    tokens = torch.randint(0, 509, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    for report in run_ranks(_losses_and_gradients, 2, runs, tokens):
+        for (case, from_bf16), (loss, _, gradients) in report.items():
+            expected_loss, _, expected = report[case, True]
+            assert torch.equal(loss, expected_loss), (case, from_bf16)
+            assert all(torch.equal(gradients[name], expected[name]) for name in expected), (case, from_bf16)
 
 
 def test_a_tied_model_trained_fully_leaves_one_tensor(tied_base, make_run, tmp_path):
