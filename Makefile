@@ -64,6 +64,7 @@ real: $(DEV_INSTALLED)  ## make models/smollm2-135m, a real small model, and run
 
 bench: setup  ## regenerate the tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/machines.py
 	$(BIN)/python benchmarks/accuracy.py
 
 train-8b-qlora-1x24gb: setup  ## Llama 3 8B, QLoRA, one 24 GB GPU

@@ -12,10 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import is_whole, measured_tiers, whole_shape
+from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
-from fitune.planning.hardware import gpu_model
+from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import MEASURED, gpu_moments, gpu_peak, host_peak
-from fitune.planning.model_shapes import find_shape
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds

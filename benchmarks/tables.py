@@ -12,13 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune.config import run as runs
+from fitune.config.model_shapes import ModelShape, find_shape
 from fitune.config.schema import Run
 from fitune.config.shipped import PROFILES
 from fitune.planning.fill import filled, resolve
-from fitune.planning.hardware import gpu_model
+from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import limits_of
 from fitune.planning.memory import gpu_peak, host_peak
-from fitune.planning.model_shapes import ModelShape, find_shape
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
 

@@ -5,13 +5,14 @@ Nothing heavy is imported before a command needs it: `--help`, `list` and `show`
 
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
 from fitune.config import run as runs
 from fitune.config.command_name import command, remember
-from fitune.config.shipped import PROFILES, RECIPES, names
+from fitune.config.shipped import PROFILES, RECIPES
 from fitune.errors import FituneError, UsageError
 
 
@@ -39,22 +40,22 @@ class Cli(Command, click.Group):
             ctx.exit(error.exit_code)
 
 
-def completed_from(folder: Path):
-    """Shell completion from the YAML files of a folder."""
-    return lambda ctx, param, incomplete: [name for name in names(folder) if name.startswith(incomplete)]
+def recipes_and_profiles(kind: str):
+    """Shell completion of a recipe or a profile, shipped or in a file."""
+
+    def complete(ctx, param, incomplete):
+        from fitune.config.catalogue import completed
+
+        return completed(RECIPES if kind == "recipe" else PROFILES, kind)(ctx, param, incomplete)
+
+    return complete
 
 
-recipe_argument = click.argument("recipe", shell_complete=completed_from(RECIPES))
+recipe_argument = click.argument("recipe", shell_complete=recipes_and_profiles("recipe"))
 profile_option = click.option(
     "--profile",
-    required=True,
-    help="Memory profile (see `list`) or a .yaml file.",
-    shell_complete=completed_from(PROFILES),
-)
-fitting_profile_option = click.option(
-    "--profile",
-    help="Memory profile. [default: the fastest that fits this machine]",
-    shell_complete=completed_from(PROFILES),
+    help="Memory profile (see `list`) or a .yaml file. [default: what is fastest on this machine]",
+    shell_complete=recipes_and_profiles("profile"),
 )
 set_option = click.option(
     "--set",
@@ -79,12 +80,13 @@ def cli(debug):
     """Fine-tune Llama 3, 70B above all, on the GPUs you own."""
 
 
-@cli.command("list", epilog="Example:  fitune list")
-def list_command():
-    """Recipes, memory profiles, accelerate configs, and which go together."""
+@cli.command("list", epilog="Example:  fitune list   or   list my_recipes")
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+def list_command(folder):
+    """Recipes, memory profiles, accelerate configs, and which go together: what is shipped, or FOLDER's own."""
     from fitune.config.catalogue import print_catalogue
 
-    print_catalogue()
+    print_catalogue(folder)
 
 
 @cli.command(epilog="Example:  fitune show llama3_70b_qlora --profile fsdp_4x24gb")
@@ -96,18 +98,24 @@ def show(recipe, profile, sets, output):
     """The resolved run.yaml and the exact launch line; loads nothing."""
     from fitune.planning.fill import resolve
 
-    run = resolve(recipe, profile, sets, output)
+    run = resolve(recipe, profile, sets, output) if profile else _fastest_here(recipe, sets, output)
     click.echo(runs.dump(run), nl=False)
     click.echo("\n# " + _launch_line(run, "fitune.training.train"))
 
 
 @cli.command(epilog="Example:  fitune plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
 @recipe_argument
-@fitting_profile_option
-@click.option("--gpus", type=int, help="Number of GPUs, instead of this machine.")
+@profile_option
+@click.option("--gpus", type=int, help="Number of GPUs, instead of this machine. [default with --gpu: 1]")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
 @click.option("--host-memory", type=float, metavar="GIB", help="RAM. [default: not checked]")
-@click.option("--gpu", metavar="MODEL", help="GPU model for the time, such as H100. [default: by its memory]")
+@click.option("--gpu", metavar="MODEL", help="GPU model, such as 'RTX 4090': its speed, and its memory.")
+@click.option(
+    "--gpu-tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Its dense bf16 TFLOP/s, for a model that the table does not have.",
+)
 @click.option("--find", is_flag=True, help="The fastest profile that fits the hardware, here or given with --gpus.")
 @click.option("--all", "all_tiers", is_flag=True, help="Every profile against every method.")
 @click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together.")
@@ -118,13 +126,13 @@ def show(recipe, profile, sets, output):
 @click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
 def plan(recipe, profile, sets, **options):
     """Does it fit, where do the bytes go, how long will it take; loads nothing."""
-    from fitune.planning.report import plan_command
+    from fitune.planning.command import plan_command
 
     plan_command(recipe, profile, sets, **options)
 
 
 @cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
-@click.argument("recipe", required=False, shell_complete=completed_from(RECIPES))
+@click.argument("recipe", required=False, shell_complete=recipes_and_profiles("recipe"))
 @click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
@@ -192,50 +200,51 @@ def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice
     )
 
 
+def machine_options(command):
+    """The flags by which each of several machines is told its place."""
+    for option in (
+        click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines."),
+        click.option("--main-process-ip", help="Address of machine 0."),
+        click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0."),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
-@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=completed_from(RECIPES))
-@fitting_profile_option
+@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=recipes_and_profiles("recipe"))
+@profile_option
 @set_option
 @output_option
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_FOLDER, or in --output, from its checkpoints.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, help="Resume by itself after so many crashes.")
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
-@click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines.")
-@click.option("--main-process-ip", help="Address of machine 0.")
-@click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0.")
-def train(
-    recipe,
-    profile,
-    sets,
-    output,
-    resume,
-    max_restarts,
-    dry_run,
-    force,
-    machine_rank,
-    main_process_ip,
-    main_process_port,
-):
-    """Write run.yaml, then start the processes with accelerate launch.
+@click.option("--machines", type=click.IntRange(min=1), help="Number of machines like this one, without --profile.")
+@machine_options
+def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, machines, **place):
+    """Write run.yaml and accelerate.yaml, then start the processes with accelerate launch.
+
+    Without --profile, `plan` finds what is fastest on this machine: GPUs, what lies in RAM, rows a pass, kept layers.
 
     `train --resume RUN_FOLDER` continues a run as it was, from its newest whole checkpoint; --set and --profile change
     it. SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
     """
-    from fitune.launching.launch import train_with_restarts
-    from fitune.launching.preflight import check_before_training
-    from fitune.launching.run_folder import as_started, nothing_left, open_run_folder, wait_for_run_folder
+    from fitune.launching.machines import check_machine_flags
+    from fitune.launching.run_folder import as_started, nothing_left
     from fitune.planning.fill import filled_here
 
     again = (Path(recipe) / "run.yaml").is_file()
+    if machines and (profile or again):
+        raise UsageError("--machines is for a run without --profile: a profile's accelerate config has num_machines")
     if again:
         run = _run_to_continue(Path(recipe), profile, sets, output, resume)
-    else:
-        if profile is None:
-            profile, changes = _profile_for_this_machine(recipe, sets)
-            sets += changes
+    elif profile:
         run = runs.resolve(recipe, profile, sets, output)
+    else:
+        run = _fastest_here(recipe, sets, output, resume, machines or 1)
     if not dry_run:
+        check_machine_flags(run, **place)
         if resume and (finished := nothing_left(run)):
             click.echo(finished)
             return
@@ -249,16 +258,7 @@ def train(
         return
     if chosen:
         click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
-    check_before_training(run, force=force)
-    click.echo(_launch_line(run, "fitune.training.train", *(["--resume"] if resume else [])))
-    flags = {
-        "--machine_rank": machine_rank,
-        "--main_process_ip": main_process_ip,
-        "--main_process_port": main_process_port,
-    }
-    given = tuple(str(part) for flag, value in flags.items() if value is not None for part in (flag, value))
-    with wait_for_run_folder(run) if machine_rank else open_run_folder(run, resume):
-        code = train_with_restarts(run, resume=resume, max_restarts=max_restarts, accelerate_flags=given)
+    code = _train(run, resume=resume, max_restarts=max_restarts, force=force, **place)
     if code:
         sys.exit(code)
     click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}")
@@ -267,13 +267,14 @@ def train(
 @cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @force_option
-def eval_command(run_folder, force):
+@machine_options
+def eval_command(run_folder, force, **place):
     """Loss, perplexity and token accuracy on the test split, base against tuned.
 
     RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N.
     """
     run = _run_or_checkpoint(run_folder)
-    _launch(run, "fitune.training.evaluate", *_checkpoint_flag(run), *(["--force"] if force else []))
+    _launch(run, "fitune.training.evaluate", *_checkpoint_flag(run), *(["--force"] if force else []), place=place)
 
 
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
@@ -285,7 +286,8 @@ def eval_command(run_folder, force):
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
 @force_option
-def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file, force):
+@machine_options
+def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file, force, **place):
     """Answers from base and tuned model side by side, or from a merged model.
 
     RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N.
@@ -312,7 +314,7 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
     else:
         run = _run_or_checkpoint(run_or_model)
-        _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments)
+        _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, place=place)
 
 
 @cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
@@ -423,16 +425,46 @@ def _run_to_continue(folder: Path, profile: str | None, sets: tuple[str, ...], o
     return runs.resolve_again(folder, profile, sets)
 
 
-def _profile_for_this_machine(recipe: str, sets: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """A profile's name, and the `--set` with which it fits."""
+def _fastest_here(recipe: str, sets: tuple[str, ...], output: str | None, resume: bool = False, machines: int = 1):
+    """The run that is fastest on this machine, or that was when it was started; says what was chosen."""
+    from fitune.launching.run_folder import found_before
     from fitune.planning.hardware import this_machine
-    from fitune.planning.search import find_profile, profile_as_typed, unlike_profile
+    from fitune.planning.search import find
 
-    run = find_profile(recipe, sets, this_machine()).run
-    click.echo(
-        f"profile: {profile_as_typed(run, sets)}, the fastest that fits this machine (see: {command()} plan {recipe})"
-    )
-    return run.profile_name, unlike_profile(run, sets)
+    machine = this_machine()
+    if resume and output and (run := found_before(recipe, sets, Path(output), len(machine.gpus))):
+        return run
+    found = find(recipe, sets, machine, output=output, machines=machines)
+    for line in (found.in_one_line(), found.why_idle(), machine.uneven):
+        if line:
+            click.echo(line, err=True)
+    return found.plan.run
+
+
+def _train(run, *, resume: bool, max_restarts: int, force: bool, **place) -> int:
+    """Checks, then starts this machine's ranks, with those of other machines if there are some; the exit code."""
+    from fitune.launching.launch import machine_flags, train_with_restarts
+    from fitune.launching.machines import Machines
+    from fitune.launching.preflight import check_before_training, fetch_base
+    from fitune.launching.run_folder import open_run_folder
+
+    several, rank = run.accelerate.num_machines > 1, place["machine_rank"] or 0
+    with ExitStack() as stack:
+        if not rank:
+            check_before_training(run, force=force)
+            stack.enter_context(open_run_folder(run, resume))
+        if several:
+            machines = stack.enter_context(Machines(run, rank, resume))
+            if rank:
+                run, resume = machines.settings_of_machine_0(run), machines.resume
+                check_before_training(run, force=force)
+        click.echo(_launch_line(run, "fitune.training.train", *(["--resume"] if resume else [])))
+        fetch_base(run)
+        if several:
+            machines.start_together()
+        return train_with_restarts(
+            run, resume=resume, max_restarts=max_restarts, accelerate_flags=machine_flags(**place)
+        )
 
 
 def _launch_line(run, module: str, *arguments: str) -> str:
@@ -441,10 +473,12 @@ def _launch_line(run, module: str, *arguments: str) -> str:
     return shlex.join(launch_line(run, module, *arguments))
 
 
-def _launch(run, module: str, *arguments: str, **options) -> None:
-    from fitune.launching.launch import launch
+def _launch(run, module: str, *arguments: str, place: dict) -> None:
+    from fitune.launching.launch import launch, machine_flags
+    from fitune.launching.machines import check_machine_flags
 
-    code = launch(run, module, *arguments, **options)
+    check_machine_flags(run, **place)
+    code = launch(run, module, *arguments, accelerate_flags=machine_flags(**place))
     if code:
         sys.exit(code)
 

@@ -130,8 +130,6 @@ def make_run(prepared):
         **recipe,
     ) -> Run:
         batch = batch or micro_batch * processes
-        accumulation, rest = divmod(batch, micro_batch * processes)
-        assert not rest
         return Run(
             fitune=__version__,
             recipe_name="test",
@@ -170,7 +168,7 @@ def make_run(prepared):
                 offload_params=offload_params,
                 reshard_after_forward=reshard_after_forward,
             ),
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=-(-batch // (micro_batch * processes)),
         )
 
     return make

@@ -11,9 +11,9 @@ import torch
 from patience import PATIENCE_SECONDS
 
 from benchmarks import tables, tier_run, tiers
+from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
 from fitune.planning.memory import MEASURED, gpu_peak
-from fitune.planning.model_shapes import find_shape
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
 

@@ -63,7 +63,7 @@ BAD = {
     "merge of no run": (["merge", "nowhere", "--output", "out"], "nowhere"),
     "prepare of nothing": (["prepare"], "--dataset"),
     "prepare of a missing file": (["prepare", "--dataset", "rows.jsonl", "--output", "out"], "rows.jsonl"),
-    "missing option": (["show", "tiny_qlora"], "--profile"),
+    "missing option": (["merge", "runs/none"], "--output"),
 }
 
 
@@ -117,7 +117,7 @@ def finished(tmp_path):
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, finished, monkeypatch, code):
     started = []
-    monkeypatch.setattr("fitune.launching.launch.launch", lambda run, *words: started.append(words) or code)
+    monkeypatch.setattr("fitune.launching.launch.launch", lambda run, *words, **_: started.append(words) or code)
     monkeypatch.setattr("fitune.training.manifest.find_damage", lambda folder: None)
     checkpoint = finished / "checkpoints/checkpoint-1"
     assert cli("eval", finished).exit_code == code
@@ -142,6 +142,7 @@ def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, fini
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_a_run_that_failed_is_not_said_to_have_a_result(cli, monkeypatch, tmp_path, code):
     monkeypatch.setattr("fitune.launching.preflight.check_before_training", lambda run, force: None)
+    monkeypatch.setattr("fitune.launching.preflight.fetch_base", lambda run: None)
     monkeypatch.setattr("fitune.launching.launch.train_with_restarts", lambda run, **options: code)
     monkeypatch.setattr("fitune.config.run.check_paths", lambda *names: None)
     result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run")
@@ -183,7 +184,7 @@ def test_doctor_names_every_finding_and_what_to_do(cli, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     result = cli("doctor", "--model", "./nowhere")
     lines = result.output.splitlines()
-    for name in ("python", "packages", "torch", "GPUs", "host RAM", "disk", "login", "base model", "best profile"):
+    for name in ("python", "packages", "torch", "GPUs", "host RAM", "disk", "login", "base model", "fastest"):
         assert any(line.startswith(("ok", "bad", "--")) and f" {name} " in line for line in lines), name
     assert "./nowhere: no such folder" in result.output
     assert result.exit_code in (0, 1) and "Traceback" not in result.output

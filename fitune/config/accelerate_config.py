@@ -12,6 +12,8 @@ from fitune.config.yaml_file import parse, read_yaml
 from fitune.errors import UsageError, nearest
 
 USED_FSDP_KEYS = {"fsdp_version", "fsdp_offload_params", "fsdp_reshard_after_forward", "fsdp_state_dict_type"}
+DEFAULT_PORT = 29500
+"On machine 0, where there are several."
 IGNORED_FSDP_KEYS = {
     "fsdp_activation_checkpointing": "set kept_layers in the memory profile",
     "fsdp_activation_checkpointing_offload": "set activation_offload in the memory profile",
@@ -34,6 +36,8 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
         "path": str(path),
         "num_processes": data["num_processes"],
         "num_machines": data.get("num_machines", 1),
+        "main_process_ip": data.get("main_process_ip"),
+        "main_process_port": data.get("main_process_port"),
         "use_cpu": use_cpu,
         "mixed_precision": data.get("mixed_precision", "no"),
         "offload_params": fsdp.get("fsdp_offload_params", False),
@@ -59,3 +63,23 @@ def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:
             f"{path}: fsdp_config.fsdp_state_dict_type must be SHARDED_STATE_DICT: each rank saves its part"
         )
     return fsdp
+
+
+def written_out(config: AccelerateConfig) -> str:
+    """The text of an accelerate config that starts the same processes."""
+    lines = ["distributed_type: FSDP", "fsdp_config:", "  fsdp_version: 2"]
+    lines += ["  fsdp_offload_params: true"] if config.offload_params else []
+    lines += [] if config.reshard_after_forward else ["  fsdp_reshard_after_forward: false"]
+    lines += ["use_cpu: true"] if config.use_cpu else [f"mixed_precision: {config.mixed_precision}"]
+    lines += [f"num_processes: {config.num_processes}"]
+    if config.num_machines > 1:
+        lines += [
+            f"num_machines: {config.num_machines}",
+            "machine_rank: 0  # train --machine-rank 1 on the second machine",
+            f"main_process_ip: {config.main_process_ip or 'null'}  # train --main-process-ip ADDRESS on all of them",
+            f"main_process_port: {config.main_process_port or DEFAULT_PORT}  # the same on all of them",
+        ]
+    else:
+        port = config.main_process_port
+        lines += [f"main_process_port: {port}" if port else "main_process_port: 0  # any free port"]
+    return "\n".join(lines) + "\n"

@@ -1,28 +1,115 @@
-"""What `fitune list` prints."""
+"""What `fitune list` prints: what is shipped, or the files of a folder of one's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.model_shapes import find_shape
+from fitune.config.schema import Profile, Recipe
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
+from fitune.config.yaml_file import read_yaml
+from fitune.errors import UsageError
+
+KEYS_OF = {
+    "recipe": {"base", "extends"}, "profile": {"accelerate_config"}, "accelerate config": {"distributed_type"},
+}  # fmt: skip
+"What kind of file it is shows in keys that the others don't have."
 
 
-def print_catalogue() -> None:
+@dataclass
+class Catalogue:
+    """What a folder holds, by the name to type."""
+
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    accelerate_configs: dict[str, Path] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    "Files that cannot be read, and why."
+
+
+def print_catalogue(folder: Path | None) -> None:
     """Recipes, profiles and accelerate configs, one line each, then which profiles go with which recipe."""
-    recipes = {name: runs.load_recipe(name) for name in names(RECIPES)}
-    profiles = {name: runs.load_profile(name) for name in names(PROFILES)}
-    _section("recipes", {name: f"{recipe.method:6}{recipe.description}" for name, recipe in recipes.items()})
-    _section("memory profiles", {name: profile.description for name, profile in profiles.items()})
-    _section("accelerate configs", {name: _launch_words(name) for name in names(ACCELERATE_CONFIGS)})
-    pairs = {
-        name: ", ".join(p for p, profile in profiles.items() if runs.goes_with(name, recipe, profile))
-        for name, recipe in recipes.items()
-    }
+    own = shipped = _shipped()
+    if folder:
+        own = own_files(folder)
+        if own == Catalogue():
+            raise UsageError(f"{folder}: no recipe, memory profile or accelerate config (*.yaml) in it")
+    _section("recipes", {name: f"{recipe.method:6}{recipe.description}" for name, recipe in own.recipes.items()})
+    _section("memory profiles", {name: profile.description for name, profile in own.profiles.items()})
+    _section("accelerate configs", {name: _launch_words(path) for name, path in own.accelerate_configs.items()})
+    _section("cannot be read", own.broken)
+    profiles = own.profiles if own is shipped else own.profiles | shipped.profiles
+    pairs = {name: _profiles_for(recipe, profiles) for name, recipe in own.recipes.items()}
     _section("profiles that go with each recipe", pairs)
 
 
-def _launch_words(name: str) -> str:
-    config = read_accelerate_config(ACCELERATE_CONFIGS / f"{name}.yaml")
+def own_files(folder: Path) -> Catalogue:
+    """The files of a folder and of the folders in it. Raises UsageError if there is no such folder."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    found = Catalogue()
+    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
+        _add(found, path)
+    return found
+
+
+def _add(found: Catalogue, path: Path) -> None:
+    try:
+        keys = read_yaml(path)
+        if KEYS_OF["recipe"] & keys.keys():
+            found.recipes[str(path)] = runs.load_recipe(str(path))
+        elif KEYS_OF["profile"] & keys.keys():
+            found.profiles[str(path)] = runs.load_profile(str(path))
+        elif KEYS_OF["accelerate config"] & keys.keys():
+            read_accelerate_config(path)
+            found.accelerate_configs[str(path)] = path
+    except UsageError as error:
+        found.broken[str(path)] = str(error)
+
+
+def completed(folder: Path, kind: str) -> Callable:
+    """Shell completion of names in a shipped folder and of paths to files of a kind, one of KEYS_OF."""
+
+    def complete(ctx, param, incomplete: str) -> list[str]:
+        shipped = [name for name in names(folder) if name.startswith(incomplete)]
+        parent, _, start = incomplete.rpartition("/")
+        here = sorted(Path(parent or ("/" if incomplete.startswith("/") else ".")).glob(f"{start}*"))
+        folders = [f"{path}/" for path in here if path.is_dir() and not path.name.startswith(".")]
+        return [*shipped, *(str(path) for path in here if path.suffix == ".yaml" and _is(path, kind)), *folders]
+
+    return complete
+
+
+def _is(path: Path, kind: str) -> bool:
+    try:
+        return bool(KEYS_OF[kind] & read_yaml(path).keys())
+    except UsageError:
+        return False
+
+
+def _shipped() -> Catalogue:
+    return Catalogue(
+        {name: runs.load_recipe(name) for name in names(RECIPES)},
+        {name: runs.load_profile(name) for name in names(PROFILES)},
+        {name: ACCELERATE_CONFIGS / f"{name}.yaml" for name in names(ACCELERATE_CONFIGS)},
+    )
+
+
+def _profiles_for(recipe: Recipe, profiles: dict[str, Profile]) -> str:
+    found = ", ".join(name for name, profile in profiles.items() if runs.goes_with(recipe, profile))
+    try:
+        find_shape(recipe.base.model, recipe.base.revision)
+    except UsageError:
+        return f"{found} (size not known: {recipe.base.model} is not there yet)"
+    return found
+
+
+def _launch_words(path: Path) -> str:
+    config = read_accelerate_config(path)
     words = [f"{config.num_processes} {'CPU' if config.use_cpu else 'GPU'} processes", config.mixed_precision]
     words += [f"{config.num_machines} machines"] if config.num_machines > 1 else []
     words += ["weights offloaded to host RAM"] if config.offload_params else []
@@ -30,6 +117,8 @@ def _launch_words(name: str) -> str:
 
 
 def _section(title: str, lines: dict[str, str]) -> None:
+    if not lines:
+        return
     click.secho(title, bold=True)
     width = max(map(len, lines), default=0)
     for name, text in lines.items():

@@ -1,5 +1,6 @@
 """From names on the command line to one resolved run: run.yaml."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
 from fitune.config.hints import meant_by
+from fitune.config.model_shapes import find_shape
+from fitune.config.model_sizes import is_of_size
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
 from fitune.config.recipe_paths import found_beside, path_from_here
 from fitune.config.schema import SMALLEST, AccelerateConfig, Profile, Recipe, Run
-from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, name_of, names
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, name_of, names
 from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
 from fitune.config.yaml_file import Where, parse, parse_yaml, read_yaml
 from fitune.errors import UsageError
+
+FOUND = "accelerate.yaml"
+"The accelerate config of a run that `plan` found: it lies in the run's folder."
 
 
 def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
@@ -64,14 +70,24 @@ def check_paths(name: str, sets: tuple[str, ...], *keys: str) -> None:
 
 
 def load_profile(name: str, overrides: dict | None = None) -> Profile:
-    """A memory profile by name or path, with overrides applied."""
+    """A memory profile by name or path, with overrides applied.
+
+    The path of an accelerate config in it is looked for beside it, then in the working folder.
+    """
     path = find(name, PROFILES, "memory profile")
-    return parse(Profile, joined(read_yaml(path), overrides or {}), f"{path}{' with --set' if overrides else ''}")
+    values = read_yaml(path)
+    if is_path(str(values.get("accelerate_config"))):
+        values = path_from_here(values, "accelerate_config", path.parent)
+    return parse(Profile, joined(values, overrides or {}), f"{path}{' with --set' if overrides else ''}")
 
 
-def goes_with(recipe_name: str, recipe: Recipe, profile: Profile) -> bool:
-    """Whether a profile is meant for a recipe: its method, at the size in the recipe's name."""
-    return any(recipe.method in profile.fits[size] for size in profile.sizes_of(recipe_name))
+def goes_with(recipe: Recipe, profile: Profile) -> bool:
+    """Whether a profile is meant for a recipe: its method, at the size of its model."""
+    try:
+        parameters = find_shape(recipe.base.model, recipe.base.revision).parameters
+    except UsageError:
+        parameters = None
+    return any(recipe.method in methods for size, methods in profile.fits.items() if is_of_size(parameters, size))
 
 
 def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), output: str | None = None) -> Run:
@@ -82,7 +98,7 @@ def resolve(recipe_name: str, profile_name: str, sets: tuple[str, ...] = (), out
     recipe_overrides, profile_overrides = parse_sets(sets)
     recipe = load_recipe(recipe_name, recipe_overrides)
     recipe_stem, profile_stem = name_of(recipe_name), name_of(profile_name)
-    profile = load_profile(profile_name, profile_overrides).for_recipe(recipe_stem)
+    profile = load_profile(profile_name, profile_overrides)
     accelerate = read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
     _check_pair(recipe_stem, recipe, profile_stem, profile, accelerate)
     output = str(Path(output or f"runs/{recipe_stem}-{profile_stem}").absolute())
@@ -95,7 +111,7 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     source = f"{folder / 'run.yaml'}{' with --set' if sets else ''}"
     recipe = _checked(joined(old.recipe.model_dump(), recipe_overrides), source)
     if profile_name:
-        profile = load_profile(profile_name, profile_overrides).for_recipe(old.recipe_name)
+        profile = load_profile(profile_name, profile_overrides)
     else:
         profile = parse(Profile, joined(old.profile.model_dump(), profile_overrides), source)
     if profile_name or "accelerate_config" in profile_overrides:
@@ -111,7 +127,7 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
 def run_of(
     recipe_name: str, recipe: Recipe, profile_name: str, profile: Profile, accelerate: AccelerateConfig, output: str
 ) -> Run:
-    """A run of checked parts. Raises UsageError if the global batch is not a multiple of what one pass takes."""
+    """A run of checked parts. Raises UsageError for what cannot go together."""
     if profile.compute == "fp8" and recipe.method == "full":
         raise UsageError(
             f"profile.compute fp8 is for a frozen base (methods lora and qlora), recipe {recipe_name} is full; use "
@@ -148,7 +164,7 @@ def with_numbers(run: Run, **numbers: int) -> Run:
 def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, accelerate: AccelerateConfig) -> None:
     refuse_what_needs_a_gpu(recipe.training, use_cpu=accelerate.use_cpu)
     if recipe.method not in profile.methods:
-        fitting = [name for name in names(PROFILES) if goes_with(recipe_name, recipe, load_profile(name))]
+        fitting = [name for name in names(PROFILES) if goes_with(recipe, load_profile(name))]
         raise UsageError(
             f"profile {profile_name} is for {', '.join(sorted(profile.methods))}, recipe {recipe_name} is "
             f"{recipe.method}; profiles for it: {', '.join(fitting) or 'none'}"
@@ -169,27 +185,22 @@ def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, acc
         )
 
 
-def exact_micro_batches(recipe: Recipe, accelerate: AccelerateConfig) -> list[int]:
-    """Rows per process and pass that make up the recipe's global batch with nothing over, ascending."""
-    batch, processes = recipe.global_batch_size, accelerate.num_processes
-    return [rows for rows in range(1, batch // processes + 1) if batch % (rows * processes) == 0]
+def micro_batches(recipe: Recipe, accelerate: AccelerateConfig) -> list[int]:
+    """Rows per process and pass worth trying, ascending: for each number of passes, the fewest that are enough."""
+    most = math.ceil(recipe.global_batch_size / accelerate.num_processes)
+    return sorted({math.ceil(most / passes) for passes in range(1, most + 1)})
 
 
 def _gradient_accumulation(recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> int:
-    per_pass = profile.micro_batch * accelerate.num_processes
-    steps, rest = divmod(recipe.global_batch_size, per_pass)
-    if rest or not steps:
-        fitting = exact_micro_batches(recipe, accelerate)
-        hint = (
-            f"micro_batch {', '.join(map(str, fitting))} would be"
-            if fitting
-            else (f"set global_batch_size to a multiple of {accelerate.num_processes}")
-        )
+    """Passes per step. Filler rows, which count nothing, take the places that are left in the last one."""
+    batch, processes, rows = recipe.global_batch_size, accelerate.num_processes, profile.micro_batch
+    most = math.ceil(batch / processes)
+    if rows > most:
         raise UsageError(
-            f"global_batch_size {recipe.global_batch_size} is not a multiple of micro_batch {profile.micro_batch} x "
-            f"{accelerate.num_processes} processes; {hint}{' exact' if fitting else ''}"
+            f"micro_batch {rows} is more than each of {processes} process{'es' * (processes > 1)} has of "
+            f"global_batch_size {batch}; use --set profile.micro_batch={most}"
         )
-    return steps
+    return math.ceil(batch / (rows * processes))
 
 
 def dump(run: Run) -> str:
@@ -210,6 +221,8 @@ def load(path: Path) -> Run:
     if isinstance(content.get("profile"), dict):
         content["profile"].pop("activation_checkpointing", None)  # in runs before kept_layers: no result hangs on it
         content["profile"].setdefault("kept_layers", 0)
+        if content["profile"].get("accelerate_config") == FOUND and isinstance(content.get("accelerate"), dict):
+            content["accelerate"] |= {"path": str(path.absolute().parent / FOUND)}
     return parse(Run, _seen_from_here(content), str(path))
 
 

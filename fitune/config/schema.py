@@ -1,9 +1,11 @@
 """The typed contents of recipes and memory profiles: each knob once, with its meaning, unit and limits."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fitune.config.model_sizes import checked_size
 
 Method = Literal["full", "lora", "qlora"]
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -18,6 +20,7 @@ AUTO = "auto"
 SMALLEST = {"micro_batch": 1, "kept_layers": 0}
 "The keys that a profile may leave to `plan`, with the value that takes least memory."
 Rows = PositiveInt | Literal["auto"]
+ModelSize = Annotated[str, AfterValidator(checked_size)]
 ADAPTER = "adapter"
 "The folder of a trained adapter, in a run and in its checkpoints."
 
@@ -182,10 +185,12 @@ class Profile(Strict):
     "Memory of one GPU that a run may take."
     host_memory_gib: PositiveFloat
     "RAM of one machine."
-    fits: dict[str, list[Method]]
-    "Methods by model size, as it appears in recipe names: `70b: [qlora]`."
-    micro_batch: Rows | dict[str, Rows] = AUTO
-    "Rows per process and forward pass, for all or by model size as in `fits`: `{70b: 1, 8b: auto}`. `auto`: as below."
+    fits: dict[ModelSize, list[Method]] = {"any": list(get_args(Method))}
+    """Methods by the model's size, which its config.json says: `{70b: [qlora]}`. A size is a number of parameters, or
+    `tiny`, or `any`: `fitune.config.model_sizes`.
+    """
+    micro_batch: Rows = AUTO
+    "Rows per process and forward pass. `auto`: as below."
     kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = AUTO
     """Layers that keep their activations for the backward pass; the others keep their input and compute the rest again.
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
@@ -208,30 +213,9 @@ class Profile(Strict):
             raise ValueError("gpu_memory_gib is missing: a profile with GPUs says how much memory each has")
         return self
 
-    @model_validator(mode="after")
-    def _micro_batch_is_there_for_each_size(self):
-        if isinstance(self.micro_batch, dict) and (not self.fits or set(self.micro_batch) != set(self.fits)):
-            raise ValueError(
-                f"micro_batch of {', '.join(self.micro_batch) or 'nothing'}: give one number, or one for each size "
-                f"in 'fits': {', '.join(self.fits)}"
-            )
-        return self
-
     @property
     def methods(self) -> set[str]:
         return {method for methods in self.fits.values() for method in methods}
-
-    def sizes_of(self, recipe_name: str) -> list[str]:
-        """The sizes in `fits` that a recipe's name has."""
-        return [size for size in self.fits if size in recipe_name.split("_")]
-
-    def for_recipe(self, recipe_name: str) -> Self:
-        """The profile with one micro batch: that of the size in the recipe's name, else the smallest."""
-        if not isinstance(self.micro_batch, dict):
-            return self
-        sizes = self.sizes_of(recipe_name) or self.micro_batch
-        numbers = [rows for size in sizes if (rows := self.micro_batch[size]) != AUTO]
-        return self.model_copy(update={"micro_batch": min(numbers, default=AUTO)})
 
     @property
     def left_to_plan(self) -> tuple[str, ...]:
@@ -248,6 +232,10 @@ class AccelerateConfig(Strict):
     "Processes over all machines, one for each GPU."
     num_machines: PositiveInt = 1
     "Machines; `train --machine-rank` says which one this is."
+    main_process_ip: str | None = None
+    "Address of machine 0, where there are several."
+    main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    "A port on machine 0, the same on all machines; 0 takes any free one, where there is one machine."
     use_cpu: Flag = False
     "Train on the CPU. Only tiny models do that in reasonable time."
     mixed_precision: Literal["no", "bf16"] = "no"

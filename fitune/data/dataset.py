@@ -42,12 +42,14 @@ class TokenisedRows:
         pieces = (self.tokens.read(*piece) for piece in self.layout[number])
         return self._row([(ids.tolist(), labels.tolist()) for ids, labels in pieces])
 
-    def filled_up(self, multiple: int, token_id: int) -> "TokenisedRows":
+    def filled_up(self, multiple: int, token_id: int, *, one_more: bool = False) -> "TokenisedRows":
         """With rows that have no labels, so count nothing, up to a multiple of the global batch.
 
         Otherwise accelerate repeats rows of the epoch's start in its last batch, how many depending on the processes.
+        With `one_more` another such row follows.
         """
-        return TokenisedRows(self.tokens, self.layout, self.packing, -len(self.layout) % multiple, token_id)
+        fillers = -len(self.layout) % multiple + one_more
+        return TokenisedRows(self.tokens, self.layout, self.packing, fillers, token_id)
 
     def _row(self, examples: list[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
         names = enumerate(("input_ids", "labels"))

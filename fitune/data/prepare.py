@@ -2,12 +2,12 @@
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from fitune.config.base_model import check_vocabulary
+from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Data, Source
 from fitune.data import chat_template
 from fitune.data.chat_renderer import ChatRenderer
@@ -91,7 +91,7 @@ def prepare(
     with new_folder(output, replace=overwrite) as folder:
         store = RowStore(folder)
         with progress_line(console) as show_progress:
-            tally = read_all(sources, rules, store, workers or _cores(), show_progress)
+            tally = read_all(sources, rules, store, workers or usable_cores(), show_progress)
         refuse_problems(tally, rules, drop_invalid or data.invalid_rows == "drop")
         fractions = [None if splits.test else data.test_fraction for _, splits in sources]
         selection = store.select(seed, [source.weight for source, _ in sources], fractions)
@@ -186,11 +186,6 @@ def _write(store: RowStore, selection: Selection, folder: Path, rules: Rules, pa
                 write_layout(folder / f"{split}.packed.arrow", layouts[split])
     store.remove()
     return layouts.get("train")
-
-
-def _cores() -> int:
-    """The cores this process may use, where the system can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _template_sha256(choice: str, tokenizer) -> str | None:

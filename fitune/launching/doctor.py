@@ -7,19 +7,20 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from fitune.config.host_limits import host_memory_gib, usable_cores
 from fitune.config.run import load_recipe
 from fitune.config.shipped import how_to_install, pinned_versions
 from fitune.errors import FituneError
 
 GATED_RECIPE = "llama3_8b_qlora"
 GB = 10**9
+SHARED_MEMORY_GIB = 1
 
 
 @dataclass
@@ -39,13 +40,13 @@ def doctor(model: str | None) -> bool:
         _python(),
         *_packages(),
         _torch(),
-        _gpus(),
+        *_gpus(),
         *_fp8(),
         _host_memory(),
         _disk(),
         _login(),
         _base_model(model),
-        *_profiles(),
+        *_fastest(),
     ]
     marks = {True: click.style("ok  ", fg="green"), False: click.style("bad ", fg="red"), None: "--  "}
     for finding in findings:
@@ -87,19 +88,43 @@ def _torch() -> Finding:
     return Finding("torch", True, f"{torch.__version__}{f', CUDA {cuda}' if cuda else ', CPU only'}")
 
 
-def _gpus() -> Finding:
+def _gpus() -> list[Finding]:
+    """What a run can use of them; what is wrong with each."""
+    from fitune.planning.hardware import this_machine
+
     if not shutil.which("nvidia-smi"):
-        return Finding("GPUs", None, "none found; the tiny recipes train on the CPU (profile cpu_2proc)")
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return Finding("GPUs", False, "nvidia-smi fails: " + done.stdout.strip()[:100], "check the NVIDIA driver")
-    rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
-    return Finding(
-        "GPUs",
-        True,
-        "; ".join(f"{name}, {int(total) / 1024:.1f} GiB ({int(free) / 1024:.1f} free)" for name, total, free in rows),
-    )
+        return [Finding("GPUs", None, "none found; the tiny recipes train on the CPU (profile cpu_2proc)")]
+    machine = this_machine()
+    if not machine.gpus:
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+        text = "CUDA_VISIBLE_DEVICES hides all" if hidden else "nvidia-smi fails or shows none"
+        return [Finding("GPUs", False, text, "unset CUDA_VISIBLE_DEVICES" if hidden else "check the NVIDIA driver")]
+    found = [Finding("GPUs", True, "; ".join(map(_described, machine.gpus)))]
+    try:
+        machine.refuse_missing_bf16()
+    except FituneError as error:
+        found.append(Finding("bf16", False, *str(error).rsplit("; ", 1)))
+    if machine.uneven:
+        found.append(Finding("GPU sizes", None, *machine.uneven.split("; ", 1)))
+    if len(machine.gpus) > 1:
+        found += _shared_memory()
+    return found
+
+
+def _described(gpu) -> str:
+    if gpu.unified:
+        return f"{gpu.name}, shares the machine's RAM"
+    link = f", {gpu.link_gb_s:g} GB/s to the host" if gpu.link_gb_s else ""
+    return f"{gpu.name}, {gpu.total_gib:.1f} GiB ({gpu.free_gib:.1f} free){link}"
+
+
+def _shared_memory(place: Path = Path("/dev/shm")) -> list[Finding]:
+    """NCCL's ranks of one machine meet there; Docker gives a container 64 MiB."""
+    free = shutil.disk_usage(place).free if place.is_dir() else 0
+    if free >= SHARED_MEMORY_GIB * 2**30:
+        return []
+    text = f"{place} has {free / 2**20:.0f} MiB free; ranks of one machine exchange data there"
+    return [Finding("shared memory", False, text, f"start the container with --shm-size={SHARED_MEMORY_GIB}g")]
 
 
 def _fp8() -> list[Finding]:
@@ -117,10 +142,8 @@ def _fp8() -> list[Finding]:
 
 
 def _host_memory() -> Finding:
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-    total, free = kib["MemTotal"] / 2**20, kib["MemAvailable"] / 2**20
-    return Finding("host RAM", True, f"{total:.1f} GiB, {free:.1f} available, {len(os.sched_getaffinity(0))} cores")
+    total, free = host_memory_gib()
+    return Finding("host RAM", True, f"{total:.1f} GiB, {free:.1f} available, {usable_cores()} cores")
 
 
 def _disk() -> Finding:
@@ -157,17 +180,16 @@ def _base_model(model: str | None) -> Finding:
     return Finding("base model", True, f"{model} can be read")
 
 
-def _profiles() -> list[Finding]:
-    """The fastest profile for 8B and for 70B that fits this machine's GPUs and RAM."""
+def _fastest() -> list[Finding]:
+    """What `train` would choose for 8B and for 70B on this machine."""
     from fitune.planning.hardware import this_machine
-    from fitune.planning.search import find_profile, profile_as_typed
+    from fitune.planning.search import find
 
     findings = []
     for recipe in ("llama3_8b_qlora", "llama3_70b_qlora"):
         try:
-            run = find_profile(recipe, (), this_machine()).run
-            found = Finding("best profile", True, f"{recipe}: --profile {profile_as_typed(run)}")
+            found = Finding("fastest", True, f"{recipe}: {find(recipe, (), this_machine()).in_one_line()}")
         except FituneError as error:
-            found = Finding("best profile", None, f"{recipe}: {error}")
+            found = Finding("fastest", None, str(error))
         findings.append(found)
     return findings

@@ -9,16 +9,22 @@ from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
+from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import CHECKOUT
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
-from fitune.launching.run_folder import settings_to_train
+from fitune.launching.run_folder import launch_config, settings_to_train
 
 
 def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
     """The command that starts `module` on a run's folder, as typed in a shell."""
     config = ["accelerate", "launch", "--config_file", _short(run.accelerate.path)]
     return [*config, "-m", module, _short(str(run.folder / "run.yaml")), *arguments]
+
+
+def machine_flags(**place: object) -> tuple[str, ...]:
+    """accelerate's flags for a machine's place among several: machine_rank, main_process_ip, main_process_port."""
+    return tuple(str(part) for flag, value in place.items() if value is not None for part in (f"--{flag}", value))
 
 
 def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate_flags: tuple[str, ...]) -> int:
@@ -78,7 +84,8 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _set_environment(run)
-    flags = ["--config_file", run.accelerate.path, *accelerate_flags, "-m", module]
+    config = str(launch_config(run, settings))
+    flags = ["--config_file", config, *accelerate_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = signals_to_handle
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -88,7 +95,7 @@ def launch(
         except ChildFailedError as error:
             return _first_failure(error.failures, explained)
         except ValueError as error:
-            raise FituneError(f"accelerate launch refused {run.accelerate.path}: {error}") from None
+            raise FituneError(f"accelerate launch refused {config}: {error}") from None
     return 0
 
 
@@ -142,9 +149,9 @@ def _set_environment(run: Run) -> None:
     if CHECKOUT:  # an installed package is found by itself, and its folder must not come before Python's own
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     if run.accelerate.use_cpu:
-        cores = len(os.sched_getaffinity(0))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // run.accelerate.num_processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // run.accelerate.num_processes)))
     else:
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the numbers of nvidia-smi, by which plan chose
         # segments that can grow leave no unusable gaps between a layer's weights and the next one's
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

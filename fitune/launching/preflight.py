@@ -5,7 +5,7 @@ from pathlib import Path
 from fitune.config.base_model import check_base_model
 from fitune.config.command_name import command
 from fitune.config.evaluation import is_evaluated
-from fitune.config.hub import local_config
+from fitune.config.hub import local_config, local_folder
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 
@@ -22,25 +22,36 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
             f"prepare held-out rows (data.test_split or data.test_fraction), or set training.eval_strategy=no"
         )
     check_base_model(local_config(run.recipe.base.model, run.recipe.base.revision), run.recipe)
-    _check_compute(run)
+    _check_gpus(run)
     if not force:
         check_fits(run)
 
 
-def _check_compute(run: Run) -> None:
-    """Raises UsageError if fp8 is asked of a GPU that is known to lack it; of one that is not known, the ranks do."""
+def fetch_base(run: Run) -> None:
+    """Downloads what is missing of the base, once for all ranks of this machine and before any of them waits."""
+    local_folder(run.recipe.base.model, run.recipe.base.revision)
+
+
+def _check_gpus(run: Run) -> None:
+    """Raises UsageError if the GPUs here lack bf16, or fp8 where the run asks for it.
+
+    Of a GPU that is not known, the ranks find out about fp8.
+    """
     from fitune.planning.compute import refuse_missing_fp8
     from fitune.planning.hardware import this_machine
 
-    if gpu := this_machine().known_model:
+    machine = this_machine()
+    if not run.accelerate.use_cpu:
+        machine.refuse_missing_bf16()
+    if gpu := machine.known_model:
         refuse_missing_fp8(run, gpu)
 
 
 def check_fits(run: Run) -> None:
     """Raises UsageError if the run needs more than this machine has free, in the words of `plan`."""
     from fitune.planning.limits import limits_for_training
+    from fitune.planning.outlook import refusal
     from fitune.planning.plan import make_plan
-    from fitune.planning.search import refusal
 
     reason = refusal(make_plan(run, limits_for_training(run)))
     if reason:

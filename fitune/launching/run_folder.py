@@ -1,27 +1,31 @@
 """A run's folder: whose it is, what was trained in it, and what is asked of a run that goes on.
 
 run.yaml        the settings of what was trained here; until the first step, of what will be
+accelerate.yaml how its processes start: `accelerate launch --config_file` takes it
 resume.yaml     what a resume asks for; from its first step on that is run.yaml, and never if it is refused
+resume-accelerate.yaml  how that starts; likewise
 finished.json   the step and epoch of the result; gone from the first step of a resume that trains further
 """
 
 import json
 import math
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config, written_out
 from fitune.config.command_name import command
 from fitune.config.recipe_paths import absolute_paths
+from fitune.config.run import FOUND
 from fitune.config.schema import Run
+from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.launching.run_lock import LOCK, RunLock
 from fitune.output_folder import checkpoints
 
 SETTINGS, ASKED, FINISHED = "run.yaml", "resume.yaml", "finished.json"
-SHARED_FOLDER_SECONDS = 600
+LAUNCH, ASKED_LAUNCH = FOUND, "resume-accelerate.yaml"
 FIXED = ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed")
 "Keys of a recipe that make a run the run it is: it may train longer or log differently, but not on something else."
 KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -56,20 +60,7 @@ def open_run_folder(run: Run, resume: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            (run.folder / ASKED).unlink(missing_ok=True)
-
-
-def wait_for_run_folder(run: Run) -> AbstractContextManager:
-    """On machine 1 and up: until machine 0, which has the lock, wrote the same settings to the folder they share."""
-    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
-    while not any(_holds(run.folder / name, run) for name in (ASKED, SETTINGS)):
-        if time.monotonic() > deadline:
-            raise UsageError(
-                f"{run.folder / SETTINGS}: not there, or of other settings, after {SHARED_FOLDER_SECONDS} s; give "
-                f"machine 0 the same recipe, profile, --set and --output, in a folder that all machines share"
-            )
-        time.sleep(1)
-    return nullcontext()
+            _withdraw(run.folder)
 
 
 def settings_to_train(folder: Path) -> Path:
@@ -78,11 +69,37 @@ def settings_to_train(folder: Path) -> Path:
     return asked if asked.is_file() else folder / SETTINGS
 
 
+def launch_config(run: Run, settings: Path | None) -> Path:
+    """The accelerate config that the processes of a run are started with: the folder's own, where it has one."""
+    asked = settings is not None and settings.name == ASKED
+    own = run.folder / (ASKED_LAUNCH if asked else LAUNCH)
+    return own if own.is_file() else Path(run.accelerate.path)
+
+
+def found_before(recipe_name: str, sets: tuple[str, ...], folder: Path, gpus: int) -> Run | None:
+    """A recipe's run as `plan` found it when it was started in `folder`, if there are still as many GPUs as it takes.
+
+    So a resume does not hang on what is free at the moment. What `sets` gives of the profile is searched for anew.
+    """
+    recipe_overrides, profile_overrides = runs.parse_sets(sets)
+    if profile_overrides or not (folder / SETTINGS).is_file():
+        return None
+    old = runs.load(folder / SETTINGS)
+    if old.profile.accelerate_config != FOUND or old.profile.num_gpus > gpus * old.accelerate.num_machines:
+        return None
+    recipe = runs.load_recipe(recipe_name, recipe_overrides)
+    return runs.run_of(
+        name_of(recipe_name), recipe, old.profile_name, old.profile, old.accelerate, str(folder.absolute())
+    )
+
+
 def begin_to_train(run: Run) -> None:
     """Called by the main process before the first step: what was asked for is accepted, and the result outdated."""
     accepted = run.model_copy(update={"resume": False})
     if not _holds(run.folder / SETTINGS, accepted):
         _write(run.folder / SETTINGS, runs.dump(accepted))
+    if (run.folder / ASKED_LAUNCH).is_file():
+        _write(run.folder / LAUNCH, (run.folder / ASKED_LAUNCH).read_text(encoding="utf-8"))
     (run.folder / FINISHED).unlink(missing_ok=True)
 
 
@@ -149,12 +166,28 @@ def _was_trained_in(run: Run) -> bool:
 
 def _write_settings(run: Run, resume: bool) -> None:
     """As run.yaml, where nothing can be of another run yet; else they stand beside it until they are accepted."""
-    (run.folder / ASKED).unlink(missing_ok=True)
+    _withdraw(run.folder)
     if not (resume and checkpoints(run.folder / "checkpoints")):
         _write(run.folder / SETTINGS, runs.dump(run))
+        _write(run.folder / LAUNCH, _launch_text(run))
         return
     _refuse_another_run(runs.load(run.folder / SETTINGS), run)
     _write(run.folder / ASKED, runs.dump(run))
+    _write(run.folder / ASKED_LAUNCH, _launch_text(run))
+
+
+def _withdraw(folder: Path) -> None:
+    """What a resume asked for is no longer asked."""
+    for name in (ASKED, ASKED_LAUNCH):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _launch_text(run: Run) -> str:
+    """The run's accelerate config: as its file says where that still holds, else written out."""
+    file = Path(run.accelerate.path)
+    if file.is_file() and read_accelerate_config(file) == run.accelerate:
+        return file.read_text(encoding="utf-8")
+    return written_out(run.accelerate)
 
 
 def _holds(file: Path, run: Run) -> bool:

@@ -2,7 +2,7 @@
 
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
-from fitune.planning.hardware import GpuModel, likely_model
+from fitune.planning.gpu_models import GpuModel, likely_model
 
 FP8_CAPABILITY = 8.9
 AUTO_TAKES_FP8 = False

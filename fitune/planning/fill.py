@@ -1,18 +1,19 @@
 """Fills the GPUs: for what a profile leaves to `plan`, the rows a pass and kept layers with the shortest step.
 
 More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times; both take memory. Each
-number of rows that makes up the global batch is tried with as many kept layers as fit beside it.
+number of rows is tried with as many kept layers as fit beside it.
 """
 
 import math
 from dataclasses import replace
 
 from fitune.config import run as runs
+from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
 from fitune.planning.compute import settled
-from fitune.planning.hardware import GpuModel, likely_model, this_machine
+from fitune.planning.gpu_models import GpuModel, likely_model
+from fitune.planning.hardware import this_machine
 from fitune.planning.limits import Limits, limits_of, limits_to_fill
-from fitune.planning.model_shapes import find_shape
 from fitune.planning.plan import ERROR, setup_of, verdicts
 from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
@@ -42,7 +43,7 @@ def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
     if not run.left_to_plan:
         return run
     setup = setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
-    limits = _with_room_for_error(limits)
+    limits = with_room_for_error(limits)
     choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]
     if not choices:
         return run.model_copy(update={"left_to_plan": ()})
@@ -50,7 +51,10 @@ def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
 
 
-def _with_room_for_error(limits: Limits) -> Limits:
+def with_room_for_error(limits: Limits) -> Limits:
+    """As much less GPU memory as the prediction may be off."""
+    if limits.unified:
+        return replace(limits, host=limits.host / (1 + ERROR))
     return limits if limits.gpu is None else replace(limits, gpu=limits.gpu / (1 + ERROR))
 
 
@@ -58,7 +62,7 @@ def _rows(run: Run) -> list[int]:
     """The micro batches to try."""
     if "micro_batch" not in run.left_to_plan:
         return [run.profile.micro_batch]
-    return runs.exact_micro_batches(run.recipe, run.accelerate)
+    return runs.micro_batches(run.recipe, run.accelerate)
 
 
 def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | None:

@@ -1,14 +1,23 @@
-"""What this machine has, found without torch, and what GPU models can do."""
+"""What this machine has, found without torch: its GPUs by nvidia-smi, its RAM as far as this process may use it."""
 
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fitune.config.host_limits import host_memory_gib
 from fitune.errors import UsageError
+from fitune.planning.gpu_models import GpuModel, likely_model, look_up
 from fitune.planning.sizes import GIB
+
+PCIE_GB_S_PER_LANE = {1: 0.25, 2: 0.5, 3: 1.0, 4: 2.0, 5: 4.0, 6: 8.0}
+"By generation, per direction."
+FIELDS = ("uuid", "name", "memory.total", "memory.free")
+MORE_FIELDS = ("compute_cap", "pcie.link.gen.max", "pcie.link.width.current", "mig.mode.current")
+"What older drivers don't tell. The link's generation falls while a GPU idles, so the highest counts; its width stays."
+_MIG = re.compile(r"^\s+MIG (?:\d+c\.)?(\d+)g\.(\d+)gb\S*\s+Device\s+\d+: \(UUID: (MIG-[^)]+)\)")
 
 
 @dataclass(frozen=True)
@@ -16,6 +25,40 @@ class Gpu:
     name: str
     total_gib: float
     free_gib: float
+    "What other processes leave."
+    capability: float | None = None
+    link_gb_s: float | None = None
+    "Of its PCI Express lanes, per direction; None where nvidia-smi does not tell."
+    unified: bool = False
+    "Its memory is the machine's RAM."
+    share: float = 1.0
+    "Of a whole GPU's cores: below 1 for an instance of a GPU that was divided (MIG)."
+    identity: str = ""
+    "UUID."
+
+    @property
+    def known_model(self) -> GpuModel | None:
+        """What it can do through the link it has; None if the table does not have it."""
+        model = look_up(self.name)
+        return None if model is None else self._here(model)
+
+    @property
+    def model(self) -> GpuModel:
+        """The same; a GPU that the table does not have gets rates to choose by, and is not timed."""
+        return self._here(likely_model(self.total_gib, self.name or None))
+
+    def _here(self, model: GpuModel) -> GpuModel:
+        if self.capability:
+            model = replace(model, capability=self.capability)
+        if self.share < 1:
+            model = replace(
+                model, name=self.name, bf16_tflops=model.bf16_tflops * self.share,
+                memory_gb_s=model.memory_gb_s * self.share,
+            )  # fmt: skip
+        if self.link_gb_s and self.link_gb_s < model.host_link_gb_s and not self.unified:
+            peer = model.peer_link_gb_s if model.has_nvlink else self.link_gb_s / 2
+            model = replace(model, host_link_gb_s=self.link_gb_s, peer_link_gb_s=peer)
+        return model
 
 
 @dataclass(frozen=True)
@@ -31,20 +74,51 @@ class Machine:
         return min((gpu.free_gib for gpu in self.gpus), default=0.0)
 
     @property
-    def model(self) -> "GpuModel | None":
-        """What its first GPU can do; None without one."""
-        return likely_model(self.gpus[0].total_gib, self.gpus[0].name) if self.gpus else None
+    def unified(self) -> bool:
+        """GPU and RAM are one memory: what one takes the other lacks."""
+        return any(gpu.unified for gpu in self.gpus)
 
     @property
-    def known_model(self) -> "GpuModel | None":
-        """The same; None also where the table does not have it."""
-        return _look_up(self.gpus[0].name) if self.gpus else None
+    def model(self) -> GpuModel | None:
+        """What its slowest GPU can do: the others wait for it. None without one."""
+        return min((gpu.model for gpu in self.gpus), key=lambda model: model.bf16_tflops, default=None)
+
+    @property
+    def known_model(self) -> GpuModel | None:
+        """The same; None also where the table does not have one of them."""
+        models = [gpu.known_model for gpu in self.gpus]
+        return None if None in models else min(models, key=lambda model: model.bf16_tflops, default=None)
+
+    @property
+    def uneven(self) -> str | None:
+        """What to know about cards of different sizes, in one line."""
+        sizes = [round(gpu.free_gib, 1) for gpu in self.gpus]
+        if len(sizes) < 2 or max(sizes) < 1.2 * min(sizes):
+            return None
+        large = ",".join(str(n) for n, size in enumerate(sizes) if size >= 1.2 * min(sizes))
+        return (
+            f"the GPUs have {', '.join(f'{size:g}' for size in sizes)} GiB free: the smallest counts for all; without "
+            f"it: CUDA_VISIBLE_DEVICES={large}"
+        )
+
+    def refuse_missing_bf16(self) -> None:
+        """Raises UsageError if one of its GPUs cannot compute in bf16."""
+        lacking = [n for n, gpu in enumerate(self.gpus) if not gpu.model.has_bf16]
+        if not lacking:
+            return
+        name, capability = self.gpus[lacking[0]].name, self.gpus[lacking[0]].model.capability
+        others = ",".join(str(n) for n in range(len(self.gpus)) if n not in lacking)
+        instead = f"leave it out: CUDA_VISIBLE_DEVICES={others}" if others else "use a newer GPU"
+        raise UsageError(
+            f"{name} has compute capability {capability:.1f} and no bf16, in which fitune trains (8.0 and later: "
+            f"RTX 30, A10, A100, L4 and newer); {instead}"
+        )
 
 
 def this_machine() -> Machine:
-    """GPUs by nvidia-smi (those in CUDA_VISIBLE_DEVICES), RAM by /proc/meminfo."""
-    total, available = _host_memory()
-    return Machine(_visible(_nvidia_smi()), total, available)
+    """GPUs by nvidia-smi (those in CUDA_VISIBLE_DEVICES), RAM by the kernel and the process's cgroup."""
+    total, available = host_memory_gib()
+    return Machine(_visible(_nvidia_smi(total, available)), total, available)
 
 
 def free_disk_gib(path: Path) -> float:
@@ -55,102 +129,90 @@ def free_disk_gib(path: Path) -> float:
     return shutil.disk_usage(path).free / GIB
 
 
-def _nvidia_smi() -> list[tuple[str, Gpu]]:
-    """(UUID, GPU) in nvidia-smi's order; none where it is missing or fails."""
+def _nvidia_smi(host_total: float, host_available: float) -> list[Gpu]:
+    """GPUs in nvidia-smi's order, instances in place of a divided one; none where it is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-        return [(uuid, Gpu(name, float(total) / 1024, float(free) / 1024)) for uuid, name, total, free in rows]
-    except (OSError, subprocess.SubprocessError, ValueError):
+    for fields in (FIELDS + MORE_FIELDS, FIELDS):
+        lines = _answer(f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+        rows = [dict(zip(fields, (part.strip() for part in line.split(",")), strict=False)) for line in lines]
+        if rows and all(len(row) == len(fields) for row in rows):
+            break
+    else:
         return []
+    gpus = [_gpu(row, host_total, host_available) for row in rows]
+    divided = {row["uuid"] for row in rows if row.get("mig.mode.current") == "Enabled"}
+    return _with_instances([gpu for gpu in gpus if gpu], divided) if divided else [gpu for gpu in gpus if gpu]
 
 
-def _visible(gpus: list[tuple[str, Gpu]]) -> tuple[Gpu, ...]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return tuple(gpu for _, gpu in gpus)
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-
-    def is_chosen(index: int, uuid: str) -> bool:
-        return any(name == str(index) or (len(name) > 4 and uuid.startswith(name)) for name in names)
-
-    return tuple(gpu for index, (uuid, gpu) in enumerate(gpus) if is_chosen(index, uuid))
-
-
-def _host_memory() -> tuple[float, float]:
+def _answer(*flags: str) -> list[str]:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-        return kib["MemTotal"] * 1024 / GIB, kib["MemAvailable"] * 1024 / GIB
-    except (OSError, KeyError, ValueError, IndexError):
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        return pages, pages
+        done = subprocess.run(["nvidia-smi", *flags], capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-@dataclass(frozen=True)
-class GpuModel:
-    """Peak rates of one GPU, as its data sheet states them."""
-
-    name: str
-    "As it appears in nvidia-smi's name."
-    capability: float
-    "Compute capability: from 8.9 on it multiplies fp8 at twice the rate of bf16."
-    bf16_tflops: float
-    "Dense tensor-core products with float32 sums."
-    memory_gb_s: float
-    host_link_gb_s: float
-    "Per direction: PCI Express 4 x16 carries 32, 5 x16 carries 64."
-    peer_link_gb_s: float
-    "To another GPU of the machine, per direction: NVLink, or half the host link where traffic goes through host RAM."
-    source: str
-
-
-GPU_MODELS = [
-    GpuModel("B200", 10.0, 2250, 8000, 64, 900, "NVIDIA DGX B200 data sheet, per GPU"),
-    GpuModel("H200", 9.0, 989, 4800, 64, 450, "NVIDIA H200 data sheet (SXM)"),
-    GpuModel("H100 PCIe", 9.0, 756, 2000, 64, 32, "NVIDIA H100 data sheet (PCIe)"),
-    GpuModel("H100", 9.0, 989, 3350, 64, 450, "NVIDIA H100 data sheet (SXM)"),
-    GpuModel("A100-PCIE", 8.0, 312, 1555, 32, 16, "NVIDIA A100 data sheet (PCIe)"),
-    GpuModel("A100", 8.0, 312, 2039, 32, 300, "NVIDIA A100 data sheet (SXM, 80 GB)"),
-    GpuModel("L40S", 8.9, 362, 864, 32, 16, "NVIDIA L40S data sheet"),
-    GpuModel("L4", 8.9, 121, 300, 16, 8, "NVIDIA L4 data sheet"),
-    GpuModel("RTX PRO 6000", 12.0, 500, 1792, 64, 32, "NVIDIA RTX PRO 6000 data sheet"),
-    GpuModel("RTX 6000 Ada", 8.9, 364, 960, 32, 16, "NVIDIA RTX 6000 Ada data sheet"),
-    GpuModel("A6000", 8.6, 155, 768, 32, 16, "NVIDIA RTX A6000 data sheet"),
-    GpuModel("A10", 8.6, 125, 600, 32, 16, "NVIDIA A10 data sheet"),
-    GpuModel("RTX 5090", 12.0, 209, 1792, 64, 32, "NVIDIA RTX Blackwell architecture paper"),
-    GpuModel("RTX 4090", 8.9, 165, 1008, 32, 16, "NVIDIA Ada architecture paper, appendix A"),
-    GpuModel("RTX 3090", 8.6, 71, 936, 32, 16, "NVIDIA GA102 architecture paper, appendix A"),
-    GpuModel("RTX 3060", 8.6, 25, 360, 32, 16, "NVIDIA GA102 architecture paper, scaled by SMs and clock"),
-]
-"""More specific names before their beginnings."""
-
-TYPICAL_BY_MEMORY_GIB = [
-    (14, "RTX 3060"), (30, "RTX 4090"), (34, "RTX 5090"), (44, "A100"), (60, "A6000"), (90, "H100"),
-]  # fmt: skip
-"""The model assumed for a profile that says only how much memory its GPUs have, up to so many GiB."""
+def _gpu(row: dict[str, str], host_total: float, host_available: float) -> Gpu | None:
+    """From one answer; None if it makes no sense. A GPU without memory of its own shares the machine's."""
+    total, free = _number(row["memory.total"]), _number(row["memory.free"])
+    generation, width = _number(row.get("pcie.link.gen.max")), _number(row.get("pcie.link.width.current"))
+    unified = total is None
+    if unified and "[" not in row["memory.total"]:
+        return None
+    return Gpu(
+        name=row["name"],
+        total_gib=host_total if unified else total / 1024,
+        free_gib=host_available if unified else (free or 0.0) / 1024,
+        capability=_number(row.get("compute_cap")),
+        link_gb_s=PCIE_GB_S_PER_LANE.get(int(generation), 2.0) * width if generation and width else None,
+        unified=unified,
+        identity=row["uuid"],
+    )
 
 
-def gpu_model(name: str) -> GpuModel:
-    """The table's entry for a GPU by name, as nvidia-smi spells it or shorter. Raises UsageError."""
-    found = _look_up(name)
-    if found is None:
-        raise UsageError(f"GPU model '{name}' is not in the table: {', '.join(model.name for model in GPU_MODELS)}")
+def _with_instances(gpus: list[Gpu], divided: set[str]) -> list[Gpu]:
+    """Instances by `nvidia-smi -L`, under the GPU they are part of: `MIG 3g.40gb Device 0: (UUID: MIG-...)`."""
+    found, whole = [], None
+    by_identity = {gpu.identity: gpu for gpu in gpus}
+    for line in _answer("-L"):
+        if instance := _MIG.match(line):
+            slices, gigabytes, identity = instance.groups()
+            if whole:
+                gib = min(float(gigabytes) * 1e9 / GIB, whole.total_gib)
+                name = f"{whole.name} MIG {slices}g.{gigabytes}gb"
+                found.append(replace(whole, name=name, total_gib=gib, free_gib=gib, share=int(slices) / 7,
+                                     identity=identity))  # fmt: skip
+        elif identity := re.search(r"UUID: (GPU-[^)]+)\)", line):
+            whole = by_identity.get(identity[1])
+            if whole and whole.identity not in divided:
+                found.append(whole)
+                whole = None
     return found
 
 
-def likely_model(memory_gib: float, name: str | None = None) -> GpuModel:
-    """The entry for a GPU found here, or the typical model with so much memory."""
-    typical = next((typical for limit, typical in TYPICAL_BY_MEMORY_GIB if memory_gib <= limit), "H200")
-    return (_look_up(name) if name else None) or gpu_model(typical)
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
-def _look_up(name: str) -> GpuModel | None:
-    words = name.lower().replace("-", " ")
-    for model in GPU_MODELS:
-        if re.search(rf"\b{model.name.lower().replace('-', ' ')}g?\b", words):
-            return model
-    return None
+def _visible(gpus: list[Gpu]) -> tuple[Gpu, ...]:
+    """Those that CUDA shows a process: named in CUDA_VISIBLE_DEVICES, and of instances (MIG) one at most."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = gpus if chosen is None else _named(gpus, [name.strip() for name in chosen.split(",")])
+    instances = [gpu for gpu in shown if gpu.share < 1]
+    return tuple(instances[:1] or shown)
+
+
+def _named(gpus: list[Gpu], names: list[str]) -> list[Gpu]:
+    """In the order of the names, up to the first that names none, as CUDA has it."""
+    found = []
+    for name in names:
+        by_index = [gpus[int(name)]] if name.isdigit() and int(name) < len(gpus) else []
+        by_identity = [gpu for gpu in gpus if len(name) > 4 and gpu.identity.startswith(name)]
+        if not (by_index or by_identity):
+            break
+        found += (by_index or by_identity)[:1]
+    return found

@@ -4,11 +4,11 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+from fitune.config.model_shapes import hub_cache
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.hardware import Gpu, Machine, free_disk_gib, this_machine
 from fitune.planning.memory import MEASURED
-from fitune.planning.model_shapes import hub_cache
 from fitune.planning.sizes import GIB
 
 
@@ -25,6 +25,8 @@ class Limits:
     "For the run's folder."
     download_disk: float | None = None
     "For the Hub's cache."
+    unified: bool = False
+    "GPU and host share what `host` says."
 
 
 def limits_of(run: Run) -> Limits:
@@ -35,7 +37,7 @@ def limits_of(run: Run) -> Limits:
 
 def limits_here(machine: Machine) -> Limits:
     """What is free on a machine."""
-    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus))
+    return Limits(machine.gpu_memory_gib, machine.host_available_gib, len(machine.gpus), unified=machine.unified)
 
 
 def limits_to_fill(run: Run) -> Limits:
@@ -43,7 +45,7 @@ def limits_to_fill(run: Run) -> Limits:
     stated, here = limits_of(run), limits_for_training(run)
     if stated.gpu is None or here.gpu is None or not here.gpus:
         return stated
-    return replace(stated, gpu=min(stated.gpu, here.gpu), host=min(stated.host, here.host))
+    return replace(stated, gpu=min(stated.gpu, here.gpu), host=min(stated.host, here.host), unified=here.unified)
 
 
 def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:

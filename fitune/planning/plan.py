@@ -7,17 +7,17 @@ from pathlib import Path
 
 from fitune.config.base_model import refuse_length_beyond
 from fitune.config.evaluation import keeps_the_best
+from fitune.config.model_shapes import ModelShape, find_shape, has_weights
 from fitune.config.optimizers import numbers_per_weight
 from fitune.config.schema import Recipe, Run
 from fitune.errors import UsageError, nearest
-from fitune.planning.hardware import GpuModel, likely_model
+from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.limits import Limits
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
-from fitune.planning.model_shapes import ModelShape, find_shape, has_weights
 from fitune.planning.sizes import BF16, FP32, GIB, Setup
 from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
 
-GPU_COUNT, GPU_MEMORY = "GPUs", "GPU memory"
+GPU_COUNT, GPU_MEMORY, ONE_MEMORY = "GPUs", "GPU memory", "memory of CPU and GPU"
 ERROR = 0.05
 "Of a predicted GPU peak, at most: what the tests allow against measured runs."
 TIME_ERROR = 0.15
@@ -41,12 +41,13 @@ class Verdict:
             return f"{self.resource}: needs {self.needs:.0f}, has {self.has:.0f}"
         if math.isinf(self.has):
             return f"{self.resource}: needs {self.needs:.1f} GiB"
-        difference = abs(self.has - self.needs)
-        text = f"{self.resource}: needs {self.needs:.1f} GiB of {self.has:.1f}"
+        digits = next(n for n in range(1, 9) if n == 8 or (round(self.needs, n) <= round(self.has, n)) == self.fits)
+        needs, has = round(self.needs, digits), round(self.has, digits)
+        text, difference = f"{self.resource}: needs {needs:.{digits}f} GiB of {has:.{digits}f}", abs(has - needs)
         if not self.fits:
-            return f"{text}, {difference:.1f} too little"
-        tight = self.resource == GPU_MEMORY and difference < ERROR * self.needs
-        return f"{text}, {difference:.1f} to spare" + (", less than the prediction may be off" if tight else "")
+            return f"{text}, {difference:.{digits}f} too little"
+        tight = self.resource in (GPU_MEMORY, ONE_MEMORY) and self.has - self.needs < ERROR * self.needs
+        return f"{text}, {difference:.{digits}f} to spare" + (", less than the prediction may be off" if tight else "")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Time:
     steps: int | None = None
     price_per_hour: float | None = None
     gpu: str = ""
+    is_known: bool = True
+    "False: of a GPU that is not in the table, by another one's rates. To compare by, not to tell."
 
     @property
     def hours(self) -> float | None:
@@ -159,10 +162,13 @@ def verdicts(setup: Setup, limits: Limits, space: dict[str, float] | None = None
     if setup.on_gpu:
         if setup.ranks / setup.machines > limits.gpus:
             found.append(Verdict(GPU_COUNT, setup.ranks // setup.machines, limits.gpus))
-        if limits.gpu is not None and limits.gpus:
+        if limits.gpu is not None and limits.gpus and not limits.unified:
             found.append(Verdict(GPU_MEMORY, gpu_peak(setup).total / GIB, limits.gpu))
-    host = host_peak(setup)
-    found.append(Verdict("host RAM", host / GIB, limits.host))
+    if limits.unified and setup.on_gpu:
+        gpus = setup.ranks / setup.machines * gpu_peak(setup).total
+        found.append(Verdict(ONE_MEMORY, (gpus + host_peak(setup)) / GIB, limits.host))
+    else:
+        found.append(Verdict("host RAM", host_peak(setup) / GIB, limits.host))
     if limits.disk is not None and space:
         found.append(Verdict("disk for the run", (space["checkpoints"] + space["result"]) / GIB, limits.disk))
     if limits.download_disk is not None and space:
@@ -188,8 +194,8 @@ def kept_checkpoints(run: Run) -> int:
 def _time(run: Run, setup: Setup, gpu: GpuModel | None, *, price: float | None = None, network: float | None = None):
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
     parts = step_seconds(setup, gpu, network or MACHINE_NETWORK_GB_S)
-    tokens = setup.tokens * setup.accumulation * setup.ranks
-    return Time(parts, tokens / parts["total"], steps_of(run), price, gpu.name)
+    tokens = run.recipe.global_batch_size * setup.max_length  # filler rows count nothing
+    return Time(parts, tokens / parts["total"], steps_of(run), price, gpu.name, gpu.is_known)
 
 
 def steps_of(run: Run) -> int | None:

@@ -1,97 +1,21 @@
 """How `plan` answers: tables with bars, a verdict per resource, the estimate, the matrix of tiers, or JSON."""
 
-import json
 import math
-import sys
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fitune.config import run as runs
-from fitune.errors import UsageError
-from fitune.planning.compute import refuse_missing_fp8
-from fitune.planning.fill import resolve
-from fitune.planning.hardware import gpu_model, this_machine
-from fitune.planning.limits import given_machine, limits_here, limits_of
 from fitune.planning.memory import merge_host
-from fitune.planning.plan import Plan, make_plan, needed_disk
-from fitune.planning.search import METHODS, Outlook, find_profile, look_around, matrix, run_on, unlike_profile, way_out
+from fitune.planning.outlook import Outlook, shortfall, way_out
+from fitune.planning.plan import GPU_MEMORY, Plan, needed_disk
+from fitune.planning.search import Found, best_of_each_kind, described, rounded, timed
 from fitune.planning.sizes import GIB
+from fitune.planning.tiers import METHODS
 
 BAR = 32  # characters
+TRIED_SHOWN = 12
 FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
-
-
-def plan_command(
-    recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, gpu_memory: float | None,
-    host_memory: float | None, gpu: str | None, find: bool, all_tiers: bool, in_json: bool, **options,
-) -> None:  # fmt: skip
-    """What `fitune plan` does with its flags."""
-    _refuse_combinations(profile, gpus, gpu_memory, host_memory, find, all_tiers)
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
-    if all_tiers:
-        rows = matrix(recipe, sets)
-        return print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
-    runs.check_paths(recipe, sets, "base.model")
-    model = gpu_model(gpu) if gpu else None
-    if profile:
-        run = resolve(recipe, profile, sets, gpu=model)
-        refuse_missing_fp8(run, model)
-        plan = make_plan(run, limits_of(run), model, **options)
-    else:
-        machine = this_machine() if gpus is None else given_machine(gpus, gpu_memory, host_memory)
-        named = model or machine.known_model
-        model = model or machine.model
-        find = find or gpus is None
-        run = find_profile(recipe, sets, machine, model).run if find else run_on(machine, recipe, sets, model)
-        refuse_missing_fp8(run, named)
-        plan = make_plan(run, limits_here(machine), model, **options)
-        if find and not in_json and (changes := unlike_profile(run, sets)):
-            console.print(f"{run.profile_name} fits with --set {' --set '.join(changes)}:")
-    outlook = look_around(plan)
-    return print(json.dumps(as_json(plan, outlook), indent=2)) if in_json else print_plan(plan, outlook, console)
-
-
-def as_json(plan: Plan, outlook: Outlook) -> dict:
-    """The exact numbers of `plan --json`, GiB unless the key says otherwise."""
-
-    def gib(sizes: dict[str, float]) -> dict[str, float]:
-        return {name: round(size / GIB, 3) for name, size in sizes.items() if size}
-
-    peak, time = plan.gpu, plan.time
-    return {
-        "recipe": plan.run.recipe_name, "profile": plan.run.profile_name, "method": plan.setup.method,
-        "gpus": plan.setup.ranks if plan.setup.on_gpu else 0, "machines": plan.setup.machines, "fits": plan.fits,
-        "peak_gpu_gib": round(peak.total / GIB, 3) if peak else 0.0,
-        "peak_allocated_gib": round(peak.allocated / GIB, 3) if peak else 0.0,
-        "peak_phase": peak.phase if peak else plan.host_phase,
-        "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
-        "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
-        "micro_batch": plan.setup.micro_batch, "kept_layers": plan.setup.kept_layers,
-        "max_length": plan.setup.max_length, "compute": plan.run.profile.compute,
-        "largest_micro_batch": outlook.largest_micro_batch, "longest_sequence": outlook.longest_sequence,
-        "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
-        "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
-        "merge_host_gib": round(merge_host(plan.setup) / GIB, 3),
-        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "fits": v.fits,
-                      "has": None if math.isinf(v.has) else round(v.has, 3)} for v in plan.verdicts],
-        "changes": outlook.changes,
-        "estimate": None if time is None else {
-            "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),
-            "tokens_per_second": round(time.tokens_per_second, 1), "steps": time.steps, "hours": time.hours,
-            "cost": time.cost},
-    }  # fmt: skip
-
-
-def _refuse_combinations(profile, gpus, gpu_memory, host_memory, find, all_tiers) -> None:
-    given = gpus is not None or gpu_memory is not None or host_memory is not None
-    if profile and (given or find or all_tiers):
-        raise UsageError("--profile names the hardware: leave out --gpus, --gpu-memory, --host-memory, --find, --all")
-    if all_tiers and (given or find):
-        raise UsageError("--all shows every shipped profile on its own hardware: leave out the other flags")
-    if given and gpus is None:
-        raise UsageError("--gpu-memory and --host-memory describe hardware together with --gpus N")
 
 
 def print_plan(plan: Plan, outlook: Outlook, console: Console) -> None:
@@ -181,13 +105,20 @@ def _print_limits(plan: Plan, outlook: Outlook, console: Console) -> None:
 
 def _print_estimate(plan: Plan, console: Console) -> None:
     time = plan.time
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in time.parts.items() if name != "total" and value >= 0.05)
+    if not time.is_known:
+        console.print(
+            f"no estimate of the time: '{time.gpu}' is not in the table of GPUs; give --gpu-tflops N, its dense bf16 "
+            f"products by the data sheet"
+        )
+        return
+    shown = {name: seconds for name, seconds in time.parts.items() if name != "total" and seconds >= 0.05}
+    parts = ", ".join(f"{name} {rounded(seconds)}" for name, seconds in shown.items())
     steps = f"{time.steps:,} steps" if time.steps else "steps not known before `prepare`"
-    hours = "" if time.hours is None else f", {time.hours:.1f} hours"
+    hours = "" if time.hours is None else f", {rounded(time.hours)} hours"
     cost = "" if time.cost is None else f", {time.cost:,.2f} at {time.price_per_hour:g} an hour"
     console.print(
-        f"estimate on {time.gpu}: {time.parts['total']:.1f} s a step ({parts}), "
-        f"{time.tokens_per_second:,.0f} tokens/s, {steps}{hours}{cost}"
+        f"estimate on {time.gpu}: {rounded(time.parts['total'])} s a step ({parts}), "
+        f"{rounded(time.tokens_per_second)} tokens/s, {steps}{hours}{cost}"
     )
 
 
@@ -208,9 +139,29 @@ def _bar(value: float, most: float, style: str) -> Text:
     return Text("█" * int(width) + ("▌" if width % 1 >= 0.5 else ""), style=style)
 
 
+def print_found(found: Found, console: Console) -> None:
+    """What a search chose, what it leaves idle, and the best of each kind that it tried."""
+    console.print(Text(found.in_one_line(), style="bold"))
+    if why_idle := found.why_idle():
+        console.print(Text(why_idle, style="yellow"))
+    table = Table(title="tried, the best of each kind first", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "a step", "GiB per GPU", "GiB of RAM"):
+        table.add_column(column, justify="left" if not column else "right")
+    for plan in best_of_each_kind(found)[:TRIED_SHOWN]:
+        outcome = timed(plan) if plan.fits else Text(f"no: {shortfall(plan)}", style="red")
+        gpu = f"{plan.gpu.total / GIB:.1f}" if plan.gpu else "-"
+        table.add_row(described(plan), outcome, gpu, f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}")
+    console.print(table)
+    console.print()
+
+
 def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
-    """Every profile against every method: GiB per GPU and of RAM, green where it fits."""
-    table = Table(title=f"{recipe}'s model: GiB per GPU + GiB of RAM per machine", title_justify="left", box=None)
+    """Every profile against every method: GiB per GPU and of RAM, green where it fits, else what is short."""
+    table = Table(
+        title=f"{recipe}'s model: GiB per GPU + GiB of RAM per machine; no: what is short",
+        title_justify="left",
+        box=None,
+    )
     for column in ("profile", "GPUs + RAM", *METHODS):
         table.add_column(column, no_wrap=True)
     for row in rows:
@@ -222,5 +173,11 @@ def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
 def _cell(entry: dict | None) -> Text:
     if entry is None:
         return Text("-")
-    text = f"{entry['peak_gpu_gib']:.0f} + {entry['peak_host_gib']:.0f}"
-    return Text(f"{text} fits", style="bold green") if entry["fits"] else Text(text, style="red")
+    if "peak_gpu_gib" not in entry:
+        return Text("no: frozen bases only", style="red")
+    text = f"{entry['peak_gpu_gib']:.1f} + {entry['peak_host_gib']:.1f}"
+    idle = f", {entry['idle_gpus']} idle" if entry["idle_gpus"] else ""
+    if entry["fits"]:
+        return Text(f"{text} fits{idle}", style="bold green")
+    short = ", ".join({GPU_MEMORY: "GPU", "host RAM": "RAM"}.get(name, name) for name in entry["short_of"])
+    return Text(f"{text} no: {short}", style="red")

@@ -5,8 +5,8 @@ h = hidden size, i = intermediate size, T = tokens of one forward pass (micro ba
 
 from dataclasses import dataclass
 
+from fitune.config.model_shapes import ModelShape
 from fitune.config.tiles import MLP_TILE, VOCABULARY_TILE
-from fitune.planning.model_shapes import ModelShape
 
 GIB = 2**30
 FP8, BF16, FP32 = 1, 2, 4  # bytes

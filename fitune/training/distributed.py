@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -17,6 +17,8 @@ from fitune.errors import UsageError
 
 SECONDS_FOR_RANK_0 = 30
 "What the ranks of a busy machine may take longer than each other to start."
+LOOK_SECONDS = 60
+"Between two looks whether rank 0 has come."
 
 
 def join(settings: AccelerateConfig) -> DeviceMesh:
@@ -102,6 +104,27 @@ def from_rank_0(value):
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def wait_for_rank_0(event: str, waiting=nullcontext) -> None:
+    """Until rank 0 has come to `event`, however long it prepares: no collective's timeout runs. Call on all ranks.
+
+    `waiting` is entered meanwhile. Each event has a name of its own. If rank 0's machine is gone, so is the store:
+    raises dist.DistNetworkError.
+    """
+    if not dist.is_initialized():
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"fitune/{event}"
+    if is_main_process():
+        store.set(key, "1")
+        return
+    with waiting():
+        while True:
+            try:
+                store.wait([key], timedelta(seconds=LOOK_SECONDS))
+            except dist.DistStoreError:
+                continue  # not yet
+            return
 
 
 def is_first_to_fail() -> bool:

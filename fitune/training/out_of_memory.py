@@ -8,8 +8,8 @@ import torch
 from fitune.config.schema import Run
 from fitune.errors import FituneError
 from fitune.planning.limits import limits_of
+from fitune.planning.outlook import nearest_changes
 from fitune.planning.plan import make_plan
-from fitune.planning.search import nearest_changes
 from fitune.planning.sizes import GIB
 
 

@@ -43,12 +43,14 @@ from fitune.training.distributed import (
     is_main_process,
     join,
     leave,
+    wait_for_rank_0,
 )
 from fitune.training.interruption import Interruption
 from fitune.training.manifest import Identity, find_damage, identify, refuse_another_identity
 from fitune.training.measure import Loading, Measurements
 from fitune.training.metrics_file import MetricsFile
 from fitune.training.out_of_memory import explain_out_of_memory
+from fitune.training.same_on_all import is_first_of_its_machine, refuse_differences
 from fitune.training.state import load_trainable_weights
 from fitune.training.trainer import ShardedSFTTrainer, set_aside
 from fitune.training.untrained_tokens import refuse_untrained_control_tokens
@@ -142,6 +144,7 @@ def rows_on_all_ranks(run: Run, split: str, tokenizer, heartbeat: Heartbeat) -> 
     if is_main_process():
         with heartbeat.using_files():
             folder = folder_with_tokens(run.recipe, split, tokenizer, run.folder / "cache")
+    wait_for_rank_0(f"tokens of {split}", heartbeat.waiting)
     with heartbeat.waiting():
         folder = from_rank_0(folder)
     rows = map_rows(run.recipe, split, folder)
@@ -174,11 +177,15 @@ def _check_compute(run: Run, mesh) -> None:
 
 
 def _identify(run: Run, base_folder: Path, tokenizer, heartbeat: Heartbeat) -> tuple[BaseRecord, Identity]:
-    """What adapter and checkpoints will remember of their origin. Rank 0 reads base and data for it."""
-    found = None
-    if is_main_process():
+    """What adapter and checkpoints will remember of their origin.
+
+    One rank of each machine reads its base and data for it. Raises UsageError if machines differ.
+    """
+    found = None, None
+    if is_first_of_its_machine():
         record = identify_base(run.recipe.base, base_folder)
         found = record, identify(run, record, tokenizer)
+    refuse_differences(found[1], heartbeat.waiting)
     with heartbeat.waiting():
         return from_rank_0(found)
 

@@ -36,6 +36,7 @@ from fitune.training.manifest import Identity, describe, find_damage, write_mani
 from fitune.training.result import save_result
 from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
 from fitune.training.token_metrics import token_metrics
+from fitune.training.whole_steps import WholeSteps, in_whole_steps, rows_per_step
 from fitune.weights.base_identity import BaseRecord
 
 
@@ -103,11 +104,21 @@ class ShardedSFTTrainer(SFTTrainer):
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
-        pad = self.processing_class.pad_token_id
-        self.train_dataset = train_dataset.filled_up(run.recipe.global_batch_size, pad)
+        batch, pad = run.recipe.global_batch_size, self.processing_class.pad_token_id
+        self.train_dataset = train_dataset.filled_up(batch, pad, one_more=rows_per_step(run) > batch)
         if eval_dataset is not None:
             rows_a_pass = self.args.per_device_eval_batch_size * self.args.world_size
             self.eval_dataset = eval_dataset.filled_up(rows_a_pass, pad)
+
+    def _get_train_sampler(self, train_dataset=None):
+        self._order = in_whole_steps(super()._get_train_sampler(train_dataset), self.run)
+        return self._order
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if isinstance(self._order, WholeSteps):
+            loader.set_sampler(self._order)  # where the loader of a resumed epoch looks for what it tells the epoch
+        return loader
 
     def training_step(self, model, inputs, *args, **kwargs):
         """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.

@@ -117,8 +117,13 @@ class Running:
             time.sleep(0.01)
 
 
-def start_on_two_machines(command: list[str], folder: Path, **environment: str) -> list[Running]:
-    """Two launchers with one rank each, as on two machines that share a folder; their logs are in `folder`."""
+def start_on_two_machines(
+    command: list[str], folder: Path, second: tuple[str, ...] = (), **environment: str
+) -> list[Running]:
+    """Two launchers with one rank each, as on two machines that share a folder; their logs are in `folder`.
+
+    `second` comes before the command of machine 1.
+    """
     accelerate = folder / "two_machines.yaml"
     text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
     with socket.socket() as free:
@@ -127,7 +132,10 @@ def start_on_two_machines(command: list[str], folder: Path, **environment: str) 
     text = text.replace("main_process_port: 0", f"main_process_port: {port}")
     accelerate.write_text(text + "num_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
     command = [*command, "--set", f"profile.accelerate_config={accelerate}"]
-    return [Running([*command, "--machine-rank", str(n)], folder / f"log-{n}", **environment) for n in (1, 0)]
+    return [
+        Running([*prefix, *command, "--machine-rank", str(n)], folder / f"log-{n}", **environment)
+        for n, prefix in ((1, second), (0, ()))
+    ]
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:

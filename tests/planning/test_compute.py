@@ -8,12 +8,13 @@ from click.testing import CliRunner
 
 from fitune.cli import cli
 from fitune.config import run as runs
+from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
 from fitune.launching import doctor, preflight
 from fitune.planning import compute, hardware
 from fitune.planning.fill import resolve
-from fitune.planning.hardware import Gpu, Machine, gpu_model
-from fitune.planning.model_shapes import find_shape
+from fitune.planning.gpu_models import gpu_model
+from fitune.planning.hardware import Gpu, Machine
 from fitune.planning.plan import setup_of
 from fitune.planning.step_time import step_seconds
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from fitune.config import run as runs
+from fitune.config.model_shapes import find_shape
 from fitune.planning import limits
 from fitune.planning.fill import filled, filled_here, fits, resolve
-from fitune.planning.hardware import Gpu, Machine, likely_model
+from fitune.planning.gpu_models import likely_model
+from fitune.planning.hardware import Gpu, Machine
 from fitune.planning.limits import Limits, limits_of
-from fitune.planning.model_shapes import find_shape
 from fitune.planning.plan import ERROR, setup_of
 from fitune.planning.step_time import step_seconds
 
@@ -37,7 +38,7 @@ def test_nothing_that_fits_is_faster(recipe, profile):
     gpu = likely_model(stated.gpu)
     assert fits(chosen, room)
     shortest = step_seconds(chosen, gpu)["total"]
-    for rows in runs.exact_micro_batches(run.recipe, run.accelerate):
+    for rows in runs.micro_batches(run.recipe, run.accelerate):
         passes = math.ceil(run.recipe.global_batch_size / (rows * chosen.ranks))
         for kept in range(chosen.shape.layers + 1):
             other = replace(chosen, micro_batch=rows, accumulation=passes, kept_layers=kept)

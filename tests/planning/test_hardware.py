@@ -1,44 +1,249 @@
-"""Which GPUs count, how much memory they have, and what is known of them by name."""
+"""Which GPUs count and what they can do: by the answers of fake nvidia-smi programs, and by name."""
 
-from types import SimpleNamespace
+import json
+import math
+import os
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from fitune.cli import cli
+from fitune.errors import UsageError
 from fitune.planning import hardware
-from fitune.planning.hardware import GPU_MODELS, Gpu, _visible, gpu_model, likely_model, this_machine
+from fitune.planning.gpu_models import GPU_MODELS, gpu_model, likely_model, look_up, memory_of
+from fitune.planning.hardware import FIELDS, MORE_FIELDS, Gpu, Machine, this_machine
+from fitune.planning.limits import limits_here
+from fitune.planning.search import find
+
+CARD = ("GPU-{n}", "NVIDIA GeForce RTX 4090", "24564", "24100", "8.9", "4", "16", "[N/A]")
+"""uuid, name, memory.total, memory.free, compute_cap, pcie.link.gen.max, pcie.link.width.current, mig.mode.current"""
+
+
+def card(number: int, **changes: str) -> list[str]:
+    values = dict(zip(FIELDS + MORE_FIELDS, CARD, strict=True)) | {"uuid": f"GPU-{number}{number}{number}{number}"}
+    return list((values | {key.replace("__", "."): value for key, value in changes.items()}).values())
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts a program in PATH that answers as nvidia-smi would: `nvidia_smi(rows)`, with `listed` for -L."""
+
+    def put(rows: list[list[str]], listed: str = "", knows_all_fields: bool = True) -> None:
+        csv, short = ("\n".join(", ".join(row[:size]) for row in rows) for size in (None, len(FIELDS)))
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        refusal = "" if knows_all_fields else 'case "$1" in *compute_cap*) echo "not a valid field"; exit 2;; esac\n'
+        program.write_text(
+            f"#!/bin/sh\nif [ \"$1\" = -L ]; then cat <<'X'\n{listed}\nX\nexit; fi\n{refusal}"
+            f"case \"$1\" in *compute_cap*) cat <<'X'\n{csv}\nX\n;; *) cat <<'X'\n{short}\nX\n;; esac\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return put
+
+
+def test_every_card_is_read_with_what_others_leave_free_and_its_link(nvidia_smi):
+    nvidia_smi([card(1), card(2, memory__free="9000", **{"pcie__link__width__current": "4"})])
+    first, second = this_machine().gpus
+    assert (first.name, round(first.total_gib, 2), first.capability, first.link_gb_s) == (CARD[1], 23.99, 8.9, 32)
+    assert second.link_gb_s == 8 and round(second.free_gib, 2) == 8.79
+    assert this_machine().gpu_memory_gib == second.free_gib
+    assert second.model.host_link_gb_s == 8 and second.model.peer_link_gb_s == 4
+    assert first.model == gpu_model("RTX 4090")
+
+
+def test_a_link_of_four_lanes_decides_against_weights_in_ram(nvidia_smi):
+    seconds = {}
+    for lanes in ("16", "4"):
+        nvidia_smi([card(1, **{"pcie__link__width__current": lanes})])
+        machine = this_machine()
+        machine = Machine(machine.gpus, 64, 60)
+        found = find("llama3_70b_qlora", (), machine)
+        seconds[lanes] = found.plan.time.parts["host link"]
+    assert seconds["4"] == pytest.approx(4 * seconds["16"])
+
+
+def test_old_drivers_are_asked_for_less(nvidia_smi):
+    nvidia_smi([card(1)], knows_all_fields=False)
+    [gpu] = this_machine().gpus
+    assert gpu.capability is None and gpu.link_gb_s is None and gpu.model == gpu_model("RTX 4090")
+
+
+def test_no_nvidia_smi_or_one_that_fails_is_no_gpu(nvidia_smi, tmp_path, monkeypatch):
+    nvidia_smi([])
+    assert this_machine().gpus == ()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert this_machine().gpus == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "1234"), ("0,2", "13"), ("2,0", "31"), ("GPU-2222", "2"), ("", ""), ("1,9,0", "2"), ("-1", "")],
+)  # fmt: skip
+def test_only_visible_gpus_count_in_their_order(value, shown, nvidia_smi, monkeypatch):
+    nvidia_smi([card(n) for n in (1, 2, 3, 4)])
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert "".join(gpu.identity[-1] for gpu in this_machine().gpus) == shown
+
+
+LISTED = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1111)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aaaa)
+  MIG 2g.10gb     Device  1: (UUID: MIG-bbbb)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-2222)"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "gib", "share"), [(None, 18.6, 3 / 7), ("MIG-bbbb", 9.3, 2 / 7), ("GPU-2222", 40.0, 1.0)]
+)
+def test_of_instances_of_a_divided_gpu_one_counts(visible, gib, share, nvidia_smi, monkeypatch):
+    a100 = {"name": "NVIDIA A100-SXM4-40GB", "memory__total": "40960", "memory__free": "40960", "compute_cap": "8.0"}
+    nvidia_smi([card(1, **a100, mig__mode__current="Enabled"), card(2, **a100, mig__mode__current="Disabled")], LISTED)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    [gpu] = this_machine().gpus
+    assert round(gpu.total_gib, 1) == gib and gpu.share == pytest.approx(share)
+    assert gpu.model.bf16_tflops == pytest.approx(312 * share)
+
+
+def test_of_cards_of_different_sizes_the_smallest_counts_and_a_line_says_so(nvidia_smi):
+    small = {"name": "NVIDIA GeForce RTX 3060", "memory__total": "12288", "memory__free": "12000", "compute_cap": "8.6"}
+    nvidia_smi([card(1), card(2, **small), card(3)])
+    machine = this_machine()
+    assert machine.gpu_memory_gib == pytest.approx(12000 / 1024) and machine.model.name == "RTX 3060"
+    assert machine.uneven.endswith("CUDA_VISIBLE_DEVICES=0,2")
+    nvidia_smi([card(1), card(2)])
+    assert this_machine().uneven is None
+
+
+SPARK = {"name": "NVIDIA GB10", "memory__total": "[N/A]", "memory__free": "[N/A]", "compute_cap": "12.1",
+         "pcie__link__gen__max": "[N/A]", "pcie__link__width__current": "[N/A]"}  # fmt: skip
+
+
+def test_memory_that_cpu_and_gpu_share_is_counted_once(nvidia_smi, monkeypatch):
+    monkeypatch.setattr(hardware, "host_memory_gib", lambda: (119.7, 100.0))
+    nvidia_smi([card(1, **SPARK)])
+    machine = this_machine()
+    assert machine.unified and machine.gpu_memory_gib == 100.0
+    plan = find("llama3_70b_qlora", (), machine).plan
+    [verdict] = plan.verdicts
+    assert verdict.resource == "memory of CPU and GPU" and verdict.has == 100.0
+    host = sum(plan.host[plan.host_phase].values())
+    assert verdict.needs == pytest.approx((plan.gpu.total + host) / 2**30) and verdict.needs <= 100 / 1.05
+    assert not (plan.setup.offload or plan.setup.embedding_offload or plan.setup.activation_offload)
+    with pytest.raises(UsageError, match=r"memory of CPU and GPU: needs \d+"):
+        find("llama3_70b_qlora", (), Machine(machine.gpus, 40, 40))
+    assert limits_here(machine).unified
+
+
+@pytest.mark.parametrize(("name", "capability"), [("Tesla T4", "7.5"), ("Tesla V100-SXM2-16GB", "7.0"), ("Foo", "7.5")])
+def test_gpus_without_bf16_are_refused_in_plan_doctor_and_train_with_what_to_do(name, capability, nvidia_smi, tmp_path):
+    nvidia_smi([card(1, name=name, memory__total="15360", memory__free="15000", compute_cap=capability)])
+    run = CliRunner().invoke
+    for command in (["plan", "llama3_8b_qlora"], ["train", "llama3_8b_qlora", "--dry-run"]):
+        result = run(cli, command)
+        assert result.exit_code == 2, result.output
+        assert f"{name} has compute capability {capability} and no bf16" in result.stderr
+        assert result.stderr.count("\n") == 1
+    nvidia_smi([card(1), card(2, name=name, compute_cap=capability)])
+    with pytest.raises(UsageError, match=r"leave it out: CUDA_VISIBLE_DEVICES=0$"):
+        find("llama3_8b_qlora", (), this_machine())
+    from fitune.launching.doctor import _gpus
+
+    bad = [finding for finding in _gpus() if finding.good is False and finding.name == "bf16"]
+    assert bad and bad[0].fix == "leave it out: CUDA_VISIBLE_DEVICES=0"
+
+
+def test_a_profile_does_not_get_past_a_gpu_without_bf16(nvidia_smi, tmp_path):
+    from fitune.launching.preflight import _check_gpus
+    from fitune.planning.fill import resolve
+
+    nvidia_smi([card(1, name="Tesla T4", compute_cap="7.5")])
+    with pytest.raises(UsageError, match="no bf16"):
+        _check_gpus(resolve("llama3_8b_qlora", "single_gpu"))
+    _check_gpus(resolve("tiny_qlora", "cpu_2proc", ("base.model=meta-llama/Llama-3.2-1B",)))
+
+
+def test_a_gpu_that_the_table_does_not_have_is_not_timed_as_another(nvidia_smi):
+    nvidia_smi([card(1, name="NVIDIA Unheard Of", compute_cap="13.0")])
+    result = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora"])
+    assert result.exit_code == 0, result.output
+    assert "time not predicted" in result.output and "s a step" not in result.output
+    assert "'NVIDIA Unheard Of' is not in the table of GPUs; give --gpu-tflops N" in result.output
+    estimate = json.loads(CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--json"]).output)["estimate"]
+    assert estimate is None
+
+
+def test_stated_products_time_an_unknown_gpu():
+    def seconds(*flags: str) -> float:
+        result = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--gpus", "1", *flags, "--json"])
+        return json.loads(result.output)["estimate"]["step_seconds"]
+
+    slow, fast = (seconds("--gpu-memory", "24", "--gpu-tflops", rate) for rate in ("50", "100"))
+    assert 1.5 < slow / fast <= 2
+    named = CliRunner().invoke(
+        cli, ["plan", "llama3_8b_qlora", "--gpu", "Foo 1", "--gpu-memory", "24", "--gpu-tflops", "50"]
+    )
+    assert named.exit_code == 0 and "estimate on Foo" in named.output
+
+
+def test_a_name_alone_knows_its_memory():
+    result = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--gpu", "RTX 4090", "--json"])
+    answer = json.loads(result.output)
+    assert answer["gpus"] == 1 and answer["estimate"]["gpu"] == "RTX 4090"
+    assert {v["has"] for v in answer["verdicts"] if v["resource"] == "GPU memory"} == {24.0}
+    assert memory_of("A100 80GB") == 80 and memory_of("NVIDIA A100-SXM4-40GB") == 40 and memory_of("h100") == 79.6
+    with pytest.raises(UsageError, match="A100 is sold with 40 or 80 GiB: add --gpu-memory"):
+        memory_of("A100")
+    refused = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--gpu", "RTX 2080 Ti"])
+    assert refused.exit_code == 2 and "no bf16" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "model"),
     [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA A100-SXM4-80GB", "A100"),
      ("NVIDIA A100-PCIE-40GB", "A100-PCIE"), ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-     ("NVIDIA A10G", "A10"), ("NVIDIA RTX A6000", "A6000"), ("h200", "H200")],
+     ("NVIDIA A10G", "A10"), ("NVIDIA RTX A6000", "A6000"), ("h200", "H200"), ("NVIDIA L4", "L4"),
+     ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
+     ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER"),
+     ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+     ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"), ("NVIDIA GB200", "GB200"),
+     ("NVIDIA B200", "B200"), ("NVIDIA B300", "B300"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA GB10", "GB10"),
+     ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA A40", "A40"), ("NVIDIA L40", "L40"), ("Tesla T4", "T4")],
 )  # fmt: skip
 def test_gpu_names_are_recognised(name, model):
     assert gpu_model(name).name == model
 
 
-def test_an_unknown_gpu_is_taken_for_the_typical_one_of_its_size():
-    assert likely_model(24, "Some GPU").name == "RTX 4090"
-    assert likely_model(48, "NVIDIA L40").name == "A6000", "an L40 is no L4"
-    assert all(model.source for model in GPU_MODELS)
+@pytest.mark.parametrize("name", ["NVIDIA RTX A2000 Laptop GPU", "NVIDIA GeForce GTX 1650", "NVIDIA RTX 9999"])
+def test_a_gpu_is_never_taken_for_another(name):
+    assert look_up(name) is None
 
 
-def test_only_visible_gpus_count(monkeypatch):
-    gpus = [(f"GPU-{letter * 8}", Gpu(letter, 24, 23)) for letter in "abcd"]
-    for value, names in (("0,2", "ac"), ("GPU-bbbb", "b"), ("", ""), (None, "abcd")):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if value is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert "".join(gpu.name for gpu in _visible(gpus)) == names
+def test_the_table_states_its_sources_and_finds_each_entry_by_its_own_name():
+    for model in GPU_MODELS:
+        assert gpu_model(model.name) is model, model.name
+        assert model.source and model.memory_gib and model.memory_gb_s > 0 and model.host_link_gb_s >= 16
+        assert (model.bf16_tflops > 0) == model.has_bf16 and math.isfinite(model.peer_link_gb_s)
 
 
-def test_nvidia_smi_counts_in_mib_and_the_fullest_gpu_decides(monkeypatch):
-    said = "GPU-a, NVIDIA RTX A6000, 49152, 48128\nGPU-b, NVIDIA RTX A6000, 49152, 24576\n"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(hardware.subprocess, "run", lambda *_, **options: SimpleNamespace(stdout=said))
-    machine = this_machine()
-    assert [(gpu.total_gib, gpu.free_gib) for gpu in machine.gpus] == [(48, 47), (48, 24)]
-    assert machine.gpu_memory_gib == 24
-    assert machine.known_model.name == "A6000"
+def test_an_unknown_gpu_has_a_typical_ones_rates_to_choose_by():
+    unknown = likely_model(24, "Some GPU")
+    assert unknown.name == "Some GPU" and not unknown.is_known
+    assert unknown.bf16_tflops == gpu_model("RTX 4090").bf16_tflops
+    assert likely_model(24).name == "RTX 4090" and likely_model(24).is_known
+    assert Gpu("Some GPU", 24, 24).known_model is None
+
+
+def test_doctor_sees_too_little_shared_memory(tmp_path, monkeypatch):
+    from fitune.launching import doctor
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 64 * 2**20}))
+    [finding] = doctor._shared_memory(tmp_path)
+    assert finding.good is False and "64 MiB" in finding.text and "--shm-size=1g" in finding.fix
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**32}))
+    assert doctor._shared_memory(Path(tmp_path)) == []

@@ -14,27 +14,23 @@ from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fitune.config import run as runs
+from fitune.config.model_shapes import LLAMA_3_FAMILY, find_shape
 from fitune.config.shipped import PROFILES, RECIPES, names
 from fitune.errors import UsageError
-from fitune.planning.fill import resolve
+from fitune.planning.fill import fits, resolve
 from fitune.planning.hardware import Gpu, Machine
-from fitune.planning.limits import Limits, given_machine, limits_of
+from fitune.planning.limits import Limits, limits_of
 from fitune.planning.memory import disk, gpu_moments, gpu_peak, host_moments
-from fitune.planning.model_shapes import LLAMA_3_FAMILY, find_shape
-from fitune.planning.plan import ERROR, make_plan, setup_of
-from fitune.planning.search import (
-    find_profile,
-    fits,
+from fitune.planning.outlook import (
     largest_micro_batch,
     longest_sequence,
     look_around,
-    matrix,
     nearest_changes,
     refusal,
-    run_on,
-    unlike_profile,
 )
+from fitune.planning.plan import ERROR, make_plan, setup_of
 from fitune.planning.sizes import GIB
+from fitune.planning.tiers import matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "huggingface_hub")
@@ -243,42 +239,6 @@ def test_largest_batch_and_longest_sequence_are_the_largest():
     assert not fits(replace(planned, micro_batch=1, max_length=tokens + 64), small)
 
 
-def test_find_picks_the_fastest_profile_that_fits():
-    four = find_profile("llama3_70b_qlora", (), given_machine(4, 24, 64))
-    assert four.run.profile_name == "fsdp_4x24gb"
-    assert find_profile("llama3_70b_qlora", (), given_machine(1, 12, 64)).run.profile_name == "fsdp_offload_1x12gb"
-    with pytest.raises(UsageError, match=r"no profile of llama3_70b_qlora fits 1 GPU with 6\.0 GiB free.*nearest:"):
-        find_profile("llama3_70b_qlora", (), given_machine(1, 6, 64))
-    assert find_profile("llama3_8b_qlora", (), given_machine(1, 8, 16)).run.profile_name == "single_gpu_8gb"
-    with pytest.raises(UsageError, match="there is no GPU here: plan for another machine, as with --gpus 1"):
-        find_profile("llama3_8b_qlora", (), Machine((), 64, 60))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "sets", "gpus", "gib", "profile", "changes"),
-    [
-        ("llama3_8b_lora", (), 1, 48, "fsdp_1x48gb", ()),
-        ("llama3_8b_lora", (), 1, 24, "fsdp_1x48gb", ("profile.kept_layers=22",)),
-        ("llama3_8b_lora", (), 2, 16, "fsdp_2x40gb", ("profile.kept_layers=8",)),
-        ("llama3_8b_qlora", ("global_batch_size=4",), 1, 24, "single_gpu", ()),
-        ("llama3_8b_qlora", ("profile.micro_batch=2",), 1, 24, "single_gpu", ()),
-        ("llama3_8b_qlora", ("profile.kept_layers=0",), 1, 24, "single_gpu", ()),
-    ],
-)
-def test_find_fills_the_gpus_there_are(recipe, sets, gpus, gib, profile, changes):
-    run = find_profile(recipe, sets, given_machine(gpus, gib, 64)).run
-    assert (run.profile_name, unlike_profile(run, sets)) == (profile, changes)
-    run_as_told = resolve(recipe, profile, sets + changes)
-    assert run_as_told.profile == run.profile
-    assert run_as_told.gradient_accumulation_steps == run.gradient_accumulation_steps
-
-
-def test_given_hardware_takes_a_micro_batch_by_size():
-    assert run_on(given_machine(1, 24, 64), "llama3_8b_qlora", ("profile.micro_batch.any=2",)).profile.micro_batch == 2
-    with pytest.raises(UsageError, match="--set: micro_batch of 8b: give one number"):
-        run_on(given_machine(1, 24, 64), "llama3_8b_qlora", ("profile.micro_batch.8b=2",))
-
-
 def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
     plan = make_plan(resolve("llama3_8b_qlora", "single_gpu"), Limits(8, 16, 1))
     assert nearest_changes(plan)[-1] == "--profile single_gpu_8gb"
@@ -287,14 +247,16 @@ def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():
 def test_the_matrix_has_every_profile_with_gpus_and_every_method():
     rows = {row["profile"]: row["methods"] for row in matrix("llama3_70b_qlora", ())}
     assert set(rows) == {name for name in names(PROFILES) if runs.load_profile(name).num_gpus}
+    assert rows["single_gpu_8gb"]["full"]["why_not"] == "embedding_offload is for a frozen base"
+    assert rows["fsdp_full_16x80gb"]["qlora"]["idle_gpus"] == 8  # eight rows a step
     assert rows["fsdp_4x24gb"]["qlora"]["fits"] and not rows["fsdp_4x24gb"]["full"]["fits"]
     assert "GPU memory" in rows["fsdp_4x24gb"]["lora"]["short_of"]
     assert 0.9 * 48 < rows["fsdp_4x48gb"]["qlora"]["peak_gpu_gib"] <= 48 / (1 + ERROR)
     assert rows["fsdp_4x48gb"]["lora"]["fits"] and rows["fsdp_4x48gb"]["lora"]["micro_batch"] == 1
 
 
-def test_the_matrix_of_a_file_is_that_of_its_name(tmp_path):
-    file = shutil.copy(RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine_8b.yaml")
+def test_the_matrix_of_a_file_is_that_of_the_shipped_recipe(tmp_path):
+    file = shutil.copy(RECIPES / "llama3_8b_qlora.yaml", tmp_path / "mine.yaml")
     assert matrix(str(file), ()) == matrix("llama3_8b_qlora", ())
 
 
@@ -321,9 +283,9 @@ def test_json_has_the_exact_numbers(cli):
 def test_all_and_given_hardware(cli):
     assert "fsdp_offload_1x12gb" in cli("llama3_70b_qlora", "--all").output
     given = cli("llama3_70b_qlora", "--gpus", "4", "--gpu-memory", "24", "--json")
-    assert json.loads(given.output)["profile"] == "4 x 24 GiB"
+    assert json.loads(given.output)["profile"] == "4x24gb"
     found = cli("llama3_70b_qlora", "--gpus", "4", "--gpu-memory", "24", "--find", "--json")
-    assert json.loads(found.output)["profile"] == "fsdp_4x24gb"
+    assert json.loads(found.output)["profile"] == "4x24gb" and json.loads(found.output)["gpus_idle"] == 0
 
 
 def test_time_is_that_of_the_gpus_there_are(cli, monkeypatch):
@@ -332,7 +294,7 @@ def test_time_is_that_of_the_gpus_there_are(cli, monkeypatch):
 
     assert gpu_of("--gpus", "1", "--gpu-memory", "80", "--find") == "H100"  # found: fsdp_1x48gb
     here = Machine((Gpu("NVIDIA GeForce RTX 3090", 24, 23.5),), 64, 60)
-    monkeypatch.setattr("fitune.planning.report.this_machine", lambda: here)
+    monkeypatch.setattr("fitune.planning.command.this_machine", lambda: here)
     assert gpu_of() == "RTX 3090" and gpu_of("--gpu", "RTX 4090") == "RTX 4090"
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
-from fitune.planning.hardware import gpu_model
+from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import limits_of
-from fitune.planning.model_shapes import find_shape
 from fitune.planning.plan import make_plan, setup_of, steps_of
 from fitune.planning.step_time import step_seconds
 

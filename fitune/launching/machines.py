@@ -1,0 +1,179 @@
+"""Several machines that share a run's folder: they find each other there, get ready, and start together.
+
+Machine 0 chooses the settings; the others take them from run.yaml. Each machine downloads and checks on its own, for as
+long as it takes; only when all are ready are ranks started, so no timeout runs meanwhile. A machine shows that it lives
+by RUN/machines/N.json.
+"""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from fitune.config import run as runs
+from fitune.config.recipe_paths import absolute_paths
+from fitune.config.schema import Run
+from fitune.errors import FituneError, UsageError
+from fitune.launching.run_folder import ASKED, SETTINGS
+from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
+
+FOLDER = "machines"
+APPEARS_WITHIN_SECONDS = 600
+"How long a machine is waited for before it has shown itself at all."
+
+
+def check_machine_flags(
+    run: Run, machine_rank: int | None, main_process_ip: str | None, main_process_port: int | None
+) -> None:
+    """Raises UsageError for machine flags that are missing or don't fit, before anything else is done."""
+    machines, config = run.accelerate.num_machines, run.accelerate
+    if machines == 1:
+        if machine_rank or main_process_ip or main_process_port:
+            raise UsageError(
+                f"--machine-rank, --main-process-ip and --main-process-port are for several machines, {config.path} "
+                f"has num_machines 1; add --machines N, or give a profile for several"
+            )
+        return
+    if machine_rank is not None and machine_rank >= machines:
+        raise UsageError(f"--machine-rank {machine_rank}: there are {machines} machines, 0 to {machines - 1}")
+    if not (main_process_ip or config.main_process_ip):
+        raise UsageError(
+            f"the run takes {machines} machines: give each of them --main-process-ip, the address of machine 0, and "
+            f"--machine-rank, 0 to {machines - 1}"
+        )
+    if not (main_process_port or config.main_process_port):
+        raise UsageError(f"the run takes {machines} machines: give each of them the same --main-process-port")
+
+
+class Machines:
+    """This machine among those of a run. A context manager: it shows itself from its beginning to its end."""
+
+    def __init__(self, run: Run, rank: int, resume: bool):
+        self.resume = resume
+        "Whether the run goes on: what machine 0 was told counts."
+        self.folder, self.count, self.rank = run.folder / FOLDER, run.accelerate.num_machines, rank
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.session, self._signs, self._settings = "", None, None
+
+    def __enter__(self):
+        if self.rank == 0:
+            self.session = uuid.uuid4().hex
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        else:
+            shown = self._machine_0()
+            self.session, self.resume = shown["session"], shown["resume"]
+        self._show(ready=False)
+        self._signs = SignsOfLife(self._file(self.rank), lambda: True, lambda: None)
+        self._signs.start()
+        return self
+
+    def __exit__(self, *_):
+        self._signs.stop()
+        with suppress(OSError):
+            self._file(self.rank).unlink(missing_ok=True)
+
+    def settings_of_machine_0(self, asked: Run) -> Run:
+        """The run that machine 0 wrote: its profile counts. Raises UsageError if it trains something else."""
+        theirs = self._settings = self._load_settings()
+        mine, wanted = (absolute_paths(run.recipe.model_dump()) for run in (asked, theirs))
+        for key, value in mine.items():
+            if wanted[key] != value:
+                raise UsageError(
+                    f"{asked.folder}: machine 0 has {key} {wanted[key]}, machine {self.rank} {value}; give all "
+                    f"machines the same recipe and --set"
+                )
+        if theirs.accelerate.num_machines != self.count:
+            raise UsageError(
+                f"{asked.folder}: machine 0 starts {theirs.accelerate.num_machines} machines, machine "
+                f"{self.rank} {self.count}; give all the same profile or --machines"
+            )
+        return theirs
+
+    def start_together(self) -> None:
+        """Returns when all machines are ready, however long one prepares.
+
+        Raises FituneError naming those that don't answer.
+        """
+        self._show(ready=True)
+        began, told = time.monotonic(), 0.0
+        while missing := self._missing():
+            silent = [rank for rank in missing if not self._lives(rank)]
+            waited = time.monotonic() - began
+            if silent and waited > APPEARS_WITHIN_SECONDS:
+                raise FituneError(
+                    f"{_named(silent)} of {self.count} did not answer for {waited:.0f} s; start each with the same "
+                    f"command and its own --machine-rank, in a folder that all machines share"
+                )
+            if waited - told > 60 or not told:
+                told = max(waited, 1e-9)
+                print(f"waiting for {_named(missing)} of {self.count}", file=sys.stderr)
+            time.sleep(0.5)
+
+    def _missing(self) -> list[int]:
+        """Those that are not ready. Machine 0 sees it and tells the others by name: what it once left names none."""
+        if self.rank:
+            self._follow_machine_0()
+            return [] if self.name in self._read(0).get("together", []) else [0]
+        shown = {rank: self._read(rank) for rank in range(1, self.count)}
+        missing = [rank for rank, one in shown.items() if not (one.get("session") == self.session and one.get("ready"))]
+        if not missing:
+            self._show(ready=True, together=[one["name"] for one in shown.values()])
+        return missing
+
+    def _follow_machine_0(self) -> None:
+        """Machine 0 may have died, and this machine seen what it had left, before it was started again."""
+        shown = self._read(0)
+        if shown.get("session") in (None, self.session):
+            return
+        if self._settings != self._load_settings():
+            raise FituneError(
+                f"{self.folder.parent}: machine 0 was started again with other settings: start this machine again too"
+            )
+        self.session, self.resume = shown["session"], shown["resume"]
+        self._show(ready=True)
+
+    def _load_settings(self) -> Run:
+        folder = self.folder.parent
+        return runs.load(folder / (ASKED if (folder / ASKED).is_file() else SETTINGS))
+
+    def _machine_0(self) -> dict:
+        """What machine 0 shows, once it does."""
+        began = time.monotonic()
+        while not self._lives(0):
+            if time.monotonic() - began > APPEARS_WITHIN_SECONDS:
+                raise UsageError(
+                    f"{self.folder.parent}: machine 0 did not show itself there for {APPEARS_WITHIN_SECONDS} s; start "
+                    f"it with the same --output, in a folder that all machines share"
+                )
+            time.sleep(0.5)
+        return self._read(0)
+
+    def _show(self, ready: bool, together: list[str] | None = None) -> None:
+        shown = {"name": self.name, "session": self.session, "resume": self.resume, "ready": ready}
+        partial = self.folder / f".{self.rank}.partial"
+        partial.write_text(json.dumps(shown | {"together": together or []}), encoding="utf-8")
+        partial.replace(self._file(self.rank))
+
+    def _lives(self, rank: int) -> bool:
+        with suppress(OSError):
+            return "session" in self._read(rank) and seconds_silent(self._file(rank)) <= LOST_SECONDS
+        return False
+
+    def _read(self, rank: int) -> dict:
+        try:
+            return json.loads(self._file(rank).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"{rank}.json"
+
+
+def _named(ranks: list[int]) -> str:
+    return f"machine{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,130 @@
+"""What `fitune plan` does with its flags, and the exact numbers of `plan --json`."""
+
+import json
+import math
+import sys
+
+from rich.console import Console
+
+from fitune.config import run as runs
+from fitune.errors import UsageError
+from fitune.planning.compute import refuse_missing_fp8
+from fitune.planning.fill import resolve
+from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
+from fitune.planning.hardware import Gpu, Machine, this_machine
+from fitune.planning.limits import given_machine, limits_here, limits_of
+from fitune.planning.memory import merge_host
+from fitune.planning.outlook import Outlook, look_around, shortfall
+from fitune.planning.plan import Plan, make_plan, needed_disk
+from fitune.planning.report import print_found, print_matrix, print_plan
+from fitune.planning.search import Found, all_on_the_gpus, described
+from fitune.planning.search import find as find_fastest
+from fitune.planning.sizes import GIB
+from fitune.planning.tiers import matrix
+
+
+def plan_command(
+    recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, gpu_memory: float | None,
+    host_memory: float | None, gpu: str | None, gpu_tflops: float | None, find: bool, all_tiers: bool, in_json: bool,
+    **options,
+) -> None:  # fmt: skip
+    """What `fitune plan` does with its flags."""
+    _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers)
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
+    if all_tiers:
+        rows = matrix(recipe, sets)
+        print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
+        return
+    runs.check_paths(recipe, sets, "base.model")
+    found = None
+    if profile:
+        model = _named_model(gpu, gpu_tflops, gpu_memory)
+        run = resolve(recipe, profile, sets, gpu=model)
+        refuse_missing_fp8(run, model)
+        plan = make_plan(run, limits_of(run), model, **options)
+    else:
+        machine = _machine(gpus, gpu_memory, host_memory, gpu)
+        named = _named_model(gpu, gpu_tflops, machine.gpu_memory_gib)
+        model, known = named or machine.model, named or machine.known_model
+        if find or gpus is None:
+            found = find_fastest(recipe, sets, machine, model)
+        run = found.plan.run if found else all_on_the_gpus(recipe, sets, machine, model)
+        refuse_missing_fp8(run, known)
+        plan = make_plan(run, limits_here(machine), model, **options)
+    outlook = look_around(plan)
+    if in_json:
+        print(json.dumps(as_json(plan, outlook) | (search_as_json(found) if found else {}), indent=2))
+        return
+    if found:
+        print_found(found, console)
+    print_plan(plan, outlook, console)
+
+
+def _machine(gpus: int | None, gpu_memory: float | None, host_memory: float | None, gpu: str | None) -> Machine:
+    """The one that the flags describe, else this one. A GPU's name alone says how much memory it has."""
+    if gpus is None and gpu is None:
+        return this_machine()
+    if gpu and gpu_memory is None:
+        gpu_memory = memory_of(gpu)
+    return given_machine(1 if gpus is None else gpus, gpu_memory, host_memory)
+
+
+def _named_model(gpu: str | None, tflops: float | None, memory_gib: float | None) -> GpuModel | None:
+    """The GPU of --gpu and --gpu-tflops; None where neither is given. Raises UsageError if it lacks bf16."""
+    if tflops:
+        return stated_model(gpu, memory_gib or 0, tflops)
+    model = gpu_model(gpu) if gpu else None
+    if model and not model.has_bf16:
+        Machine((Gpu(gpu, 0, 0),), 0, 0).refuse_missing_bf16()
+    return model
+
+
+def as_json(plan: Plan, outlook: Outlook) -> dict:
+    """The exact numbers of `plan --json`, GiB unless the key says otherwise."""
+
+    def gib(sizes: dict[str, float]) -> dict[str, float]:
+        return {name: round(size / GIB, 3) for name, size in sizes.items() if size}
+
+    peak, time = plan.gpu, plan.time
+    return {
+        "recipe": plan.run.recipe_name, "profile": plan.run.profile_name, "method": plan.setup.method,
+        "gpus": plan.setup.ranks if plan.setup.on_gpu else 0, "machines": plan.setup.machines, "fits": plan.fits,
+        "peak_gpu_gib": round(peak.total / GIB, 3) if peak else 0.0,
+        "peak_allocated_gib": round(peak.allocated / GIB, 3) if peak else 0.0,
+        "peak_phase": peak.phase if peak else plan.host_phase,
+        "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
+        "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
+        "micro_batch": plan.setup.micro_batch, "kept_layers": plan.setup.kept_layers,
+        "max_length": plan.setup.max_length, "compute": plan.run.profile.compute,
+        "largest_micro_batch": outlook.largest_micro_batch, "longest_sequence": outlook.longest_sequence,
+        "components": gib(peak.components) if peak else {}, "phases": gib(peak.phases) if peak else {},
+        "host": {phase: gib(parts) for phase, parts in plan.host.items()}, "disk": gib(plan.disk),
+        "merge_host_gib": round(merge_host(plan.setup) / GIB, 3),
+        "verdicts": [{"resource": v.resource, "needs": round(v.needs, 3), "fits": v.fits,
+                      "has": None if math.isinf(v.has) else round(v.has, 3)} for v in plan.verdicts],
+        "changes": outlook.changes,
+        "estimate": None if time is None or not time.is_known else {
+            "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),
+            "tokens_per_second": round(time.tokens_per_second, 1), "steps": time.steps, "hours": time.hours,
+            "cost": time.cost},
+    }  # fmt: skip
+
+
+def _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers) -> None:
+    given = gpus is not None or gpu_memory is not None or host_memory is not None
+    if profile and (given or find or all_tiers):
+        raise UsageError("--profile names the hardware: leave out --gpus, --gpu-memory, --host-memory, --find, --all")
+    if all_tiers and (given or find):
+        raise UsageError("--all shows every shipped profile on its own hardware: leave out the other flags")
+    if given and gpus is None and gpu is None:
+        raise UsageError("--gpu-memory and --host-memory describe hardware together with --gpus N or --gpu MODEL")
+
+
+def search_as_json(found: Found) -> dict:
+    """What a search adds to `plan --json`."""
+    return {
+        "gpus_there": found.gpus, "gpus_idle": found.idle, "why_idle": found.why_idle(),
+        "tried": [{"choice": described(plan), "fits": plan.fits, "why_not": shortfall(plan) or None,
+                   "step_seconds": round(plan.time.parts["total"], 3) if plan.time and plan.time.is_known else None}
+                  for plan in found.tried],
+    }  # fmt: skip

@@ -1,0 +1,137 @@
+"""What else would fit where a plan was made for: the nearest changes, the largest batch, the longest sequence."""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from fitune.config import run as runs
+from fitune.planning.fill import filled, fits, largest
+from fitune.planning.limits import Limits
+from fitune.planning.plan import TIME_ERROR, Plan, make_plan
+from fitune.planning.presets import as_typed, preset_runs
+from fitune.planning.sizes import Setup
+
+MAX_MICRO_BATCH = 1024
+SEQUENCE_STEP = 64  # tokens
+CARD_SLACK = 1.1
+"A card of 24 GiB may have no more than 22 free."
+NO_GPU = (
+    "there is no GPU here: plan for another machine, as with --gpus 1 --gpu-memory 24 --host-memory 64, or try "
+    "tiny_qlora with cpu_2proc"
+)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What else would fit where a plan was made for."""
+
+    changes: list[str]
+    "The nearest changes that fit, as they are typed; none where the plan itself fits."
+    largest_micro_batch: int
+    "With no layer kept."
+    longest_sequence: int
+    "Tokens, with one row a pass and no layer kept."
+
+
+def look_around(plan: Plan) -> Outlook:
+    """Everything that `plan` says beside the run that was asked for."""
+    recomputed = replace(plan.setup, kept_layers=0)
+    return Outlook(
+        [] if plan.fits else nearest_changes(plan),
+        largest_micro_batch(recomputed, plan.limits),
+        longest_sequence(recomputed, plan.limits),
+    )
+
+
+def largest_micro_batch(setup: Setup, limits: Limits) -> int:
+    """Rows per pass that fit; 0 if not even one does."""
+    return largest(MAX_MICRO_BATCH, lambda count: fits(replace(setup, micro_batch=count), limits))
+
+
+def longest_sequence(setup: Setup, limits: Limits) -> int:
+    """max_length that fits with one row per pass, within the model's positions; 0 if none does."""
+    most = setup.shape.max_positions // SEQUENCE_STEP
+    with_one_row = replace(setup, micro_batch=1)
+
+    def does_fit(steps: int) -> bool:
+        return fits(replace(with_one_row, max_length=steps * SEQUENCE_STEP), limits)
+
+    return SEQUENCE_STEP * largest(most, does_fit)
+
+
+def nearest_changes(plan: Plan) -> list[str]:
+    """The smallest changes to a run that make it fit: one setting, else two, and profiles for the same hardware."""
+    changes = _settings(plan)
+    found = [text for text, change in changes if fits(replace(plan.setup, **change), plan.limits)]
+    if not found:
+        for (text, change), (other_text, other) in combinations(changes, 2):
+            if not change.keys() & other.keys() and fits(replace(plan.setup, **change | other), plan.limits):
+                found.append(f"{text} {other_text}")
+                break
+    return [*found[:2], *_profiles_that_fit(plan)[:1]]
+
+
+def _settings(plan: Plan) -> list[tuple[str, dict]]:
+    """Changes worth trying, what costs least speed first, as they are typed and as they act."""
+    setup, run = plan.setup, plan.run
+    changes = []
+    for rows in reversed(runs.micro_batches(run.recipe, run.accelerate)):
+        if rows < setup.micro_batch:
+            passes = math.ceil(run.recipe.global_batch_size / (rows * setup.ranks))
+            changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
+    if setup.kept_layers:
+        changes.append((f"--set profile.kept_layers={setup.kept_layers // 2}", {"kept_layers": setup.kept_layers // 2}))
+        changes.append(("--set profile.kept_layers=0", {"kept_layers": 0}))
+    if not setup.embedding_offload and not setup.offload and not setup.full:
+        changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
+    if not setup.activation_offload and setup.on_gpu:
+        changes.append(("--set profile.activation_offload=true", {"activation_offload": True}))
+    shorter = longest_sequence(setup, plan.limits)
+    if 0 < shorter < setup.max_length:
+        changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
+    return changes
+
+
+def _profiles_that_fit(plan: Plan) -> list[str]:
+    """Shipped profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
+    found = []
+    for run in preset_runs(plan.run.recipe_name, plan.run.recipe):
+        if run.profile_name != plan.run.profile_name and run.accelerate.num_machines == 1:
+            other = make_plan(filled(run, plan.limits), plan.limits)
+            if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
+                found.append((*_preference(other), f"--profile {as_typed(other.run)}"))
+    return [flags for *_, flags in sorted(found, reverse=True)]
+
+
+def _preference(plan: Plan) -> tuple[bool, float]:
+    """Profiles meant for cards no larger than there are come first, then the fastest.
+
+    One that keeps weights in host RAM must be faster by more than the prediction may be off: it takes that RAM.
+    """
+    is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
+    tokens_per_second = plan.time.tokens_per_second if plan.time else 0.0
+    return is_meant_for_it, tokens_per_second * (1 - TIME_ERROR * (plan.setup.offload or plan.setup.embedding_offload))
+
+
+def refusal(plan: Plan) -> str | None:
+    """Why a run cannot fit, in one line that ends with what would; None if it does."""
+    if plan.fits:
+        return None
+    instead = way_out(plan, nearest_changes(plan))
+    return f"{plan.run.recipe_name} with {plan.run.profile_name} does not fit: {shortfall(plan)}; {instead}"
+
+
+def shortfall(plan: Plan) -> str:
+    """What a plan lacks, resource by resource."""
+    return "; ".join(str(verdict) for verdict in plan.verdicts if not verdict.fits)
+
+
+def way_out(plan: Plan, changes: list[str]) -> str:
+    """What to do about a plan that does not fit; `changes` are the nearest that do."""
+    if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
+        return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
+    if not plan.limits.gpus and plan.setup.on_gpu:
+        return NO_GPU
+    if changes:
+        return f"nearest change that fits: {'   or   '.join(changes)}"
+    return "no change of one or two settings makes it fit, nor does another profile"

@@ -1,0 +1,38 @@
+"""The shipped profiles as presets: the runs of a recipe with each of them, and how such a run is typed."""
+
+from collections.abc import Iterator
+
+from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.schema import AUTO, SMALLEST, Recipe, Run
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, names
+from fitune.planning.fill import filled
+from fitune.planning.limits import limits_of
+
+
+def preset_runs(
+    recipe_name: str, recipe: Recipe, overrides: dict | None = None, *, any_method: bool = False
+) -> Iterator[Run]:
+    """The runs of a recipe with every shipped profile that is meant for it, rows and kept layers left to `plan`.
+
+    Those that `overrides` gives are as given.
+    """
+    left_to_plan = dict.fromkeys(SMALLEST, AUTO)
+    for name in names(PROFILES):
+        if any_method or runs.goes_with(recipe, runs.load_profile(name)):
+            yield _run(recipe_name, recipe, name, left_to_plan | (overrides or {}))
+
+
+def as_typed(run: Run, sets: tuple[str, ...] = ()) -> str:
+    """A preset's name, and the `--set` that make the shipped one that of a run which was filled elsewhere."""
+    shipped = _run(run.recipe_name, run.recipe, run.profile_name, runs.parse_sets(sets)[1])
+    as_shipped = filled(shipped, limits_of(shipped)).profile
+    found = {key: getattr(run.profile, key) for key in SMALLEST}
+    changes = [f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key)]
+    return " --set ".join([run.profile_name, *changes])
+
+
+def _run(recipe_name: str, recipe: Recipe, profile_name: str, overrides: dict | None = None) -> Run:
+    profile = runs.load_profile(profile_name, overrides)
+    config = find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config")
+    return runs.run_of(recipe_name, recipe, profile_name, profile, read_accelerate_config(config), output="")
