@@ -7,7 +7,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak planted audit lint format gpu-test gpu-e2e real bench
+.PHONY: help setup demo test soak slurm-test planted audit lint format gpu-test gpu-e2e real bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments, change it each time:
 
 planted: $(DEV_INSTALLED)  ## plant each fault of tests/planted/ in a copy: its tests must notice it (about an hour)
 	$(BIN)/python tests/planted/plant.py
+
+slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm)
+	$(BIN)/python tests/slurm/run.py
 
 lint: $(DEV_INSTALLED)  ## check style
 	$(BIN)/ruff check .

@@ -264,6 +264,33 @@ def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, m
     click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}")
 
 
+@cli.command(epilog="Example:  fitune submit llama3_70b_qlora --on slurm --nodes 2 --gpus 8 --dry-run")
+@recipe_argument
+@click.option("--on", "scheduler", required=True, type=click.Choice(["slurm", "skypilot", "kubernetes"]))
+@profile_option
+@set_option
+@output_option
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--gpus", type=click.IntRange(min=1), help="GPUs of each node. [default: the profile's]")
+@click.option("--gpu", help="GPU model that SkyPilot is asked for, such as H100.")
+@click.option("--image", help="Container image with fitune, for Kubernetes and SkyPilot (see Dockerfile).")
+@click.option("--setup", default="", help="Command that puts fitune in PATH, such as 'source .venv/bin/activate'.")
+@click.option("--hours", type=click.FloatRange(min=0.1), default=24, show_default=True, help="Longest time of a start.")
+@click.option("--bucket", help="Storage that SkyPilot mounts for checkpoints, such as s3://mine.")
+@click.option("--partition", help="Slurm's.")
+@click.option("--dry-run", is_flag=True, help="Write the job file and print it, hand nothing over.")
+def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
+    """Write a job file for Slurm, SkyPilot or Kubernetes and hand it to sbatch, sky or kubectl.
+
+    The job prepares the rows, trains, and after a preemption goes on from its last checkpoint.
+    """
+    from fitune.launching.submit import submit as write_and_hand_over
+
+    file, answer = write_and_hand_over(recipe, profile, sets, output, scheduler=scheduler, dry_run=dry_run, **options)
+    click.echo(file.read_text(encoding="utf-8") if dry_run else answer, nl=not dry_run)
+    click.echo(f"job file: {file}", err=True)
+
+
 @cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @force_option

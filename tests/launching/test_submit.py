@@ -1,0 +1,147 @@
+"""Job files of Slurm, SkyPilot and Kubernetes: what they say, that their shell lines run, and bad input."""
+
+import subprocess
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fitune.cli import cli
+
+WANTED = {
+    "slurm": [],
+    "skypilot": ["--gpu", "H100", "--bucket", "s3://mine"],
+    "kubernetes": ["--image", "example.org/fitune:1"],
+}
+
+
+@pytest.fixture
+def submit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(scheduler: str, *flags: str, code: int = 0):
+        words = ["submit", "llama3_8b_qlora", "--on", scheduler, "--output", "runs/job", *flags]
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+def script_of(scheduler: str, text: str) -> str:
+    """The shell lines of a job file."""
+    if scheduler == "slurm":
+        return text
+    job = yaml.safe_load(text)
+    if scheduler == "skypilot":
+        return job["run"]
+    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    return pod["containers"][0]["command"][2]
+
+
+FAKE = """\
+#!/bin/bash
+echo "$(basename "$0") $*" >> "$LOG"
+case "$(basename "$0") $1" in
+  "srun "*) shift; exec "$@";;
+  "scontrol show") echo first; echo second;;
+  "fitune prepare") mkdir -p data/no_robots; touch data/no_robots/train.jsonl;;
+  "fitune train") mkdir -p runs/job /outputs-of-test 2>/dev/null; touch runs/job/run.yaml; exit ${CODE:-0};;
+esac
+"""
+
+
+@pytest.mark.parametrize("scheduler", WANTED)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_shell_lines_prepare_once_train_and_then_go_on(scheduler, nodes, submit, tmp_path):
+    submit(scheduler, "--dry-run", "--gpus", "8", "--nodes", str(nodes), *WANTED[scheduler])
+    [file] = (tmp_path / "runs").glob("job.*")
+    script = script_of(scheduler, file.read_text()).replace("/outputs/job", "runs/job")
+    (tmp_path / "bin").mkdir()
+    for name in ("fitune", "srun", "scontrol"):
+        (tmp_path / "bin" / name).write_text(FAKE)
+        (tmp_path / "bin" / name).chmod(0o755)
+    ranks = {"SLURM_NODEID": "1", "SKYPILOT_NODE_RANK": "1", "JOB_COMPLETION_INDEX": "1"}
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "x", "SKYPILOT_NODE_IPS": "first\nsecond", **ranks,
+    }  # fmt: skip
+
+    def start(code: int) -> list[str]:
+        (tmp_path / "log").write_text("")
+        done = subprocess.run(["bash", "-c", script], env=environment | {"CODE": str(code)}, cwd=tmp_path, check=False)
+        assert done.returncode == code
+        return [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("srun")]
+
+    first, second = start(75), start(0)
+    heads = {"kubernetes": "fitune-llama3-8b-qlora-nodes-0-0.fitune-llama3-8b-qlora"}
+    ports = {"slurm": "20007"}
+    place = f" --machine-rank 1 --main-process-ip {heads.get(scheduler, 'first')} --main-process-port "
+    place = f"{place}{ports.get(scheduler, '29500')}" if nodes > 1 else ""
+    machines = " --machines 2" if nodes > 1 else ""
+    assert "fitune prepare llama3_8b_qlora" in first
+    assert f"fitune train llama3_8b_qlora{machines} --output runs/job{place}" in first
+    assert [line for line in second if line.startswith("fitune")] == [f"fitune train --resume runs/job{place}"]
+    assert ("scontrol requeue 7" in first) == (scheduler == "slurm") and "scontrol requeue 7" not in second
+
+
+def test_slurm_is_asked_for_nodes_gpus_time_and_a_signal_in_time(submit):
+    flags = ("--nodes", "2", "--gpus", "4", "--hours", "1.5", "--partition", "gpu", "--setup", "source x/activate")
+    text = submit("slurm", "--dry-run", *flags).stdout
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=1:30:00", "--signal=TERM@600",
+                 "--requeue", "--partition=gpu", "--open-mode=append"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in text
+    assert "\nsource x/activate\n" in text
+
+
+def test_skypilot_keeps_checkpoints_where_they_outlive_the_machine(submit):
+    task = yaml.safe_load(submit("skypilot", "--dry-run", "--gpus", "8", *WANTED["skypilot"]).stdout)
+    assert task["file_mounts"] == {"/outputs": {"source": "s3://mine", "mode": "MOUNT"}}
+    assert "--output /outputs/job" in task["run"] and task["resources"]["accelerators"] == "H100:8"
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+
+
+def test_a_kubernetes_job_that_was_interrupted_starts_again_and_counts_as_no_failure(submit):
+    spec = yaml.safe_load(submit("kubernetes", "--dry-run", "--gpus", "8", *WANTED["kubernetes"]).stdout)["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+    assert spec["failurePolicy"]["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    pod = job["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 600
+    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+
+
+def test_a_profile_says_how_many_gpus_each_node_has(submit):
+    sets = ("--profile", "fsdp_4x48gb", "--set", "training.max_steps=9", "--set", "profile.micro_batch=1")
+    text = submit("slurm", "--dry-run", *sets, "--set", "method=full", "--set", "lora=null").stdout
+    assert "#SBATCH --gpus-per-node=4\n" in text and "--profile fsdp_4x48gb" in text
+    assert "prepare llama3_8b_qlora --set training.max_steps=9 --set method=full" in text
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "flags", "said"),
+    [
+        ("slurm", (), "give --gpus, the GPUs of each node, or a --profile"),
+        ("slurm", ("--gpus", "1"), "sbatch: no such command here; --dry-run writes the job file only"),
+        ("slurm", ("--profile", "fsdp_2x40gb", "--nodes", "2"), "has num_machines 1; make them equal"),
+        ("skypilot", ("--gpus", "1"), "--on skypilot needs --gpu: the GPU model"),
+        ("skypilot", ("--gpus", "1", "--gpu", "L4"), "--on skypilot needs --bucket: storage for checkpoints"),
+        ("kubernetes", ("--gpus", "1"), "--on kubernetes needs --image: a container image with fitune"),
+        ("slurm", ("--gpus", "1", "--set", "sede=1"), "did you mean 'seed'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(scheduler, flags, said, submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = submit(scheduler, *flags, code=2)
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_of_the_scheduler_is_told(submit, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert (
+        "sbatch refused runs/job.sbatch: sbatch: error: invalid partition"
+        in submit("slurm", "--gpus", "1", code=1).stderr
+    )
