@@ -11,6 +11,7 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fitune
 
@@ -106,3 +107,9 @@ def test_installed_doctor_knows_the_pins(installed, tmp_path):
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     pins = dict(line.split("==") for line in requirements("requirements.txt"))
     assert said.stdout.strip() == f"None {len(pins)} pip install click=={pins['click']}", said.stderr
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == fitune.__version__
+    assert citation["license"] == "Apache-2.0" and citation["cff-version"] == "1.2.0"
