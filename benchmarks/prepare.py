@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--turns", type=int, default=1, help="question and answer pairs in each row")
+    parser.add_argument("--max-length", type=int, default=3072, help="prepare also packs to rows of so many tokens")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", choices=["prepare", "datasets"], default=["datasets", "prepare"])
     parser.add_argument("--scratch", help="folder with room for the rows; default: the system's")
@@ -84,6 +85,7 @@ def measure(side: str, rows: Path, scratch: str, arguments) -> dict:
     output = Path(scratch) / side
     command = [sys.executable, __file__, "--side", side, "--input", str(rows), "--output", str(output)]
     command += ["--tokenizer", arguments.tokenizer, "--workers", str(arguments.workers)]
+    command += ["--max-length", str(arguments.max_length)]
     environment = os.environ | {"HF_DATASETS_CACHE": f"{scratch}/cache", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = [0]
@@ -144,7 +146,8 @@ def with_prepare(tokenizer, arguments) -> int:
     from fitune.data.prepare import prepare
 
     data = Data(dataset=arguments.input, prepared=arguments.output)
-    report = prepare(data, Path(arguments.output), tokenizer=tokenizer, workers=arguments.workers)
+    options = {"max_length": arguments.max_length, "workers": arguments.workers}
+    report = prepare(data, Path(arguments.output), tokenizer=tokenizer, **options)
     return report["tokens"]["total"] + report["test_tokens"]
 
 

@@ -131,7 +131,7 @@ def plan(recipe, profile, sets, **options):
     plan_command(recipe, profile, sets, **options)
 
 
-@cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare --dataset rows.jsonl --output data/mine")
+@cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare llama3_8b_qlora --dataset rows.jsonl")
 @click.argument("recipe", required=False, shell_complete=recipes_and_profiles("recipe"))
 @click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
 @click.option(
@@ -145,7 +145,6 @@ def plan(recipe, profile, sets, **options):
 @click.option("--long-rows", type=click.Choice(["refuse", "drop", "cut"]), help="What to do with longer rows.")
 @click.option(
     "--format",
-    "format_",
     type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion", "text"]),
     help="What the rows look like. [default: found out]",
 )
@@ -155,49 +154,17 @@ def plan(recipe, profile, sets, **options):
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: all cores]")
 @click.option("--preview", type=click.IntRange(min=0), default=0, help="Show the first N rows as the model sees them.")
-def prepare(recipe, dataset, output, sets, tokenizer, no_tokens, template_choice, max_length, format_, **options):
-    """Check rows, split them, tokenise them: train.jsonl, test.jsonl, their tokens, report.json."""
-    if bool(recipe) == bool(dataset):
-        raise UsageError("give a recipe, or --dataset with --output (see prepare --help)")
-    if dataset and not output:
-        raise UsageError("--dataset needs --output FOLDER")
+def prepare(recipe, dataset, output, sets, **options):
+    """Check rows, split them, tokenise them: train.jsonl, test.jsonl, their tokens, report.json.
+
+    With --dataset your own rows take the place of the recipe's; template, length, tokenizer and system message are the
+    recipe's, and `train RECIPE` uses what was written.
+    """
     from rich.console import Console
 
-    from fitune.config.hub import local_config
-    from fitune.config.schema import Data
-    from fitune.config.yaml_file import parse
-    from fitune.data.prepare import prepare as prepare_data
+    from fitune.data.prepare_command import prepare_command
 
-    if recipe:
-        resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
-        data, base, needs_base = resolved.data, resolved.base, not (no_tokens or tokenizer)
-        read = ["data.dataset", "data.mix", *([] if template_choice else ["data.chat_template"])]
-        runs.check_paths(recipe, sets, *read, *(["base.model"] if needs_base else []))
-        folder = local_config(base.model, base.revision) if needs_base else None
-        options |= {
-            "max_length": max_length or resolved.max_length,
-            "packing": resolved.packing,
-            "global_batch_size": resolved.global_batch_size,
-            "seed": resolved.seed,
-        }
-    else:
-        changed = runs.parse_sets(sets)[0]
-        if others := [key for key in changed if key != "data"]:
-            raise UsageError(f"--set {others[0]}: with --dataset there is no recipe to change but its data: block")
-        values = {"dataset": dataset, "prepared": str(output), "chat_template": "plain"}
-        data = parse(Data, values | changed.get("data", {}), "--dataset with --set")
-        folder, options["max_length"] = None, max_length
-    if tokenizer and not no_tokens:
-        folder = tokenizer if Path(tokenizer).is_dir() else local_config(tokenizer)
-    prepare_data(
-        data,
-        Path(output or data.prepared),
-        tokenizer=str(folder) if folder else None,
-        template_choice=template_choice,
-        format=format_,
-        console=Console(),
-        **options,
-    )
+    prepare_command(recipe, dataset, output, sets, console=Console(), **options)
 
 
 def machine_options(command):
@@ -301,6 +268,7 @@ def eval_command(run_folder, force, **place):
     RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N.
     """
     run = _run_or_checkpoint(run_folder)
+    _check_data(run, asked_as_trained=True)
     _launch(run, "fitune.training.evaluate", *_checkpoint_flag(run), *(["--force"] if force else []), place=place)
 
 
@@ -341,6 +309,7 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
     else:
         run = _run_or_checkpoint(run_or_model)
+        _check_data(run, asked_as_trained=True, reads_rows=bool(test))
         _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, place=place)
 
 
@@ -439,6 +408,26 @@ def _run_or_checkpoint(folder: Path):
     return run
 
 
+def _check_data(run, *, asked_as_trained: bool = False, reads_rows: bool = True) -> None:
+    """Raises UsageError for rows that were prepared otherwise than the run's recipe says; says whose they are.
+
+    With `asked_as_trained` also for a template or system message that the run's result was not trained with.
+    """
+    from fitune.config.hub import local_config
+    from fitune.data.dataset import load_tokenizer
+    from fitune.data.prepared import check_prepared, dataset_in
+    from fitune.export.chat_record import refuse_another_chat
+
+    data, base = run.recipe.data, run.recipe.base
+    if reads_rows and (prepared_from := dataset_in(Path(data.prepared), data)):
+        click.echo(f"data: {data.prepared}, prepared from {prepared_from}")
+    tokenizer = load_tokenizer(run.recipe, local_config(base.model, base.revision))
+    if asked_as_trained:
+        refuse_another_chat(run, tokenizer)
+    if reads_rows:
+        check_prepared(run.recipe, tokenizer)
+
+
 def _checkpoint_flag(run) -> list[str]:
     return ["--checkpoint", run.checkpoint] if run.checkpoint else []
 
@@ -479,12 +468,14 @@ def _train(run, *, resume: bool, max_restarts: int, force: bool, **place) -> int
     with ExitStack() as stack:
         if not rank:
             check_before_training(run, force=force)
+            _check_data(run)
             stack.enter_context(open_run_folder(run, resume))
         if several:
             machines = stack.enter_context(Machines(run, rank, resume))
             if rank:
                 run, resume = machines.settings_of_machine_0(run), machines.resume
                 check_before_training(run, force=force)
+                _check_data(run)
         click.echo(_launch_line(run, "fitune.training.train", *(["--resume"] if resume else [])))
         fetch_base(run)
         if several:

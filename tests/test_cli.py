@@ -119,6 +119,7 @@ def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, fini
     started = []
     monkeypatch.setattr("fitune.launching.launch.launch", lambda run, *words, **_: started.append(words) or code)
     monkeypatch.setattr("fitune.training.manifest.find_damage", lambda folder: None)
+    monkeypatch.setattr("fitune.cli._check_data", lambda run, **about: None)
     checkpoint = finished / "checkpoints/checkpoint-1"
     assert cli("eval", finished).exit_code == code
     assert cli("eval", checkpoint, "--force").exit_code == code
@@ -145,6 +146,7 @@ def test_a_run_that_failed_is_not_said_to_have_a_result(cli, monkeypatch, tmp_pa
     monkeypatch.setattr("fitune.launching.preflight.fetch_base", lambda run: None)
     monkeypatch.setattr("fitune.launching.launch.train_with_restarts", lambda run, **options: code)
     monkeypatch.setattr("fitune.config.run.check_paths", lambda *names: None)
+    monkeypatch.setattr("fitune.cli._check_data", lambda run: None)
     result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run")
     assert result.exit_code == code
     assert ("result:" in result.output) == (code == 0)
@@ -165,7 +167,7 @@ def test_a_resumed_run_keeps_the_rows_that_plan_chose_for_it(cli, tmp_path):
 
 def test_prepare_takes_the_recipes_values_unless_others_are_typed(cli, monkeypatch):
     given = []
-    monkeypatch.setattr("fitune.data.prepare.prepare", lambda data, output, **options: given.append(options))
+    monkeypatch.setattr("fitune.data.prepare_command.prepare", lambda data, output, **options: given.append(options))
     for words in ((), ("--max-length", 77, "--set", "seed=7")):
         assert cli("prepare", "tiny_qlora", "--no-tokens", *words).exit_code == 0
     recipe, typed = given

@@ -26,9 +26,9 @@ def refuse_preferences(row: dict, *, answer_is_named: bool, kept_by: tuple[str, 
     `row` has its own column names. `answer_is_named`: the recipe's `columns` or `format` say which answer to take.
     `kept_by`: the columns that the recipe's `keep` decides by.
     """
-    there = {key for key in _SUSPECTS.intersection(row) if row[key] is not None}
-    if not there:
+    if _SUSPECTS.isdisjoint(row):
         return
+    there = {key for key in _SUSPECTS.intersection(row) if row[key] is not None}
     if not answer_is_named:
         for pair in PAIRS:
             if there.issuperset(pair) or (pair == PAIRS[0] and there.intersection(pair)):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fitune.config.command_name import command
-from fitune.config.schema import Recipe
+from fitune.config.schema import Data, Recipe
 from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.conversations import quote
 from fitune.data.dataset import TokenisedRows
@@ -64,7 +64,7 @@ def read_report(folder: Path) -> dict | None:
             raise UsageError(
                 f"{folder}: prepared by another version of fitune; prepare the data again with --overwrite"
             )
-        for key in ("tokenizer", "template", "system_message", "train_on", "longest_conversation", "files"):
+        for key in ("tokenizer", "template", "system_message", "train_on", "longest_conversation", "source", "files"):
             report[key]
     except FileNotFoundError:
         return None
@@ -73,6 +73,15 @@ def read_report(folder: Path) -> dict | None:
             f"{file}: not a report of prepare ({error}); prepare the data again with --overwrite"
         ) from None
     return report
+
+
+def dataset_in(folder: Path, data: Data) -> str | None:
+    """The dataset that a prepared folder holds, where it is another than the recipe's `data` names."""
+    report = read_report(folder)
+    there = report["source"]["dataset"] if report else data.dataset
+    if there == data.dataset or (Path(there).exists() and Path(there).resolve() == Path(data.dataset).resolve()):
+        return None
+    return there
 
 
 def describe_files(folder: Path) -> dict[str, dict]:

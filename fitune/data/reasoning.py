@@ -5,6 +5,8 @@ from fitune.data.conversations import REASONING, RowError
 
 def reasoning_of(turn: dict, where: str) -> str | None:
     """The turn's thinking as text. Raises RowError for another kind of value, or two that differ."""
+    if turn.keys().isdisjoint(REASONING):
+        return None
     found = {}
     for name in REASONING:
         value = turn.get(name)

@@ -173,7 +173,8 @@ class Checker:
             format = row_formats.detect_format(row) or format
         elif not shape.format_is_named:
             format = row_formats.format_of_row(row, format)
-        refuse_flags_of_the_row(row, (*row_formats.columns_of(format), *shape.keep))
+        if not row.keys() <= row_formats.READ_COLUMNS[format]:
+            refuse_flags_of_the_row(row, row_formats.READ_COLUMNS[format].union(shape.keep))
         return row_formats.to_conversation(row, format, shape.system_message, shape.ignored_keys)
 
     def _rendered(self, row: Row) -> Row:

@@ -23,6 +23,8 @@ OPTIONAL_COLUMNS = {
     "prompt_completion": ("system",),
     "text": (),
 }
+READ_COLUMNS = {name: {*FORMATS[name], *OPTIONAL_COLUMNS[name]} for name in FORMATS}
+"Of each format all columns that are read."
 MEDIA_COLUMNS = ("images", "videos", "audios")
 ROLES = {
     "system": "system",
@@ -58,11 +60,6 @@ def format_of_row(row: dict, format: str) -> str:
 
 def _is_filled(row: dict, format: str) -> bool:
     return all(row.get(column) is not None for column in FORMATS[format])
-
-
-def columns_of(format: str) -> tuple[str, ...]:
-    """All that may be read."""
-    return (*FORMATS[format], *OPTIONAL_COLUMNS[format])
 
 
 def rename_columns(row: dict, columns: dict[str, str]) -> dict:

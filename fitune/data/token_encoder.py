@@ -114,14 +114,14 @@ class TokenEncoder:
         """The ids of all pieces, one after the other."""
         known = self._ids_of
         try:
-            return b"".join([known[piece] for piece in pieces])
+            return b"".join(map(known.__getitem__, pieces))
         except KeyError:
             if len(known) > REMEMBERED_PIECES:
                 known.clear()
             for piece in set(pieces) - known.keys():
                 tokens = self.tokenizer.model.tokenize(self._to_bytes(piece)[0][0])
                 known[piece] = _packed([token.id for token in tokens])
-            return b"".join([known[piece] for piece in pieces])
+            return b"".join(map(known.__getitem__, pieces))
 
 
 def trained_tokens(offsets: list[Span], spans: list[Span]) -> list[Span]:

@@ -1,6 +1,7 @@
 """Which answers are trained: the flags that other tools put on a turn or a row, and the recipe's `train_on`."""
 
 import re
+from collections.abc import Collection
 from functools import lru_cache
 
 from fitune.data.conversations import RowError, quote
@@ -25,12 +26,16 @@ MASKS = ("mask", "masked", "ignore", "ignore_loss", "no_loss")
 _MEANS_BOTH = {"mask": (int, float), "loss_mask": (bool,)}
 "Whether mask: 1 is trained, or loss_mask: true, depends on the tool that wrote it."
 _WORDS = {"train", "trained", "training", "trainable", "loss", "mask", "masked", "masking", "weight", "learn"}
+_SAY_NOTHING = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id"}
+"The usual keys of a turn: most turns have no others."
 _USERS = ("user", "human")
 ADVICE = "if it says nothing about training, name it in data.ignored_keys"
 
 
 def is_trained(turn: dict, role: str, where: str) -> bool:
     """What the turn's own flags say, true where it has none. Raises RowError for flags that cannot be followed."""
+    if turn.keys() <= _SAY_NOTHING:
+        return True
     said = {}
     for key, value in turn.items():
         if value is None:
@@ -53,7 +58,7 @@ def is_trained(turn: dict, role: str, where: str) -> bool:
     return next(iter(said.values()), True)
 
 
-def refuse_flags_of_the_row(row: dict, known: tuple[str, ...]) -> None:
+def refuse_flags_of_the_row(row: dict, known: Collection[str]) -> None:
     """Raises RowError for a flag of a whole row, unless it says what is done anyway; `known` columns are none."""
     for key, value in row.items():
         if key in known or value is None or not _looks_like_a_flag(key, value) or _is_done_anyway(key, value):
@@ -70,12 +75,10 @@ def trained_answers(messages: list[dict], train_on: str) -> list[bool]:
 
     These are all, the last, or those after the user's last turn (completion).
     """
+    if train_on == "all":
+        return [turn.get("train", True) for turn in messages if turn["role"] == "assistant"]
     places = {role: [n for n, turn in enumerate(messages) if turn["role"] == role] for role in ("user", "assistant")}
-    first = {
-        "all": 0,
-        "last": max(places["assistant"], default=0),
-        "completion": max(places["user"], default=0),
-    }[train_on]
+    first = max(places["assistant" if train_on == "last" else "user"], default=0)
     return [place >= first and messages[place].get("train", True) for place in places["assistant"]]
 
 

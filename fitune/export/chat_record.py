@@ -4,7 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fitune.config.schema import Run
+from fitune.data.chat_template import template_hash
 from fitune.errors import UsageError
+from fitune.export.tokenizer_files import TEMPLATE
 
 CHAT_RECORD = "fitune_chat.json"
 
@@ -33,3 +36,23 @@ def read_chat_record(folder: Path) -> ChatRecord | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{file}: not a readable record of template and system message: {error}") from None
+
+
+def refuse_another_chat(run: Run, tokenizer) -> None:
+    """Raises UsageError if the run's result was trained with another chat template or system message than it has now.
+
+    `tokenizer` holds the template that the run's recipe names.
+    """
+    record = read_chat_record(run.result_folder)
+    if record is None:
+        return
+    if record.template_sha256 != template_hash(tokenizer):
+        raise UsageError(
+            f"{run.result_folder}: trained with another chat template than {run.recipe.data.chat_template} is now; "
+            f"put the old one back: {run.result_folder / TEMPLATE} has it, without marks"
+        )
+    if record.system_message != (now := run.recipe.data.system_message):
+        raise UsageError(
+            f"{run.result_folder}: trained with data.system_message {record.system_message!r}; "
+            f"{run.folder / 'run.yaml'} says {now!r}: put the old one back"
+        )

@@ -15,13 +15,14 @@ from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.data.dataset import load_tokenizer
 from fitune.data.prepared import check_prepared
+from fitune.export.chat_record import refuse_another_chat
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.distributed import is_main_process, join, leave
 from fitune.training.token_metrics import token_metrics
 from fitune.training.train import load_sharded_model, rows_on_all_ranks, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
-from fitune.training.tuned import load_tuned_weights, refuse_another_chat, tuned_base_folder
+from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
 
 def evaluate(run: Run, force: bool = False) -> None:

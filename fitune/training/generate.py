@@ -25,12 +25,12 @@ from fitune.data.dataset import load_tokenizer
 from fitune.data.file_formats import first_line
 from fitune.data.prepared import check_prepared, first_rows
 from fitune.errors import UsageError
-from fitune.export.chat_record import read_chat_record
+from fitune.export.chat_record import read_chat_record, refuse_another_chat
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.train import load_sharded_model, run_stage
-from fitune.training.tuned import load_tuned_weights, refuse_another_chat, tuned_base_folder
+from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
 Asked = tuple[list[dict], list | None]
 "A conversation up to the turn that is wanted, and the tools that may be called in it."

@@ -8,11 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fitune.config.schema import Run
-from fitune.data.chat_template import template_hash
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, saved_name
-from fitune.export.chat_record import read_chat_record
-from fitune.export.tokenizer_files import TEMPLATE
 from fitune.model.sharding import local_part, local_rows
 from fitune.training.distributed import is_main_process
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
@@ -31,26 +28,6 @@ def tuned_base_folder(run: Run, base_folder: Path, force: bool = False) -> Path:
         return result
     _check_base(result, base_folder, force)
     return base_folder
-
-
-def refuse_another_chat(run: Run, tokenizer) -> None:
-    """Raises UsageError if the run's result was trained with another chat template or system message than it has now.
-
-    `tokenizer` holds the template that the run's recipe names.
-    """
-    record = read_chat_record(run.result_folder)
-    if record is None:
-        return
-    if record.template_sha256 != template_hash(tokenizer):
-        raise UsageError(
-            f"{run.result_folder}: trained with another chat template than {run.recipe.data.chat_template} is now; "
-            f"put the old one back: {run.result_folder / TEMPLATE} has it, without marks"
-        )
-    if record.system_message != (now := run.recipe.data.system_message):
-        raise UsageError(
-            f"{run.result_folder}: trained with data.system_message {record.system_message!r}; "
-            f"{run.folder / 'run.yaml'} says {now!r}: put the old one back"
-        )
 
 
 def _check_base(adapter: Path, base_folder: Path, force: bool) -> None:

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from fitune.cli import cli
 from fitune.config import run as runs
+from fitune.data.chat_template import template_hash
 from fitune.data.dataset import load_tokenizer
-from fitune.export.chat_record import ChatRecord, read_chat_record, write_chat_record
+from fitune.export.chat_record import CHAT_RECORD, ChatRecord, read_chat_record, write_chat_record
 from fitune.export.merge_record import read_merge_record
 from fitune.training.manifest import identify, write_manifest
 from fitune.weights.base_identity import BASE_RECORD, identify_base, write_base_record
 
 IDS = torch.tensor([[5, 77, 300, 9, 1, 80]])
-CHAT = ChatRecord("0" * 64, "Be brief.")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def _make_adapter(run, folder: Path, scale: float = 0.05) -> None:
     file, generator = folder / "adapter_model.safetensors", torch.Generator().manual_seed(1)
     save_file({n: torch.randn(t.shape, generator=generator) * scale for n, t in load_file(file).items()}, file)
     write_base_record(folder, replace(identify_base(run.recipe.base, base), computed_in="nf4"))
-    write_chat_record(folder, CHAT)
+    write_chat_record(folder, ChatRecord(template_hash(load_tokenizer(run.recipe, base)), None))
 
 
 @pytest.fixture
@@ -111,7 +111,8 @@ def test_a_run_is_merged_into_its_own_base(run, tiny_base, tmp_path):
     assert outcome.stdout.startswith(f"merged: {tmp_path}/new/out   next: python cli.py generate")
     assert "warning" not in outcome.stderr and "note" not in outcome.stderr
     _assert_merged(tmp_path / "new" / "out", tiny_base, run.result_folder)
-    assert read_chat_record(tmp_path / "new" / "out") == CHAT
+    assert read_chat_record(tmp_path / "new" / "out") == read_chat_record(run.result_folder)
+    assert (tmp_path / "new" / "out" / CHAT_RECORD).is_file()
 
 
 def test_onto_says_which_weights_the_adapter_is_added_to(run, tiny_base, tmp_path):

@@ -12,10 +12,9 @@ from tiny_tokenizer import tiny_tokenizer
 from fitune.config.schema import Data, Recipe
 from fitune.data.chat_template import apply_chat_template_choice, template_hash
 from fitune.errors import UsageError
-from fitune.export.chat_record import ChatRecord, read_chat_record, write_chat_record
+from fitune.export.chat_record import ChatRecord, read_chat_record, refuse_another_chat, write_chat_record
 from fitune.training import generate as generating
 from fitune.training.generate import Answerer, _conversations, generate_from_model
-from fitune.training.tuned import refuse_another_chat
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 

@@ -1,0 +1,110 @@
+"""`fitune prepare` on the command line: a recipe's data, one's own for a recipe, or rows without a recipe."""
+
+import json
+from pathlib import Path
+
+from fitune.config import run as runs
+from fitune.config.command_name import command
+from fitune.config.hub import local_config
+from fitune.config.schema import Data, Recipe
+from fitune.config.yaml_file import parse
+from fitune.data.prepare import prepare
+from fitune.errors import UsageError
+
+OF_ITS_DATASET = (
+    *("revision", "train_split", "test_split", "test_fraction", "format", "columns"),
+    *("keep", "ignored_keys", "weight", "mix", "invalid_rows"),
+)
+"Keys of a recipe's `data:` that speak of its own dataset; the others say how rows are trained, of whatever data."
+
+
+def prepare_command(
+    recipe: str | None,
+    dataset: str | None,
+    output: Path | None,
+    sets: tuple[str, ...],
+    *,
+    tokenizer: str | None,
+    no_tokens: bool,
+    template_choice: str | None,
+    max_length: int | None,
+    **options,
+) -> None:
+    """Prepares a recipe's data, or `dataset` in its place, and says what to type next. Raises UsageError."""
+    if not recipe and not dataset:
+        raise UsageError(
+            "give a recipe, a recipe and --dataset, or --dataset with --output to prepare rows for no recipe "
+            "(see prepare --help)"
+        )
+    if not recipe:
+        data = _data_without_recipe(dataset, output, sets)
+        tokenizer = _folder_of(tokenizer) if tokenizer and not no_tokens else None
+        prepare(data, output, tokenizer=tokenizer, template_choice=template_choice, max_length=max_length, **options)
+        return
+    resolved = runs.load_recipe(recipe, runs.parse_sets(sets)[0])
+    data = with_own_dataset(resolved.data, dataset, sets) if dataset else resolved.data
+    needs_base = not (no_tokens or tokenizer)
+    read = [*([] if dataset else ["data.dataset", "data.mix"]), *([] if template_choice else ["data.chat_template"])]
+    runs.check_paths(recipe, sets, *read, *(["base.model"] if needs_base else []))
+    output = Path(output or data.prepared)
+    _refuse_the_data_of_another(output, data, recipe, options["overwrite"])
+    prepare(
+        data,
+        output,
+        tokenizer=None if no_tokens else _tokenizer_for(resolved, tokenizer),
+        template_choice=template_choice,
+        max_length=max_length or resolved.max_length,
+        packing=resolved.packing,
+        global_batch_size=resolved.global_batch_size,
+        seed=resolved.seed,
+        **options,
+    )
+    options["console"].print(f"next: {_how_to_train(recipe, resolved, output)}", soft_wrap=True, highlight=False)
+
+
+def with_own_dataset(data: Data, dataset: str, sets: tuple[str, ...] = ()) -> Data:
+    """A recipe's `data:` block for another dataset: what was said of its own is as by default, or as `sets` say."""
+    changed = runs.parse_sets(sets)[0].get("data", {})
+    fields = {name: Data.model_fields[name].get_default(call_default_factory=True) for name in OF_ITS_DATASET}
+    own = {name: changed.get(name, default) for name, default in fields.items()}
+    return parse(Data, data.model_dump() | own | {"dataset": dataset}, "--dataset with the recipe's data")
+
+
+def _data_without_recipe(dataset: str, output: Path | None, sets: tuple[str, ...]) -> Data:
+    if not output:
+        raise UsageError(
+            f"--dataset needs a recipe to prepare it for, `{command()} prepare RECIPE --dataset {dataset}`, "
+            f"or --output FOLDER"
+        )
+    changed = runs.parse_sets(sets)[0]
+    if others := [key for key in changed if key != "data"]:
+        raise UsageError(f"--set {others[0]}: with --dataset there is no recipe to change but its data: block")
+    values = {"dataset": dataset, "prepared": str(output), "chat_template": "plain"}
+    return parse(Data, values | changed.get("data", {}), "--dataset with --set")
+
+
+def _tokenizer_for(recipe: Recipe, tokenizer: str | None) -> Path:
+    return _folder_of(tokenizer) if tokenizer else local_config(recipe.base.model, recipe.base.revision)
+
+
+def _folder_of(tokenizer: str) -> Path:
+    return Path(tokenizer) if Path(tokenizer).is_dir() else local_config(tokenizer)
+
+
+def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite: bool) -> None:
+    """Where rows of another dataset are in the folder, as after `prepare RECIPE`, says whose and how to have both."""
+    try:
+        there = json.loads((output / "report.json").read_text(encoding="utf-8"))["source"]["dataset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if there != data.dataset and not overwrite:
+        beside = f"{output.parent / Path(data.dataset).name.partition('.')[0]}"
+        raise UsageError(
+            f"{output}: already exists, with rows of {there}; replace them with --overwrite, or keep both: --output "
+            f"{beside}, then train {recipe} --set data.prepared={beside}"
+        )
+
+
+def _how_to_train(recipe: str, resolved: Recipe, output: Path) -> str:
+    elsewhere = "" if output == Path(resolved.data.prepared) else f" --set data.prepared={output}"
+    return f"{command()} train {recipe}{elsewhere}"

@@ -1,0 +1,167 @@
+"""`prepare RECIPE --dataset FILE`, and that `train RECIPE` uses what it wrote or says what differs before it starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from preparing import chat, write
+
+from fitune.config import run as runs
+from fitune.export.chat_record import ChatRecord, write_chat_record
+
+RECIPE = {
+    "description": "A recipe for a dataset of its own.",
+    "data": {
+        "dataset": "SomeOne/something",
+        "prepared": "data/theirs",
+        "revision": "main",
+        "train_split": "train_sft",
+        "test_split": "test_sft",
+        "format": "sharegpt",
+        "columns": {"conversations": "dialog"},
+        "invalid_rows": "drop",
+        "mix": [{"dataset": "SomeOne/else"}],
+        "system_message": "Be brief.",
+        "chat_template": "llama3",
+        "train_on": "last",
+        "long_rows": "cut",
+    },
+    "method": "qlora",
+    "lora": {"r": 4},
+    "max_length": 60,
+    "global_batch_size": 4,
+    "training": {"max_steps": 1},
+}
+
+
+@pytest.fixture
+def fitune(tiny_base, monkeypatch, tmp_path):
+    """Runs a command line in a folder with recipe.yaml and the tiny base; what would be started goes to `started`."""
+    from fitune.cli import cli
+    from fitune.launching import launch, preflight
+
+    started = []
+    monkeypatch.setattr(launch, "train_with_restarts", lambda run, **_: started.append(run) or 0)
+    monkeypatch.setattr(launch, "launch", lambda run, module, *arguments, **_: started.append((module, arguments)) or 0)
+    monkeypatch.setattr(preflight, "check_fits", lambda run: None)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"base": {"model": "./base"}} | RECIPE))
+
+    def call(*arguments):
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    call.started = started
+    return call
+
+
+def train(fitune, *arguments):
+    return fitune("train", "recipe.yaml", "--profile", "cpu_2proc", "--force", *arguments)
+
+
+def refused(result) -> str:
+    assert result.exit_code == 2, result.output
+    [line] = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_own_rows_are_prepared_as_the_recipe_says_and_trained_by_it(fitune, tmp_path):
+    long = {"messages": [*chat(0)["messages"], *chat("long " * 60)["messages"]]}
+    write(tmp_path / "mine.jsonl", *map(chat, range(1, 9)), long)
+    result = fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == "next: python cli.py train recipe.yaml"
+    report = json.loads(Path("data/theirs/report.json").read_text())
+    assert (report["rows_in"], report["rows_cut"], report["max_length"]) == (9, 1, 60)
+    assert (report["source"]["dataset"], report["mixed_in"]) == ("mine.jsonl", [])
+    row = json.loads(Path("data/theirs/train.jsonl").read_text().splitlines()[0])
+    assert row["messages"][0] == {"role": "system", "content": "Be brief."}
+
+    result = train(fitune)
+    assert result.exit_code == 0, result.output
+    assert "data: data/theirs, prepared from mine.jsonl" in result.output
+    assert len(fitune.started) == 1
+
+
+def test_own_rows_that_are_bad_are_named_though_the_recipe_drops_its_own(fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", chat(1), {"messages": []})
+    assert (
+        "mine.jsonl:2: no turn of the assistant" in fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl").output
+    )
+    sets = ["--set", "data.invalid_rows=drop", "--set", "data.test_fraction=0.5", "--set", "global_batch_size=1"]
+    write(tmp_path / "mine.jsonl", chat(1), chat(2), {"messages": []})
+    assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *sets).exit_code == 0
+
+
+def test_columns_of_own_rows_are_not_mixed_with_the_recipes(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"base": {"model": "./base"}} | RECIPE))
+    from fitune.data.prepare_command import with_own_dataset
+
+    data = runs.load_recipe(str(tmp_path / "recipe.yaml")).data
+    own = with_own_dataset(data, "mine.csv", ("data.columns={instruction: ask, output: answer}", "data.seed=1"))
+    assert own.columns == {"instruction": "ask", "output": "answer"}
+    assert (own.dataset, own.train_split, own.test_split, own.revision) == ("mine.csv", "train", "test", None)
+    assert (own.system_message, own.train_on, own.long_rows) == ("Be brief.", "last", "cut")
+
+
+def test_data_of_another_dataset_are_not_replaced_unasked(fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    write(tmp_path / "new.jsonl", *map(chat, range(8, 16)))
+    assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl").exit_code == 0
+    line = refused(fitune("prepare", "recipe.yaml", "--dataset", "new.jsonl"))
+    assert "data/theirs: already exists, with rows of mine.jsonl; replace them with --overwrite, or keep both" in line
+    assert "--output data/new, then train recipe.yaml --set data.prepared=data/new" in line
+    result = fitune("prepare", "recipe.yaml", "--dataset", "new.jsonl", "--output", "data/new")
+    assert result.output.splitlines()[-1] == "next: python cli.py train recipe.yaml --set data.prepared=data/new"
+    assert train(fitune, "--set", "data.prepared=data/new").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("prepared_with", "trained_with", "expected"),
+    [
+        (["--template", "plain"], [], "prepared with another chat template (plain, not llama3)"),
+        ([], ["data.chat_template=plain"], "prepared with another chat template (llama3, not plain)"),
+        ([], ["data.system_message=Be kind."], "prepared with system_message 'Be brief.', not 'Be kind.'"),
+        ([], ["data.train_on=all"], "prepared with train_on 'last', not 'all'"),
+        ([], ["max_length=20"], "tokens, max_length is 20"),
+        ([], ["base.model=other"], "prepared with another tokenizer"),
+    ],
+)
+def test_what_differs_is_found_before_a_process_starts(prepared_with, trained_with, expected, fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *prepared_with).exit_code == 0
+    line = refused(train(fitune, *(part for value in trained_with for part in ("--set", value))))
+    assert line.startswith("error: data/theirs: ") and expected in line
+    assert "prepare the data again with --overwrite" in line or "prepare the data again" in line
+    assert not fitune.started and not Path("runs").exists()
+
+
+def test_eval_and_generate_find_it_before_a_process_starts(fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl")
+    run = runs.resolve("recipe.yaml", "cpu_2proc", output="run")
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "run.yaml").write_text(runs.dump(run))
+    assert fitune("eval", "run").exit_code == fitune("generate", "run", "--test", "1").exit_code == 0
+    assert len(fitune.started) == 2
+    fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", "--overwrite", "--set", "data.system_message=Hi.")
+    for command in (["eval", "run"], ["generate", "run", "--test", "1"]):
+        assert "prepared with system_message 'Hi.', not 'Be brief.'" in refused(fitune(*command))
+    assert fitune("generate", "run", "--prompt", "Why?").exit_code == 0, "it reads no rows"
+    write_chat_record(tmp_path / "run" / "adapter", ChatRecord("0" * 64, "Be brief."))
+    assert "trained with another chat template" in refused(fitune("generate", "run", "--prompt", "Why?"))
+    assert len(fitune.started) == 3
+
+
+def test_rows_for_no_recipe_need_a_folder(fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    line = refused(fitune("prepare", "--dataset", "mine.jsonl"))
+    assert "`python cli.py prepare RECIPE --dataset mine.jsonl`, or --output FOLDER" in line
+    assert fitune("prepare", "--dataset", "mine.jsonl", "--output", "out").exit_code == 0
