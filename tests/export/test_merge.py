@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ VARIANTS = {
     "plain": {},
     "attention only": {"target_modules": ATTENTION},
     "rslora": {"use_rslora": True},
+    "pattern of half a name": {"rank_pattern": {"proj": 2}},
     "patterns": {"rank_pattern": {"down_proj": 2, r"layers\.0.*q_proj": 3}, "alpha_pattern": {"self_attn.k_proj": 32}},
     "head": {"target_modules": [*ATTENTION, "lm_head"]},
     "dora": {"use_dora": True},
@@ -54,6 +56,38 @@ def test_merging_in_fp32_is_what_peft_computes(base, tmp_path, options):
     adapter = make_adapter(base, tmp_path / "adapter", **options)
     merge_adapter(base, adapter, tmp_path / "out", dtype=torch.float32, progress=False)
     assert_equal_but_for_rounding(logits(tmp_path / "out"), logits(base, adapter), to_logits(base))
+
+
+@pytest.fixture(scope="module")
+def tied_base(base, tmp_path_factory):
+    """The base with its embedding for a head, as in Llama 3.2 1B and 3B: the files hold one tensor for both."""
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("tied") / "base"))
+    with Checkpoint(base) as checkpoint:
+        tensors = {name: checkpoint.read(name) for name in checkpoint.tensors if name != "lm_head.weight"}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    set_values(folder / "config.json", tie_word_embeddings=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "is_tied"),
+    [
+        ({"target_modules": ATTENTION}, True),
+        ({"target_modules": [*ATTENTION, "lm_head"]}, False),
+        ({"target_modules": [*ATTENTION, "embed_tokens"]}, False),
+        ({"target_modules": ATTENTION, "trainable_token_indices": TOKENS}, True),
+    ],
+    ids=["neither", "head", "embedding", "rows of both"],
+)
+def test_a_head_that_is_the_embedding_becomes_its_own_where_only_one_is_changed(tied_base, tmp_path, options, is_tied):
+    adapter = make_adapter(tied_base, tmp_path / "adapter", **options)
+    out = merge_adapter(tied_base, adapter, tmp_path / "out", dtype=torch.float32, progress=False)
+    assert_equal_but_for_rounding(logits(out), logits(tied_base, adapter), to_logits(tied_base))
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is is_tied
+    with Checkpoint(out) as checkpoint:
+        assert ("lm_head.weight" in checkpoint) is not is_tied
 
 
 def test_merged_bf16_logits_equal_adapter_on_bf16_base(base, adapter, tmp_path):

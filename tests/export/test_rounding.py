@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from adapters import make_adapter
+from bases import make_adapter
 from safetensors.torch import load_file, save_file
 
 from fitune.export.merge import merge_adapter

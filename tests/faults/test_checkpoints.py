@@ -127,6 +127,20 @@ def test_every_damage_is_named(finished, tmp_path):
         assert words.startswith(expected), words
 
 
+def test_damage_to_any_file_is_seen_though_ranks_share_the_reading(finished_by_two, tmp_path):
+    whole = finished_by_two.folder / f"checkpoints/checkpoint-{STEPS}"
+    names = sorted(read_manifest(whole).files)
+    assert len(names) > 4
+    folders = [tmp_path / str(number) for number in range(len(names))]
+    for folder, name in zip(folders, names, strict=True):
+        shutil.copytree(whole, folder)
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+    for found in run_ranks(_damages, 2, [whole, *folders]):
+        assert found == [None, *(f"{name} has other contents than were written" for name in names)]
+
+
 def _output_of_resume(run) -> str:
     """What resuming prints to stderr, or the error it ends with."""
     import contextlib

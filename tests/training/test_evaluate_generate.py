@@ -122,6 +122,8 @@ def test_answers_equal_plain_generation(runs, processes):
     run_ranks(ask, processes, run)
     answers = json.loads((run.folder / f"answers-{processes}.json").read_text())
     assert len(answers) == len(PROMPTS) + 1, "the prompts, and one held-out conversation"
+    held_out = json.loads((Path(run.recipe.data.prepared) / "test.jsonl").read_text().splitlines()[0])["messages"]
+    assert answers[-1]["messages"] == held_out[:-1], "up to its last answer"
     tokenizer, base, tuned = reference(run)
     assert read_chat_record(run.result_folder) == ChatRecord(template_hash(tokenizer), None)
     for entry in answers:

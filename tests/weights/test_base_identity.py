@@ -109,12 +109,13 @@ def test_the_commit_of_a_hub_snapshot_is_recorded(model, tmp_path):
 TRAINING = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
+@pytest.mark.parametrize(("method", "computed_in"), [("lora", "stored"), ("qlora", "nf4")])
 def test_training_records_the_base_in_every_adapter_and_other_bases_are_refused(
-    tiny_base, uneven_base, make_run, tmp_path
+    method, computed_in, tiny_base, uneven_base, make_run, tmp_path
 ):
-    run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, training=TRAINING)
+    run = make_run(tiny_base, tmp_path / "run", method, processes=2, training=TRAINING)
     run_ranks(train_here, 2, run)
-    expected = BaseRecord(str(tiny_base), None, _fingerprint(tiny_base), "stored")
+    expected = BaseRecord(str(tiny_base), None, _fingerprint(tiny_base), computed_in)
     for adapter in (run.result_folder, run.folder / "checkpoints" / "checkpoint-1" / "adapter"):
         assert read_base_record(adapter) == expected
     assert tuned_base_folder(run, tiny_base) == tiny_base
