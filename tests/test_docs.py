@@ -20,8 +20,8 @@ from tests.pages import PAGES, ROOT, code, commands, headings, links, quoted, se
 
 MADE_LATER = ("runs/", "models/", "data/", "rows.jsonl", "adapter/", "model/", "checkpoints/", "tensorboard/")
 "Paths that a command writes, or that stand for the reader's own."
-OF_OTHERS = {"--nproc-per-node", "--config_file", "--check"}
-"Options of torchrun, accelerate, and of scripts in docs/ and benchmarks/."
+OF_OTHERS = {"--nproc-per-node", "--config_file", "--check", "--requeue", "--signal", "--env"}
+"Options of torchrun, accelerate, Slurm, SkyPilot, and of scripts in docs/ and benchmarks/."
 COMMANDS = commands(set(cli.commands))
 
 
