@@ -79,4 +79,13 @@ def settings() -> list[tuple[str, str]]:
                 continue
             words = shlex.split(line)
             found += [(page.name, value) for flag, value in pairwise(words) if flag == "--set"]
-    return list(dict.fromkeys(pair for pair in found if pair[1] not in ("KEY=VALUE", "key=value", "profile.KEY=VALUE")))
+    return list(dict.fromkeys(pair for pair in found if not re.search(r"\bKEY=|^key=", pair[1])))
+
+
+def keys_in(block: dict, prefix: str = "") -> list[str]:
+    """Every key of a mapping and of those in it, with dots between."""
+    keys = []
+    for key, value in block.items():
+        inner = isinstance(value, dict) and key != "lr_scheduler_kwargs"
+        keys += [f"{prefix}{key}", *(keys_in(value, f"{prefix}{key}.") if inner else ())]
+    return keys

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from click import Context
 from click.exceptions import Exit
 
@@ -16,12 +18,12 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.installed_names import sft_config_fields
 from fitune.config.shipped import PROFILES, RECIPES, names
-from tests.pages import PAGES, ROOT, code, commands, headings, links, quoted, settings, text
+from tests.pages import PAGES, ROOT, code, commands, headings, keys_in, links, quoted, settings, text
 
 MADE_LATER = ("runs/", "models/", "data/", "rows.jsonl", "adapter/", "model/", "checkpoints/", "tensorboard/")
 "Paths that a command writes, or that stand for the reader's own."
-OF_OTHERS = {"--nproc-per-node", "--config_file", "--check", "--requeue", "--signal", "--env"}
-"Options of torchrun, accelerate, Slurm, SkyPilot, and of scripts in docs/ and benchmarks/."
+OF_OTHERS = {"--nproc-per-node", "--config_file", "--check", "--env", "--requeue", "--signal", "--shm-size"}
+"Options of torchrun, accelerate, scripts in docs/ and benchmarks/, SkyPilot, Slurm and Docker."
 COMMANDS = commands(set(cli.commands))
 
 
@@ -61,13 +63,14 @@ def test_every_option_is_one_of_some_command(page):
         for parameter in command.params
         for option in parameter.opts + parameter.secondary_opts
     }
-    named = {option for words in quoted(page) for option in re.findall(r"(?<!\S)--[a-z][\w-]+", words)}
+    of_this = [words for words in quoted(page) if words.startswith("-") or words.split()[0] in cli.commands]
+    named = {option for words in of_this for option in re.findall(r"(?<!\S)--[a-z][\w-]+", words)}
     assert named <= of_fitune | OF_OTHERS | {"--help"}
 
 
 @pytest.mark.parametrize(("page", "setting"), settings())
 def test_every_key_after_set_is_taken(page, setting):
-    recipe, profile = runs.parse_sets((setting,))
+    recipe, profile = runs.parse_sets(("training.eval_strategy=steps", setting))  # some keys are about evaluations
     runs.load_recipe("llama3_8b_qlora", recipe)
     runs.load_profile("single_gpu", profile)
 
@@ -181,3 +184,51 @@ def test_tables_are_generated_from_the_results():
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@cache
+def texts_in_the_code() -> list[str]:
+    """Every text in fitune/, with `…` where a value stands in it."""
+    found = []
+    for file in (ROOT / "fitune").rglob("*.py"):
+        for node in ast.walk(ast.parse(text(file))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code():
+    page = text(ROOT / "docs" / "troubleshooting.md")
+    messages = re.findall(r"^\| `(.+?)` \|", page, flags=re.M)
+    assert len(messages) > 30
+    for message in messages:
+        pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+        assert any(re.search(pattern, said, flags=re.S) for said in texts_in_the_code()), message
+
+
+def test_every_key_of_a_yaml_block_exists():
+    known = set(re.findall(r"^\| `([\w.\[\]]+)` \|", text(ROOT / "docs" / "keys.md"), flags=re.M))
+    blocks = [(page, block) for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", text(page), flags=re.S)]
+    assert blocks
+    for page, block in blocks:
+        for key in keys_in(yaml.safe_load(block)):
+            assert key in known or key.startswith("data.columns."), f"{page.name}: {key}"
+
+
+def test_the_figures_of_the_comparison_are_measured():
+    results = json.loads(text(ROOT / "benchmarks" / "results" / "peers-h200-2026-11-27.json"))["runs"]
+    measured = {
+        (run["who"], f"{run['tokens_per_second']:,}", f"{run['peak_allocated_gib']:.1f}")
+        for run in results
+        if "tokens_per_second" in run
+    }
+    rows = re.findall(
+        r"^\| 8B QLoRA.*?\| (\w+)[\w ]* \| \d \| ([\d,]+) \| ([\d.]+) \|$",
+        text(ROOT / "docs" / "comparison.md"),
+        flags=re.M,
+    )
+    assert len(rows) == 5
+    assert {(who.lower(), speed, gib) for who, speed, gib in rows} <= measured

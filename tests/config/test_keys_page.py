@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES
+from tests.pages import keys_in
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "keys.md"
@@ -39,12 +40,3 @@ def test_every_key_of_the_shipped_files_is_on_the_page():
     assert len(used) > 100
     missing = {(file, key) for file, key in used if key not in listed | OF_ACCELERATE}
     assert not missing
-
-
-def keys_in(block: dict, prefix: str = "") -> list[str]:
-    """Every key of a mapping and of those in it, with dots between."""
-    keys = []
-    for key, value in block.items():
-        inner = isinstance(value, dict) and key != "lr_scheduler_kwargs"
-        keys += [f"{prefix}{key}", *(keys_in(value, f"{prefix}{key}.") if inner else ())]
-    return keys
