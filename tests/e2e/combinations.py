@@ -45,7 +45,7 @@ ON_GPUS = [
     Combination("lora-1", "lora", "fsdp_1x48gb", False, "bf16", 1, {"profile.embedding_offload": "false"}),
 ]
 ON_CPU = [
-    Combination("lora-4-offloaded", "lora", "cpu_2proc", True, "bf16", 4),
+    Combination("lora-2-offloaded", "lora", "cpu_2proc", True, "bf16", 2),
     Combination("qlora-1", "qlora", "cpu_2proc", True, "nf4", thorough=True),
     Combination("full-2", "full", "cpu_2proc", True, "bf16", 2),
     Combination("lora-2-embedding", "lora", "cpu_2proc", False, "bf16", 2, {"profile.embedding_offload": "true"}),
