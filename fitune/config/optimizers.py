@@ -79,7 +79,7 @@ def _lacks(name: str) -> str:
         return f"comes from the package {package}, which is not among fitune's"
     if name == "adafactor":
         return "keeps sums over rows and columns, which are not split over ranks as the weights are"
-    return "is bitsandbytes', which knows no sharded weights and whose 8-bit state cannot be resumed"
+    return "is bitsandbytes', which knows no sharded weights"
 
 
 def _is_number(text: str) -> bool:

@@ -11,6 +11,7 @@ from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
 from fitune.config.hints import meant_by
+from fitune.config.ignored import refuse_ignored
 from fitune.config.model_shapes import find_shape
 from fitune.config.model_sizes import is_of_size
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
@@ -56,7 +57,11 @@ def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
     looked for beside it, then in the working folder (`fitune.config.recipe_paths`).
     """
     files, overrides = read_recipe_files(name), overrides or {}
-    return _checked(joined(values_of(files), overrides), where_written(files, overrides))
+    where = where_written(files, overrides)
+    recipe = _checked(joined(values_of(files), overrides), where)
+    layers = [values.get("training") or {} for values in (overrides, *(file.values for file in files))]
+    refuse_ignored(recipe.training, layers, where)
+    return recipe
 
 
 def _checked(values: dict, source: str | Where) -> Recipe:
@@ -110,6 +115,7 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     old, (recipe_overrides, profile_overrides) = load(folder), parse_sets(sets)
     source = f"{folder / 'run.yaml'}{' with --set' if sets else ''}"
     recipe = _checked(joined(old.recipe.model_dump(), recipe_overrides), source)
+    refuse_ignored(recipe.training, [recipe_overrides.get("training") or {}], source)
     if profile_name:
         profile = load_profile(profile_name, profile_overrides)
     else:

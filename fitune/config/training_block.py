@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fitune.config.evaluation import refuse_unfit_evaluation
-from fitune.config.hints import TRAINING_SYNONYMS
+from fitune.config.hints import meant_by
 from fitune.config.installed_names import sft_config_fields, training_enums
+from fitune.config.optimizers import ARGUMENTS as WORKING_OPTIMIZERS
 from fitune.config.optimizers import refuse_unfit_optimizer
 from fitune.config.schedules import refuse_unfit_schedule
 from fitune.config.schema import Recipe
@@ -51,8 +52,7 @@ def _checked(name: str, value: Any, source: str) -> Any:
     if name in REFUSED:
         raise UsageError(f"{source}: training.{name} cannot be set: {REFUSED[name]}")
     if name not in fields:
-        hint = TRAINING_SYNONYMS.get(str(name))
-        hint = f"; did you mean {hint}?" if hint else nearest(name, fields)
+        hint = meant_by(f"training.{name}") or nearest(name, fields)
         raise UsageError(f"{source}: training.{name} is not a field of TRL's SFTConfig{hint}")
     value = _convert(name, value, fields[name], source)
     _check_limits(name, value, source)
@@ -65,9 +65,12 @@ def _convert(name: str, value: Any, annotation: str, source: str) -> Any:
     for allowed in (training_enums()[part] for part in parts if part in training_enums()):
         value = "no" if value is False and "no" in allowed else value  # what YAML reads in `save_strategy: no`
         if value not in allowed:
-            raise UsageError(f"{source}: training.{name}: unknown value {value!r}{nearest(str(value), allowed)}")
+            hint = nearest(str(value), WORKING_OPTIMIZERS if name == "optim" else allowed)
+            raise UsageError(f"{source}: training.{name}: unknown value {value!r}{hint}")
     if not all(part in plain_types for part in parts):
         return value  # containers: the checks of each field
+    if value is None and "None" not in parts:
+        raise UsageError(f"{source}: training.{name} has no value; give one, or remove it")
     kinds = [plain_types[part] for part in parts]
     if type(value) in kinds or (value is None and type(None) in kinds):
         return value

@@ -57,6 +57,7 @@ OWNED_ELSEWHERE = {
     "assistant_only_loss": _ANSWERS,
     "completion_only_loss": _ANSWERS,
     "dataset_text_field": _ROWS,
+    "dataset_num_proc": "`prepare` makes the tokens; give it --workers",
     "dataset_kwargs": _ROWS,
     "model_init_kwargs": "set base.model and base.revision",
     "use_liger_kernel": _LIGER,
@@ -103,6 +104,7 @@ REFUSED = {
     "label_names": _SUMMED_UP,
     "dataloader_drop_last": "the last batch is filled up with rows that count nothing; no row is dropped",
     "dataloader_in_order": _ROWS_IN_ORDER,
+    "shuffle_dataset": "each epoch takes the rows in an order of its own; see training.train_sampling_strategy",
     "length_column_name": "rows are not grouped by length; packing fills them",
     "remove_unused_columns": "rows have no columns but what the model needs",
 }
@@ -136,7 +138,6 @@ LIMITS: dict[str, Limit] = {
     "save_total_limit": _COUNT,
     "dataloader_num_workers": _NOT_BELOW_0,
     "dataloader_prefetch_factor": _COUNT,
-    "dataset_num_proc": _COUNT,
     "pad_to_multiple_of": _COUNT,
 }
 CHOICES = {

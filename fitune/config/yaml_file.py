@@ -47,6 +47,17 @@ def _mapping_of_unique_keys(loader, node, deep=False):
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_of_unique_keys)
 
 
+def _number_or_text(loader, node):
+    """What begins like a number may still be none: 2e-4x is text, and its field says what it expects."""
+    try:
+        return yaml.SafeLoader.construct_yaml_float(loader, node)
+    except ValueError:
+        return node.value
+
+
+_Loader.add_constructor(_FLOAT, _number_or_text)
+
+
 def parse_yaml(text: str) -> Any:
     """What a YAML text says. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
@@ -92,7 +103,7 @@ def parse(
 ) -> Model:
     """`model` built from `data`; `source` (a file or `--set`), or what it says of a key's path, begins every error.
 
-    `hinted` says what an unknown key is probably meant for, where it knows; else the nearest known key is named.
+    `hinted` says what to do about an unknown key, where it knows; else the nearest known key is named.
     """
     try:
         return model.model_validate(data)
@@ -118,8 +129,8 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
     if first["type"] == "extra_forbidden":
         source = place_of(source, keys)
         owner = _model_at(model, keys[:-1])
-        hint = f"; did you mean '{meant}'?" if (meant := hinted(key)) else ""
-        return f"{source}: unknown key '{key}'{hint or nearest(keys[-1], owner.model_fields if owner else ())}{more}"
+        hint = hinted(key) or nearest(keys[-1], owner.model_fields if owner else ())
+        return f"{source}: unknown key '{key}'{hint}{more}"
     if first["type"] == "missing":
         missing = [".".join(map(str, keys)) for keys, entry in found if entry["type"] == "missing"]
         said = f"keys {', '.join(map(repr, missing))} are" if len(missing) > 1 else f"key '{key}' is"
@@ -128,9 +139,15 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
         return f"{source}: {said} missing{f' (and {others} more mistakes)' if others else ''}"
     source = place_of(source, keys)
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], str) and "," in first["input"] and _takes_a_list(model, keys):
+    if isinstance(first["input"], str) and _takes_a_list(model, keys):
         listed = ", ".join(part.strip() for part in first["input"].split(","))
         return f"{source}: {key}: a list needs brackets: [{listed}]{more}"
+    if first["type"] == "model_type" and (block := _model_at(model, keys)):
+        names = ", ".join(f"{key}.{name}" for name in block.model_fields)
+        return f"{source}: {key} is a block of keys, not {first['input']!r}; set one of {names}{more}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        allowed = re.findall(r"'([^']*)'", message)
+        return f"{source}: {key}: unknown value '{first['input']}'{nearest(first['input'].lower(), allowed)}{more}"
     given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
     return f"{source}: {key + ': ' if key else ''}{message}{given if key else ''}{more}"
 

@@ -31,6 +31,9 @@ FIXED = ("base", "data", "method", "lora", "max_length", "packing", "global_batc
 KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 "Fields of `training:` that a checkpoint holds beside the optimizer's state; changed, they would not take effect."
 
+FOLLOWS_EVALUATIONS = "reduce_lr_on_plateau"
+"A schedule whose state is what it has seen; any other is known from the step, and may be exchanged on the way."
+
 
 def as_started(run: Run) -> Run:
     """A run that is resumed, with the rows and kept layers that `plan` chose when it was started."""
@@ -211,6 +214,9 @@ def _refuse_another_run(old: Run, new: Run) -> None:
         (f"training.{key}", *(recipe["training"].get(key) for recipe in (before, now)))
         for key in KEPT_WITH_THE_OPTIMIZER
     ]
+    schedules = [recipe["training"].get("lr_scheduler_type", "linear") for recipe in (before, now)]
+    if FOLLOWS_EVALUATIONS in schedules:
+        pairs.append(("training.lr_scheduler_type", *schedules))
     for pair in pairs:
         key, was, is_now = _down_to_the_field(*pair)
         if was != is_now:

@@ -149,7 +149,12 @@ MISTAKES = {
     "number for text": ("recipe", "some/model", "7", ["base.model", "string", "7"]),
     "zero": ("recipe", "global_batch_size: 8", "global_batch_size: 0", ["global_batch_size", "greater than 0"]),
     "dropout of one": ("recipe", "  r: 8", "  dropout: 1.0", ["lora.dropout", "less than 1"]),
-    "block given as text": ("recipe", "base:\n  model: some/model", "base: some/model", ["base", "Base"]),
+    "block given as text": (
+        "recipe",
+        "base:\n  model: some/model",
+        "base: some/model",
+        ["base is a block of keys", "base.model"],
+    ),
     "null block": ("recipe", "base:\n  model: some/model", "base:", ["base"]),
     "unknown method": ("recipe", "method: qlora", "method: qlorra", ["method", "'qlora'", "'qlorra'"]),
     "no GPU memory": ("profile", "gpu_memory_gib: 24\n", "", ["gpu_memory_gib is missing"]),
@@ -286,7 +291,7 @@ PAIRS = {
     ),
     "a field without its block": (("learning_rate=1e-4",), ["'learning_rate'; did you mean 'training.learning_rate'?"]),
     "another program's word": (("epochs=3",), ["did you mean 'training.num_train_epochs'?"]),
-    "that word in the right block": (("training.epochs=3",), ["did you mean training.num_train_epochs?"]),
+    "that word in the right block": (("training.epochs=3",), ["did you mean 'training.num_train_epochs'?"]),
     "a list without brackets": (
         ("lora.target_modules=q_proj,v_proj",),
         ["lora.target_modules: a list needs brackets: [q_proj, v_proj]"],

@@ -106,6 +106,15 @@ def test_a_finished_run_refuses_what_could_have_no_effect(make, changed, named):
         nothing_left(make(changed))
 
 
+def test_a_schedule_that_follows_evaluations_is_not_exchanged_on_the_way(make):
+    evaluated, longer = "training.eval_strategy=epoch", "training.max_steps=8"
+    follows = "training.lr_scheduler_type=reduce_lr_on_plateau"
+    trained(make(evaluated))
+    with pytest.raises(UsageError, match=r"lr_scheduler_type cosine, not reduce_lr_on_plateau: not the same run"):
+        nothing_left(make(evaluated, longer, follows))
+    assert nothing_left(make(evaluated, longer, "training.lr_scheduler_type=linear")) is None
+
+
 def test_steps_asked_are_those_that_trainer_will_make():
     assert asked({"max_steps": 9}, 4, 2.0) == 9
     assert asked({}, 4, 2.0) == 6
