@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`python cli.py ...` is the command `fitune ...`, from a checkout and without installing it."""
 
-from fitune.cli import main
+from fitune.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import click
 
+from fitune import environment
 from fitune.config import run as runs
 from fitune.config.command_name import command, remember
 from fitune.config.shipped import PROFILES, RECIPES
-from fitune.errors import FituneError, UsageError
+from fitune.errors import INTERRUPTED, STOPPED_BY_CTRL_C, FituneError, UsageError, is_out_of_memory
 
 
 class Command(click.Command):
@@ -26,18 +27,39 @@ class Command(click.Command):
 
 
 class Cli(Command, click.Group):
-    """Prints an expected error as one line and exits with its code; --debug shows the traceback."""
+    """Prints an expected error as one line and exits with its code; --debug shows the traceback. So with Ctrl-C."""
 
     command_class = Command
+
+    def format_epilog(self, ctx, formatter) -> None:
+        with formatter.section("Environment variables"):
+            formatter.write_dl(list(environment.MEANINGS.items()))
+        super().format_epilog(ctx, formatter)
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except FituneError as error:
-            if ctx.params.get("debug"):
+        except (FituneError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+            line, code = _in_one_line(error, ctx.invoked_subcommand)
+            if line is None or ctx.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            click.echo(line, err=True)
+            ctx.exit(code)
+
+
+def _in_one_line(error: BaseException, command_name: str | None) -> tuple[str | None, int]:
+    """What to print for an error, None where nobody expected it, and the exit code."""
+    if isinstance(error, FituneError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        if command_name == "train":
+            return "stopped: before the first step, with nothing to save", INTERRUPTED
+        return "stopped", STOPPED_BY_CTRL_C
+    if is_out_of_memory(error):
+        from fitune.training.out_of_memory import explain_in_one_process
+
+        return f"error: {explain_in_one_process(error)}", FituneError.exit_code
+    return None, 1
 
 
 def recipes_and_profiles(kind: str):
@@ -492,11 +514,11 @@ def _launch_line(run, module: str, *arguments: str) -> str:
 
 
 def _launch(run, module: str, *arguments: str, place: dict) -> None:
-    from fitune.launching.launch import launch, machine_flags
+    from fitune.launching.launch import launch_until_stopped, machine_flags
     from fitune.launching.machines import check_machine_flags
 
     check_machine_flags(run, **place)
-    code = launch(run, module, *arguments, accelerate_flags=machine_flags(**place))
+    code = launch_until_stopped(run, module, *arguments, accelerate_flags=machine_flags(**place))
     if code:
         sys.exit(code)
 

@@ -9,6 +9,10 @@ INTERRUPTED = 75
 "Exit code of a run that was told to stop and has saved what it did."
 
 
+STOPPED_BY_CTRL_C = 130
+"Exit code of any other command: 128 and SIGINT's number, as shells have it."
+
+
 class FituneError(Exception):
     """A run that cannot go on. The command line prints the message without a traceback and exits with `exit_code`."""
 
@@ -34,6 +38,12 @@ def nearest(given: str, allowed) -> str:
     if match:
         return f"; did you mean '{match[0]}'?"
     return f"; allowed: {', '.join(sorted(allowed))}" if len(allowed) <= 20 else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or Python, got no memory, of a GPU or of the host; told without importing torch."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return is_torchs or isinstance(error, MemoryError)
 
 
 def say_while_training(message: str) -> None:

@@ -1,9 +1,13 @@
 """The command line as a user meets it: quick answers, and one line with exit code 2 for whatever is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
+from fitune import environment
+from fitune.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +39,56 @@ def test_show_gives_run_yaml_and_the_launch_line(cli):
     assert "gradient_accumulation_steps: 2" in result.output
     assert "accelerate launch --config_file" in result.output.splitlines()[-1]
     assert "-m fitune.training.train" in result.output.splitlines()[-1]
+
+
+def test_every_environment_variable_is_in_the_help(cli):
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fitune").rglob("*.py")]
+    named = {name for text in sources for name in re.findall(r"\bFITUNE_[A-Z_]+", text)}
+    assert named == set(re.findall(r"\bFITUNE_[A-Z_]+", cli("--help").output))
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-3", "nan"])
+def test_a_variable_that_is_no_number_is_named(monkeypatch, value):
+    monkeypatch.setenv(environment.HUNG_AFTER, value)
+    with pytest.raises(UsageError, match=rf"{environment.HUNG_AFTER}={value}: expected a number above 0, as in"):
+        environment.number(environment.HUNG_AFTER, 45)
+
+
+def test_a_variable_that_is_not_set_has_its_default(monkeypatch):
+    monkeypatch.setenv(environment.HUNG_AFTER, "90")
+    assert environment.number(environment.HUNG_AFTER, 45) == 90
+    monkeypatch.delenv(environment.HUNG_AFTER)
+    assert environment.number(environment.HUNG_AFTER, 45) == 45
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no memory")])
+@pytest.mark.parametrize("name, code", [("list", 130), ("train", 75)])
+def test_ctrl_c_and_memory_that_ran_out_are_one_line(cli, monkeypatch, name, code, error):
+    from fitune.cli import cli as group
+
+    def stop(**_):
+        raise error
+
+    monkeypatch.setattr(group.commands[name], "callback", stop)
+    result = cli(name, *(["tiny_qlora"] if name == "train" else []))
+    [line] = result.output.splitlines()
+    if isinstance(error, KeyboardInterrupt):
+        assert result.exit_code == code and line.startswith("stopped")
+    else:
+        assert result.exit_code == 1 and line.startswith("error: host RAM ran out asking for more; ")
+
+
+def test_ctrl_c_while_the_command_line_is_imported(monkeypatch, capsys):
+    from fitune.__main__ import main
+
+    def interrupted(name, *_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    monkeypatch.undo()
+    assert caught.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 BAD = {
@@ -117,7 +171,8 @@ def finished(tmp_path):
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, finished, monkeypatch, code):
     started = []
-    monkeypatch.setattr("fitune.launching.launch.launch", lambda run, *words, **_: started.append(words) or code)
+    launch = "fitune.launching.launch.launch_until_stopped"
+    monkeypatch.setattr(launch, lambda run, *words, **_: started.append(words) or code)
     monkeypatch.setattr("fitune.training.manifest.find_damage", lambda folder: None)
     monkeypatch.setattr("fitune.cli._check_data", lambda run, **about: None)
     checkpoint = finished / "checkpoints/checkpoint-1"

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "demo": {"config", "data", "planning", "model", "weights", "export", "launching", "training"},
 }
 "Each wing may also import itself and the leaves."
-LEAVES = {"errors", "output_folder", "progress"}
+LEAVES = {"environment", "errors", "output_folder", "progress"}
 "Modules that any wing may import; they import one another at most."
 ENTRANCES = {"cli"}
 "Modules that may import everything and that no other may import."

@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 from fitune.config.shipped import CHECKOUT
-
-COMMAND = "FITUNE_COMMAND"
-"Set for the processes that fitune starts: nobody typed their command lines."
+from fitune.environment import COMMAND
 
 
 def remember(argv0: str) -> str:

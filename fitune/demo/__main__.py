@@ -19,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fitune.config.command_name import COMMAND, command
+from fitune.config.command_name import command
 from fitune.config.run import load_recipe
+from fitune.environment import COMMAND
 from fitune.errors import FituneError
 
 RECIPE, PROFILE = "tiny_qlora", "cpu_2proc"

@@ -2,10 +2,10 @@
 
 While a rank hangs, the others wait for it inside a collective and look as stuck as it does; the one that hangs has
 counted the least: ranks count what they do in step, layers and collectives. A rank says how long it may take until it
-counts again: five minutes while it joins the others, in the first step, which compiles, and in the optimizer's; less
-while layers are computed, forward and backward, and files read or written; as long as it needs while it downloads,
-prepares rows, or has nothing to do but wait for the others. A rank that reads or writes files gets on as long as bytes
-move. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
+counts again: five minutes while it joins the others, in the first step and the first evaluation, which compile, and in
+the optimizer's; less while layers are computed, forward and backward, and files read or written; as long as it needs
+while it downloads, prepares rows, or has nothing to do but wait for the others. A rank that reads or writes files gets
+on as long as bytes move. A stopped process is noticed at any time. A launcher sees the ranks of its own machine.
 """
 
 import os
@@ -23,32 +23,29 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from fitune.environment import HEARTBEATS, HUNG_AFTER, number
 from fitune.errors import say_while_training
 
-FOLDER = "FITUNE_HEARTBEATS"
-"The environment variable by which a launcher tells its ranks where to count."
-HUNG_AFTER = "FITUNE_HUNG_AFTER_SECONDS"
-"The environment variable for machines where a layer takes longer than the usual patience."
-PATIENCE_SECONDS = float(os.environ.get(HUNG_AFTER, 45))
+PATIENCE_SECONDS = number(HUNG_AFTER, 45)
 STARTING_SECONDS = max(300, PATIENCE_SECONDS)
 READS_AT_MOST = 1e9
 PAUSE_SECONDS = 5
 "A launcher that slept so long between two looks was suspended, and its ranks with it."
-PID, PATIENCE, COUNT, COMPUTED, FILES = NUMBERS = range(5)
+PID, PATIENCE, COUNT, COMPUTED, FILES, TRAINS = NUMBERS = range(6)
 
 
 class Heartbeat(TrainerCallback):
-    """The counting side: five numbers in a memory-mapped file, no system call per count. Made before anything else.
+    """The counting side: six numbers in a memory-mapped file, no system call per count. Made before anything else.
 
     A patience of 0 seconds: the rank may rest.
     """
 
     def __init__(self):
-        folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
+        folder, rank = os.environ.get(HEARTBEATS), os.environ.get("RANK", "0")
         shape = (len(NUMBERS),)
         self.numbers = np.memmap(Path(folder) / rank, np.float64, "w+", shape=shape) if folder else np.zeros(shape)
         self.numbers[PID] = os.getpid()
-        self.steps = 0
+        self.steps = self.evaluations = 0
 
     def begin(self, patience: float) -> None:
         """Whoever watches may give this rank up when it has not counted for `patience` seconds."""
@@ -107,6 +104,9 @@ class Heartbeat(TrainerCallback):
             layer.register_forward_pre_hook(count)
             layer.register_forward_hook(count_output)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.numbers[TRAINS] = True
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
         self.steps += 1
@@ -119,7 +119,8 @@ class Heartbeat(TrainerCallback):
 
     @contextmanager
     def evaluating(self):
-        self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
+        self.begin(PATIENCE_SECONDS if self.evaluations else STARTING_SECONDS)
+        self.evaluations += 1
         yield
         self.rest()
 
@@ -171,12 +172,7 @@ class Watch(threading.Thread):
             if time.monotonic() - polled > PAUSE_SECONDS:
                 self._seen.clear()
             polled = time.monotonic()
-            ranks = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
-            ranks = {
-                rank: numbers
-                for rank, numbers in sorted(ranks.items())
-                if numbers.size == len(NUMBERS) and numbers[PID]
-            }
+            ranks = self._ranks()
             if verdict := self._judge(ranks):
                 say_while_training(f"error: {verdict}")
                 for numbers in ranks.values():
@@ -186,6 +182,17 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         self._over.set()
         self.join()
+
+    def has_begun_to_train(self) -> bool:
+        """Whether a rank is beyond its preparations, so that a signal makes it finish and save a step."""
+        return any(numbers[TRAINS] for numbers in self._ranks().values())
+
+    def _ranks(self) -> dict[int, np.ndarray]:
+        """What each rank has counted, by rank; without those that are about to begin."""
+        found = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
+        return {
+            rank: numbers for rank, numbers in sorted(found.items()) if numbers.size == len(NUMBERS) and numbers[PID]
+        }
 
     def _judge(self, ranks: dict[int, np.ndarray]) -> str | None:
         stopped = [rank for rank, numbers in ranks.items() if _is_stopped(numbers[PID])]

@@ -6,14 +6,19 @@ import signal
 import sys
 import tempfile
 from collections.abc import Collection
-from contextlib import contextmanager
 from pathlib import Path
 
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import CHECKOUT
+from fitune.environment import HEARTBEATS
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.run_folder import launch_config, settings_to_train
+from fitune.launching.signals import passed_on_to_ranks
+
+TRAINING = "fitune.training.train"
+TOLD = -signal.SIGTERM
+"Not an exit code: processes were ended by a signal that was passed on to them."
 
 
 def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
@@ -35,7 +40,9 @@ def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate
     """
     for restart in range(max_restarts + 1):
         code, signals = _train_once(run, resume, accelerate_flags)
-        if signals == 1 and code == CRASHED:  # told to stop while the ranks were starting
+        if code == TOLD:
+            say_while_training("stopped: before the first step, with nothing to save")
+        if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
             return INTERRUPTED
         if code != CRASHED or signals or restart == max_restarts:
             break
@@ -43,26 +50,35 @@ def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate
         saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
         start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
         print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
-    return 1 if code == CRASHED else code
+    return 1 if code in (TOLD, CRASHED) else code
 
 
 def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tuple[int, int]:
     """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
-    from fitune.launching.heartbeat import FOLDER, Watch
+    from fitune.launching.heartbeat import Watch
 
     arguments = ["--resume"] if resume else []
-    with tempfile.TemporaryDirectory(prefix="fitune-") as folder, _signals_go_to_the_ranks() as received:
-        os.environ[FOLDER] = folder
+    with tempfile.TemporaryDirectory(prefix="fitune-") as folder:
+        os.environ[HEARTBEATS] = folder
         watch = Watch(Path(folder), run.accelerate.num_machines)
         watch.start()
-        # torch's own way with signals would give the ranks 30 s to save
-        flags = {"accelerate_flags": accelerate_flags, "signals_to_handle": "SIGQUIT"}
-        flags["settings"] = settings_to_train(run.folder)
+        flags = {"accelerate_flags": accelerate_flags, "settings": settings_to_train(run.folder)}
         try:
-            code = launch(run, "fitune.training.train", *arguments, **flags, explained=watch.ended)
+            with passed_on_to_ranks(TRAINING, watch.has_begun_to_train) as received:
+                code = launch(run, TRAINING, *arguments, **flags, told=received, explained=watch.ended)
         finally:
             watch.stop()
     return code, len(received)
+
+
+def launch_until_stopped(run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, ...] = ()) -> int:
+    """`launch` for what has nothing to save: a signal ends all processes; the exit code is then 128 + its number."""
+    with passed_on_to_ranks(module) as received:
+        code = launch(run, module, *arguments, accelerate_flags=accelerate_flags, told=received)
+    if received:
+        say_while_training("stopped")
+        return 128 + received[0]
+    return 1 if code == CRASHED else code
 
 
 def launch(
@@ -71,14 +87,14 @@ def launch(
     *arguments: str,
     settings: Path | None = None,
     accelerate_flags: tuple[str, ...] = (),
-    signals_to_handle: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+    told: Collection[int] = (),
     explained: Collection[int] = (),
 ) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
     `settings` stands for the folder's run.yaml. `accelerate_flags` override the config file, e.g. ("--machine_rank",
     "1"). What went wrong is printed by then. A process that was killed counts as CRASHED, and is named unless its pid
-    is in `explained` by then. `signals_to_handle` end all processes.
+    is in `explained` by then. TOLD: one was ended by a signal that was passed on to it, as those in `told` were.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -87,20 +103,22 @@ def launch(
     config = str(launch_config(run, settings))
     flags = ["--config_file", config, *accelerate_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
-    parsed.signals_to_handle = signals_to_handle
+    parsed.signals_to_handle = "SIGQUIT"  # torch's own way with the others gives ranks 30 s, and prints tracebacks
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="fitune-") as parsed.log_dir:  # torch would leave a folder of its own
         try:
             launch_command(parsed)
         except ChildFailedError as error:
-            return _first_failure(error.failures, explained)
+            return _first_failure(error.failures, told, explained)
         except ValueError as error:
             raise FituneError(f"accelerate launch refused {config}: {error}") from None
     return 0
 
 
-def _first_failure(failures: dict, explained: Collection[int]) -> int:
+def _first_failure(failures: dict, told: Collection[int], explained: Collection[int]) -> int:
     """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
+    if told and failures.get(0) and failures[0].exitcode == -signal.SIGTERM:
+        return TOLD  # rank 0, which speaks for all, had not begun to listen
     began = min(failure.timestamp for failure in failures.values())
 
     def order(item):
@@ -114,35 +132,10 @@ def _first_failure(failures: dict, explained: Collection[int]) -> int:
     if first.exitcode < 0:
         if first.pid not in explained:
             name = signal.Signals(-first.exitcode).name
-            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}")
+            why = "; the kernel does that when host RAM runs out" if name == "SIGKILL" else ""
+            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}{why}")
         return CRASHED
     return first.exitcode
-
-
-@contextmanager
-def _signals_go_to_the_ranks():
-    """SIGTERM, Ctrl-C, a closed terminal: the ranks save and leave, which may take minutes. A second ends them at once.
-
-    What is ignored, as SIGHUP under nohup, stays ignored. Yields the signals received.
-    """
-    import psutil
-
-    received = []
-
-    def forward(number, frame) -> None:
-        received.append(number)
-        for child in psutil.Process().children():
-            child.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-        said = "finishing the step and saving it; once more to stop at once" if len(received) == 1 else "stopped"
-        say_while_training(f"{signal.Signals(number).name}: {said}")
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _set_environment(run: Run) -> None:

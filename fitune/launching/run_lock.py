@@ -9,16 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+from fitune.environment import LOCK_HELD
 from fitune.errors import UsageError, say_while_training
 from fitune.launching.signs_of_life import BEAT_SECONDS, LOST_SECONDS, SignsOfLife, seconds_silent
 
 LOCK = "run.lock"
-HELD = "FITUNE_RUN_LOCK_HELD"
-"The environment variable by which `fitune train` tells its ranks that it holds the lock."
 
 
 def is_held_by_launcher() -> bool:
-    return HELD in os.environ
+    return LOCK_HELD in os.environ
 
 
 class RunLock:
@@ -45,11 +44,11 @@ class RunLock:
         self._signs.start()
 
     def __enter__(self):
-        os.environ[HELD] = str(os.getpid())
+        os.environ[LOCK_HELD] = str(os.getpid())
         return self
 
     def __exit__(self, *_):
-        del os.environ[HELD]
+        del os.environ[LOCK_HELD]
         self.release()
 
     def release(self) -> None:

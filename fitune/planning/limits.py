@@ -1,11 +1,11 @@
 """What there is: as a profile states it, on this machine, or given on the command line."""
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 from fitune.config.model_shapes import hub_cache
 from fitune.config.schema import Run
+from fitune.environment import GPU_CAP, number
 from fitune.errors import UsageError
 from fitune.planning.hardware import Gpu, Machine, free_disk_gib, this_machine
 from fitune.planning.memory import MEASURED
@@ -64,9 +64,8 @@ def limits_for_training(run: Run) -> Limits:
     With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
     """
     limits = limits_here(this_machine())
-    cap = os.environ.get("FITUNE_GPU_CAP_GIB")
-    if cap:
-        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=float(cap) + MEASURED.outside_allocator / GIB)
+    if cap := number(GPU_CAP):
+        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=cap + MEASURED.outside_allocator / GIB)
     saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
     return replace(
         limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())

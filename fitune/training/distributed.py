@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fitune.config.schema import AccelerateConfig
+from fitune.environment import GPU_CAP, number
 from fitune.errors import UsageError
 
 SECONDS_FOR_RANK_0 = 30
@@ -53,7 +54,7 @@ def _own_gpu() -> torch.device:
     each calls itself a host of its own.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
-    cap_gib = os.environ.get("FITUNE_GPU_CAP_GIB")
+    cap_gib = number(GPU_CAP)
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if ranks > gpus:
         if not cap_gib:
@@ -65,7 +66,7 @@ def _own_gpu() -> torch.device:
     torch.cuda.set_device(device)
     if cap_gib:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap_gib) * 2**30 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device)
     return device
 
 

@@ -19,6 +19,7 @@ from fitune.export.chat_record import refuse_another_chat
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.distributed import is_main_process, join, leave
+from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.token_metrics import token_metrics
 from fitune.training.train import load_sharded_model, rows_on_all_ranks, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
     options = parser.parse_args(arguments)
-    run_stage(options.run, lambda run: evaluate(run, options.force), checkpoint=options.checkpoint)
+    run_stage(options.run, lambda run: evaluate(run, options.force), explain_in_eval, checkpoint=options.checkpoint)
 
 
 if __name__ == "__main__":

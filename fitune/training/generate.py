@@ -29,6 +29,7 @@ from fitune.export.chat_record import read_chat_record, refuse_another_chat
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.out_of_memory import explain_in_generate
 from fitune.training.train import load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
@@ -195,7 +196,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
-    run_stage(options.run, lambda run: generate(run, options), checkpoint=options.checkpoint)
+    run_stage(options.run, lambda run: generate(run, options), explain_in_generate, checkpoint=options.checkpoint)
 
 
 if __name__ == "__main__":

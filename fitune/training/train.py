@@ -23,7 +23,7 @@ from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared, folder_with_tokens, map_rows, rows_beyond
-from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, say_while_training
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, is_out_of_memory, say_while_training
 from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_folder import begin_to_train, finish, steps_asked
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
@@ -34,6 +34,7 @@ from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
 from fitune.planning.compute import FP8_CAPABILITY
 from fitune.progress import bar
+from fitune.training.arguments import training_arguments
 from fitune.training.best_model import BestModel
 from fitune.training.distributed import (
     compute_device,
@@ -66,6 +67,7 @@ def train(run: Run) -> None:
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
     with heartbeat.starting():
         mesh = join(run.accelerate)
+    arguments = training_arguments(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     check_prepared(run.recipe, tokenizer)
@@ -85,6 +87,7 @@ def train(run: Run) -> None:
         base_record=base_record,
         identity=identity,
         heartbeat=heartbeat,
+        arguments=arguments,
         model=model,
         processing_class=tokenizer,
         train_dataset=rows_on_all_ranks(run, "train", tokenizer, heartbeat),
@@ -260,8 +263,11 @@ def _is_no_comparison_with_the_checkpoint(record: LogRecord) -> bool:
     return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
 
 
-def run_stage(path: Path, stage, **changes) -> None:
-    """Runs `stage` on a run.yaml; an expected error becomes one line, on however many ranks, and its exit code."""
+def run_stage(path: Path, stage, explain=explain_out_of_memory, **changes) -> None:
+    """Runs `stage` on a run.yaml; an expected error becomes one line, on however many ranks, and its exit code.
+
+    `explain(run, rank, error)` has the words for memory that ran out.
+    """
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between trl, peft and transformers, not ours to mend
     getLogger("transformers.trainer_utils").addFilter(_is_no_comparison_with_the_checkpoint)
@@ -273,10 +279,10 @@ def run_stage(path: Path, stage, **changes) -> None:
             say_while_training(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}")
         leave(patience=5)
         sys.exit(error.exit_code)
-    except torch.OutOfMemoryError as error:
-        say_while_training(f"error: {explain_out_of_memory(run, int(os.environ.get('RANK', 0)), error)}")
-        sys.exit(FituneError.exit_code)
     except Exception as error:
+        if is_out_of_memory(error):
+            say_while_training(f"error: {explain(run, int(os.environ.get('RANK', 0)), error)}")
+            sys.exit(FituneError.exit_code)
         if re.search("Connection (closed|reset) by peer", str(error)):  # gloo's words; the rank that is gone said why
             say_while_training(f"rank {os.environ.get('RANK', 0)}: another rank is gone")
         else:

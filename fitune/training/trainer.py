@@ -20,7 +20,6 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from fitune.config.command_name import command
-from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows
 from fitune.errors import FituneError
@@ -29,6 +28,7 @@ from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
 from fitune.output_folder import checkpoints, remove, rename_when_whole
+from fitune.training.arguments import training_arguments
 from fitune.training.bad_rows import name_rows
 from fitune.training.best_model import BestModel
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
@@ -40,38 +40,12 @@ from fitune.training.whole_steps import WholeSteps, in_whole_steps, rows_per_ste
 from fitune.weights.base_identity import BaseRecord
 
 
-def training_arguments(run: Run) -> SFTConfig:
-    """The SFTConfig of a run: the recipe's `training:` block, and the fields that recipe, profile and config own."""
-    recipe, profile = run.recipe, run.profile
-    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": False} | recipe.training
-    values |= best_model_fields(recipe.training)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
-    return SFTConfig(
-        **values,
-        output_dir=str(run.folder / "checkpoints"),
-        per_device_train_batch_size=profile.micro_batch,
-        per_device_eval_batch_size=profile.micro_batch,
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
-        max_length=recipe.max_length,
-        packing=recipe.packing,
-        packing_strategy="bfd",
-        dataset_kwargs={"skip_prepare_dataset": True},  # rows come with their labels: fitune.data.dataset
-        seed=recipe.seed,
-        use_cpu=run.accelerate.use_cpu,
-        activation_checkpointing=False,  # the layers see to it: fitune.model.activations
-        bf16=False,  # the model computes in bf16 by itself; no autocast around it
-        # unreduced gradients would be whole on every rank, so each micro batch is reduced to the rank's own rows;
-        # for one rank see training_step
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
-        save_only_model=True,  # Trainer's own way to save optimizers doesn't know this sharding; see _save_checkpoint
-    )
-
-
 class ShardedSFTTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
     `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does; a trainer that
-    saves nothing needs neither. `heartbeat` tells the launcher that this rank gets on.
+    saves nothing needs neither. `heartbeat` tells the launcher that this rank gets on. `arguments` are those of
+    `training_arguments(run)`, where they were made before the model was loaded.
     """
 
     def __init__(
@@ -80,6 +54,7 @@ class ShardedSFTTrainer(SFTTrainer):
         base_record: BaseRecord | None = None,
         identity: Identity | None = None,
         heartbeat: Heartbeat | None = None,
+        arguments: SFTConfig | None = None,
         *,
         train_dataset: TokenisedRows,
         eval_dataset: TokenisedRows | None = None,
@@ -90,7 +65,7 @@ class ShardedSFTTrainer(SFTTrainer):
         self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
-        arguments = training_arguments(run)
+        arguments = arguments or training_arguments(run)
         if eval_dataset is None:  # `eval` trains nothing, whenever training evaluates
             arguments.eval_strategy = IntervalStrategy.NO
         super().__init__(

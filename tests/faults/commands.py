@@ -29,6 +29,13 @@ def train_command(base: Path, prepared: Path, output: Path, steps: int, **sets) 
     return [sys.executable, "cli.py", "train", "tiny_qlora", "--profile", "cpu_2proc", "--output", str(output), *flags]
 
 
+def accelerate_text(ranks: int, offloaded: bool) -> str:
+    """An accelerate config on the CPU; offloaded, as a profile with weights in host RAM has it."""
+    text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
+    text = text.replace("num_processes: 2", f"num_processes: {ranks}")
+    return text.replace("fsdp_version: 2", "fsdp_version: 2\n  fsdp_offload_params: true") if offloaded else text
+
+
 WHEN_TRAINER_IS_IMPORTED = """
 import itertools, os, sys, time
 from importlib.abc import MetaPathFinder

@@ -3,9 +3,10 @@
     python tests/faults/soak.py --kills 50 --seed 7          (or: make soak)
 
 Each time one of: SIGKILL for the launcher or one rank, SIGTERM for the launcher or one rank, SIGTERM and then SIGKILL
-while it may be saving. Each start draws the number of ranks, rows a pass, steps asked for, how often to save and how
-many checkpoints to keep. The calm run makes the same changes at the same steps: its losses and its adapter are the
-same, byte for byte. A tiny model on the CPU.
+while it may be saving. Each start draws the number of ranks, rows a pass, kept layers, offload, steps asked for, how
+often to save and to evaluate and how many checkpoints to keep. The calm run computes with the same of them at the same
+steps, evaluates never and saves at the ends only: its losses and its adapter are the same, byte for byte. A tiny model
+on the CPU.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -25,7 +27,7 @@ for needed in (HERE.parents[1], HERE.parent, HERE):
     sys.path.insert(0, str(needed))
 
 import conftest  # noqa: E402
-from commands import ADAPTER, ROOT, Running, losses, saved_steps, train_command  # noqa: E402
+from commands import ADAPTER, Running, accelerate_text, losses, saved_steps, train_command  # noqa: E402
 
 STEPS_PER_KILL = 12
 
@@ -46,16 +48,29 @@ class Settings:
 
     ranks: int
     micro_batch: int
+    kept_layers: int
+    offloaded: bool
     steps: int
     save_steps: int
     keep: int
+    eval_steps: int = 0
+    "0: no evaluations."
 
     @classmethod
     def drawn(cls, draw: random.Random, reached: int, last: int) -> "Settings":
         ranks = draw.choice([1, 2])
         micro_batch = draw.choice([1, 2, 4][: 4 - ranks])  # of the recipe's four rows a step
         steps = draw.choice([last, last, draw.randint(min(reached + 4, last), last)])
-        return cls(ranks, micro_batch, steps, draw.choice([1, 2, 3]), draw.choice([1, 2, 3]))
+        return cls(
+            ranks,
+            micro_batch,
+            kept_layers=draw.choice([0, 1, 2]),
+            offloaded=draw.choice([False, True]),
+            steps=steps,
+            save_steps=draw.choice([1, 2, 3]),
+            keep=draw.choice([1, 2, 3]),
+            eval_steps=draw.choice([0, 2, 3]),
+        )
 
 
 def soak(folder: Path, kills: int, draw: random.Random) -> None:
@@ -64,17 +79,19 @@ def soak(folder: Path, kills: int, draw: random.Random) -> None:
     prepared.mkdir()
     for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
         conftest.write_split(prepared, split, count, seed)
-    text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
-    (folder / "1.yaml").write_text(text.replace("num_processes: 2", "num_processes: 1"))
-    (folder / "2.yaml").write_text(text)
+    for ranks, offloaded in product((1, 2), (False, True)):
+        accelerate_config(folder, ranks, offloaded).write_text(accelerate_text(ranks, offloaded))
     last = kills * STEPS_PER_KILL
 
     def start(run: Path, settings: Settings) -> Running:
         sets = {
             "training.save_steps": settings.save_steps, "training.save_total_limit": settings.keep,
             "training.lr_scheduler_type": "constant", "lora.dropout": 0.1, "profile.micro_batch": settings.micro_batch,
-            "profile.accelerate_config": folder / f"{settings.ranks}.yaml",
+            "profile.kept_layers": settings.kept_layers,
+            "profile.accelerate_config": accelerate_config(folder, settings.ranks, settings.offloaded),
         }  # fmt: skip
+        if settings.eval_steps:
+            sets |= {"training.eval_strategy": "steps", "training.eval_steps": settings.eval_steps}
         resume = ["--resume"] if newest(run) else []  # what has no checkpoint yet begins again, --resume or not
         if not resume:
             (run / "metrics.jsonl").unlink(missing_ok=True)
@@ -89,7 +106,7 @@ def soak(folder: Path, kills: int, draw: random.Random) -> None:
         print(f"kill {kill}: {settings}: exit code {code}, newest checkpoint {newest(run)} of {last}", flush=True)
         ended = code == 0 and newest(run) == settings.steps
         assert code in (-9, -15, 1, 75) or ended, running.log.read_text()[-3000:]
-    final = Settings(2, 2, last, 2, 2)
+    final = Settings(2, 2, kept_layers=0, offloaded=False, steps=last, save_steps=2, keep=2)
     parts.append((newest(run), final))
     running = start(run, final)
     assert running.wait(3600) == 0, running.log.read_text()[-3000:]
@@ -97,11 +114,15 @@ def soak(folder: Path, kills: int, draw: random.Random) -> None:
     calm = folder / "calm"
     for (begun, settings), (end, _) in zip(parts, [*parts[1:], (last, None)], strict=True):
         if begun < end:
-            running = start(calm, Settings(settings.ranks, settings.micro_batch, end, end, 2))
+            running = start(calm, replace(settings, steps=end, save_steps=end, keep=2, eval_steps=0))
             assert running.wait(3600) == 0, running.log.read_text()[-3000:]
     assert losses(run) == losses(calm), "the losses differ"
     assert (run / ADAPTER).read_bytes() == (calm / ADAPTER).read_bytes(), "the adapters differ"
     print(f"the same {last} losses and the same adapter, byte for byte, after {kills} kills with changes")
+
+
+def accelerate_config(folder: Path, ranks: int, offloaded: bool) -> Path:
+    return folder / f"{ranks}{'_offloaded' if offloaded else ''}.yaml"
 
 
 def newest(run: Path) -> int:

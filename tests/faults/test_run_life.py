@@ -120,6 +120,9 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
     stopped.wait_for(lambda: len(stopped.ranks()) == 2)
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.wait() == 75, stopped.log.read_text()[-2000:]
+    text = stopped.log.read_text()
+    assert text.count("stopped: before the first step, with nothing to save") == 1
+    assert "Traceback" not in text and "was ended by" not in text and "finishing" not in text
 
     hold = Hold(tmp_path)
     hold.after(0)

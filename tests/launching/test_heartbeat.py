@@ -21,7 +21,7 @@ def ranks(monkeypatch):
     """Numbers of two sleeping processes that are within a step; patience is short."""
     monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.05)
     processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) for _ in range(2)]
-    numbers = {rank: np.array([process.pid, 0.05, 10, 0, 0]) for rank, process in enumerate(processes)}
+    numbers = {rank: np.array([process.pid, 0.05, 10, 0, 0, 0]) for rank, process in enumerate(processes)}
     yield numbers
     for process in processes:
         process.kill()
@@ -228,7 +228,10 @@ def test_a_rank_asks_for_patience_by_what_it_does():
         asked.append(rank.numbers[PATIENCE])
     long, short = heartbeat.STARTING_SECONDS, heartbeat.PATIENCE_SECONDS
     assert asked == [long, long, 0, short, long, 0]
-    for context, patience in ((rank.starting, long), (rank.evaluating, short), (rank.using_files, short)):
+    first_evaluation = rank.evaluating, long  # compiles, as the first step does
+    for context, patience in (
+        (rank.starting, long), first_evaluation, (rank.evaluating, short), (rank.using_files, short),
+    ):  # fmt: skip
         with context():
             assert rank.numbers[PATIENCE] == patience
             assert rank.numbers[FILES] == (context == rank.using_files)
@@ -237,9 +240,16 @@ def test_a_rank_asks_for_patience_by_what_it_does():
                 assert rank.numbers[PATIENCE] == 0 and rank.numbers[COUNT] == counted + 1
             assert rank.numbers[PATIENCE] == patience
         assert rank.numbers[PATIENCE] == rank.numbers[FILES] == 0
-    untrained = heartbeat.Heartbeat()
-    with untrained.evaluating():  # compiles
-        assert untrained.numbers[PATIENCE] == long
+
+
+def test_the_launcher_knows_whether_ranks_have_begun_to_train(tmp_path, monkeypatch):
+    monkeypatch.setenv(heartbeat.HEARTBEATS, str(tmp_path))
+    watch = Watch(tmp_path)
+    assert not watch.has_begun_to_train()
+    rank = heartbeat.Heartbeat()
+    assert not watch.has_begun_to_train()
+    rank.on_train_begin(None, None, None)
+    assert watch.has_begun_to_train()
 
 
 def test_a_rank_whose_weights_are_loaded_is_ahead_of_one_that_reads():

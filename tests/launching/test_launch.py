@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from commands import changed
 
 from fitune.launching import launch
+from fitune.launching.launch import TOLD, _first_failure
 from fitune.planning.fill import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,20 +148,21 @@ def test_an_error_in_the_processes_is_one_line(finished, tmp_path, late):
 
 
 @pytest.mark.parametrize(
-    "failures, expected",
+    "failures, told, expected",
     [
-        ({0: (70, 5), 1: (-9, 5)}, 70),  # killed from outside: a crash, and rank 1 is named
-        ({0: (-9, 36), 1: (1, 5)}, 1),  # explained by rank 1; torch killed rank 0 half a minute later
-        ({0: (-15, 5), 1: (75, 5)}, 75),
-        ({0: (70, 5), 1: (1, 5)}, 1),
-        ({0: (-6, 5), 1: (-9, 5)}, 70),  # gloo aborts a process whose neighbour is gone
+        ({0: (70, 5), 1: (-9, 5)}, [], 70),  # killed from outside: a crash, and rank 1 is named
+        ({0: (-9, 36), 1: (1, 5)}, [], 1),  # explained by rank 1; torch killed rank 0 half a minute later
+        ({0: (-15, 5), 1: (75, 5)}, [], 75),
+        ({0: (-15, 5), 1: (75, 5)}, [15], TOLD),  # rank 0 had not begun to listen, and said nothing
+        ({0: (75, 5), 1: (-15, 5)}, [15], 75),
+        ({0: (-15, 5), 1: (-15, 5)}, [2], TOLD),
+        ({0: (70, 5), 1: (1, 5)}, [], 1),
+        ({0: (-6, 5), 1: (-9, 5)}, [], 70),  # gloo aborts a process whose neighbour is gone
     ],
 )
-def test_the_failure_that_ended_a_run_is_found(failures, expected, capsys):
+def test_the_failure_that_ended_a_run_is_found(failures, told, expected, capsys):
     from types import SimpleNamespace
 
-    from fitune.launching.launch import _first_failure
-
     found = {r: SimpleNamespace(exitcode=code, timestamp=when, pid=r) for r, (code, when) in failures.items()}
-    assert _first_failure(found, explained=()) == expected
+    assert _first_failure(found, told, explained=()) == expected
     assert ("rank 1 (pid 1) was ended by SIGKILL" in capsys.readouterr().err) == (failures[1][0] == -9)

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from fitune.environment import LOCK_HELD
 from fitune.errors import UsageError
 from fitune.launching import run_lock, signs_of_life
-from fitune.launching.run_lock import HELD, LOCK, RunLock, is_held_by_launcher
+from fitune.launching.run_lock import LOCK, RunLock, is_held_by_launcher
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,6 @@ def test_what_is_released_names_nobody(tmp_path):
     """Else another host would go on taking it for held."""
     with RunLock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-        assert is_held_by_launcher() and os.environ[HELD] == str(os.getpid())
+        assert is_held_by_launcher() and os.environ[LOCK_HELD] == str(os.getpid())
     assert (tmp_path / LOCK).read_text() == ""
     assert not is_held_by_launcher()

@@ -5,9 +5,15 @@ import re
 import pytest
 import torch
 
+from fitune.config import run as runs
 from fitune.planning.fill import resolve
 from fitune.planning.sizes import GIB
-from fitune.training.out_of_memory import explain_out_of_memory
+from fitune.training.out_of_memory import (
+    explain_in_eval,
+    explain_in_generate,
+    explain_in_one_process,
+    explain_out_of_memory,
+)
 
 TORCHS_WORDS = "CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has a total capacity of 23.53 GiB of which ..."
 
@@ -28,3 +34,54 @@ def test_an_unexpected_wording_is_no_second_error(tmp_path):
     run = resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
     message = str(explain_out_of_memory(run, 0, torch.OutOfMemoryError("no memory")))
     assert "rank 0: GPU memory ran out asking for more" in message
+
+
+@pytest.fixture
+def error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 4 * GIB)
+    return torch.OutOfMemoryError(TORCHS_WORDS)
+
+
+SAME_WORDS = "GPU memory ran out asking for 1.96 GiB with 4.0 GiB allocated"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(8, "; try micro_batch: 4 under profile: in {file}, or end"), (1, "; take GPUs with more memory")],
+)
+def test_eval_has_the_same_words_and_a_setting_of_its_own(rows, said, error, tmp_path):
+    run = resolve("llama3_8b_qlora", "single_gpu", (f"profile.micro_batch={rows}",), str(tmp_path))
+    assert f"rank 0: {SAME_WORDS}{said.format(file=tmp_path / 'run.yaml')}" in str(explain_in_eval(run, 0, error))
+
+
+def test_so_have_generate_and_what_uses_one_gpu(error, tmp_path):
+    run = resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
+    assert f"rank 1: {SAME_WORDS}; ask for less with --max-new-tokens" in str(explain_in_generate(run, 1, error))
+    assert f"{SAME_WORDS}; do without it, more slowly, with CUDA_VISIBLE_DEVICES=" in str(explain_in_one_process(error))
+
+
+def test_host_ram_is_told_from_a_gpus(tmp_path):
+    run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. Error 12")
+    for explain in (explain_out_of_memory, explain_in_eval, explain_in_generate):
+        assert "rank 0: host RAM ran out asking for 3.00 GiB; " in str(explain(run, 0, error))
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate"])
+def test_it_is_one_line_in_every_stage(name, error, tmp_path, monkeypatch, capsys):
+    from importlib import import_module
+
+    module = import_module(f"fitune.training.{name}")
+    run = resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
+    (tmp_path / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+
+    def stage(*_):
+        raise error
+
+    monkeypatch.setattr(module, name, stage)
+    with pytest.raises(SystemExit) as caught:
+        module.main([str(tmp_path)])
+    assert caught.value.code == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: rank 0: {SAME_WORDS}")

@@ -1,0 +1,30 @@
+"""The environment variables that fitune reads, beside those of Hugging Face and torch."""
+
+import os
+
+from fitune.errors import UsageError
+
+HUNG_AFTER = "FITUNE_HUNG_AFTER_SECONDS"
+GPU_CAP = "FITUNE_GPU_CAP_GIB"
+COMMAND = "FITUNE_COMMAND"
+HEARTBEATS = "FITUNE_HEARTBEATS"
+LOCK_HELD = "FITUNE_RUN_LOCK_HELD"
+MEANINGS = {
+    HUNG_AFTER: "How long a rank may take for one layer before it counts as hung. [default: 45]",
+    GPU_CAP: "Tries a small card on a large one: each rank gets so much of its memory, and ranks may share a GPU.",
+    f"{COMMAND}, {HEARTBEATS}, {LOCK_HELD}": "Set by fitune for the processes that it starts.",
+}
+
+
+def number(name: str, default: float | None = None) -> float | None:
+    """The value of a variable, `default` where it is not set. Raises UsageError for one that is no number above 0."""
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise UsageError(f"{name}={text}: expected a number above 0, as in {name}=90")
+    return value

@@ -1,0 +1,54 @@
+"""Signals that reach the launcher: it passes them on to its ranks, which finish or leave, and a second ends them."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+
+from fitune.errors import say_while_training
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@contextmanager
+def passed_on_to_ranks(module: str, is_saving: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
+    """SIGTERM, Ctrl-C, a closed terminal: processes that run `module` get SIGTERM, at the second signal SIGKILL.
+
+    Before there are any, KeyboardInterrupt is raised. `is_saving`: whether they finish a step first, which may take
+    minutes and is said. What is ignored, as SIGHUP under nohup, stays ignored. Yields the signals received.
+    """
+    received: list[int] = []
+
+    def forward(number, frame) -> None:
+        received.append(number)
+        ranks = _processes_of(module)
+        if not ranks:
+            raise KeyboardInterrupt
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        if len(received) > 1:
+            say_while_training(f"{signal.Signals(number).name}: stopped")
+        elif is_saving():
+            say_while_training(
+                f"{signal.Signals(number).name}: finishing the step and saving it; once more to stop at once"
+            )
+
+    numbers = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _processes_of(module: str) -> list[psutil.Process]:
+    """The launcher's children that run `module`; others help the launcher itself."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if module in child.cmdline():
+                found.append(child)
+    return found

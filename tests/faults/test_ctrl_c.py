@@ -1,0 +1,54 @@
+"""Ctrl-C in what trains nothing: one line, exit code 130, nothing half written. Real commands."""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import Running, train_command
+
+from fitune.errors import STOPPED_BY_CTRL_C
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, prepared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ctrl_c")
+    running = Running(train_command(tiny_base, prepared, folder / "run", 1), folder / "log")
+    assert running.wait() == 0, running.log.read_text()[-3000:]
+    return folder / "run"
+
+
+def stopped_when(begun, command: list[str], log: Path) -> list[str]:
+    """The lines of a command to which a terminal's Ctrl-C is sent once `begun(running)` holds: to all of its group."""
+    running = Running([sys.executable, "cli.py", *map(str, command)], log)
+    running.wait_for(lambda: begun(running))
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert running.wait() == STOPPED_BY_CTRL_C, log.read_text()[-3000:]
+    return [line for line in log.read_text().splitlines() if line.strip()]
+
+
+def has_ranks(running: Running) -> bool:
+    with suppress(psutil.Error):
+        children = psutil.Process(running.process.pid).children()
+        return sum(any("fitune.training." in word for word in child.cmdline()) for child in children) == 2
+    return False
+
+
+@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "Hello"]], ids=["eval", "generate"])
+def test_ranks_that_only_read_are_stopped(command, finished, tmp_path):
+    name, *flags = command
+    assert stopped_when(has_ranks, [name, finished, *flags], tmp_path / "log") == ["stopped"]
+    assert not (finished / "eval.json").exists()
+
+
+def test_prepare_leaves_nothing(prepared, tiny_base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((prepared / "train.jsonl").read_text() * 400)
+    output = tmp_path / "out" / "data"
+    command = ["prepare", "--dataset", rows, "--tokenizer", tiny_base, "--output", output]
+    lines = stopped_when(lambda _: output.parent.is_dir() and any(output.parent.iterdir()), command, tmp_path / "log")
+    assert lines[-1] == "stopped" and "Traceback" not in " ".join(lines)
+    assert not list(output.parent.iterdir())
