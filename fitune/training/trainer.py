@@ -25,6 +25,7 @@ from fitune.data.dataset import TokenisedRows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
+from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
 from fitune.output_folder import checkpoints, remove, rename_when_whole
@@ -79,6 +80,8 @@ class ShardedSFTTrainer(SFTTrainer):
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # Trainer's own noise depends on the rank
+        self.noise = EmbeddingNoise(decoder(self.model).model.embed_tokens, alpha) if alpha else None
         batch, pad = run.recipe.global_batch_size, self.processing_class.pad_token_id
         self.train_dataset = train_dataset.filled_up(batch, pad, one_more=rows_per_step(run) > batch)
         if eval_dataset is not None:
@@ -103,18 +106,24 @@ class ShardedSFTTrainer(SFTTrainer):
         self.heartbeat.count()
         if isinstance(model, FSDPModule) and self.args.world_size == 1 and self.run.recipe.method != "full":
             model.set_requires_gradient_sync(self.accelerator.sync_gradients)
-        if self.run.recipe.lora and self.run.recipe.lora.dropout:
-            inputs = self._prepare_inputs(inputs)
-            inputs[DROPOUT_KEYS] = dropout_keys(
-                inputs["input_ids"],
-                inputs.get("cu_seq_lens_q"),
-                inputs.get("attention_mask"),
-                self.run.recipe.seed,
-                self.state.global_step,
-            )
+        inputs = self._with_random_numbers(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step.append((inputs, loss))
         return loss
+
+    def _with_random_numbers(self, inputs: dict) -> dict:
+        """What dropout and noise draw in this pass, the same wherever its examples lie."""
+        has_dropout = bool(self.run.recipe.lora and self.run.recipe.lora.dropout)
+        if not (has_dropout or self.noise):
+            return inputs
+        inputs = self._prepare_inputs(inputs)
+        batch = inputs["input_ids"], inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
+        keys = dropout_keys(*batch, self.run.recipe.seed, self.state.global_step)
+        if has_dropout:
+            inputs[DROPOUT_KEYS] = keys
+        if self.noise:
+            self.noise.prepare(keys, lengths_of_examples(*batch))
+        return inputs
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
