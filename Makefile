@@ -7,7 +7,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak slurm-test planted audit lint format gpu-test gpu-e2e real bench
+.PHONY: help setup demo test soak slurm-test planted settings audit lint format gpu-test gpu-e2e real bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ planted: $(DEV_INSTALLED)  ## plant each fault of tests/planted/ in a copy: its 
 
 slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm)
 	$(BIN)/python tests/slurm/run.py
+
+settings: $(DEV_INSTALLED)  ## try every field of SFTConfig and every optimizer, write docs/settings.md (about 15 min)
+	$(BIN)/python tests/settings/try_settings.py
 
 lint: $(DEV_INSTALLED)  ## check style
 	$(BIN)/ruff check .
