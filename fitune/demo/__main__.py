@@ -22,7 +22,7 @@ from rich.table import Table
 from fitune.config.command_name import command
 from fitune.config.run import load_recipe
 from fitune.environment import COMMAND
-from fitune.errors import FituneError
+from fitune.errors import STOPPED_BY_CTRL_C, FituneError
 
 RECIPE, PROFILE = "tiny_qlora", "cpu_2proc"
 MEMORISED = 16
@@ -145,6 +145,9 @@ def main() -> None:
     except FituneError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # the stage that was running has heard it too
+        print("stopped", file=sys.stderr)
+        sys.exit(STOPPED_BY_CTRL_C)
 
 
 if __name__ == "__main__":
