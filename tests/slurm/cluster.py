@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 NODES = ("n1", "n2")
@@ -93,17 +94,25 @@ class Cluster:
 
     def __exit__(self, *_):
         self.command("scancel", "--user=root")
-        for process in reversed(self.processes.values()):
-            _end_session(process)
+        for node in NODES:
+            self.kill_node(node)
+        for pid in _descendants(self.processes["controller"].pid):
+            _kill(pid)
+        self.processes["controller"].wait()
 
     def start_node(self, node: str) -> None:
         self.processes[node] = self._start("unshare", "--uts", "sh", "-c", f"hostname {node} && exec slurmd -D")
 
     def kill_node(self, node: str) -> None:
-        """Its slurmd and all that it started, at once."""
-        for pid in _descendants(self.processes[node].pid):
-            os.kill(pid, signal.SIGKILL)
+        """Its slurmd and all that it started, at once: what bears its name. Steps are in sessions of their own."""
+        for pid in _in_same_uts_namespace(self.processes[node].pid):
+            _kill(pid)
         self.processes[node].wait()
+
+    def begin_now(self, job: str) -> None:
+        """A job that was requeued would rest for two minutes."""
+        self.wait_for(lambda: self.job_state(job)["JobState"] == "PENDING", f"job {job} is requeued")
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def command(self, *words: str) -> str:
         return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout
@@ -129,8 +138,19 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
+def _in_same_uts_namespace(pid: int) -> list[int]:
+    def namespace(process: str | int) -> str | None:
+        try:
+            return str(Path(f"/proc/{process}/ns/uts").readlink())
+        except OSError:
+            return None
+
+    own = namespace(pid)
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if own and namespace(path.name) == own]
+
+
 def _descendants(pid: int) -> list[int]:
-    """A process and what it started, children first; steps that a slurmd started are in sessions of their own."""
+    """A process and what it started, children first."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -142,10 +162,6 @@ def _descendants(pid: int) -> list[int]:
     return [*found, pid]
 
 
-def _end_session(process: subprocess.Popen) -> None:
-    for pid in _descendants(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

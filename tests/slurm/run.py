@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster import Cluster, enter_namespace, missing
 
 ROOT = Path(__file__).resolve().parents[2]
-ADAPTER, STEPS = "adapter/adapter_model.safetensors", 10
+ADAPTER, STEPS = "adapter/adapter_model.safetensors", 30
 PROFILE = """\
 description: Two machines with a CPU process each.
 accelerate_config: two_machines.accelerate.yaml
@@ -127,6 +127,7 @@ def _disturb(jobs: Jobs, cluster: Cluster, base: Path, prepared: Path) -> None:
     job, run = jobs.submit("told-to-stop", base, prepared)
     jobs.wait_for_step(job, run, 3)
     cluster.command("scancel", "--signal=TERM", job)
+    cluster.begin_now(job)
     found = jobs.finish(job, run)
     _check(
         "told to stop by scancel --signal=TERM", jobs, job, run, found == expected, "stopped: interrupted after step"
