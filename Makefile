@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
+LOADERS := $(CURDIR)/.loaders
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak slurm-test planted settings audit lint format gpu-test gpu-e2e real bench
+.PHONY: help setup demo test loaders soak slurm-test planted settings audit lint format gpu-test gpu-e2e real bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,19 @@ slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted,
 settings: $(DEV_INSTALLED)  ## try every field of SFTConfig and every optimizer, write docs/settings.md (about 15 min)
 	$(BIN)/python tests/settings/try_settings.py
 
+loaders: $(LOADERS)/.installed models/smollm2-135m/config.json  ## what merge and export write, read by other loaders
+	FITUNE_LOADERS=$(LOADERS) FITUNE_REAL_MODEL=$(CURDIR)/models/smollm2-135m PYTHONPATH=$(LOADERS)/gguf \
+		$(BIN)/python -m pytest -q tests/loaders
+
+$(LOADERS)/.installed: $(DEV_INSTALLED) tests/loaders/requirements.txt requirements-gguf.txt
+	test -x $(LOADERS)/bin/python || $(PYTHON) -m venv $(LOADERS)
+	$(LOADERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/loaders/requirements.txt
+	$(PIP) --no-deps --upgrade --target $(LOADERS)/gguf -r requirements-gguf.txt sentencepiece==0.2.3 xllamacpp==2026.10.11549
+	@touch $@
+
+models/smollm2-135m/config.json: | $(DEV_INSTALLED)
+	$(BIN)/python tests/e2e/real_model.py models/smollm2-135m
+
 lint: $(DEV_INSTALLED)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,8 +78,7 @@ gpu-e2e: $(DEV_INSTALLED)  ## every command on a real model: make gpu-e2e MODEL=
 	@test -n "$(MODEL)" || { echo "give a Llama's folder: make gpu-e2e MODEL=FOLDER (make real makes one)"; exit 2; }
 	$(BIN)/python tests/e2e/run.py $(MODEL) $(if $(OUTPUT),--output $(OUTPUT))
 
-real: $(DEV_INSTALLED)  ## make models/smollm2-135m, a real small model, and run every command on it on the CPU
-	test -f models/smollm2-135m/config.json || $(BIN)/python tests/e2e/real_model.py models/smollm2-135m
+real: models/smollm2-135m/config.json  ## make a real small model and run every command on it on the CPU
 	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/e2e/run.py models/smollm2-135m $(if $(OUTPUT),--output $(OUTPUT))
 
 bench: setup  ## regenerate the tables from benchmarks/results

@@ -92,6 +92,14 @@ check_option = click.option(
     default=True,
     help="Compare what was written with base plus adapter on a few held-out prompts. [default: check]",
 )
+base_option = click.option(
+    "--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force)."
+)
+onto_option = click.option(
+    "--onto",
+    type=click.Choice(["trained", "original"]),
+    help="Add the adapter to the weights that training computed with, for qlora NF4, or to the base's own.",
+)
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 
 
@@ -280,18 +288,45 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
     click.echo(f"job file: {file}", err=True)
 
 
-@cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc")
-@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc   or   eval models/mine --data data/mine")
+@click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Rows to measure on: a folder that prepare wrote, or its .jsonl. [default: the run's held-out rows]",
+)
+@click.option("--tasks", metavar="NAME,…", help="lm-eval's tasks instead, on the merged model, such as hellaswag.")
+@click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own, for --tasks.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many rows of each task.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Also write the tasks' figures to this file."
+)
 @force_option
 @machine_options
-def eval_command(run_folder, force, **place):
+def eval_command(given, data, tasks, include, limit, json_file, force, **place):
     """Loss, perplexity and token accuracy on the test split, base against tuned.
 
-    RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N.
+    RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N. The folder of a merged model or of an adapter is
+    measured by itself, on one device, a .gguf file by llama.cpp; these need --data.
     """
-    run = _run_or_checkpoint(run_folder)
-    _check_data(run, asked_as_trained=True)
-    _launch(run, "fitune.training.evaluate", *_checkpoint_flag(run), *(["--force"] if force else []), place=place)
+    if given.suffix == ".gguf" and given.is_file():
+        _eval_gguf(given, data)
+    run = _run_or_nothing(given)
+    if tasks:
+        from fitune.training.tasks import tasks_command
+
+        tasks_command(given, run, tasks.split(","), include=include, limit=limit, file=json_file, force=force)
+        return
+    if run is None:
+        if data is None:
+            raise UsageError(f"{given}: no run, so it knows no held-out rows: give --data FOLDER, which prepare wrote")
+        from fitune.training.evaluate_folder import print_evaluation
+
+        print_evaluation(given, data, force=force)
+        return
+    _check_data(run, asked_as_trained=True, reads_rows=data is None)
+    words = [*_checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
+    _launch(run, "fitune.training.evaluate", *words, place=place)
 
 
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
@@ -299,17 +334,32 @@ def eval_command(run_folder, force, **place):
 @click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
 @click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
 @click.option("--chat", is_flag=True, help="A conversation with the tuned model.")
+@click.option(
+    "--serve", type=click.IntRange(1, 65535), metavar="PORT", help="Serve it with vLLM, a GGUF with llama.cpp."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
+@click.option("--seed", type=click.IntRange(min=0), help="Draw the same answers again. [default: other ones each time]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
 @force_option
 @machine_options
-def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json_file, force, **place):
+def generate(run_or_model, prompt, test, chat, serve, max_new_tokens, temperature, seed, json_file, force, **place):
     """Answers from base and tuned model side by side, or from a merged model.
 
     RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N.
     """
     is_model = not (run_or_model / "run.yaml").is_file() and (run_or_model / "config.json").is_file()
+    if serve:
+        if prompt or test or chat:
+            raise UsageError(
+                "--serve starts a server, which is asked over its port: leave out --prompt, --test and --chat"
+            )
+        from fitune.export.serve import serve as start
+        from fitune.export.serve import server_command
+
+        is_file = run_or_model.suffix == ".gguf"
+        start(server_command(run_or_model, None if is_file else _run_or_nothing(run_or_model), serve))
+        return
     if not (prompt or test or chat):
         raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
     if is_model and test:
@@ -321,6 +371,7 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
         "--temperature",
         str(temperature),
         *(["--chat"] if chat else []),
+        *(["--seed", str(seed)] if seed is not None else []),
         *(["--force"] if force else []),
         *(["--test", str(test)] if test else []),
         *(["--json", str(json_file)] if json_file else []),
@@ -332,7 +383,8 @@ def generate(run_or_model, prompt, test, chat, max_new_tokens, temperature, json
     else:
         run = _run_or_checkpoint(run_or_model)
         _check_data(run, asked_as_trained=True, reads_rows=bool(test))
-        _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, place=place)
+        options = {"place": place} | ({"interrupts_go_on": True} if chat else {})
+        _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, **options)
 
 
 @cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
@@ -366,12 +418,8 @@ def doctor(model):
 @cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
 @click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
-@click.option("--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force).")
-@click.option(
-    "--onto",
-    type=click.Choice(["trained", "original"]),
-    help="Add the adapter to the weights that training computed with, for qlora NF4, or to the base's own.",
-)
+@base_option
+@onto_option
 @force_option
 @check_option
 def merge(run_or_adapter, output, base, onto, force, check):
@@ -390,6 +438,70 @@ def merge(run_or_adapter, output, base, onto, force, check):
 
         merge_run(run, output, **options)
     click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')
+
+
+@cli.command(epilog="Example:  fitune export runs/llama3_8b_qlora-single_gpu --gguf bf16 --quantize q4_k_m")
+@click.argument("given", metavar="RUN|MODEL", type=click.Path(path_type=Path))
+@click.option("--gguf", "kind", required=True, metavar="TYPE", help="f16, bf16 or q8_0.")
+@click.option("--quantize", "smaller", metavar="TYPE", help="Then make this of it with llama-quantize, such as q4_k_m.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder. [default: RUN-gguf-TYPE]")
+@base_option
+@onto_option
+@force_option
+@check_option
+def export(given, kind, smaller, output, **merging):
+    """A GGUF file for llama.cpp, LM Studio and Ollama, whose Modelfile is written beside it.
+
+    RUN is merged first; it may be a checkpoint of a run, a LoRA adapter's folder, or a merged model.
+    """
+    from fitune.export.gguf import export_gguf, refuse_impossible
+    from fitune.export.whole_model import whole_model
+
+    output = output or given.absolute().with_name(f"{given.absolute().name}-gguf-{kind}")
+    refuse_impossible(kind, smaller, output)
+    model = whole_model(given, _run_or_nothing(given), **merging)
+    files = export_gguf(model, output, kind, smaller)
+    click.echo(f"exported: {', '.join(map(str, files))}   next: ollama create NAME -f {output / 'Modelfile'}")
+
+
+@cli.command(epilog="Example:  fitune push runs/llama3_8b_qlora-single_gpu --merged --repo my-llama")
+@click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
+@click.option("--adapter", "what", flag_value="adapter", help="What training left. [default]", default=True)
+@click.option("--merged", "what", flag_value="merged", help="The whole model, merged first.")
+@click.option("--gguf", "kind", metavar="TYPE", help="A GGUF file, f16, bf16 or q8_0, with its Modelfile.")
+@click.option("--repo", metavar="[OWNER/]NAME", help="[default: yours, named after the folder]")
+@click.option("--public", is_flag=True, help="For everyone to see. [default: private]")
+@base_option
+@onto_option
+@force_option
+@check_option
+def push(given, what, kind, repo, public, **merging):
+    """Upload to the Hugging Face Hub with the login of `hf auth login`, with a model card.
+
+    RUN may be a checkpoint of a run; a merged model's, an adapter's or a GGUF's folder is uploaded as it is.
+    """
+    from fitune.export.push import login, push, repository, what_to_push
+
+    run = _run_or_nothing(given)
+    repo = repository(repo, login(), given)
+    make = what_to_push(given, run, merged=what == "merged", gguf=kind, **merging)
+    click.echo(f"pushed: {push(given, make, repo, public=public)}")
+
+
+def _eval_gguf(file: Path, data: Path | None) -> None:
+    if data is None:
+        raise UsageError(f"{file}: knows no held-out rows: give --data FOLDER, which prepare wrote")
+    from fitune.training.evaluate_folder import print_report
+    from fitune.training.evaluate_gguf import evaluate_gguf, leave
+
+    print_report(evaluate_gguf(file, data))
+    leave()
+
+
+def _run_or_nothing(given: Path):
+    """The run of a folder or checkpoint; None for an adapter's, a model's or a GGUF's folder."""
+    others = ("adapter_config.json", "config.json", "*.gguf")
+    return None if any(list(given.glob(name)) for name in others) else _run_or_checkpoint(given)
 
 
 @cli.command(epilog="Example:  fitune completion bash >> ~/.bashrc")
@@ -513,12 +625,12 @@ def _launch_line(run, module: str, *arguments: str) -> str:
     return shlex.join(launch_line(run, module, *arguments))
 
 
-def _launch(run, module: str, *arguments: str, place: dict) -> None:
+def _launch(run, module: str, *arguments: str, place: dict, **options) -> None:
     from fitune.launching.launch import launch_until_stopped, machine_flags
     from fitune.launching.machines import check_machine_flags
 
     check_machine_flags(run, **place)
-    code = launch_until_stopped(run, module, *arguments, accelerate_flags=machine_flags(**place))
+    code = launch_until_stopped(run, module, *arguments, accelerate_flags=machine_flags(**place), **options)
     if code:
         sys.exit(code)
 

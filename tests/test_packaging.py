@@ -27,7 +27,15 @@ def installed(tmp_path_factory) -> Path:
     source.mkdir()
     for name in ("fitune", "recipes", "accelerate_configs", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements.txt", "requirements-gpu.txt"):
+    for file in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "NOTICE",
+        "requirements.txt",
+        "requirements-gpu.txt",
+        "requirements-gguf.txt",
+    ):
         shutil.copy(ROOT / file, source)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
@@ -59,9 +67,10 @@ def call(installed: Path, folder: Path, *arguments: str) -> subprocess.Completed
 
 def test_the_wheel_requires_what_requirements_txt_pins(installed):
     required = metadata(installed).get_all("Requires-Dist")
-    gpu = [re.sub(r"\s*;.*", "", line) for line in required if 'extra == "gpu"' in line]
+    for extra in ("gpu", "gguf"):
+        of_extra = [re.sub(r"\s*;.*", "", line) for line in required if f'extra == "{extra}"' in line]
+        assert sorted(of_extra) == requirements(f"requirements-{extra}.txt")
     assert sorted(line for line in required if "extra ==" not in line) == requirements("requirements.txt")
-    assert sorted(gpu) == requirements("requirements-gpu.txt")
 
 
 def test_the_version_is_written_once(installed):

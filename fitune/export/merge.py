@@ -20,6 +20,7 @@ from fitune.errors import FituneError, UsageError
 from fitune.export.adapter import AdapterFile, Lora, read_adapter
 from fitune.export.check import Comparison, check_written, refuse_another_architecture
 from fitune.export.merge_record import MergeRecord, write_merge_record
+from fitune.export.model_card import write_model_card
 from fitune.export.model_folder import write_small_files
 from fitune.export.prompts import prompts_for
 from fitune.export.rounding import StochasticRounding
@@ -117,11 +118,12 @@ def merge_adapter(
         with new_folder(output) as unfinished:
             _write_weights(unfinished, tuned, specs, max_shard_bytes, progress)
             write_small_files(base, adapter, unfinished, _merged_config(config, tuned), dtype)
+            named = record or BaseRecord(str(base), None, base_fingerprint(checkpoint))
+            write_model_card(unfinished, run, named.model, named.revision, base)
             compared = None
             if check:
                 refuse_another_architecture(unfinished, base, changed={"vocab_size", "tie_word_embeddings"})
                 compared = _check(unfinished, tuned, dtype, run)
-            named = record or BaseRecord(str(base), None, base_fingerprint(checkpoint))
             write_merge_record(unfinished, MergeRecord.of_adapter(named, adapter, onto, dtype, compared))
     return output
 
@@ -141,6 +143,8 @@ def merge_full(model: Path, output: Path, *, progress: bool = True, run: Run | N
                 task = bar.add_task("copying", total=total)
                 for file in files:
                     copy_file(file, unfinished, lambda count: bar.advance(task, count))
+            if run:
+                write_model_card(unfinished, run, run.recipe.base.model, run.recipe.base.revision, model)
             if check:
                 whole = TunedWeights(
                     BaseWeights(checkpoint), Lora(), None, tied=bool(config.get("tie_word_embeddings"))

@@ -9,6 +9,7 @@ from fitune.weights.model_files import TOKENIZER_FILES, copy_file, matching, rea
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 NAME_SINCE_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 "What transformers 5 calls the class; both versions know the older name."
+INPUTS = ["input_ids", "attention_mask"]
 HOW_IT_WAS_LOADED = ("backend", "is_local", "local_files_only", "name_or_path")
 "Keys that transformers 5 adds, and that say nothing about the tokenizer."
 
@@ -55,8 +56,11 @@ def template_of(folder: Path) -> str | None:
 
 def _for_loaders(config: dict) -> dict:
     result = {key: value for key, value in config.items() if key not in HOW_IT_WAS_LOADED}
-    if "tokenizer_class" in result:
-        result["tokenizer_class"] = NAME_SINCE_5.get(result["tokenizer_class"], result["tokenizer_class"])
+    if (name := result.get("tokenizer_class")) in NAME_SINCE_5:
+        result["tokenizer_class"] = NAME_SINCE_5[name]
+        result.setdefault(
+            "model_input_names", INPUTS
+        )  # in 4.x that class gives token_type_ids too, which Llama refuses
     if isinstance(extra := result.get("extra_special_tokens"), list):  # 4.x wants a table of names there
         del result["extra_special_tokens"]
         result.setdefault("additional_special_tokens", extra)

@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 
 from fitune.config.host_limits import usable_cores
@@ -14,7 +15,7 @@ from fitune.config.shipped import CHECKOUT
 from fitune.environment import HEARTBEATS
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.run_folder import launch_config, settings_to_train
-from fitune.launching.signals import passed_on_to_ranks
+from fitune.launching.signals import interrupts_passed_on, passed_on_to_ranks
 
 TRAINING = "fitune.training.train"
 TOLD = -signal.SIGTERM
@@ -71,9 +72,15 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
     return code, len(received)
 
 
-def launch_until_stopped(run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, ...] = ()) -> int:
-    """`launch` for what has nothing to save: a signal ends all processes; the exit code is then 128 + its number."""
-    with passed_on_to_ranks(module) as received:
+def launch_until_stopped(
+    run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, ...] = (), interrupts_go_on: bool = False
+) -> int:
+    """`launch` for what has nothing to save: a signal ends all processes; the exit code is then 128 + its number.
+
+    With `interrupts_go_on` Ctrl-C doesn't, which is then the processes' own business.
+    """
+    interrupts = interrupts_passed_on(module) if interrupts_go_on else nullcontext()
+    with passed_on_to_ranks(module) as received, interrupts:
         code = launch(run, module, *arguments, accelerate_flags=accelerate_flags, told=received)
     if received:
         say_while_training("stopped")

@@ -1,5 +1,6 @@
 """Signals that reach the launcher: it passes them on to its ranks, which finish or leave, and a second ends them."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,26 @@ def passed_on_to_ranks(module: str, is_saving: Callable[[], bool] = lambda: Fals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_passed_on(module: str) -> Iterator[None]:
+    """Ctrl-C, each time: processes in a session of their own, as torch's launcher starts them, miss it otherwise."""
+
+    def forward(number, frame) -> None:
+        ranks = _processes_of(module)
+        if not ranks:
+            raise KeyboardInterrupt
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(rank.pid) != os.getsid(0):
+                    rank.send_signal(number)
+
+    before = signal.signal(signal.SIGINT, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _processes_of(module: str) -> list[psutil.Process]:

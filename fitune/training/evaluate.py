@@ -15,7 +15,9 @@ from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.data.dataset import load_tokenizer
 from fitune.data.prepared import check_prepared
+from fitune.errors import UsageError
 from fitune.export.chat_record import refuse_another_chat
+from fitune.export.model_card import write_model_card
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.distributed import is_main_process, join, leave
@@ -26,12 +28,13 @@ from fitune.training.trainer import ShardedSFTTrainer
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
 
-def evaluate(run: Run, force: bool = False) -> None:
+def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     """Writes eval.json to the run's folder: {"base": metrics, "tuned": metrics, "rows": held-out rows}.
 
-    For `run.checkpoint` it is eval-checkpoint-N.json.
+    For `run.checkpoint` it is eval-checkpoint-N.json, for a prepared folder `data` of other rows eval-NAME.json.
     `force` evaluates also on a base that may not be the adapter's own.
     """
+    run = on_other_rows(run, data) if data else run
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -53,18 +56,30 @@ def evaluate(run: Run, force: bool = False) -> None:
             results[label] = token_metrics(trainer.model, batches, advance)
     if is_main_process():
         report = {**results, "rows": len(rows.tokens)}
-        name = f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
-        (run.folder / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        Console().print(_table(report))
+        names = ["eval", *([Path(run.checkpoint).name] if run.checkpoint else []), *([data.name] if data else [])]
+        (run.folder / f"{'-'.join(names)}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not (run.checkpoint or data):  # a checkpoint's files are hashed
+            write_model_card(run.result_folder, run, run.recipe.base.model, run.recipe.base.revision, base_folder)
+        Console().print(evaluation_table(report))
     leave()
 
 
-def _table(report: dict) -> Table:
-    table = Table(title=f"held-out rows: {report['rows']}, answer tokens: {report['base']['tokens']}")
+def on_other_rows(run: Run, data: Path) -> Run:
+    """The same run with the test rows of another prepared folder. UsageError if it has none."""
+    if not (data / "test.jsonl").is_file():
+        raise UsageError(f"{data / 'test.jsonl'}: no such file; give a folder that prepare wrote, with held-out rows")
+    prepared = run.recipe.data.model_copy(update={"prepared": str(data.absolute())})
+    return run.model_copy(update={"recipe": run.recipe.model_copy(update={"data": prepared})})
+
+
+def evaluation_table(report: dict[str, dict | int]) -> Table:
+    """Of `eval`'s report: metrics by the name of what was measured, and the number of rows."""
+    measured = {name: metrics for name, metrics in report.items() if name != "rows"}
+    tokens = next(iter(measured.values()))["tokens"]
+    table = Table(title=f"held-out rows: {report['rows']}, answer tokens: {tokens}")
     for column in ("", "loss", "perplexity", "token accuracy"):
         table.add_column(column, justify="left" if not column else "right")
-    for label in ("base", "tuned"):
-        metrics = report[label]
+    for label, metrics in measured.items():
         numbers = (f"{metrics['loss']:.4f}", f"{metrics['perplexity']:.2f}", f"{metrics['token_accuracy']:.1%}")
         table.add_row(label, *numbers)
     return table
@@ -75,8 +90,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="run.yaml, or the folder that holds it")
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
+    parser.add_argument("--data", type=Path, help="a prepared folder whose test rows are taken instead of the run's")
     options = parser.parse_args(arguments)
-    run_stage(options.run, lambda run: evaluate(run, options.force), explain_in_eval, checkpoint=options.checkpoint)
+    run_stage(
+        options.run,
+        lambda run: evaluate(run, options.force, options.data),
+        explain_in_eval,
+        checkpoint=options.checkpoint,
+    )
 
 
 if __name__ == "__main__":

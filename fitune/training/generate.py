@@ -9,6 +9,8 @@ transformers on one device.
 import argparse
 import contextlib
 import json
+import random
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from fitune.errors import UsageError
 from fitune.export.chat_record import read_chat_record, refuse_another_chat
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
+from fitune.training.chat import Interrupts, chat
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_generate
 from fitune.training.train import load_sharded_model, run_stage
@@ -40,8 +43,19 @@ Asked = tuple[list[dict], list | None]
 class Answerer:
     """A model, its tokenizer and the tokens at which an answer ends."""
 
-    def __init__(self, model, tokenizer, stop_ids: list[int], device, max_new_tokens: int, temperature: float):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        stop_ids: list[int],
+        device,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | None = None,
+    ):
+        """At a `temperature` every answer is drawn anew, and the same again for the same `seed`."""
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        self.seeds = random.Random(shared_seed() if seed is None and temperature > 0 else seed)
         self.options = {
             "max_new_tokens": max_new_tokens,
             "eos_token_id": stop_ids,
@@ -52,20 +66,29 @@ class Answerer:
             self.options["temperature"] = temperature
 
     @torch.no_grad()
-    def answer(self, messages: list[dict], tools: list | None = None, streamer=None) -> str:
+    def answer(self, messages: list[dict], tools: list | None = None, streamer=None, stopping=None) -> str:
         """The next assistant turn. On a sharded model every rank must call with the same messages."""
         inputs = self.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.device)
         if self.options["do_sample"]:
-            torch.manual_seed(len(messages))  # all ranks must draw the same token
-        output = self.model.generate(**inputs, **self.options, streamer=streamer)
+            torch.manual_seed(self.seeds.getrandbits(48))  # all ranks must draw the same token
+        output = self.model.generate(**inputs, **self.options, streamer=streamer, stopping_criteria=stopping)
         new_tokens = output[0, inputs["input_ids"].shape[1] :]
         return self.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
 
 
+def shared_seed() -> int:
+    """A random number, the same on all ranks."""
+    number = [secrets.randbits(48)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(number)
+    return number[0]
+
+
 def generate(run: Run, options: argparse.Namespace) -> None:
     """Prints (and with --json writes) the answers of base and tuned model, or holds a conversation with the tuned."""
+    interrupts = Interrupts() if options.chat else None
     mesh = join(run.accelerate)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -80,11 +103,12 @@ def generate(run: Run, options: argparse.Namespace) -> None:
         load_tuned_weights(run, model, mesh)
         dist.fsdp.register_fsdp_forward_method(model, "generate")
         computes_on(decoder(model), compute_device(mesh))
-        return Answerer(model, tokenizer, stop_ids, compute_device(mesh), options.max_new_tokens, options.temperature)
+        drawn = options.max_new_tokens, options.temperature, options.seed
+        return Answerer(model, tokenizer, stop_ids, compute_device(mesh), *drawn)
 
     answerer = load(tuned_folder if options.chat else base_folder)
     if options.chat:
-        chat(answerer, run.recipe.data.system_message)
+        chat(answerer, run.recipe.data.system_message, interrupts)
     else:
         conversations = _conversations(run, options)
         adapter_off = getattr(answerer.model, "disable_adapter", contextlib.nullcontext)
@@ -121,6 +145,7 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     """
     from transformers import AutoModelForCausalLM
 
+    interrupts = Interrupts() if options.chat else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = read_tokenizer(folder)
     try:
@@ -130,37 +155,15 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
         raise UsageError(f"{folder}: cannot be loaded: {first_line(error)}") from None
     stop_ids = model.generation_config.eos_token_id
-    answerer = Answerer(model, tokenizer, stop_ids, device, options.max_new_tokens, options.temperature)
+    drawn = options.max_new_tokens, options.temperature, options.seed
+    answerer = Answerer(model, tokenizer, stop_ids, device, *drawn)
     record = read_chat_record(folder)
     system_message = record.system_message if record else None
     if options.chat:
-        chat(answerer, system_message)
+        chat(answerer, system_message, interrupts)
         return
     conversations = _questions(options.prompt, system_message)
     _report(conversations, {"model": [answerer.answer(*asked) for asked in conversations]}, options.json)
-
-
-def chat(answerer: Answerer, system_message: str | None) -> None:
-    """A conversation on the terminal; an empty line or end of input ends it."""
-    from transformers import TextStreamer
-
-    messages = [{"role": "system", "content": system_message}] if system_message else []
-    streamer = (
-        TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_main_process() else None
-    )
-    while line := _read_on_all_ranks():
-        messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": answerer.answer(messages, streamer=streamer)})
-
-
-def _read_on_all_ranks() -> str:
-    line = [""]
-    if is_main_process():
-        with contextlib.suppress(EOFError):
-            line = [input("you> ").strip()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(line)
-    return line[0]
 
 
 def _report(conversations: list[Asked], answers: dict[str, list[str]], json_file: Path | None) -> None:
@@ -188,6 +191,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    parser.add_argument("--seed", type=int, help="draws the same answers again")
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
     parser.add_argument("--json", type=Path, help="also write the answers to this file")

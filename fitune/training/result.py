@@ -16,6 +16,7 @@ from fitune.data.chat_template import end_of_turn_ids, template_hash
 from fitune.export.adapter import saved_name
 from fitune.export.chat_record import ChatRecord, write_chat_record
 from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
+from fitune.export.model_card import write_model_card
 from fitune.export.tokenizer_files import copy_tokenizer
 from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
@@ -108,3 +109,4 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
         write_json(folder / "config.json", config_for_loaders(base_config, dtype))
         for file in matching(base, LICENCE_FILES):
             copy_file(file, folder)
+    write_model_card(folder, run, run.recipe.base.model, base_record.revision, base)

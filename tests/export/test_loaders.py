@@ -97,6 +97,19 @@ def test_generation_config_keeps_the_bases_and_adds_the_trained_end_of_turn(writ
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_run_and_merged_model_have_a_card(written, published, method):
+    run = written[method].parent / "run"
+    for folder in (run / ("model" if method == "full" else "adapter"), written[method]):
+        card = (folder / "README.md").read_text()
+        assert "Last training loss: " in card and "| learning_rate | 0.01 |" in card
+        assert f"Base: `{published.name}`" in card and str(published) not in card
+        is_adapter = folder.name == "adapter"
+        assert f"library_name: {'peft' if is_adapter else 'transformers'}\n" in card
+        assert ("| LoRA r | 4 |" in card) == (method != "full")
+        assert "{% generation %}" not in card and "<|start_header_id|>" in card
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_transformers_reads_the_same_positions_and_tokens(written, published, method):
     model, loading = AutoModelForCausalLM.from_pretrained(written[method], output_loading_info=True)
     assert not any(loading.values())
@@ -140,6 +153,7 @@ def test_a_class_that_older_versions_do_not_know_gets_its_older_name(tiny_base, 
     for folder in (run.result_folder, tmp_path / "merged"):
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
         assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
         assert not {"backend", "is_local", "local_files_only"} & set(tokenizer)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, None)

@@ -225,7 +225,9 @@ def test_existing_output_is_refused_before_a_base_is_looked_for(run, tmp_path):
 def test_eval_and_generate_take_a_checkpoint_too(command, run, monkeypatch):
     """The ranks are given the run, and the checkpoint beside it."""
     started = []
-    monkeypatch.setattr("fitune.launching.launch.launch", lambda run, module, *words: started.append((run, words)) or 0)
+    monkeypatch.setattr(
+        "fitune.launching.launch.launch", lambda run, module, *words, **flags: started.append((run, words)) or 0
+    )
     checkpoint = run.folder / "checkpoints" / "checkpoint-5"
     ask = ["--prompt", "Who?"] if command == "generate" else []
     for folder in (run.folder, checkpoint):

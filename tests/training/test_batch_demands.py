@@ -31,7 +31,14 @@ def _train_and_evaluate_and_ask(run) -> dict[str, list[dict]]:
     """What the decoder is given by each command, of a run that evaluates while it trains."""
     calls: list[dict] = []
     _record(calls)
-    options = {"prompt": ["River stone."], "test": 1, "chat": False, "max_new_tokens": 3, "temperature": 0.0}
+    options = {
+        "prompt": ["River stone."],
+        "test": 1,
+        "chat": False,
+        "max_new_tokens": 3,
+        "temperature": 0.0,
+        "seed": None,
+    }
     train_here(run)
     evaluated = len(calls)
     evaluate(run)

@@ -38,7 +38,10 @@ def write_adapter(run) -> None:
 def ask(run) -> None:
     file = run.folder / f"answers-{run.accelerate.num_processes}.json"
     generate(
-        run, Namespace(prompt=PROMPTS, test=1, chat=False, max_new_tokens=12, temperature=0.0, json=file, force=False)
+        run,
+        Namespace(
+            prompt=PROMPTS, test=1, chat=False, max_new_tokens=12, temperature=0.0, seed=None, json=file, force=False
+        ),
     )
 
 
@@ -142,7 +145,7 @@ def sampled(run) -> list[str]:
 
     Answerer.answer = recorded
     options = {"prompt": PROMPTS, "test": 0, "chat": False, "max_new_tokens": 12, "json": None, "force": False}
-    generate(run, Namespace(**options, temperature=1.5))
+    generate(run, Namespace(**options, temperature=1.5, seed=None))
     return answers
 
 

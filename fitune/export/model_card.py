@@ -1,0 +1,144 @@
+"""README.md of what is handed over: base, data, settings, measured losses, template, licence, as the Hub reads it."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from fitune import __version__
+from fitune.config.schema import Run
+from fitune.export.tokenizer_files import template_of
+from fitune.weights.model_files import LICENCE_FILES, matching
+
+CARD = "README.md"
+LICENCES = {
+    "META LLAMA 3 COMMUNITY LICENSE": "llama3",
+    "LLAMA 3.1 COMMUNITY LICENSE": "llama3.1",
+    "LLAMA 3.2 COMMUNITY LICENSE": "llama3.2",
+    "LLAMA 3.3 COMMUNITY LICENSE": "llama3.3",
+    "Apache License": "apache-2.0",
+    "MIT License": "mit",
+}
+"How a licence's file begins, and what the Hub calls it."
+SETTINGS = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "optim", "weight_decay")
+
+
+def write_model_card(folder: Path, run: Run | None, base: str, revision: str | None, base_folder: Path) -> None:
+    """Into `folder`, an adapter's or a model's, which holds its template already.
+
+    `run` is None for an adapter from elsewhere; `base` a Hub id or a local folder, of which only the name is told;
+    `base_folder` where its licence lies.
+    """
+    is_adapter = (folder / "adapter_config.json").exists()
+    licence = _licence(base_folder)
+    sections = [
+        _front_matter(run, base, licence, is_adapter),
+        f"# {_title(run, base, is_adapter)}",
+        _base(base, revision, run, licence),
+        *((_data(run), _settings(run), _losses(run)) if run else ()),
+        _template(folder),
+        f"Made with fitune {__version__}.",
+    ]
+    (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+
+
+def _name(base: str) -> str:
+    """A folder's name stands for its path, which is nobody's business."""
+    return Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
+
+
+def _title(run: Run | None, base: str, is_adapter: bool) -> str:
+    kind = "LoRA adapter" if is_adapter else "model"
+    return f"{run.folder.name}: {kind}" if run else f"{kind} of {_name(base)}"
+
+
+def _front_matter(run: Run | None, base: str, licence: str, is_adapter: bool) -> str:
+    fields = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fitune", *([run.recipe.method] if run else []), *(["lora"] if is_adapter else [])],
+        "license": licence,
+    }
+    if _name(base) == base:
+        fields["base_model"] = base
+        fields["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    if run and "/" in run.recipe.data.dataset and not Path(run.recipe.data.dataset).suffix:
+        fields["datasets"] = [run.recipe.data.dataset]
+    fields["tags"] = list(dict.fromkeys(fields["tags"]))
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _base(base: str, revision: str | None, run: Run | None, licence: str) -> str:
+    at = f" at `{revision}`" if revision else ""
+    method = f" Method: {run.recipe.method}." if run else ""
+    terms = f"The base's licence ({licence}) holds for this model too; see its file beside this one where there is one."
+    built = " Built with Meta Llama 3." if licence.startswith("llama3") else ""
+    return f"Base: `{_name(base)}`{at}.{method} {terms}{built}"
+
+
+def _licence(folder: Path) -> str:
+    texts = [file.read_text(encoding="utf-8", errors="replace")[:2000] for file in matching(folder, LICENCE_FILES)]
+    return next((name for text in texts for begin, name in LICENCES.items() if begin in text), "other")
+
+
+def _data(run: Run) -> str:
+    report = _json(Path(run.recipe.data.prepared) / "report.json")
+    lines = ["## Data", "", f"- dataset: `{_name(run.recipe.data.dataset)}`"]
+    source = report.get("source") or {}
+    if source.get("revision") or source.get("sha256"):
+        lines.append(f"- version: `{source.get('revision') or 'SHA-256 ' + source['sha256']}`")
+    if report:
+        lines.append(f"- rows: {report['train_rows']:,} to train on, {report['test_rows']:,} held out")
+    if tokens := report.get("tokens"):
+        lines.append(f"- tokens: {tokens['total']:,}, {tokens['trained_share']:.1%} of them trained")
+    if dropped := report.get("dropped"):
+        lines.append(f"- rows left out: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}")
+    return "\n".join(lines)
+
+
+def _settings(run: Run) -> str:
+    recipe, training = run.recipe, dict(run.recipe.training)
+    rows = {"max_length": recipe.max_length, "packing": recipe.packing, "global batch": recipe.global_batch_size}
+    rows |= {name: training[name] for name in SETTINGS if training.get(name) is not None} | {"seed": recipe.seed}
+    if recipe.lora:
+        rows |= {f"LoRA {name}": getattr(recipe.lora, name) for name in ("r", "alpha", "dropout", "target_modules")}
+    return "\n".join(
+        ["## Settings", "", "| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]
+    )
+
+
+def _losses(run: Run) -> str:
+    """Of the whole run: `eval`'s table where it was run, else the last evaluation while training."""
+    lines, name = [], f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
+    if report := _json(run.folder / name):
+        lines += ["| held-out rows | loss | perplexity | token accuracy |", "|---|---|---|---|"]
+        for label in ("base", "tuned"):
+            m = report[label]
+            lines.append(f"| {label} | {m['loss']:.4f} | {m['perplexity']:.2f} | {m['token_accuracy']:.1%} |")
+    logged = _logged(run)
+    for key, said in (("loss", "Last training loss"), ("eval_loss", "Last held-out loss while training")):
+        if found := [line for line in logged if key in line]:
+            lines += ["", f"{said}: {found[-1][key]:.4f}, step {found[-1]['step']}."]
+    return "\n".join(["## Losses", "", *lines]).replace("\n\n\n", "\n\n") if lines else ""
+
+
+def _template(folder: Path) -> str:
+    text = template_of(folder)
+    return f"## Chat template\n\n```jinja\n{text.rstrip()}\n```" if text else ""
+
+
+def _logged(run: Run) -> list[dict]:
+    file = run.folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    limit = int(match.group(1)) if run.checkpoint and (match := re.search(r"-(\d+)$", run.checkpoint)) else None
+    logged = [json.loads(line) for line in lines if line.endswith("}")]
+    return [line for line in logged if limit is None or line.get("step", 0) <= limit]
+
+
+def _json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

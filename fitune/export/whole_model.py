@@ -1,0 +1,55 @@
+"""The whole model that a run, a PEFT adapter or a model's folder stands for, merged first where it must be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fitune.config.hub import local_folder
+from fitune.config.schema import Run
+from fitune.errors import UsageError
+from fitune.export.adapter import AdapterFile, is_adapter
+from fitune.export.merge import merge_folder, merge_run
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """`weights` is a folder whose tensors have the model's sizes; `make(folder)` returns the model's own folder.
+
+    That is the given one where it is whole already, else `folder`, which it writes as `merge` does.
+    """
+
+    weights: Path
+    make: Callable[[Path], Path]
+    needs_merging: bool = True
+
+
+def whole_model(
+    given: Path, run: Run | None, *, base: str | None = None, onto=None, force: bool = False, check: bool = True
+) -> WholeModel:
+    """Of the folder `given`, which is `run`'s or its checkpoint's if there is one. UsageError for anything else."""
+    options = {"base": base, "onto": onto, "force": force, "check": check}
+    if run is None and not is_adapter(given):
+        if not (given / "config.json").is_file():
+            raise UsageError(f"{given}: neither a run, an adapter nor a model's folder")
+        return _as_it_is(given, given, base, onto)
+    if run is not None and run.recipe.method == "full":
+        return _as_it_is(run.result_folder, given, base, onto)
+    if run is not None:
+        named = base or run.recipe.base.model
+        return WholeModel(
+            local_folder(named, None if base else run.recipe.base.revision),
+            lambda folder: merge_run(run, folder, **options),
+        )
+    with AdapterFile(given) as file:
+        named, revision = base or file.config.get("base_model_name_or_path"), file.config.get("revision")
+    if not named:
+        raise UsageError(f"{given}: adapter_config.json names no base; give it with --base MODEL")
+    return WholeModel(
+        local_folder(named, None if base else revision), lambda folder: merge_folder(given, folder, **options)
+    )
+
+
+def _as_it_is(model: Path, given: Path, base: str | None, onto) -> WholeModel:
+    if base or onto:
+        raise UsageError(f"{given}: a whole model, nothing to merge: leave out {'--base' if base else '--onto'}")
+    return WholeModel(model, lambda folder: model, needs_merging=False)

@@ -1,0 +1,114 @@
+"""Loss, perplexity and token accuracy of a GGUF file on held-out rows, as llama.cpp computes them.
+
+The file's own chat template and tokenizer are used, by llama.cpp, so this measures what will be served. Of each answer
+token llama.cpp is asked for its probability after the tokens before it: it is made to choose that one by a bias on its
+logit, and reports the probability that it had without.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jinja2
+
+from fitune.data.chat_renderer import ChatRenderer
+from fitune.data.conversations import for_template
+from fitune.data.file_formats import first_line
+from fitune.errors import FituneError, UsageError
+from fitune.progress import bar
+from fitune.training.evaluate_folder import Scored, metrics, rows_file
+
+Post = Callable[[str, dict], dict]
+"What llama.cpp's server answers to a path and a request; an empty request is a GET."
+CHOSEN = 10_000
+"Added to a logit, so that its token is chosen."
+LONGEST = 8192
+"Tokens of a row, at most as many as the model was made for."
+
+
+def evaluate_gguf(file: Path, data: Path) -> dict:
+    """{"model": metrics, "rows": N}. UsageError for missing rows, and where llama.cpp is not installed."""
+    rows = rows_file(data).read_text(encoding="utf-8").splitlines()
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UsageError("eval of a GGUF uses llama.cpp: pip install xllamacpp")
+    post = start_llama_cpp(file)
+    with bar("evaluating", len(rows)) as advance:
+        return {"model": metrics(score_rows(rows, post, advance)), "rows": len(rows)}
+
+
+def start_llama_cpp(file: Path) -> Post:
+    """Its server in this process, on a port of its choice of this machine alone."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(file), LONGEST, 1
+    parameters.verbosity, parameters.warmup = -1, False
+    try:
+        server = xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        raise UsageError(f"{file}: llama.cpp cannot load it: {first_line(error)}") from None
+    address = server.listening_address
+
+    def post(path: str, request: dict) -> dict:
+        body = json.dumps(request).encode() if request else None
+        asked = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise FituneError(f"{file}: llama.cpp answers {error.code} to {path}: {first_line(error.read())}") from None
+
+    post.server = server  # lives as long as who asks it
+    return post
+
+
+def score_rows(rows: list[str], post: Post, advance: Callable[[], None] = lambda: None) -> Iterator[Scored]:
+    """Of each line of a prepared .jsonl."""
+    properties = post("/props", {})
+    special_tokens = {name: properties.get(name) or "" for name in ("bos_token", "eos_token")}
+    renderer = ChatRenderer(properties["chat_template"], special_tokens)
+    for number, line in enumerate(rows, 1):
+        messages, tools = for_template(json.loads(line))
+        try:
+            text, spans = renderer.render(messages, tools)
+        except jinja2.TemplateError as error:
+            raise UsageError(f"row {number}: the file's chat template cannot write it: {error}") from None
+        yield _score(*_tokens(text, spans, post), post)
+        advance()
+
+
+def _tokens(text: str, spans: list[tuple[int, int]], post: Post) -> tuple[list[int], list[int]]:
+    """Ids of the text, and the places of those that lie in the spans."""
+    request = {"content": text, "add_special": False, "parse_special": True, "with_pieces": True}
+    tokens = post("/tokenize", request)["tokens"]
+    answers = [tuple(len(text[:edge].encode()) for edge in span) for span in spans]
+    places, at = [], 0
+    for number, token in enumerate(tokens):
+        size = len(token["piece"].encode()) if isinstance(token["piece"], str) else len(token["piece"])
+        if any(start <= at < stop for start, stop in answers):
+            places.append(number)
+        at += size
+    return [token["id"] for token in tokens], places
+
+
+def _score(ids: list[int], places: list[int], post: Post) -> Scored:
+    loss = right = 0
+    for place in places:
+        request = {"prompt": ids[:place], "n_predict": 1, "temperature": 0, "n_probs": 1, "cache_prompt": True}
+        answer = post("/completion", request | {"logit_bias": [[ids[place], CHOSEN]]})
+        [chosen] = answer["completion_probabilities"]
+        if chosen["id"] != ids[place] or not math.isfinite(chosen["logprob"]):
+            raise FituneError(f"llama.cpp gave token {chosen['id']} for {ids[place]}: its API has changed")
+        loss -= chosen["logprob"]
+        right += chosen["top_logprobs"][0]["id"] == ids[place]
+    return loss, right, len(places)
+
+
+def leave() -> None:
+    """The end of a process in which llama.cpp ran: its threads do not end by themselves."""
+    os._exit(0)

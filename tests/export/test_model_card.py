@@ -1,0 +1,91 @@
+"""The model card: what the Hub reads of it, and the figures of the run."""
+
+import json
+
+import pytest
+import yaml
+
+from fitune.export.model_card import write_model_card
+
+REPORT = {
+    "train_rows": 1200,
+    "test_rows": 60,
+    "tokens": {"total": 34567, "trained_share": 0.25},
+    "dropped": {"too_long": 3},
+    "source": {"revision": "abc123", "sha256": None},
+}
+
+
+def metrics(loss: float) -> dict:
+    return {"loss": loss, "perplexity": 2.5, "token_accuracy": 0.5}
+
+
+@pytest.fixture
+def run(tiny_base, make_run, tmp_path):
+    made = make_run(tiny_base, tmp_path / "my-run", "lora", training={"learning_rate": 2e-4})
+    data = made.recipe.data.model_copy(update={"dataset": "org/rows", "prepared": str(tmp_path / "data")})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "report.json").write_text(json.dumps(REPORT))
+    made.folder.mkdir()
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}, {"step": 2, "eval_loss": 2.125}, {"step": 2}]
+    (made.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made.model_copy(update={"recipe": made.recipe.model_copy(update={"data": data})})
+
+
+def card(tmp_path, run, base="meta-llama/Meta-Llama-3-8B", licence="META LLAMA 3 COMMUNITY LICENSE AGREEMENT"):
+    folder, base_folder = tmp_path / "out", tmp_path / "base"
+    for path in (folder, base_folder):
+        path.mkdir()
+    (base_folder / "LICENSE").write_text(licence)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    write_model_card(folder, run, base, "0123abcd", base_folder)
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_what_the_hub_reads(run, tmp_path):
+    front, body = card(tmp_path, run)
+    assert front == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["fitune", "lora"],
+        "license": "llama3",
+        "base_model": "meta-llama/Meta-Llama-3-8B",
+        "base_model_relation": "adapter",
+        "datasets": ["org/rows"],
+    }
+    assert "Base: `meta-llama/Meta-Llama-3-8B` at `0123abcd`." in body and "Built with Meta Llama 3." in body
+
+
+def test_data_settings_losses_and_template(run, tmp_path):
+    (run.folder / "eval.json").write_text(json.dumps({"base": metrics(3.5), "tuned": metrics(2.0625)}))
+    _, body = card(tmp_path, run)
+    for said in (
+        "- dataset: `org/rows`",
+        "- version: `abc123`",
+        "- rows: 1,200 to train on, 60 held out",
+        "- tokens: 34,567, 25.0% of them trained",
+        "- rows left out: 3 too_long",
+        "| learning_rate | 0.0002 |",
+        "| LoRA r | 4 |",
+        "| base | 3.5000 | 2.50 | 50.0% |",
+        "| tuned | 2.0625 | 2.50 | 50.0% |",
+        "Last training loss: 2.2500, step 2.",
+        "Last held-out loss while training: 2.1250, step 2.",
+        "```jinja\n{{ messages }}\n```",
+    ):
+        assert said in body, said
+
+
+def test_a_local_base_is_named_without_its_path_and_an_unknown_licence_is_other(tmp_path):
+    front, body = card(tmp_path, None, base=str(tmp_path / "secret" / "my-base"), licence="All mine.")
+    assert front["license"] == "other" and "base_model" not in front
+    assert "Base: `my-base`" in body and str(tmp_path) not in body
+    assert "## Data" not in body and "## Losses" not in body
+
+
+def test_of_a_checkpoint_only_what_was_logged_up_to_it_counts(run, tmp_path):
+    at_one = run.model_copy(update={"checkpoint": str(run.folder / "checkpoints" / "checkpoint-1")})
+    _, body = card(tmp_path, at_one)
+    assert "Last training loss: 2.5000, step 1." in body and "held-out loss" not in body

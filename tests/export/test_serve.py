@@ -1,0 +1,71 @@
+"""`generate --serve`: the line that serves each kind of result, started where the program is installed."""
+
+import os
+
+import pytest
+from adapters import set_values
+from click.testing import CliRunner
+
+from fitune.cli import cli
+from fitune.errors import UsageError
+from fitune.export.serve import serve, server_command
+
+
+def test_a_models_folder_is_served_by_vllm_and_a_gguf_by_llama_cpp(base, tmp_path):
+    assert server_command(base, None, 8000) == ["vllm", "serve", str(base), "--port", "8000"]
+    for name, size in (("mine-bf16.gguf", 9), ("mine-Q4_K_M.gguf", 3)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    smallest = ["llama-server", "--model", str(tmp_path / "mine-Q4_K_M.gguf"), "--jinja", "--port", "8000"]
+    assert server_command(tmp_path, None, 8000) == smallest
+    assert server_command(tmp_path / "mine-bf16.gguf", None, 80)[2] == str(tmp_path / "mine-bf16.gguf")
+    with pytest.raises(UsageError, match="neither a run, an adapter"):
+        server_command(tmp_path / "nothing", None, 80)
+
+
+def test_a_plain_adapter_is_added_by_vllm_to_its_base(own_adapter):
+    file = own_adapter / "adapter_config.json"
+    set_values(file, trainable_token_indices=None, r=20, base_model_name_or_path="org/base", revision="abc")
+    (own_adapter / "chat_template.jinja").write_text("x")
+    expected = (
+        f"vllm serve org/base --revision abc --enable-lora --lora-modules tuned={own_adapter} --max-lora-rank 32 "
+    )
+    expected += f"--chat-template {own_adapter / 'chat_template.jinja'} --port 8000"
+    assert server_command(own_adapter, None, 8000) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "trainable_token_indices: merge it"),
+        ({"trainable_token_indices": None, "use_dora": True}, "use_dora: merge it"),
+        ({"trainable_token_indices": None, "rank_pattern": {"q_proj": 600}}, "up to rank 512, this has 600"),
+    ],
+    ids=["tokens", "dora", "rank"],
+)
+def test_what_vllm_does_not_add_must_be_merged(own_adapter, changed, said):
+    set_values(own_adapter / "adapter_config.json", **changed)
+    with pytest.raises(UsageError, match=said):
+        server_command(own_adapter, None, 8000)
+
+
+def test_it_is_started_where_it_is_installed_and_else_said(base, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append((program, words)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["vllm", "serve", "a folder", "--port", "80"]
+    serve(command)
+    said = capsys.readouterr()
+    assert said.out == "vllm serve 'a folder' --port 80\n" and "pip install vllm" in said.err and not started
+    (tmp_path / "vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "vllm").chmod(0o755)
+    serve(command)
+    assert started == [(str(tmp_path / "vllm"), command)]
+
+
+def test_the_command_line(base, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    outcome = CliRunner().invoke(cli, ["generate", str(base), "--serve", "8000"])
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout == f"vllm serve {base} --port 8000\n"
+    refused = CliRunner().invoke(cli, ["generate", str(base), "--serve", "8000", "--chat"])
+    assert refused.exit_code == 2 and "--serve" in refused.stderr

@@ -1,0 +1,97 @@
+"""Both bases, what each method trained on them, and the interpreters that read it: `make loaders` sets this up."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from asking import LLAMA3_TOKENIZER, Trained
+from ranks import run_ranks, train_here
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from fitune.export.merge import merge_run
+
+HERE = Path(__file__).parent
+LOADERS, REAL_MODEL = os.environ.get("FITUNE_LOADERS"), os.environ.get("FITUNE_REAL_MODEL")
+METHODS = ["full", "lora", "qlora"]
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 4096,
+    "rope_type": "llama3",
+}
+
+
+def pytest_collection_modifyitems(items):
+    if not LOADERS:
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="run by `make loaders`, which installs what reads the models"))
+
+
+@pytest.fixture(scope="session")
+def other_python() -> Path:
+    """With transformers 4.57, PEFT and llama.cpp."""
+    return Path(LOADERS).absolute() / "bin" / "python"
+
+
+@pytest.fixture(scope="session", params=["llama", "real"])
+def base(request, tiny_base, tmp_path_factory) -> tuple[str, Path]:
+    """A Llama with its small files as Meta publishes 3.1, and the real small model as transformers 5 saved it."""
+    folder = tmp_path_factory.mktemp("base") / request.param
+    if request.param == "llama":
+        return "llama", _as_published(Path(LLAMA3_TOKENIZER or tiny_base), folder)
+    model = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype="auto")
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # method full trains no head that is the embedding
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(REAL_MODEL).save_pretrained(folder)
+    return "real", folder
+
+
+@pytest.fixture(scope="session", params=METHODS)
+def trained(request, base, make_run, tmp_path_factory) -> Trained:
+    """Two steps, enough to change every answer's probability."""
+    name, folder = base
+    output = tmp_path_factory.mktemp(f"{name}-{request.param}")
+    rate = 5e-5 if request.param == "full" else 1e-3
+    template = "llama3" if name == "llama" else "tokenizer"
+    training = {"max_steps": 2, "learning_rate": rate, "lr_scheduler_type": "constant"}
+    run = make_run(folder, output / "run", request.param, training=training, chat_template=template)
+    run_ranks(train_here, 1, run)
+    return Trained(name, run, merge_run(run, output / "merged"))
+
+
+def _as_published(tokenizer: Path, folder: Path) -> Path:
+    """Random weights for a tokenizer, with config, tokenizer and generation config from before transformers 5."""
+    encoder = AutoTokenizer.from_pretrained(tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(encoder), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=131072, rope_parameters=SCALING | {"rope_theta": 500000.0},
+        tie_word_embeddings=False, bos_token_id=encoder.bos_token_id, eos_token_id=encoder.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.lm_head.weight.data *= 5  # else the first two tokens' logits are closer than rounding
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["rope_parameters"], stored["dtype"]
+    stored |= {"rope_theta": 500000.0, "rope_scaling": SCALING, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(stored))
+    of_tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("backend", "is_local", "local_files_only", "pad_token", "chat_template"):
+        of_tokenizer.pop(key, None)
+    of_tokenizer |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(of_tokenizer))
+    stop = encoder.convert_tokens_to_ids(["<|end_of_text|>", "<|eom_id|>"])
+    stop = [number for number in stop if number is not None]
+    generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": stop}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder

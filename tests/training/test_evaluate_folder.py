@@ -1,0 +1,92 @@
+"""`eval` on a model's or an adapter's folder, and on other rows: the figures that it gives for the run itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from ranks import run_ranks, train_here
+from rounding import additions_to_logits, rounding
+from transformers import LlamaConfig
+
+from fitune.cli import cli
+from fitune.errors import UsageError
+from fitune.export.merge import merge_run
+from fitune.training.evaluate import evaluate
+from fitune.training.evaluate_folder import evaluate_folder
+
+
+def train_and_evaluate(run, other: Path) -> None:
+    train_here(run)
+    evaluate(run)
+    evaluate(run, data=other)
+
+
+@pytest.fixture(scope="module")
+def other_rows(prepared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "others"
+    folder.mkdir()
+    lines = (prepared / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[:5]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def run(request, tiny_base, make_run, other_rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    training = {"max_steps": 2, "learning_rate": 1e-2}
+    made = make_run(tiny_base, folder, request.param, training=training, chat_template="llama3")
+    run_ranks(train_and_evaluate, 1, made, other_rows)
+    return made
+
+
+def reported(run, name: str = "eval.json") -> dict:
+    return json.loads((run.folder / name).read_text())
+
+
+def assert_same(found: dict, expected: dict, rounded: float) -> None:
+    assert found["tokens"] == expected["tokens"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=rounded)
+
+
+def test_a_results_folder_is_measured_as_its_run_was(run, tiny_base, prepared):
+    found = evaluate_folder(run.result_folder, prepared)
+    rounded = rounding(additions_to_logits(LlamaConfig.from_pretrained(tiny_base), 256))
+    assert found["rows"] == reported(run)["rows"] == 8
+    assert_same(found["model"], reported(run)["tuned"], rounded)
+    assert abs(reported(run)["base"]["loss"] - found["model"]["loss"]) > 100 * rounded
+
+
+def test_a_merged_model_is_too_up_to_its_rounding(run, prepared, tmp_path):
+    found = evaluate_folder(merge_run(run, tmp_path / "merged"), prepared)
+    assert_same(found["model"], reported(run)["tuned"], 0.01)
+
+
+def test_other_rows_are_measured_and_reported_by_name(run, tiny_base, other_rows):
+    found = evaluate_folder(run.result_folder, other_rows / "test.jsonl")
+    report = reported(run, "eval-others.json")
+    assert found["rows"] == report["rows"] == 5
+    rounded = rounding(additions_to_logits(LlamaConfig.from_pretrained(tiny_base), 256))
+    assert_same(found["model"], report["tuned"], rounded)
+    assert reported(run)["tuned"]["loss"] != report["tuned"]["loss"]
+
+
+def test_evaluation_renews_the_card(run):
+    assert f"| tuned | {reported(run)['tuned']['loss']:.4f} |" in (run.result_folder / "README.md").read_text()
+
+
+def test_what_cannot_be_measured_is_refused(run, prepared, tmp_path):
+    outcome = CliRunner().invoke(cli, ["eval", str(run.result_folder)])
+    assert outcome.exit_code == 2
+    assert "no run, so it knows no held-out rows: give --data FOLDER" in outcome.stderr
+    with pytest.raises(UsageError, match=r"test.jsonl: no such file; give a folder that prepare wrote"):
+        evaluate_folder(run.result_folder, tmp_path)
+    bare = Path(shutil.copytree(run.result_folder, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UsageError, match="bare: has no chat template"):
+        evaluate_folder(bare, prepared)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\n')
+    with pytest.raises(UsageError, match=r"bad.jsonl:1"):
+        evaluate_folder(run.result_folder, bad)
