@@ -175,12 +175,7 @@ def page() -> str:
         f"\n## Memory profile\n\n{schema.Profile.__doc__}\n",
         "\n".join([table, *rows_of(schema.Profile)]),
         "\n" + "\n".join([TRAINING, *training_rows()]),
-        "\nThese have another owner or are decided by fitune:\n",
-        "\n".join(
-            ["| field | instead |", "|---|---|", *(f"| `{n}` | {_cell(why)} |" for n, why in OWNED_ELSEWHERE.items())]
-        ),
-        "\nThese are refused:\n",
-        "\n".join(["| field | why |", "|---|---|", *(f"| `{n}` | {_cell(why)} |" for n, why in REFUSED.items())]),
+        "\n[settings.md](settings.md) says what each does when tried, and which fields are set elsewhere or refused.\n",
         "\n" + "\n".join([ACCELERATE, *accelerate_rows()]),
     ]
     return "\n".join(parts) + "\n"
