@@ -504,6 +504,24 @@ def _run_or_nothing(given: Path):
     return None if any(list(given.glob(name)) for name in others) else _run_or_checkpoint(given)
 
 
+@cli.command(epilog="Example:  fitune report runs/tiny_qlora-cpu_2proc --compare runs/tiny_lora-cpu_2proc")
+@click.argument("folders", metavar="RUN", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--compare", multiple=True, metavar="OTHER...", type=click.Path(path_type=Path), help="Further runs.")
+@click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together, for the cost.")
+def report(folders, compare, price):
+    """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
+
+    `train` writes it at the end, `eval` and `generate --test` write it again. With --compare the curves, figures and
+    differing settings of several runs stand beside each other.
+    """
+    from fitune.report.page import write_page
+
+    run, *others = folders  # what follows `--compare OTHER` are further ones
+    if others and not compare:
+        raise UsageError(f"report is about one run: to see {others[0]} beside {run}, put --compare before it")
+    click.echo(f"page: {write_page(run, (*compare, *others), price)}")
+
+
 @cli.command(epilog="Example:  fitune completion bash >> ~/.bashrc")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell):

@@ -82,7 +82,9 @@ def test_the_version_is_written_once(installed):
 def test_the_wheel_has_every_module_and_shipped_file_and_nothing_else(installed):
     files = {file.relative_to(installed / "fitune") for file in installed.glob("fitune/**/*") if file.is_file()}
     code = {
-        file.relative_to(ROOT / "fitune") for suffix in ("py", "jinja") for file in ROOT.glob(f"fitune/**/*.{suffix}")
+        file.relative_to(ROOT / "fitune")
+        for suffix in ("py", "jinja", "css")
+        for file in ROOT.glob(f"fitune/**/*.{suffix}")
     }
     shipped = {Path("shipped") / f.relative_to(ROOT) for glob in SHIPPED for f in ROOT.glob(glob) if f.is_file()}
     assert files == code | shipped

@@ -13,19 +13,20 @@ MAY_IMPORT = {
     "config": set(),
     "data": {"config"},
     "planning": {"config"},
+    "report": {"config", "planning"},
     "model": {"config"},
     "weights": {"model", "config"},
     "export": {"config", "data", "model", "weights"},
     "launching": {"planning", "config"},
-    "training": {"config", "data", "planning", "model", "weights", "export", "launching"},
-    "demo": {"config", "data", "planning", "model", "weights", "export", "launching", "training"},
+    "training": {"config", "data", "planning", "model", "weights", "export", "launching", "report"},
+    "demo": {"config", "data", "planning", "model", "weights", "export", "launching", "training", "report"},
 }
 "Each wing may also import itself and the leaves."
 LEAVES = {"environment", "errors", "output_folder", "progress"}
 "Modules that any wing may import; they import one another at most."
 ENTRANCES = {"cli"}
 "Modules that may import everything and that no other may import."
-WITHOUT_TORCH = {"config", "planning"}
+WITHOUT_TORCH = {"config", "planning", "report"}
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib")
 TOP = "the package itself, for its version"
 FILES = sorted((ROOT / "fitune").rglob("*.py"))

@@ -1,0 +1,1 @@
+"""The page of a run: one HTML file with curves, memory, answers, data, settings. Imports no torch."""

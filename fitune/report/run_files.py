@@ -1,0 +1,124 @@
+"""What a run's folder holds for its page, whole or not: files that are missing or damaged leave a gap, no error."""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fitune.config import run as runs
+from fitune.config.schema import Run
+from fitune.errors import FituneError
+from fitune.planning.hardware import likely_model
+from fitune.planning.limits import limits_of
+from fitune.planning.plan import Plan, make_plan, steps_of
+from fitune.report.origin import ORIGIN
+
+Points = list[tuple[float, float]]
+"(optimizer step, value), ascending."
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """One run as its files tell it. `notes` says which of them could not be read."""
+
+    run: Run
+    name: str
+    lines: list[dict]
+    "metrics.jsonl"
+    measurements: dict
+    finished: dict
+    origin: dict
+    "Versions, hardware, hashes and the command, as they were when training began."
+    evaluations: dict[str, dict]
+    "By file name without `.json`: metrics by what was measured, and the number of rows."
+    answers: dict
+    data: dict
+    "The report of `prepare`."
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> Points:
+        """Of a value that was logged; what is no finite number is left out."""
+        return [(line["step"], line[key]) for line in self.lines if is_number(line.get(key))]
+
+    @property
+    def step(self) -> int:
+        return self.finished.get("step") or max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def hours(self) -> float | None:
+        """Of training, pauses between an interruption and `--resume` not counted; None if it was not logged."""
+        seconds = [value for _, value in self.series("seconds")]
+        if not seconds:
+            seconds = [value for _, value in self.series("train_runtime")]
+        return seconds[-1] / 3600 if seconds else None
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """As `plan` answers now; None where the base's config.json is not at hand."""
+        hardware = self.origin.get("hardware", {})
+        try:
+            gpu = likely_model(self.run.profile.gpu_memory_gib or 0, hardware.get("gpu") or None)
+            return make_plan(self.run, limits_of(self.run), gpu)
+        except FituneError:
+            return None
+
+    @property
+    def steps_asked(self) -> int | None:
+        return steps_of(self.run)
+
+    def speed(self) -> Points:
+        """Tokens per second of all GPUs together; of runs that did not log it, those of the last start."""
+        logged = self.series("tokens_per_second")
+        seconds, tokens = (self.measurements.get(key, []) for key in ("step_seconds", "step_tokens"))
+        if logged or not seconds or len(seconds) != len(tokens):
+            return logged
+        first = self.step - len(seconds) + 1
+        return [(first + i, tokens[i] / took) for i, took in enumerate(seconds) if took > 0]
+
+
+def read_run_files(path: Path) -> RunFiles:
+    """Raises UsageError, one line, for a folder that is no run's."""
+    run, notes = runs.load(path), []
+    folder = run.folder
+
+    def read(file: Path) -> dict:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            content = None
+        if isinstance(content, dict):
+            return content
+        notes.append(f"{file.name} cannot be read, so what it holds is missing here")
+        return {}
+
+    evaluations = {file.stem: read(file) for file in sorted(folder.glob("eval*.json"))}
+    return RunFiles(
+        run=run,
+        name=folder.name,
+        lines=_lines(folder / "metrics.jsonl"),
+        measurements=read(folder / "measurements.json"),
+        finished=read(folder / "finished.json"),
+        origin=read(folder / ORIGIN),
+        evaluations={name: evaluation for name, evaluation in evaluations.items() if evaluation},
+        answers=read(folder / "answers.json"),
+        data=read(Path(run.recipe.data.prepared) / "report.json"),
+        notes=notes,
+    )
+
+
+def _lines(file: Path) -> list[dict]:
+    """Of metrics.jsonl, but for lines that are half written."""
+    lines = []
+    with suppress(FileNotFoundError):
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and is_number(line.get("step"))]
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
