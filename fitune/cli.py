@@ -511,8 +511,7 @@ def _run_or_nothing(given: Path):
 def report(folders, compare, price):
     """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
 
-    `train` writes it at the end, `eval` and `generate --test` write it again. With --compare the curves, figures and
-    differing settings of several runs stand beside each other.
+    With --compare the curves, figures and differing settings of several runs stand beside each other.
     """
     from fitune.report.page import write_page
 
