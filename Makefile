@@ -8,7 +8,7 @@ LOADERS := $(CURDIR)/.loaders
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test loaders soak slurm-test planted settings audit lint format gpu-test gpu-e2e real bench
+.PHONY: help setup demo test browser-test loaders soak slurm-test planted settings audit lint format gpu-test gpu-e2e real bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,14 @@ demo: setup  ## prepare, train, eval, merge and generate a tiny model on the CPU
 
 test: $(DEV_INSTALLED)  ## run the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome))
+
+browser-test: $(DEV_INSTALLED)  ## look at a run's page in headless Chromium, wide and narrow, light and dark
+	$(PIP) playwright==1.65.2
+	test -n "$(CHROMIUM)" || $(BIN)/python -m playwright install chromium
+	mkdir -p runs/screenshots
+	CHROMIUM=$(CHROMIUM) SCREENSHOTS=runs/screenshots $(BIN)/python -m pytest -q tests/report/in_chromium.py
 
 soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments, change it each time: it must end as a calm one (about 40 min)
 	$(BIN)/python tests/faults/soak.py

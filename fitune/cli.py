@@ -230,6 +230,7 @@ def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, m
     from fitune.launching.machines import check_machine_flags
     from fitune.launching.run_folder import as_started, nothing_left
     from fitune.planning.fill import filled_here
+    from fitune.report.origin import remember_what_was_typed
 
     again = (Path(recipe) / "run.yaml").is_file()
     if machines and (profile or again):
@@ -255,10 +256,12 @@ def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, m
         return
     if chosen:
         click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
+    remember_what_was_typed()
     code = _train(run, resume=resume, max_restarts=max_restarts, force=force, **place)
     if code:
         sys.exit(code)
     click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}")
+    _show(run, **place)
 
 
 @cli.command(epilog="Example:  fitune submit llama3_70b_qlora --on slurm --nodes 2 --gpus 8 --dry-run")
@@ -327,6 +330,7 @@ def eval_command(given, data, tasks, include, limit, json_file, force, **place):
     _check_data(run, asked_as_trained=True, reads_rows=data is None)
     words = [*_checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
     _launch(run, "fitune.training.evaluate", *words, place=place)
+    _show(run, **place)
 
 
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
@@ -385,6 +389,8 @@ def generate(run_or_model, prompt, test, chat, serve, max_new_tokens, temperatur
         _check_data(run, asked_as_trained=True, reads_rows=bool(test))
         options = {"place": place} | ({"interrupts_go_on": True} if chat else {})
         _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, **options)
+        if test:
+            _show(run, **place)
 
 
 @cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
@@ -511,7 +517,8 @@ def _run_or_nothing(given: Path):
 def report(folders, compare, price):
     """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
 
-    With --compare the curves, figures and differing settings of several runs stand beside each other.
+    `train` writes it at the end, `eval` and `generate --test` write it again, with the price and the other runs of the
+    last `report`. With --compare the curves, figures and differing settings of several runs stand beside each other.
     """
     from fitune.report.page import write_page
 
@@ -650,6 +657,14 @@ def _launch(run, module: str, *arguments: str, place: dict, **options) -> None:
     code = launch_until_stopped(run, module, *arguments, accelerate_flags=machine_flags(**place), **options)
     if code:
         sys.exit(code)
+
+
+def _show(run, machine_rank: int | None = None, **_) -> None:
+    """The page of a run, with what the command has added; machine 0 writes it."""
+    from fitune.report.page import page_after_a_command
+
+    if not machine_rank:
+        click.echo(page_after_a_command(run.folder), err=True)
 
 
 def main() -> None:

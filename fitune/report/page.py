@@ -53,6 +53,14 @@ def write_page_again(folder: Path) -> Path:
     return write_page(folder, others, price)
 
 
+def page_after_a_command(folder: Path) -> str:
+    """Writes the page again and says where it is; what goes wrong costs no more than a line: the work is done."""
+    try:
+        return f"page: {write_page_again(folder)}"
+    except Exception as error:
+        return f"note: {folder / PAGE} was not written: {error}"
+
+
 def page(runs: list[RunFiles], price_per_hour: float | None = None) -> str:
     """The whole HTML. The first run's memory, answers, data and settings are shown, beside the others its figures."""
     run = runs[0]

@@ -15,6 +15,8 @@ from fitune.planning.limits import limits_of
 from fitune.planning.plan import Plan, make_plan, steps_of
 from fitune.report.origin import ORIGIN
 
+ANSWERS = "answers.json"
+"What `generate --test` leaves in a run's folder."
 Points = list[tuple[float, float]]
 "(optimizer step, value), ascending."
 
@@ -104,7 +106,7 @@ def read_run_files(path: Path) -> RunFiles:
         finished=read(folder / "finished.json"),
         origin=read(folder / ORIGIN),
         evaluations={name: evaluation for name, evaluation in evaluations.items() if evaluation},
-        answers=read(folder / "answers.json"),
+        answers=read(folder / ANSWERS),
         data=read(Path(run.recipe.data.prepared) / "report.json"),
         notes=notes,
     )

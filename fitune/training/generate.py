@@ -30,6 +30,7 @@ from fitune.errors import UsageError
 from fitune.export.chat_record import read_chat_record, refuse_another_chat
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
+from fitune.report.run_files import ANSWERS
 from fitune.training.chat import Interrupts, chat
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_generate
@@ -118,7 +119,10 @@ def generate(run: Run, options: argparse.Namespace) -> None:
             answerer = load(tuned_folder)
         tuned_answers = [answerer.answer(*asked) for asked in conversations]
         if is_main_process():
-            _report(conversations, {"base": base_answers, "tuned": tuned_answers}, options.json)
+            answers = {"base": base_answers, "tuned": tuned_answers}
+            _report(conversations, answers, options.json)
+            if options.test and not run.checkpoint:
+                _keep_held_out(run, options, conversations, answers)
     leave()
 
 
@@ -181,6 +185,22 @@ def _report(conversations: list[Asked], answers: dict[str, list[str]], json_file
             for i, (messages, tools) in enumerate(conversations)
         ]
         json_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _keep_held_out(
+    run: Run, options: argparse.Namespace, conversations: list[Asked], answers: dict[str, list[str]]
+) -> None:
+    """answers.json in the run's folder, for its page: the held-out prompts, their answers, and those in the data."""
+    rows = first_rows(run.recipe, "test", options.test)
+    start = len(conversations) - len(rows)  # those of --prompt come before
+    kept = [
+        {"messages": conversations[start + i][0]}
+        | {label: texts[start + i] for label, texts in answers.items()}
+        | {"expected": for_template(row)[0][-1].get("content")}
+        for i, row in enumerate(rows)
+    ]
+    content = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "rows": kept}
+    (run.folder / ANSWERS).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -30,15 +30,19 @@ class Loading:
 
 
 class Measurements(TrainerCallback):
-    """Writes measurements.json to the run's folder when training ends. `loading` is this rank's `Loading.report`."""
+    """Writes measurements.json to the run's folder when training ends.
 
-    def __init__(self, folder: Path, loading: dict[str, float]):
+    `loading` is this rank's `Loading.report`, `planned_gib` what `plan` says that torch allocates on a GPU at its peak.
+    """
+
+    def __init__(self, folder: Path, loading: dict[str, float], planned_gib: float | None = None):
         self.file = folder / "measurements.json"
-        self.loading = loading
+        self.loading, self.planned_gib = loading, planned_gib
         self.steps: list[tuple[float, float]] = []  # (seconds, tokens) of each optimizer step but the first
         self.mark: tuple[float, float] | None = None  # (time, tokens so far) from where the next step counts
         self.optimizer_seconds: list[float] = []  # of the CPU: all they take where weights are offloaded
         self.tokens_so_far = lambda: 0.0
+        self.logged = 0  # of `steps`
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.optimizer_seconds.append(-time.perf_counter())
@@ -60,6 +64,19 @@ class Measurements(TrainerCallback):
 
     def _count_from_here(self) -> None:
         self.mark = time.perf_counter(), self.tokens_so_far()
+
+    def since_last_log(self) -> dict[str, float]:
+        """Of the steps since the last call, tokens per second of all ranks; this GPU's peak so far beside the plan's.
+
+        Like `tokens_per_second` in measurements.json, without the first step, saves and evaluations.
+        """
+        seconds, tokens = (sum(numbers) for numbers in zip((0, 0), *self.steps[self.logged :], strict=True))
+        self.logged = len(self.steps)
+        values = {"tokens_per_second": round(tokens / seconds, 1)} if seconds else {}
+        if peak := process_peaks()["peak_allocated_gib"]:
+            values["gpu_memory_gib"] = round(peak, 3)
+            values |= {"gpu_memory_planned_gib": round(self.planned_gib, 3)} if self.planned_gib else {}
+        return values
 
     def on_train_end(self, args, state, control, **kwargs):
         ranks = [None] * dist.get_world_size()

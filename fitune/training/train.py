@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from fitune.config import run as runs
 from fitune.config.hub import local_folder
+from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared, folder_with_tokens, map_rows, rows_beyond
@@ -33,7 +34,11 @@ from fitune.model.sharding import kept_in_host_ram, shard
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
 from fitune.planning.compute import FP8_CAPABILITY
+from fitune.planning.memory import gpu_peak
+from fitune.planning.plan import setup_of
+from fitune.planning.sizes import GIB
 from fitune.progress import bar
+from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
 from fitune.training.best_model import BestModel
 from fitune.training.distributed import (
@@ -81,7 +86,7 @@ def train(run: Run) -> None:
             fp8 = run.profile.compute == "fp8"
             model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8)
     heartbeat.count_layers(decoder(model).model.layers)
-    measurements = Measurements(run.folder, loading.report)
+    measurements = Measurements(run.folder, loading.report, _planned_gib(run, base_folder))
     trainer = ShardedSFTTrainer(
         run,
         base_record=base_record,
@@ -95,6 +100,7 @@ def train(run: Run) -> None:
         callbacks=[MetricsFile(run.folder), measurements, interruption],
     )
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
+    trainer.also_logged = measurements.since_last_log
     if steps_left == 0:  # interrupted while it saved the result
         with heartbeat.using_files():
             load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())
@@ -103,6 +109,7 @@ def train(run: Run) -> None:
         dist.barrier()  # machines may have read for longer than a first step may take
         if is_main_process():
             begin_to_train(run)
+            write_origin(run.folder, identity.model_dump(), resumed=bool(run.resume))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave_if_told(trainer.state)
     trainer.load_best_model()
@@ -177,6 +184,16 @@ def _check_compute(run: Run, mesh) -> None:
             f"profile.compute fp8 needs compute capability {FP8_CAPABILITY}, {torch.cuda.get_device_name()} has "
             f"{'.'.join(map(str, capability))}; use --set profile.compute=bf16"
         )
+
+
+def _planned_gib(run: Run, base_folder: Path) -> float | None:
+    """What `plan` says that torch allocates on each GPU at its peak; None on the CPU, and where there is no plan."""
+    if run.accelerate.use_cpu:
+        return None
+    try:
+        return gpu_peak(setup_of(run, find_shape(str(base_folder)))).allocated / GIB
+    except UsageError:
+        return None
 
 
 def _identify(run: Run, base_folder: Path, tokenizer, heartbeat: Heartbeat) -> tuple[BaseRecord, Identity]:

@@ -66,6 +66,7 @@ class ShardedSFTTrainer(SFTTrainer):
         self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
+        self.also_logged = dict  # returns what a log line of training has beside the loss
         arguments = arguments or training_arguments(run)
         if eval_dataset is None:  # `eval` trains nothing, whenever training evaluates
             arguments.eval_strategy = IntervalStrategy.NO
@@ -159,7 +160,7 @@ class ShardedSFTTrainer(SFTTrainer):
             means = {"entropy": entropy / max(tokens, 1), "mean_token_accuracy": right / max(tokens, 1)}
             self._metrics["train"] |= {name: [mean] for name, mean in means.items()}
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        super().log(logs, start_time)
+        super().log(logs | (self.also_logged() if "loss" in logs else {}), start_time)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """The numbers of `eval`, in place of Trainer's mean of batch means."""

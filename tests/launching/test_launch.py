@@ -72,6 +72,13 @@ def test_a_run_leaves_what_the_readme_promises(finished):
         path.name for path in (finished / "adapter").iterdir()
     }
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (finished / "report.html").read_text()
+    assert "finished after 4 steps" in page and "Gradient norm" in page
+    origin = json.loads((finished / "origin.json").read_text())
+    assert " train tiny_qlora " in origin["starts"][0]["typed"] and len(origin["identity"]["data"]) == 64
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line and line["step"] > 1)
     measured = json.loads((finished / "measurements.json").read_text())
     assert len(measured["ranks"]) == RANKS and measured["tokens_per_second"] > 0
     assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])

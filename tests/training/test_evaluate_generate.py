@@ -133,6 +133,8 @@ def test_answers_equal_plain_generation(runs, processes):
         for label, model in (("base", base), ("tuned", tuned)):
             assert entry[label] == _plain_answer(model, tokenizer, entry["messages"])
     assert any(entry["base"] != entry["tuned"] for entry in answers)
+    for_page = json.loads((run.folder / "answers.json").read_text())
+    assert for_page["rows"] == [answers[-1] | {"expected": held_out[-1]["content"]}], "what the run's page shows"
 
 
 def sampled(run) -> list[str]:
