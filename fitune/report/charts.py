@@ -13,6 +13,10 @@ TEXT = "#010101"
 "Stands for the page's text colour until the SVG is put into it."
 POINTS_A_CHART = 1600
 "Over all curves: the page must stay small however many lines a run logged."
+MANY = 120
+"Points from which on a noisy curve has its mean drawn."
+ABOVE = {"frameon": False, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}
+"A legend's place."
 SIZE_INCHES = (4.4, 2.7)
 "So that text is about as large as the page's on a phone, where a chart fills the width."
 
@@ -24,6 +28,8 @@ class Curve:
     colour: int = 0
     "Number in COLOURS."
     dashed: bool = False
+    noisy: bool = True
+    "Whether the running mean is drawn over many points."
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Chart:
     svg: Markup
 
 
-def line_chart(title: str, unit: str, curves: list[Curve], *, logarithmic: bool = False) -> Chart | None:
-    """Values over optimizer steps; None without a point."""
+def line_chart(title: str, unit: str, curves: list[Curve]) -> Chart | None:
+    """Values over optimizer steps; None without a point. Over many noisy ones their running mean is drawn."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
@@ -41,25 +47,30 @@ def line_chart(title: str, unit: str, curves: list[Curve], *, logarithmic: bool 
 
     def draw(axes) -> None:
         for curve in curves:
-            few = len(curve.points) < 8 or curve.dashed
-            axes.plot(
-                *zip(*thinned(curve.points, most), strict=True),
-                label=curve.label,
-                color=COLOURS[curve.colour % len(COLOURS)],
-                linestyle="--" if curve.dashed else "-",
-                linewidth=1.3,
-                marker="o" if few else None,
-                markersize=3,
-            )
+            _draw_curve(axes, curve, most)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
-        if logarithmic and all(value > 0 for curve in curves for _, value in curve.points):
-            axes.set_yscale("log")
         if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(**ABOVE)
 
-    shown = ", ".join(f"{curve.label}: {curve.points[-1][1]:.4g} at step {curve.points[-1][0]:g}" for curve in curves)
-    return _chart(title, f"{title} ({unit}) over optimizer steps. {shown}", draw)
+    shown = ", ".join(
+        f"{curve.label or title}: {curve.points[-1][1]:.4g} at step {curve.points[-1][0]:g}" for curve in curves
+    )
+    return _chart(
+        title, f"{title} ({unit}) over optimizer steps. {shown}", draw, height=SIZE_INCHES[1] + 0.14 * (len(curves) - 1)
+    )
+
+
+def _draw_curve(axes, curve: Curve, most: int) -> None:
+    style = {"color": COLOURS[curve.colour % len(COLOURS)], "linestyle": "--" if curve.dashed else "-"}
+    steps, values = zip(*thinned(curve.points, most), strict=True)
+    if len(curve.points) < MANY or not curve.noisy:
+        few = {"marker": "o", "markersize": 3} if len(curve.points) < 8 or curve.dashed else {}
+        axes.plot(steps, values, linewidth=1.3, label=curve.label, **style, **few)
+        return
+    axes.plot(steps, values, linewidth=0.6, alpha=0.35, **style)
+    means = thinned(running_means(curve.points, len(curve.points) // 40), most)
+    axes.plot(*zip(*means, strict=True), linewidth=1.5, label=curve.label, **style)
 
 
 def phase_chart(title: str, planned: dict[str, float], measured: dict[str, float]) -> Chart:
@@ -71,11 +82,11 @@ def phase_chart(title: str, planned: dict[str, float], measured: dict[str, float
         for number, (name, value) in enumerate(measured.items(), start=1):
             axes.axvline(value, color=COLOURS[number], linewidth=1.5, label=f"measured, {name}")
         axes.set_xlabel("GiB")
-        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+        axes.legend(**ABOVE)
 
     values = [f"planned, {name}: {value:.2f} GiB" for name, value in planned.items()]
     values += [f"measured, {name}: {value:.2f} GiB" for name, value in measured.items()]
-    return _chart(title, f"{title}. {'; '.join(values)}", draw, height=1.3 + 0.2 * len(planned))
+    return _chart(title, f"{title}. {'; '.join(values)}", draw, height=1.5 + 0.2 * len(planned))
 
 
 def histogram_chart(title: str, bins: dict[str, int]) -> Chart:
@@ -103,6 +114,15 @@ def thinned(points: Points, most: int) -> Points:
     return kept
 
 
+def running_means(points: Points, width: int) -> Points:
+    """At every point the mean of the last `width` values, or of as many as there are."""
+    means, total = [], 0.0
+    for i, (step, value) in enumerate(points):
+        total += value - (points[i - width][1] if i >= width else 0.0)
+        means.append((step, total / min(i + 1, width)))
+    return means
+
+
 def _chart(title: str, description: str, draw, height: float = SIZE_INCHES[1]) -> Chart:
     import matplotlib
     from matplotlib.figure import Figure
@@ -114,10 +134,10 @@ def _chart(title: str, description: str, draw, height: float = SIZE_INCHES[1]) -
                          "grid.color"), TEXT),
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(SIZE_INCHES[0], height))
+        figure = Figure(figsize=(SIZE_INCHES[0], height), layout="constrained")
         draw(figure.add_subplot())
         written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     return Chart(title, _for_page(written.getvalue(), description))
 
 

@@ -94,19 +94,18 @@ def page(runs: list[RunFiles], price_per_hour: float | None = None) -> str:
 def _curves(runs: list[RunFiles]) -> list[Chart]:
     several = len(runs) > 1
 
-    def curves(label: str, series, dashed: bool = False) -> list[Curve]:
-        return [
-            Curve(f"{run.name}, {label}" if several else label, series(run), i if several else int(dashed), dashed)
-            for i, run in enumerate(runs)
-        ]
+    def curves(label: str, series, dashed: bool = False, noisy: bool = True) -> list[Curve]:
+        names = [", ".join(part for part in (run.name, label) if part) if several else label for run in runs]
+        colours = range(len(runs)) if several else [int(dashed)]
+        return [Curve(*of, dashed, noisy and not dashed) for of in zip(names, map(series, runs), colours, strict=True)]
 
     losses = curves("training", lambda run: run.series("loss"))
     losses += curves("held out", lambda run: run.series("eval_loss"), dashed=True)
     charts = [
         line_chart("Loss", "nats per token", losses),
-        line_chart("Gradient norm", "norm", curves("gradient norm", lambda run: run.series("grad_norm"))),
-        line_chart("Learning rate", "rate", curves("learning rate", lambda run: run.series("learning_rate"))),
-        line_chart("Tokens per second", "tokens/s, all GPUs", curves("tokens/s", RunFiles.speed)),
+        line_chart("Gradient norm", "norm", curves("", lambda run: run.series("grad_norm"))),
+        line_chart("Learning rate", "rate", curves("", lambda run: run.series("learning_rate"), noisy=False)),
+        line_chart("Tokens per second", "tokens/s, all GPUs", curves("", RunFiles.speed)),
     ]
     return [chart for chart in charts if chart]
 

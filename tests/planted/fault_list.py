@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-WINGS = ("config", "data", "planning", "model", "weights", "export", "launching", "training", "cli")
+WINGS = ("config", "data", "planning", "model", "weights", "export", "launching", "report", "training", "cli")
 
 
 @dataclass(frozen=True)

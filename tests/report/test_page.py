@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from run_folders import EVIL, STEPS, finished_run, metrics, unfinished_run, write_json
 
 from fitune.cli import cli
-from fitune.report.charts import thinned
+from fitune.report.charts import running_means, thinned
 from fitune.report.differences import marked
 from fitune.report.page import MOST_BYTES, write_page, write_page_again
 
@@ -130,6 +130,12 @@ def test_a_spike_is_not_thinned_away():
     kept = thinned(points, 100)
     assert len(kept) <= 100 and kept == sorted(kept)
     assert {(5_003, 50.0), (7_001, -3.0)} <= set(kept)
+
+
+def test_running_means():
+    points = [(step, float(step % 2)) for step in range(6)]
+    assert running_means(points, 2) == [(0, 0.0), *((step, 0.5) for step in range(1, 6))]
+    assert running_means(points[:2], 40) == [(0, 0.0), (1, 0.5)]
 
 
 @pytest.mark.parametrize("lines", [[], metrics(20), metrics(1)], ids=["nothing logged", "half way", "one step"])
