@@ -89,8 +89,9 @@ gpu-e2e: $(DEV_INSTALLED)  ## every command on a real model: make gpu-e2e MODEL=
 real: models/smollm2-135m/config.json  ## make a real small model and run every command on it on the CPU
 	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/e2e/run.py models/smollm2-135m $(if $(OUTPUT),--output $(OUTPUT))
 
-bench: setup  ## regenerate the tables from benchmarks/results
+bench: setup  ## regenerate the tables and README's picture from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/picture.py
 	$(BIN)/python benchmarks/machines.py
 	$(BIN)/python benchmarks/accuracy.py
 

@@ -1,6 +1,7 @@
 """Writes what the tiers measured, benchmarks/results/*.json, where it is published.
 
-The tables in README.md and docs/memory.md, between their marks, and `expected:` at the end of each memory profile.
+The tables in README.md, docs/speed.md and docs/memory.md, between their marks, and `expected:` at the end of each
+memory profile.
 
 python benchmarks/tables.py [--check]
 """
@@ -23,7 +24,19 @@ from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-README, MEMORY = ROOT / "README.md", ROOT / "docs" / "memory.md"
+README, SPEED, MEMORY = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md"
+CARDS = {
+    "one 8 GB card": (8, {"8B": ("llama3_8b_qlora", "single_gpu_8gb")}),
+    "one 12 GB card": (12, {"70B": ("llama3_70b_qlora", "fsdp_offload_1x12gb")}),
+    "one 24 GB card": (
+        24,
+        {"8B": ("llama3_8b_qlora", "single_gpu"), "70B": ("llama3_70b_qlora", "fsdp_offload_1x24gb")},
+    ),
+    "two 24 GB cards": (24, {"70B": ("llama3_70b_qlora", "fsdp_offload_2x24gb")}),
+    "four 24 GB cards": (24, {"70B": ("llama3_70b_qlora", "fsdp_4x24gb")}),
+    "one 48 GB card": (48, {"70B": ("llama3_70b_qlora", "fsdp_1x48gb")}),
+}
+"Cards that people own, with the memory of one and the tier that trains each model by QLoRA there."
 TIERS_OF_2024 = {
     ("llama3_70b_qlora", "fsdp_offload_4gpu"): "22 GB, 127 GB",
     ("llama3_70b_qlora", "fsdp_2x40gb"): "about 2x40 GB",
@@ -123,6 +136,34 @@ def tier_table() -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def card_table() -> str:
+    """What README shows of the tiers: cards that people own."""
+    lines = [
+        "| you have | 8B QLoRA: GiB per GPU | tokens/s | 70B QLoRA: GiB per GPU | GiB of RAM | tokens/s per GPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    shown = _last_of_each_tier(shown_tiers())
+    for cards, (_, tiers) in CARDS.items():
+        small, large = (shown.get(tiers.get(model)) for model in ("8B", "70B"))
+        cells = [f"{small['peak_gpu_gib']:.1f}", _speed(small)] if small else ["", ""]
+        large_cells = (f"{large['peak_gpu_gib']:.1f}", f"{large['peak_host_gib']:.0f}", _speed(large)) if large else ()
+        lines.append(f"| {' | '.join([cards, *cells, *(large_cells or ('', '', ''))])} |")
+    return "\n".join(lines)
+
+
+def beside_table() -> str:
+    """fitune's fastest run beside each other program's, on the same work of the newest run of benchmarks/peers.py."""
+    report = newest_peers()
+    finished = [run for run in report["runs"] if "error" not in run]
+    lines = ["| same work, same run | tokens/s | GiB | fitune, tokens/s | GiB |", "|---|---|---|---|---|"]
+    for other in (run for run in finished if run["who"] != "fitune"):
+        ours = [run for run in finished if run["who"] == "fitune" and run["work"] == other["work"]]
+        best = max(ours, key=lambda run: run["tokens_per_second"])
+        cells = [f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" for run in (other, best)]
+        lines.append(f"| {other['work']}: {other['who']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}."])
+
+
 def _settings(entry: dict) -> list[str]:
     """Micro batch and kept layers of a run, and of its profile today where those differ."""
     now = as_profiled_now(entry).profile
@@ -177,9 +218,13 @@ def sweep_table() -> str:
     return "\n".join(lines)
 
 
+def newest_peers() -> dict:
+    return json.loads(max((ROOT / "benchmarks" / "results").glob("peers-*.json")).read_text(encoding="utf-8"))
+
+
 def peers_table() -> str:
     """The newest run of benchmarks/peers.py: each work's runs, the fastest first, then what failed."""
-    report = json.loads(max((ROOT / "benchmarks" / "results").glob("peers-*.json")).read_text(encoding="utf-8"))
+    report = newest_peers()
     lines = ["| work | who | rows a pass | layers kept | tokens/s per GPU | GiB |", "|---|---|---|---|---|---|"]
     order = sorted(report["runs"], key=lambda run: (run["work"], -run.get("tokens_per_second", 0)))
     for run in order:
@@ -221,8 +266,9 @@ def published() -> dict[Path, str]:
     memory = with_table(MEMORY.read_text(encoding="utf-8"), "2024", table_of_2024())
     texts = {
         README: with_table(
-            with_table(README.read_text(encoding="utf-8"), "tiers", tier_table()), "peers", peers_table()
+            with_table(README.read_text(encoding="utf-8"), "cards", card_table()), "beside", beside_table()
         ),
+        SPEED: with_table(with_table(SPEED.read_text(encoding="utf-8"), "tiers", tier_table()), "peers", peers_table()),
         MEMORY: with_table(memory, "micro batches", sweep_table()),
     }
     newest = newest_tiers()

@@ -232,3 +232,7 @@ def test_the_figures_of_the_comparison_are_measured():
     )
     assert len(rows) == 5
     assert {(who.lower(), speed, gib) for who, speed, gib in rows} <= measured
+
+
+def test_the_readme_is_short():
+    assert len(text(ROOT / "README.md").splitlines()) < 150
