@@ -65,7 +65,7 @@ def _draw_curve(axes, curve: Curve, most: int) -> None:
     style = {"color": COLOURS[curve.colour % len(COLOURS)], "linestyle": "--" if curve.dashed else "-"}
     steps, values = zip(*thinned(curve.points, most), strict=True)
     if len(curve.points) < MANY or not curve.noisy:
-        few = {"marker": "o", "markersize": 3} if len(curve.points) < 8 or curve.dashed else {}
+        few = {"marker": "o", "markersize": 3} if len(curve.points) < (60 if curve.dashed else 8) else {}
         axes.plot(steps, values, linewidth=1.3, label=curve.label, **style, **few)
         return
     axes.plot(steps, values, linewidth=0.6, alpha=0.35, **style)

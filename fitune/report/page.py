@@ -19,6 +19,8 @@ from fitune.report.run_files import RunFiles, read_run_files
 PAGE = "report.html"
 OPTIONS = "report.json"
 "What `fitune report` was asked last, in the run's folder: `eval` and `generate` write the page in the same way."
+UTF_8 = {"encoding": "utf-8", "errors": "replace"}
+"A model's answer may hold half a character, which JSON can and UTF-8 can't."
 MOST_BYTES = 2_000_000
 SPARE_BYTES = 1_000
 "For the line that says how many answers are shown."
@@ -87,7 +89,7 @@ def page(runs: list[RunFiles], price_per_hour: float | None = None) -> str:
     }
     rows = run.answers.get("rows") or []
     template = _template("page.html.jinja")
-    room = MOST_BYTES - len(template.render(parts, answers=[], answer_count=len(rows)).encode()) - SPARE_BYTES
+    room = MOST_BYTES - len(template.render(parts, answers=[], answer_count=len(rows)).encode(**UTF_8)) - SPARE_BYTES
     return template.render(parts, answers=_answers(rows, room), answer_count=len(rows))
 
 
@@ -101,11 +103,14 @@ def _curves(runs: list[RunFiles]) -> list[Chart]:
 
     losses = curves("training", lambda run: run.series("loss"))
     losses += curves("held out", lambda run: run.series("eval_loss"), dashed=True)
+    gpu = curves("measured", lambda run: run.series("gpu_memory_gib"), noisy=False)
+    gpu += curves("planned", lambda run: run.series("gpu_memory_planned_gib"), dashed=True)
     charts = [
         line_chart("Loss", "nats per token", losses),
         line_chart("Gradient norm", "norm", curves("", lambda run: run.series("grad_norm"))),
         line_chart("Learning rate", "rate", curves("", lambda run: run.series("learning_rate"), noisy=False)),
         line_chart("Tokens per second", "tokens/s, all GPUs", curves("", RunFiles.speed)),
+        line_chart("GPU memory", "GiB, torch's peak so far", gpu),
     ]
     return [chart for chart in charts if chart]
 
@@ -162,7 +167,7 @@ def _answers(rows: list[dict], room: int) -> list[Markup]:
     answers = []
     for row in rows:
         answers.append(_answer(row))
-        room -= len(answers[-1].encode()) + 1
+        room -= len(answers[-1].encode(**UTF_8)) + 1
         if room < 0:
             return answers[:-1]
     return answers
@@ -202,5 +207,5 @@ def _template(name: str) -> jinja2.Template:
 
 def _write(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
+    partial.write_text(text, **UTF_8)
     partial.replace(file)

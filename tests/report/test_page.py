@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def test_a_finished_run_shows_all_its_parts(tmp_path):
         assert shown in text, shown
     assert text.count("the red house") == 3
     assert page.text("del").endswith("red red red") and page.text("ins").endswith("blue blue blue")
+
+
+def test_gpu_memory_is_shown_beside_the_plan(tmp_path):
+    memory = {"gpu_memory_gib": 6.5, "gpu_memory_planned_gib": 7.0}
+    page = Page(write_page(unfinished_run(tmp_path / "run", [line | memory for line in metrics(20)])))
+    [chart] = [chart for chart in page.charts() if chart.startswith("GPU memory")]
+    assert "measured: 6.5 at step 20" in chart and "planned: 7 at step 20" in chart
 
 
 def test_texts_are_shown_not_run(tmp_path):
@@ -210,6 +218,19 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path):
         assert "no such file; expected a run folder written by" in output
     code, output = call(run, tmp_path)
     assert code == 2 and "put --compare before it" in output
+
+
+def test_half_a_character_in_an_answer_is_replaced(tmp_path):
+    run = finished_run(tmp_path / "first")
+    (run / "answers.json").write_text('{"rows": [{"messages": [], "base": "half \\ud83d here", "tuned": "x"}]}')
+    assert "half ? here" in Page(write_page(run)).text()
+
+
+def test_answers_that_repeat_themselves_are_compared_in_seconds():
+    began = time.process_time()
+    base, tuned = marked("a " * 2000, "a b " * 1000)
+    assert time.process_time() - began < 20, "minutes, where every pair of words is looked at again and again"
+    assert base.striptags() == ("a " * 2000).strip() and "b" in tuned
 
 
 def test_words_that_differ_are_marked():
