@@ -37,6 +37,7 @@ CARDS = {
     "one 48 GB card": (48, {"70B": ("llama3_70b_qlora", "fsdp_1x48gb")}),
 }
 "Cards that people own, with the memory of one and the tier that trains each model by QLoRA there."
+PEERS = {"trl": "TRL with Liger", "unsloth": "Unsloth"}
 TIERS_OF_2024 = {
     ("llama3_70b_qlora", "fsdp_offload_4gpu"): "22 GB, 127 GB",
     ("llama3_70b_qlora", "fsdp_2x40gb"): "about 2x40 GB",
@@ -155,12 +156,12 @@ def beside_table() -> str:
     """fitune's fastest run beside each other program's, on the same work of the newest run of benchmarks/peers.py."""
     report = newest_peers()
     finished = [run for run in report["runs"] if "error" not in run]
-    lines = ["| same work, same run | tokens/s | GiB | fitune, tokens/s | GiB |", "|---|---|---|---|---|"]
+    lines = ["| same work, same run | tokens/s, theirs | GiB | tokens/s, fitune | GiB |", "|---|---|---|---|---|"]
     for other in (run for run in finished if run["who"] != "fitune"):
         ours = [run for run in finished if run["who"] == "fitune" and run["work"] == other["work"]]
         best = max(ours, key=lambda run: run["tokens_per_second"])
         cells = [f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" for run in (other, best)]
-        lines.append(f"| {other['work']}: {other['who']} | {' | '.join(cells)} |")
+        lines.append(f"| {other['work']}: {PEERS[other['who']]} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}."])
 
 
