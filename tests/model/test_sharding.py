@@ -303,7 +303,8 @@ def test_gradients_are_reduced_in_float32(uneven_base, make_run, tmp_path):
     run = make_run(uneven_base, tmp_path, "full", processes=2, mixed_precision="bf16")
     for name, gradient in run_ranks(_gradients_of_own_rows, 2, run)[0].items():
         assert gradient.dtype == torch.float32, name
-        assert (gradient.bfloat16().float() != gradient).any(), name
+        if "embed_tokens" not in name:  # of one token's row most ranks have no gradient: half of a bf16 number is one
+            assert (gradient.bfloat16().float() != gradient).any(), name
 
 
 def _left_to_run(run) -> int:

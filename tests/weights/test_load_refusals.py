@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def _assert_refused(run, tensor: str) -> None:
 
 def _skeleton(run) -> torch.nn.Module:
     folder = run.recipe.base.model
-    return build_skeleton(run.recipe, folder, load_tokenizer(run.recipe, folder), torch.float32, "cpu")
+    return build_skeleton(run.recipe, Path(folder), load_tokenizer(run.recipe, folder), torch.float32, "cpu")
 
 
 def test_truncated_file_is_named_with_its_tensor(uneven_base, make_run, tmp_path):
