@@ -121,7 +121,12 @@ def test_a_tensor_that_the_index_does_not_know_is_surplus(name, said, uneven_bas
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_nf4_checkpoint_is_for_qlora_only(method, nf4_bases, make_run, tmp_path):
-    _assert_refused(make_run(nf4_bases["double"], tmp_path, method), "use qlora")
+    """Also where config.json, which is looked at first, does not say so."""
+    base = shutil.copytree(nf4_bases["double"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    _assert_refused(make_run(base, tmp_path, method), "use qlora")
 
 
 def _join_wrong(settings) -> str:
