@@ -29,6 +29,8 @@ from fitune.errors import say_while_training
 PATIENCE_SECONDS = number(HUNG_AFTER, 45)
 STARTING_SECONDS = max(300, PATIENCE_SECONDS)
 READS_AT_MOST = 1e9
+COUNTS_AT_MOST = 1e6
+"Of one step, evaluation or save."
 PAUSE_SECONDS = 5
 "A launcher that slept so long between two looks was suspended, and its ranks with it."
 PID, PATIENCE, COUNT, COMPUTED, FILES, TRAINS = NUMBERS = range(6)
@@ -45,11 +47,18 @@ class Heartbeat(TrainerCallback):
         shape = (len(NUMBERS),)
         self.numbers = np.memmap(Path(folder) / rank, np.float64, "w+", shape=shape) if folder else np.zeros(shape)
         self.numbers[PID] = os.getpid()
-        self.steps = self.evaluations = 0
+        self.steps = self.evaluations = self.stages = 0
 
     def begin(self, patience: float) -> None:
         """Whoever watches may give this rank up when it has not counted for `patience` seconds."""
         self.numbers[PATIENCE] = patience
+
+    def _begin_stage(self, patience: float) -> None:
+        """All ranks count on from the same number, whatever each counted before: who has least is behind."""
+        if self.numbers[COUNT] >= READS_AT_MOST:
+            self.stages += 1
+            self.numbers[COUNT] = READS_AT_MOST + self.stages * COUNTS_AT_MOST
+        self.begin(patience)
 
     def rest(self) -> None:
         self.numbers[PATIENCE] = 0
@@ -65,7 +74,7 @@ class Heartbeat(TrainerCallback):
     def using_files(self):
         """While files are read or written: bytes that move are progress, and so is waiting for the disk."""
         self.numbers[FILES] = True
-        self.begin(PATIENCE_SECONDS)
+        self._begin_stage(PATIENCE_SECONDS)
         yield
         self.rest()
         self.numbers[FILES] = False
@@ -108,7 +117,7 @@ class Heartbeat(TrainerCallback):
         self.numbers[TRAINS] = True
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.begin(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
+        self._begin_stage(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)
         self.steps += 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -119,7 +128,7 @@ class Heartbeat(TrainerCallback):
 
     @contextmanager
     def evaluating(self):
-        self.begin(PATIENCE_SECONDS if self.evaluations else STARTING_SECONDS)
+        self._begin_stage(PATIENCE_SECONDS if self.evaluations else STARTING_SECONDS)
         self.evaluations += 1
         yield
         self.rest()
