@@ -50,7 +50,8 @@ def runs_of_fewer_layers() -> list[dict]:
 def setup_of_measured(entry: dict) -> Setup:
     """The run as its command line described it then, but for the checkpoint's and the data's folders."""
     sets = [value for flag, value in pairwise(entry["command"].split()) if flag == "--set"]
-    sets = [item for item in sets if not item.startswith(("base.model=", "data.prepared="))]
+    others = ("base.model=", "data.prepared=", "training.save_")  # nothing that the plan depends on
+    sets = [item for item in sets if not item.startswith(others)]
     as_measured = ("micro_batch", "kept_layers", "activation_offload")  # the profile may have changed
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))

@@ -141,10 +141,11 @@ def train_command(plan: dict, work: Path) -> list[str]:
         "data.chat_template=plain",
         "data.system_message=null",
         f"training.max_steps={steps}",
-        f"training.save_steps={max(1, steps // 2)}",
         "training.logging_steps=1",
         *plan.get("set", []),
     ]
+    if "training.save_strategy='no'" not in sets:
+        sets.append(f"training.save_steps={max(1, steps // 2)}")
     command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"]]
     return [*command, "--output", str(output_folder(plan, work)), *(part for item in sets for part in ("--set", item))]
 

@@ -327,6 +327,7 @@ def eval_command(given, data, tasks, include, limit, json_file, force, **place):
 
         print_evaluation(given, data, force=force)
         return
+    _check_place(run, place)
     _check_data(run, asked_as_trained=True, reads_rows=data is None)
     words = [*_checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
     _launch(run, "fitune.training.evaluate", *words, place=place)
@@ -386,6 +387,7 @@ def generate(run_or_model, prompt, test, chat, serve, max_new_tokens, temperatur
         generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
     else:
         run = _run_or_checkpoint(run_or_model)
+        _check_place(run, place)
         _check_data(run, asked_as_trained=True, reads_rows=bool(test))
         options = {"place": place} | ({"interrupts_go_on": True} if chat else {})
         _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, **options)
@@ -566,6 +568,13 @@ def _run_or_checkpoint(folder: Path):
     return run
 
 
+def _check_place(run, place: dict) -> None:
+    """Raises UsageError where this machine is not told its place among several."""
+    from fitune.launching.machines import check_machine_flags
+
+    check_machine_flags(run, **place)
+
+
 def _check_data(run, *, asked_as_trained: bool = False, reads_rows: bool = True) -> None:
     """Raises UsageError for rows that were prepared otherwise than the run's recipe says; says whose they are.
 
@@ -651,9 +660,7 @@ def _launch_line(run, module: str, *arguments: str) -> str:
 
 def _launch(run, module: str, *arguments: str, place: dict, **options) -> None:
     from fitune.launching.launch import launch_until_stopped, machine_flags
-    from fitune.launching.machines import check_machine_flags
 
-    check_machine_flags(run, **place)
     code = launch_until_stopped(run, module, *arguments, accelerate_flags=machine_flags(**place), **options)
     if code:
         sys.exit(code)

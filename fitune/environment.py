@@ -9,10 +9,11 @@ GPU_CAP = "FITUNE_GPU_CAP_GIB"
 COMMAND = "FITUNE_COMMAND"
 HEARTBEATS = "FITUNE_HEARTBEATS"
 LOCK_HELD = "FITUNE_RUN_LOCK_HELD"
+TYPED = "FITUNE_TYPED"
 MEANINGS = {
     HUNG_AFTER: "How long a rank may take for one layer before it counts as hung. [default: 45]",
     GPU_CAP: "Tries a small card on a large one: each rank gets so much of its memory, and ranks may share a GPU.",
-    f"{COMMAND}, {HEARTBEATS}, {LOCK_HELD}": "Set by fitune for the processes that it starts.",
+    f"{COMMAND}, {HEARTBEATS}, {LOCK_HELD}, {TYPED}": "Set by fitune for the processes that it starts.",
 }
 
 

@@ -10,11 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fitune.config.command_name import command
+from fitune.environment import TYPED
 from fitune.planning.hardware import this_machine
 
 ORIGIN = "origin.json"
-TYPED = "FITUNE_TYPED"
-"The environment variable by which `fitune train` tells its ranks what the user typed."
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "liger-kernel")
 
 

@@ -117,7 +117,7 @@ def load_scorer(given: Path, force: bool) -> Callable[[Row], Scored]:
 def _load(given: Path, force: bool):
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True}
+    options = {"dtype": "auto", "use_safetensors": True}
     options["device_map"] = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = given
     if is_adapter(given):
@@ -125,7 +125,7 @@ def _load(given: Path, force: bool):
         if record is not None and record.computed_in == "nf4" and not _is_quantised(folder):
             options["quantization_config"] = _nf4()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: cannot be loaded: {first_line(error)}") from None
     if folder != given:

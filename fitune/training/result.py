@@ -109,4 +109,4 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
         write_json(folder / "config.json", config_for_loaders(base_config, dtype))
         for file in matching(base, LICENCE_FILES):
             copy_file(file, folder)
-    write_model_card(folder, run, run.recipe.base.model, base_record.revision, base)
+    write_model_card(folder, run, run.recipe.base.model, base_record.revision if base_record else None, base)
