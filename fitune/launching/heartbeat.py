@@ -54,8 +54,11 @@ class Heartbeat(TrainerCallback):
         self.numbers[PATIENCE] = patience
 
     def _begin_stage(self, patience: float) -> None:
-        """All ranks count on from the same number, whatever each counted before: who has least is behind."""
-        if self.numbers[COUNT] >= READS_AT_MOST:
+        """All ranks count on from the same number, whatever each counted before: who has least is behind.
+
+        From training on, since all go through the same stages there; before, rank 0 alone may use files.
+        """
+        if self.numbers[TRAINS]:
             self.stages += 1
             self.numbers[COUNT] = READS_AT_MOST + self.stages * COUNTS_AT_MOST
         self.begin(patience)

@@ -242,6 +242,24 @@ def test_a_rank_asks_for_patience_by_what_it_does():
         assert rank.numbers[PATIENCE] == rank.numbers[FILES] == 0
 
 
+def test_ranks_that_did_the_same_in_a_step_count_the_same_whatever_they_did_before():
+    """Rank 0 alone makes tokens and writes what all wait for; else another rank would be blamed for its hang."""
+    ranks = heartbeat.Heartbeat(), heartbeat.Heartbeat()
+    for rank in ranks:
+        rank.count_layers([])
+    with ranks[0].using_files():
+        ranks[0].count()
+    for number, rank in enumerate(ranks):
+        rank.on_train_begin(None, None, None)
+        with rank.using_files():
+            for _ in range(3 * number):
+                rank.count()
+        before = rank.numbers[COUNT]
+        rank.on_step_begin(None, None, None)
+        assert rank.numbers[COUNT] > before
+    assert ranks[0].numbers[COUNT] == ranks[1].numbers[COUNT]
+
+
 def test_the_launcher_knows_whether_ranks_have_begun_to_train(tmp_path, monkeypatch):
     monkeypatch.setenv(heartbeat.HEARTBEATS, str(tmp_path))
     watch = Watch(tmp_path)
