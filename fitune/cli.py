@@ -227,7 +227,6 @@ def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, m
     `train --resume RUN_FOLDER` continues a run as it was, from its newest whole checkpoint; --set and --profile change
     it. SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
     """
-    from fitune.launching.machines import check_machine_flags
     from fitune.launching.run_folder import as_started, nothing_left
     from fitune.planning.fill import filled_here
     from fitune.report.origin import remember_what_was_typed
@@ -242,7 +241,7 @@ def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, m
     else:
         run = _fastest_here(recipe, sets, output, resume, machines or 1)
     if not dry_run:
-        check_machine_flags(run, **place)
+        _check_place(run, place)
         if resume and (finished := nothing_left(run)):
             click.echo(finished)
             return

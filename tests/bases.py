@@ -11,6 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+LLAMA_3_1_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 4096,
+    "rope_type": "llama3",
+}
+"How Llama 3.1 stretches its positions, from fewer of them."
+
 
 def base_like(base: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
     """A model with the sizes and the tokenizer of the folder `base` but for `changes` of its config.json, random.

@@ -57,12 +57,21 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+GIVE_BASE = "give it with --base MODEL"
+
+
 class AdapterFile(Checkpoint):
     """The tensors of a PEFT folder, with its adapter_config.json as `config`."""
 
     def __init__(self, folder: Path):
         self.config = read_json(folder / CONFIG, "give the folder of a PEFT LoRA adapter")
         super().__init__(folder)
+
+    def named_base(self, hint: str) -> tuple[str, str | None]:
+        """The base that it was trained on, and its revision. UsageError with `hint` where none is named."""
+        if not (base := self.config.get("base_model_name_or_path")):
+            raise UsageError(f"{self.folder}: adapter_config.json names no base; {hint}")
+        return base, self.config.get("revision")
 
     def _files(self):
         return {self.folder / "adapter_model.safetensors": None}

@@ -8,6 +8,7 @@ from fitune.config.schema import Run
 from fitune.data.chat_template import template_hash
 from fitune.errors import UsageError
 from fitune.export.tokenizer_files import TEMPLATE
+from fitune.weights.model_files import write_json
 
 CHAT_RECORD = "fitune_chat.json"
 
@@ -23,8 +24,7 @@ class ChatRecord:
 
 
 def write_chat_record(folder: Path, record: ChatRecord) -> None:
-    text = json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n"
-    (folder / CHAT_RECORD).write_text(text, encoding="utf-8")
+    write_json(folder / CHAT_RECORD, asdict(record))
 
 
 def read_chat_record(folder: Path) -> ChatRecord | None:

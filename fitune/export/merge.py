@@ -17,7 +17,7 @@ from fitune.config.base_model import ARCHITECTURES
 from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
-from fitune.export.adapter import AdapterFile, Lora, read_adapter
+from fitune.export.adapter import GIVE_BASE, AdapterFile, Lora, read_adapter
 from fitune.export.check import Comparison, check_written, refuse_another_architecture
 from fitune.export.merge_record import MergeRecord, write_merge_record
 from fitune.export.model_card import write_model_card
@@ -73,11 +73,8 @@ def merge_folder(
     """Merges a PEFT `adapter` from anywhere into `base`, by default the one that its adapter_config.json names."""
     refuse_existing(output)
     with AdapterFile(adapter) as file:
-        named, revision = file.config.get("base_model_name_or_path"), file.config.get("revision")
-    if not base and not named:
-        raise UsageError(f"{adapter}: adapter_config.json names no base; give it with --base MODEL")
-    folder = local_folder(base) if base else local_folder(named, revision)
-    return merge_adapter(folder, adapter, output, onto=onto, force=force, check=check)
+        named, revision = (base, None) if base else file.named_base(GIVE_BASE)
+    return merge_adapter(local_folder(named, revision), adapter, output, onto=onto, force=force, check=check)
 
 
 def merge_adapter(

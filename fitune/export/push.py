@@ -54,7 +54,7 @@ def what_to_push(given: Path, run: Run | None, *, merged: bool, gguf: str | None
     if not (merged or gguf):
         return lambda folder: run.result_folder if run else given
     if gguf:
-        refuse_impossible(gguf, None, given / "no-such-output")
+        refuse_impossible(gguf)
     model = whole_model(given, run, **merging)
     if gguf:
         return lambda folder: export_gguf(model, folder, gguf)[0].parent

@@ -7,7 +7,7 @@ from pathlib import Path
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.export.adapter import AdapterFile, is_adapter
+from fitune.export.adapter import GIVE_BASE, AdapterFile, is_adapter
 from fitune.export.merge import merge_folder, merge_run
 
 
@@ -41,12 +41,8 @@ def whole_model(
             lambda folder: merge_run(run, folder, **options),
         )
     with AdapterFile(given) as file:
-        named, revision = base or file.config.get("base_model_name_or_path"), file.config.get("revision")
-    if not named:
-        raise UsageError(f"{given}: adapter_config.json names no base; give it with --base MODEL")
-    return WholeModel(
-        local_folder(named, None if base else revision), lambda folder: merge_folder(given, folder, **options)
-    )
+        named, revision = (base, None) if base else file.named_base(GIVE_BASE)
+    return WholeModel(local_folder(named, revision), lambda folder: merge_folder(given, folder, **options))
 
 
 def _as_it_is(model: Path, given: Path, base: str | None, onto) -> WholeModel:

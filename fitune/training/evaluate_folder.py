@@ -137,12 +137,7 @@ def _load(given: Path, force: bool):
 
 def _base_of(adapter: Path, force: bool) -> Path:
     with AdapterFile(adapter) as file:
-        named, revision = file.config.get("base_model_name_or_path"), file.config.get("revision")
-    if not named:
-        raise UsageError(
-            f"{adapter}: adapter_config.json names no base; merge it with --base MODEL and give that folder"
-        )
-    folder = local_folder(named, revision)
+        folder = local_folder(*file.named_base("merge it with --base MODEL and give that folder"))
     record, doubt = read_base_record(adapter), None
     if record is not None:
         with Checkpoint(folder) as checkpoint:

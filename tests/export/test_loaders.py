@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
+from bases import LLAMA_3_1_ROPE
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ranks import run_ranks, train_here
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -16,13 +17,6 @@ from fitune.export.configs import config_for_loaders
 from fitune.export.merge import merge_run
 from fitune.export.tokenizer_files import without_marks
 
-SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 4096,
-    "rope_type": "llama3",
-}
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 METHODS = ["full", "lora", "qlora"]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -48,7 +42,7 @@ def published(tiny_base, tmp_path_factory) -> Path:
     folder = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("published") / "base"))
     config = json.loads((folder / "config.json").read_text())
     del config["rope_parameters"], config["dtype"]
-    config |= {"rope_theta": 500000.0, "rope_scaling": SCALING, "torch_dtype": "float32", "pretraining_tp": 1}
+    config |= {"rope_theta": 500000.0, "rope_scaling": LLAMA_3_1_ROPE, "torch_dtype": "float32", "pretraining_tp": 1}
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.43.0.dev0"}))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     for key in ("backend", "is_local", "local_files_only", "pad_token"):
@@ -79,7 +73,7 @@ def test_the_bases_fields_survive_and_older_ones_stand_beside_newer(written, pub
     base, config = (json.loads((folder / "config.json").read_text()) for folder in (published, written[method]))
     dtype = "float32" if method == "full" else "bfloat16"
     changed = {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
-    assert config == base | changed | {"rope_parameters": {"rope_theta": 500000.0, **SCALING}}
+    assert config == base | changed | {"rope_parameters": {"rope_theta": 500000.0, **LLAMA_3_1_ROPE}}
     tokenizer = json.loads((written[method] / "tokenizer_config.json").read_text())
     own = json.loads((published / "tokenizer_config.json").read_text())
     own.pop("chat_template", None)
@@ -194,5 +188,5 @@ def test_what_is_written_has_no_marks(written):
 
 
 def test_a_merge_never_edits_the_bases_files(published, written):
-    assert json.loads((published / "config.json").read_text())["rope_scaling"] == SCALING
+    assert json.loads((published / "config.json").read_text())["rope_scaling"] == LLAMA_3_1_ROPE
     assert "rope_parameters" not in json.loads((published / "config.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from asking import LLAMA3_TOKENIZER, Trained
+from bases import LLAMA_3_1_ROPE
 from ranks import run_ranks, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -16,13 +17,6 @@ from fitune.export.merge import merge_run
 HERE = Path(__file__).parent
 LOADERS, REAL_MODEL = os.environ.get("FITUNE_LOADERS"), os.environ.get("FITUNE_REAL_MODEL")
 METHODS = ["full", "lora", "qlora"]
-SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 4096,
-    "rope_type": "llama3",
-}
 
 
 def pytest_collection_modifyitems(items):
@@ -70,7 +64,8 @@ def _as_published(tokenizer: Path, folder: Path) -> Path:
     encoder = AutoTokenizer.from_pretrained(tokenizer)
     config = LlamaConfig(
         vocab_size=len(encoder), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=131072, rope_parameters=SCALING | {"rope_theta": 500000.0},
+        num_key_value_heads=2, max_position_embeddings=131072,
+        rope_parameters=LLAMA_3_1_ROPE | {"rope_theta": 500000.0},
         tie_word_embeddings=False, bos_token_id=encoder.bos_token_id, eos_token_id=encoder.eos_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +78,7 @@ def _as_published(tokenizer: Path, folder: Path) -> Path:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     stored = json.loads((folder / "config.json").read_text())
     del stored["rope_parameters"], stored["dtype"]
-    stored |= {"rope_theta": 500000.0, "rope_scaling": SCALING, "torch_dtype": "bfloat16"}
+    stored |= {"rope_theta": 500000.0, "rope_scaling": LLAMA_3_1_ROPE, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(stored))
     of_tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     for key in ("backend", "is_local", "local_files_only", "pad_token", "chat_template"):
