@@ -44,8 +44,8 @@ browser-test: $(DEV_INSTALLED)  ## look at a run's page in headless Chromium, wi
 soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments, change it each time: it must end as a calm one (about 40 min)
 	$(BIN)/python tests/faults/soak.py
 
-planted: $(DEV_INSTALLED)  ## plant each fault of tests/planted/ in a copy: its tests must notice it (about an hour)
-	$(BIN)/python tests/planted/plant.py
+planted: $(DEV_INSTALLED)  ## plant each fault of tests/planted/ in a copy: its tests must notice it: make planted [JOBS=16]
+	$(BIN)/python tests/planted/plant.py $(if $(JOBS),--jobs $(JOBS)) --json runs/planted.json
 
 slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm)
 	$(BIN)/python tests/slurm/run.py

@@ -1,40 +1,47 @@
 """Plants each fault of the list in a copy of the tree and runs the tests that should notice it there.
 
-    make planted        or  python tests/planted/plant.py training model --match dropout
+    make planted JOBS=8     or  python tests/planted/plant.py training model --match dropout --jobs 2
 
 Not mutmut or Cosmic Ray: both make up the faults by rules of their own, so that neither can be given a list of chosen
 ones, each with the tests that must notice it.
 
-First the tests pass without a fault, or their failing would prove nothing. Exit code 1 if a fault lives, if it cannot
-be planted, or if its tests could not be run.
+First the tests run without a fault: where one fails there, its failing would prove nothing. Exit code 1 if a fault
+lives, if it cannot be planted, or if its tests could not be run.
 """
 
 import argparse
+import json
 import os
-import shutil
-import signal
-import subprocess
+import re
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from copies import copied, files_of_the_tree, is_imported_from, run_tests
 from fault_list import ROOT, WINGS, Fault, missing_tests, planted, read_faults
 
 TIMEOUT_SECONDS = 600
 "For one fault's tests, which take seconds each on an idle machine."
 TESTS_FAILED = 1  # pytest's exit code; the others say that it could not run them
+NAMED_AS_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a fault's tests said. `problem` is None where the fault was noticed."""
 
+    fault: Fault
     seconds: float
     problem: str | None
     output: str = ""
+
+    def record(self) -> dict:
+        """One entry of the JSON file."""
+        entry = asdict(self.fault) | {"noticed": self.problem is None, "problem": self.problem}
+        return entry | {"seconds": round(self.seconds, 1), "output": self.output[-4000:] if self.problem else ""}
 
 
 def plant(fault: Fault, files: list[Path], root: Path = ROOT, timeout: float = TIMEOUT_SECONDS) -> Outcome:
@@ -43,96 +50,81 @@ def plant(fault: Fault, files: list[Path], root: Path = ROOT, timeout: float = T
     try:
         changed = planted(fault, root)
     except (OSError, SyntaxError, ValueError) as error:
-        return Outcome(0, f"cannot be planted: {error}")
+        return Outcome(fault, 0, f"cannot be planted: {error}")
     if missing := missing_tests(fault, root):
-        return Outcome(0, f"no such test: {missing[0]}")
-    with tempfile.TemporaryDirectory(prefix="planted-", ignore_cleanup_errors=True) as name:
-        tree = copy_tree(files, root, Path(name) / "tree")
+        return Outcome(fault, 0, f"no such test: {missing[0]}")
+    with copied(files, root) as tree:
         (tree / fault.file).write_text(changed, encoding="utf-8")
-        code, output = run_tests(tree, fault.tests, timeout)
+        code, output = run_tests(tree, fault.tests, timeout, "-x")
     problem = {TESTS_FAILED: None, 0: "LIVES: its tests pass", None: f"no verdict after {timeout:.0f} s"}.get(
         code, f"its tests could not be run (pytest's exit code {code})"
     )
-    return Outcome(time.monotonic() - started, problem, output)
+    return Outcome(fault, time.monotonic() - started, problem, output)
 
 
-def copy_tree(files: list[Path], root: Path, tree: Path) -> Path:
-    for file in files:
-        (tree / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / file, tree / file)
-    return tree
+def failing_without_a_fault(faults: list[Fault], files: list[Path], root: Path, jobs: int) -> dict[str, str]:
+    """What fails of these faults' tests in an unchanged copy: a test's id, or a file's where it could not be run, to
+    what was printed. A file's tests run together, `jobs` files at a time."""
+    of_file: dict[str, dict[str, None]] = defaultdict(dict)
+    for fault in faults:
+        for test in fault.tests:
+            if not missing_tests(fault, root):
+                of_file[test.partition("::")[0]][test] = None
 
+    def run(file: str) -> dict[str, str]:
+        with copied(files, root) as tree:
+            code, output = run_tests(tree, tuple(of_file[file]), TIMEOUT_SECONDS, "-rfE")
+        if code == 0:
+            return {}
+        return dict.fromkeys(NAMED_AS_FAILED.findall(output) if code == TESTS_FAILED else [file], output[-4000:])
 
-def run_tests(tree: Path, tests: tuple[str, ...], timeout: float | None) -> tuple[int | None, str]:
-    """(pytest's exit code, None where it took too long; what it printed) of tests in a copy of the tree."""
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={tree.parent / 'temporary'}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, *tests],
-        cwd=tree, env=_environment(tree), text=True, errors="replace", start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return None, ""
-    finally:
-        _end_with_children(process)
-    return process.returncode, output
-
-
-def _environment(tree: Path) -> dict[str, str]:
-    """The copy comes first on the import path; with no bytecode kept, a file of the same size and second is read."""
-    return os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _end_with_children(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
-def files_of_the_tree(root: Path = ROOT) -> list[Path]:
-    """What git tracks or would, from `root` on."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=root, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return [Path(name) for name in listed.stdout.split("\0") if name and (root / name).is_file()]
-
-
-def pass_without_a_fault(faults: list[Fault], files: list[Path], root: Path) -> bool:
-    """Runs all that these faults' tests are, in an unchanged copy, and says what fails there."""
-    tests = tuple(dict.fromkeys(test for fault in faults for test in fault.tests))
-    with tempfile.TemporaryDirectory(prefix="planted-", ignore_cleanup_errors=True) as name:
-        tree = copy_tree(files, root, Path(name) / "tree")
-        check = "import fitune, sys; sys.exit(not fitune.__file__.startswith(sys.argv[1]))"
-        command = [sys.executable, "-c", check, str(tree)]
-        if subprocess.run(command, cwd=name, env=_environment(tree), check=False).returncode:
-            print("fitune is not imported from the copy: no fault would be in what is tested", file=sys.stderr)
-            return False
-        started = time.monotonic()
-        code, output = run_tests(tree, tests, timeout=None)
-    if code:
-        print(f"{output[-4000:]}\nthe tests fail without a fault: nothing can be said", file=sys.stderr)
-        return False
-    print(f"without a fault {len(tests)} files and tests pass ({time.monotonic() - started:.0f} s)", flush=True)
-    return True
-
-
-def plant_all(faults: list[Fault], files: list[Path], root: Path, jobs: int) -> int:
-    """How many were not noticed; prints a line for each as its tests end."""
-    left = 0
     with ThreadPoolExecutor(jobs) as threads:
-        for fault, outcome in zip(faults, threads.map(lambda fault: plant(fault, files, root), faults), strict=True):
-            verdict = "noticed" if outcome.problem is None else "PROBLEM"
-            print(f"{verdict}  {outcome.seconds:5.1f} s  {fault.wing}: {fault.name}", flush=True)
-            if outcome.problem:
-                left += 1
-                print(f"    {outcome.problem}\n    {fault.file}: {fault.text!r} -> {fault.becomes!r}")
-                print(f"    {' '.join(fault.tests)}\n{outcome.output[-1500:]}", flush=True)
-    return left
+        return {test: output for failing in threads.map(run, of_file) for test, output in failing.items()}
+
+
+def proves_nothing(fault: Fault, failing: dict[str, str]) -> str | None:
+    """The one of `failing` that is among the fault's tests, if there is one."""
+    for test in fault.tests:
+        for failed in failing:
+            if failed == test or failed.startswith((f"{test}::", f"{test}[")) or test.startswith(f"{failed}::"):
+                return failed
+    return None
+
+
+def outcomes_of(faults: list[Fault], files: list[Path], root: Path, jobs: int, failing: dict[str, str]):
+    """Yields each fault's outcome as its tests end."""
+    with ThreadPoolExecutor(jobs) as threads:
+        running = []
+        for fault in faults:
+            if failed := proves_nothing(fault, failing):
+                yield Outcome(fault, 0, f"{failed} fails without the fault", failing[failed])
+            else:
+                running.append(threads.submit(plant, fault, files, root))
+        for ended in as_completed(running):
+            yield ended.result()
+
+
+def say(outcome: Outcome) -> None:
+    fault = outcome.fault
+    print(f"{'PROBLEM' if outcome.problem else 'noticed'}  {outcome.seconds:5.1f} s  {fault.wing}: {fault.name}")
+    if outcome.problem:
+        print(f"    {outcome.problem}\n    {fault.file}: {fault.text!r} -> {fault.becomes!r}")
+        print(f"    {' '.join(fault.tests)}\n{outcome.output[-1500:]}")
+    sys.stdout.flush()
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """A line for each wing, then one for each fault that was not noticed."""
+    lines = [f"{'wing':<12}{'faults':>7}{'noticed':>9}{'problems':>10}{'seconds':>9}"]
+    for wing in [*WINGS, "all"]:
+        of_wing = [outcome for outcome in outcomes if wing in (outcome.fault.wing, "all")]
+        if of_wing:
+            problems = sum(outcome.problem is not None for outcome in of_wing)
+            seconds = sum(outcome.seconds for outcome in of_wing)
+            counts = f"{len(of_wing):>7}{len(of_wing) - problems:>9}{problems:>10}{seconds:>9.0f}"
+            lines.append(f"{wing:<12}{counts}")
+    bad = [outcome for outcome in outcomes if outcome.problem]
+    return "\n".join(lines + [f"{outcome.fault.wing}: {outcome.fault.name}: {outcome.problem}" for outcome in bad])
 
 
 def main() -> int:
@@ -140,6 +132,7 @@ def main() -> int:
     parser.add_argument("wings", nargs="*", metavar="WING", help=f"of {', '.join(WINGS)}; all if none is given")
     parser.add_argument("--match", default="", help="only faults whose name or file has this text")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="faults at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write each outcome to FILE, as it comes")
     parser.add_argument("--at-once", action="store_true", help="don't run the tests without a fault first")
     options = parser.parse_args()
     if unknown := set(options.wings) - set(WINGS):
@@ -149,13 +142,29 @@ def main() -> int:
     if not faults:
         parser.error(f"no fault matches {options.match!r}")
     files = files_of_the_tree()
-    with tempfile.TemporaryDirectory(prefix="planted-", ignore_cleanup_errors=True) as name:
-        root = copy_tree(files, ROOT, Path(name))  # whoever works on meanwhile changes nothing
-        if not options.at_once and not pass_without_a_fault(faults, files, root):
+    with copied(files, ROOT) as root:  # whoever works on meanwhile changes nothing
+        if not is_imported_from(root):
+            print("fitune is not imported from the copy: no fault would be in what is tested", file=sys.stderr)
             return 1
-        left = plant_all(faults, files, root, options.jobs)
-    print(f"{len(faults)} faults, {left} of them not noticed")
-    return 1 if left else 0
+        return plant_all(faults, files, root, options)
+
+
+def plant_all(faults: list[Fault], files: list[Path], root: Path, options: argparse.Namespace) -> int:
+    """Exit code; says and writes each outcome as it comes."""
+    failing = {}
+    if not options.at_once:
+        started = time.monotonic()
+        failing = failing_without_a_fault(faults, files, root, options.jobs)
+        print(f"without a fault {len(failing)} tests fail ({time.monotonic() - started:.0f} s)", flush=True)
+    outcomes = []
+    for outcome in outcomes_of(faults, files, root, options.jobs, failing):
+        outcomes.append(outcome)
+        say(outcome)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps([outcome.record() for outcome in outcomes], indent=1))
+    print(table(outcomes))
+    return 1 if any(outcome.problem for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from copies import files_of_the_tree
 from fault_list import ROOT, WINGS, Fault, all_faults, missing_tests, planted, read_faults
-from plant import plant
+from plant import failing_without_a_fault, outcomes_of, plant, table
 
 FAULTS = all_faults()
 
@@ -56,6 +57,7 @@ def test_a_fault_is_noticed_or_its_problem_named(text, becomes, tests, problem, 
     before = {path: (tree / path).read_bytes() for path in files}
     outcome = plant(Fault("cli", "a fault", "fitune/one.py", text, becomes, tuple(tests)), files, tree)
     assert outcome.problem is None if problem is None else outcome.problem.startswith(problem), outcome
+    assert outcome.record()["noticed"] == (problem is None)
     assert {path: (tree / path).read_bytes() for path in files} == before, "only the copy is changed"
     assert sorted(path.relative_to(tree) for path in tree.rglob("*") if path.is_file()) == sorted(files)
 
@@ -65,6 +67,49 @@ def test_tests_that_take_too_long_are_no_verdict(tree):
     files = [path.relative_to(tree) for path in tree.rglob("*.py")]
     fault = Fault("cli", "a fault", "fitune/one.py", "return 1", "return 2", ("test_one.py",))
     assert plant(fault, files, tree, timeout=1).problem == "no verdict after 1 s"
+
+
+def test_a_test_that_fails_without_a_fault_proves_nothing(tree):
+    """The fault of a test that passes is planted all the same."""
+    tests = (tree / "test_one.py").read_text() + "\n\ndef test_always():\n    assert one() == 3\n"
+    (tree / "test_one.py").write_text(tests)
+    files = [path.relative_to(tree) for path in tree.rglob("*.py")]
+    faults = [
+        Fault("cli", name, "fitune/one.py", "return 1", "return 2", (f"test_one.py::{test}",))
+        for name, test in (("seen", "test_value"), ("lives", "test_nothing"), ("unknown", "test_always"))
+    ]
+    failing = failing_without_a_fault(faults, files, tree, jobs=2)
+    assert set(failing) == {"test_one.py::test_always"}
+    outcomes = {outcome.fault.name: outcome for outcome in outcomes_of(faults, files, tree, 2, failing)}
+    assert {name: outcome.problem for name, outcome in outcomes.items()} == {
+        "seen": None,
+        "lives": "LIVES: its tests pass",
+        "unknown": "test_one.py::test_always fails without the fault",
+    }
+    assert "assert 1 == 3" in outcomes["unknown"].output
+    assert table(list(outcomes.values())).splitlines()[1].split()[:4] == ["cli", "3", "1", "2"]
+
+
+def test_a_file_that_cannot_be_run_proves_nothing(tree):
+    (tree / "test_one.py").write_text("import no_such_module\n\n\ndef test_value():\n    pass\n")
+    files = [path.relative_to(tree) for path in tree.rglob("*.py")]
+    fault = Fault("cli", "a fault", "fitune/one.py", "return 1", "return 2", ("test_one.py::test_value",))
+    failing = failing_without_a_fault([fault], files, tree, jobs=1)
+    [outcome] = outcomes_of([fault], files, tree, 1, failing)
+    assert outcome.problem == "test_one.py fails without the fault"
+
+
+@pytest.mark.parametrize("under_git", [True, False])
+def test_what_is_copied(under_git, tree):
+    """Files that git ignores are no part of the tree; without git, nor are hidden folders and what runs leave."""
+    for name in (".venv/lib.py", "runs/log.txt", "fitune/__pycache__/one.pyc"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    if under_git:
+        (tree / ".gitignore").write_text("/.venv\n/runs\n__pycache__\n")
+        subprocess.run(["git", "init", "--quiet", tree], check=True)
+    found = {str(path) for path in files_of_the_tree(tree)} - {".gitignore"}
+    assert found == {"fitune/one.py", "test_one.py"}
 
 
 def test_the_command_names_what_it_does_not_know():
