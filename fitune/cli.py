@@ -1,106 +1,27 @@
-"""The command line: pick a recipe and a memory profile, prepare, train, evaluate, generate, merge.
+"""The command line: what can be typed, and where each command does its work.
 
 Nothing heavy is imported before a command needs it: `--help`, `list` and `show` answer at once.
 """
 
-import shlex
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from fitune import environment
+from fitune.cli_group import Cli
+from fitune.cli_options import (
+    force_option,
+    machine_options,
+    merge_options,
+    output_option,
+    profile_option,
+    recipe_argument,
+    recipes_and_profiles,
+    set_option,
+)
 from fitune.config import run as runs
 from fitune.config.command_name import command, remember
-from fitune.config.shipped import PROFILES, RECIPES
-from fitune.errors import INTERRUPTED, STOPPED_BY_CTRL_C, FituneError, UsageError, is_out_of_memory
-
-
-class Command(click.Command):
-    """A command whose example is shown as the user would type it: `fitune` may have been called otherwise."""
-
-    def format_epilog(self, ctx, formatter) -> None:
-        formatter.write_paragraph()
-        with formatter.indentation():
-            formatter.write_text(self.epilog.replace("fitune ", f"{command()} "))
-
-
-class Cli(Command, click.Group):
-    """Prints an expected error as one line and exits with its code; --debug shows the traceback. So with Ctrl-C."""
-
-    command_class = Command
-
-    def format_epilog(self, ctx, formatter) -> None:
-        with formatter.section("Environment variables"):
-            formatter.write_dl(list(environment.MEANINGS.items()))
-        super().format_epilog(ctx, formatter)
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except (FituneError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
-            line, code = _in_one_line(error, ctx.invoked_subcommand)
-            if line is None or ctx.params.get("debug"):
-                raise
-            click.echo(line, err=True)
-            ctx.exit(code)
-
-
-def _in_one_line(error: BaseException, command_name: str | None) -> tuple[str | None, int]:
-    """What to print for an error, None where nobody expected it, and the exit code."""
-    if isinstance(error, FituneError):
-        return f"error: {error}", error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        if command_name == "train":
-            return "stopped: before the first step, with nothing to save", INTERRUPTED
-        return "stopped", STOPPED_BY_CTRL_C
-    if is_out_of_memory(error):
-        from fitune.training.out_of_memory import explain_in_one_process
-
-        return f"error: {explain_in_one_process(error)}", FituneError.exit_code
-    return None, 1
-
-
-def recipes_and_profiles(kind: str):
-    """Shell completion of a recipe or a profile, shipped or in a file."""
-
-    def complete(ctx, param, incomplete):
-        from fitune.config.catalogue import completed
-
-        return completed(RECIPES if kind == "recipe" else PROFILES, kind)(ctx, param, incomplete)
-
-    return complete
-
-
-recipe_argument = click.argument("recipe", shell_complete=recipes_and_profiles("recipe"))
-profile_option = click.option(
-    "--profile",
-    help="Memory profile (see `list`) or a .yaml file. [default: what is fastest on this machine]",
-    shell_complete=recipes_and_profiles("profile"),
-)
-set_option = click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
-)
-force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
-check_option = click.option(
-    "--check/--no-check",
-    default=True,
-    help="Compare what was written with base plus adapter on a few held-out prompts. [default: check]",
-)
-base_option = click.option(
-    "--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force)."
-)
-onto_option = click.option(
-    "--onto",
-    type=click.Choice(["trained", "original"]),
-    help="Add the adapter to the weights that training computed with, for qlora NF4, or to the base's own.",
-)
-output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
+from fitune.errors import UsageError
 
 
 @click.group(cls=Cli, epilog="Start with:  fitune list", context_settings={"help_option_names": ["-h", "--help"]})
@@ -126,11 +47,12 @@ def list_command(folder):
 @output_option
 def show(recipe, profile, sets, output):
     """The resolved run.yaml and the exact launch line; loads nothing."""
+    from fitune.launching.fastest_here import fastest_here
+    from fitune.launching.launch import dry_run_text
     from fitune.planning.fill import resolve
 
-    run = resolve(recipe, profile, sets, output) if profile else _fastest_here(recipe, sets, output)
-    click.echo(runs.dump(run), nl=False)
-    click.echo("\n# " + _launch_line(run, "fitune.training.train"))
+    run = resolve(recipe, profile, sets, output) if profile else fastest_here(recipe, sets, output)
+    click.echo(dry_run_text(run))
 
 
 @cli.command(epilog="Example:  fitune plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
@@ -156,7 +78,7 @@ def show(recipe, profile, sets, output):
 @click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
 def plan(recipe, profile, sets, **options):
     """Does it fit, where do the bytes go, how long will it take; loads nothing."""
-    from fitune.planning.command import plan_command
+    from fitune.planning.plan_command import plan_command
 
     plan_command(recipe, profile, sets, **options)
 
@@ -197,17 +119,6 @@ def prepare(recipe, dataset, output, sets, **options):
     prepare_command(recipe, dataset, output, sets, console=Console(), **options)
 
 
-def machine_options(command):
-    """The flags by which each of several machines is told its place."""
-    for option in (
-        click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines."),
-        click.option("--main-process-ip", help="Address of machine 0."),
-        click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0."),
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
 @click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=recipes_and_profiles("recipe"))
 @profile_option
@@ -219,7 +130,7 @@ def machine_options(command):
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
 @click.option("--machines", type=click.IntRange(min=1), help="Number of machines like this one, without --profile.")
 @machine_options
-def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, machines, **place):
+def train(recipe, profile, sets, output, **options):
     """Write run.yaml and accelerate.yaml, then start the processes with accelerate launch.
 
     Without --profile, `plan` finds what is fastest on this machine: GPUs, what lies in RAM, rows a pass, kept layers.
@@ -227,40 +138,9 @@ def train(recipe, profile, sets, output, resume, max_restarts, dry_run, force, m
     `train --resume RUN_FOLDER` continues a run as it was, from its newest whole checkpoint; --set and --profile change
     it. SIGTERM or Ctrl-C: the step is finished and saved, exit code 75. A second one ends the run at once.
     """
-    from fitune.launching.run_folder import as_started, nothing_left
-    from fitune.planning.fill import filled_here
-    from fitune.report.origin import remember_what_was_typed
+    from fitune.training.train_command import train_command
 
-    again = (Path(recipe) / "run.yaml").is_file()
-    if machines and (profile or again):
-        raise UsageError("--machines is for a run without --profile: a profile's accelerate config has num_machines")
-    if again:
-        run = _run_to_continue(Path(recipe), profile, sets, output, resume)
-    elif profile:
-        run = runs.resolve(recipe, profile, sets, output)
-    else:
-        run = _fastest_here(recipe, sets, output, resume, machines or 1)
-    if not dry_run:
-        _check_place(run, place)
-        if resume and (finished := nothing_left(run)):
-            click.echo(finished)
-            return
-        if not again:
-            runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
-    chosen = run.left_to_plan
-    run = filled_here(as_started(run) if resume else run)
-    if dry_run:
-        click.echo(runs.dump(run), nl=False)
-        click.echo("\n# " + _launch_line(run, "fitune.training.train"))
-        return
-    if chosen:
-        click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
-    remember_what_was_typed()
-    code = _train(run, resume=resume, max_restarts=max_restarts, force=force, **place)
-    if code:
-        sys.exit(code)
-    click.echo(f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}")
-    _show(run, **place)
+    sys.exit(train_command(recipe, profile, sets, output, **options))
 
 
 @cli.command(epilog="Example:  fitune submit llama3_70b_qlora --on slurm --nodes 2 --gpus 8 --dry-run")
@@ -300,41 +180,22 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
 @click.option("--tasks", metavar="NAME,…", help="lm-eval's tasks instead, on the merged model, such as hellaswag.")
 @click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own, for --tasks.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many rows of each task.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Also write the tasks' figures to this file."
-)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the tasks' figures to this file.")
 @force_option
 @machine_options
-def eval_command(given, data, tasks, include, limit, json_file, force, **place):
+def evaluate(given, data, **options):
     """Loss, perplexity and token accuracy on the test split, base against tuned.
 
     RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N. The folder of a merged model or of an adapter is
     measured by itself, on one device, a .gguf file by llama.cpp; these need --data.
     """
-    if given.suffix == ".gguf" and given.is_file():
-        _eval_gguf(given, data)
-    run = _run_or_nothing(given)
-    if tasks:
-        from fitune.training.tasks import tasks_command
+    from fitune.training.eval_command import eval_command
 
-        tasks_command(given, run, tasks.split(","), include=include, limit=limit, file=json_file, force=force)
-        return
-    if run is None:
-        if data is None:
-            raise UsageError(f"{given}: no run, so it knows no held-out rows: give --data FOLDER, which prepare wrote")
-        from fitune.training.evaluate_folder import print_evaluation
-
-        print_evaluation(given, data, force=force)
-        return
-    _check_place(run, place)
-    _check_data(run, asked_as_trained=True, reads_rows=data is None)
-    words = [*_checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
-    _launch(run, "fitune.training.evaluate", *words, place=place)
-    _show(run, **place)
+    sys.exit(eval_command(given, data, **options))
 
 
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
-@click.argument("run_or_model", type=click.Path(path_type=Path))
+@click.argument("given", metavar="RUN_OR_MODEL", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
 @click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
 @click.option("--chat", is_flag=True, help="A conversation with the tuned model.")
@@ -344,54 +205,17 @@ def eval_command(given, data, tasks, include, limit, json_file, force, **place):
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--seed", type=click.IntRange(min=0), help="Draw the same answers again. [default: other ones each time]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the answers to this file.")
+@click.option("--json", type=click.Path(path_type=Path), help="Also write the answers to this file.")
 @force_option
 @machine_options
-def generate(run_or_model, prompt, test, chat, serve, max_new_tokens, temperature, seed, json_file, force, **place):
+def generate(given, **options):
     """Answers from base and tuned model side by side, or from a merged model.
 
     RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N.
     """
-    is_model = not (run_or_model / "run.yaml").is_file() and (run_or_model / "config.json").is_file()
-    if serve:
-        if prompt or test or chat:
-            raise UsageError(
-                "--serve starts a server, which is asked over its port: leave out --prompt, --test and --chat"
-            )
-        from fitune.export.serve import serve as start
-        from fitune.export.serve import server_command
+    from fitune.training.generate_command import generate_command
 
-        is_file = run_or_model.suffix == ".gguf"
-        start(server_command(run_or_model, None if is_file else _run_or_nothing(run_or_model), serve))
-        return
-    if not (prompt or test or chat):
-        raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
-    if is_model and test:
-        raise UsageError(f"{run_or_model} is a model folder: --test needs a run folder, which knows the test split")
-    arguments = [
-        *(part for text in prompt for part in ("--prompt", text)),
-        "--max-new-tokens",
-        str(max_new_tokens),
-        "--temperature",
-        str(temperature),
-        *(["--chat"] if chat else []),
-        *(["--seed", str(seed)] if seed is not None else []),
-        *(["--force"] if force else []),
-        *(["--test", str(test)] if test else []),
-        *(["--json", str(json_file)] if json_file else []),
-    ]
-    if is_model:
-        from fitune.training.generate import generate_from_model, parse_options
-
-        generate_from_model(run_or_model, parse_options([str(run_or_model), *arguments]))
-    else:
-        run = _run_or_checkpoint(run_or_model)
-        _check_place(run, place)
-        _check_data(run, asked_as_trained=True, reads_rows=bool(test))
-        options = {"place": place} | ({"interrupts_go_on": True} if chat else {})
-        _launch(run, "fitune.training.generate", *_checkpoint_flag(run), *arguments, **options)
-        if test:
-            _show(run, **place)
+    sys.exit(generate_command(given, **options))
 
 
 @cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
@@ -425,10 +249,7 @@ def doctor(model):
 @cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
 @click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
-@base_option
-@onto_option
-@force_option
-@check_option
+@merge_options
 def merge(run_or_adapter, output, base, onto, force, check):
     """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N.
 
@@ -440,7 +261,9 @@ def merge(run_or_adapter, output, base, onto, force, check):
 
         merge_folder(run_or_adapter, output, **options)
     else:
-        run = _run_or_checkpoint(run_or_adapter)
+        from fitune.training.given_run import finished_run
+
+        run = finished_run(run_or_adapter)
         from fitune.export.merge import merge_run
 
         merge_run(run, output, **options)
@@ -452,10 +275,7 @@ def merge(run_or_adapter, output, base, onto, force, check):
 @click.option("--gguf", "kind", required=True, metavar="TYPE", help="f16, bf16 or q8_0.")
 @click.option("--quantize", "smaller", metavar="TYPE", help="Then make this of it with llama-quantize, such as q4_k_m.")
 @click.option("--output", type=click.Path(path_type=Path), help="New folder. [default: RUN-gguf-TYPE]")
-@base_option
-@onto_option
-@force_option
-@check_option
+@merge_options
 def export(given, kind, smaller, output, **merging):
     """A GGUF file for llama.cpp, LM Studio and Ollama, whose Modelfile is written beside it.
 
@@ -463,10 +283,11 @@ def export(given, kind, smaller, output, **merging):
     """
     from fitune.export.gguf import export_gguf, refuse_impossible
     from fitune.export.whole_model import whole_model
+    from fitune.training.given_run import finished_run_or_none
 
     output = output or given.absolute().with_name(f"{given.absolute().name}-gguf-{kind}")
     refuse_impossible(kind, smaller, output)
-    model = whole_model(given, _run_or_nothing(given), **merging)
+    model = whole_model(given, finished_run_or_none(given), **merging)
     files = export_gguf(model, output, kind, smaller)
     click.echo(f"exported: {', '.join(map(str, files))}   next: ollama create NAME -f {output / 'Modelfile'}")
 
@@ -478,37 +299,19 @@ def export(given, kind, smaller, output, **merging):
 @click.option("--gguf", "kind", metavar="TYPE", help="A GGUF file, f16, bf16 or q8_0, with its Modelfile.")
 @click.option("--repo", metavar="[OWNER/]NAME", help="[default: yours, named after the folder]")
 @click.option("--public", is_flag=True, help="For everyone to see. [default: private]")
-@base_option
-@onto_option
-@force_option
-@check_option
+@merge_options
 def push(given, what, kind, repo, public, **merging):
     """Upload to the Hugging Face Hub with the login of `hf auth login`, with a model card.
 
     RUN may be a checkpoint of a run; a merged model's, an adapter's or a GGUF's folder is uploaded as it is.
     """
     from fitune.export.push import login, push, repository, what_to_push
+    from fitune.training.given_run import finished_run_or_none
 
-    run = _run_or_nothing(given)
+    run = finished_run_or_none(given)
     repo = repository(repo, login(), given)
     make = what_to_push(given, run, merged=what == "merged", gguf=kind, **merging)
     click.echo(f"pushed: {push(given, make, repo, public=public)}")
-
-
-def _eval_gguf(file: Path, data: Path | None) -> None:
-    if data is None:
-        raise UsageError(f"{file}: knows no held-out rows: give --data FOLDER, which prepare wrote")
-    from fitune.training.evaluate_folder import print_report
-    from fitune.training.evaluate_gguf import evaluate_gguf, leave
-
-    print_report(evaluate_gguf(file, data))
-    leave()
-
-
-def _run_or_nothing(given: Path):
-    """The run of a folder or checkpoint; None for an adapter's, a model's or a GGUF's folder."""
-    others = ("adapter_config.json", "config.json", "*.gguf")
-    return None if any(list(given.glob(name)) for name in others) else _run_or_checkpoint(given)
 
 
 @cli.command(epilog="Example:  fitune report runs/tiny_qlora-cpu_2proc --compare runs/tiny_lora-cpu_2proc")
@@ -543,134 +346,6 @@ def completion(shell):
 def _completed_program() -> tuple[str, str]:
     """The program that a shell completes, and the environment variable by which it asks."""
     return ("cli.py", "_CLI_PY_COMPLETE") if command().endswith(".py") else ("fitune", "_FITUNE_COMPLETE")
-
-
-def _run_or_checkpoint(folder: Path):
-    """The finished run of a folder, or that of a checkpoint, which then stands for the run's result."""
-    if folder.absolute().parent.name != "checkpoints":
-        run = runs.load(folder)
-        if not run.result_folder.is_dir():
-            raise UsageError(
-                f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume"
-            )
-        return run
-    run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})
-    if not run.result_folder.is_dir():
-        whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
-        raise UsageError(
-            f"{run.result_folder}: no such folder; give a run folder or a whole checkpoint of it{whole_model}"
-        )
-    from fitune.training.manifest import find_damage
-
-    if damage := find_damage(folder):
-        raise UsageError(f"{folder}: {damage}; give another checkpoint, or the run's folder")
-    return run
-
-
-def _check_place(run, place: dict) -> None:
-    """Raises UsageError where this machine is not told its place among several."""
-    from fitune.launching.machines import check_machine_flags
-
-    check_machine_flags(run, **place)
-
-
-def _check_data(run, *, asked_as_trained: bool = False, reads_rows: bool = True) -> None:
-    """Raises UsageError for rows that were prepared otherwise than the run's recipe says; says whose they are.
-
-    With `asked_as_trained` also for a template or system message that the run's result was not trained with.
-    """
-    from fitune.config.hub import local_config
-    from fitune.data.dataset import load_tokenizer
-    from fitune.data.prepared import check_prepared, dataset_in
-    from fitune.export.chat_record import refuse_another_chat
-
-    data, base = run.recipe.data, run.recipe.base
-    if reads_rows and (prepared_from := dataset_in(Path(data.prepared), data)):
-        click.echo(f"data: {data.prepared}, prepared from {prepared_from}")
-    tokenizer = load_tokenizer(run.recipe, local_config(base.model, base.revision))
-    if asked_as_trained:
-        refuse_another_chat(run, tokenizer)
-    if reads_rows:
-        check_prepared(run.recipe, tokenizer)
-
-
-def _checkpoint_flag(run) -> list[str]:
-    return ["--checkpoint", run.checkpoint] if run.checkpoint else []
-
-
-def _run_to_continue(folder: Path, profile: str | None, sets: tuple[str, ...], output: str | None, resume: bool):
-    """The run of a folder that was given in a recipe's place."""
-    if not resume:
-        raise UsageError(f"{folder} is a run's folder: add --resume to continue it, or give a recipe")
-    if output:
-        raise UsageError(f"{folder} is a run's folder, which is continued in place: remove --output {output}")
-    return runs.resolve_again(folder, profile, sets)
-
-
-def _fastest_here(recipe: str, sets: tuple[str, ...], output: str | None, resume: bool = False, machines: int = 1):
-    """The run that is fastest on this machine, or that was when it was started; says what was chosen."""
-    from fitune.launching.run_folder import found_before
-    from fitune.planning.hardware import this_machine
-    from fitune.planning.search import find
-
-    machine = this_machine()
-    if resume and output and (run := found_before(recipe, sets, Path(output), len(machine.gpus))):
-        return run
-    found = find(recipe, sets, machine, output=output, machines=machines)
-    for line in (found.in_one_line(), found.why_idle(), machine.uneven):
-        if line:
-            click.echo(line, err=True)
-    return found.plan.run
-
-
-def _train(run, *, resume: bool, max_restarts: int, force: bool, **place) -> int:
-    """Checks, then starts this machine's ranks, with those of other machines if there are some; the exit code."""
-    from fitune.launching.launch import machine_flags, train_with_restarts
-    from fitune.launching.machines import Machines
-    from fitune.launching.preflight import check_before_training, fetch_base
-    from fitune.launching.run_folder import open_run_folder
-
-    several, rank = run.accelerate.num_machines > 1, place["machine_rank"] or 0
-    with ExitStack() as stack:
-        if not rank:
-            check_before_training(run, force=force)
-            _check_data(run)
-            stack.enter_context(open_run_folder(run, resume))
-        if several:
-            machines = stack.enter_context(Machines(run, rank, resume))
-            if rank:
-                run, resume = machines.settings_of_machine_0(run), machines.resume
-                check_before_training(run, force=force)
-                _check_data(run)
-        click.echo(_launch_line(run, "fitune.training.train", *(["--resume"] if resume else [])))
-        fetch_base(run)
-        if several:
-            machines.start_together()
-        return train_with_restarts(
-            run, resume=resume, max_restarts=max_restarts, accelerate_flags=machine_flags(**place)
-        )
-
-
-def _launch_line(run, module: str, *arguments: str) -> str:
-    from fitune.launching.launch import launch_line
-
-    return shlex.join(launch_line(run, module, *arguments))
-
-
-def _launch(run, module: str, *arguments: str, place: dict, **options) -> None:
-    from fitune.launching.launch import launch_until_stopped, machine_flags
-
-    code = launch_until_stopped(run, module, *arguments, accelerate_flags=machine_flags(**place), **options)
-    if code:
-        sys.exit(code)
-
-
-def _show(run, machine_rank: int | None = None, **_) -> None:
-    """The page of a run, with what the command has added; machine 0 writes it."""
-    from fitune.report.page import page_after_a_command
-
-    if not machine_rank:
-        click.echo(page_after_a_command(run.folder), err=True)
 
 
 def main() -> None:

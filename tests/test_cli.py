@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from fitune import environment
 from fitune.errors import UsageError
+from fitune.training import eval_command, generate_command, train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,14 +172,14 @@ def finished(tmp_path):
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, finished, monkeypatch, code):
     started = []
-    launch = "fitune.launching.launch.launch_until_stopped"
-    monkeypatch.setattr(launch, lambda run, *words, **_: started.append(words) or code)
+    for module in (eval_command, generate_command):
+        monkeypatch.setattr(module, "launch_until_stopped", lambda run, *words, **_: started.append(words) or code)
+        monkeypatch.setattr(module, "check_data", lambda run, **about: None)
     monkeypatch.setattr("fitune.training.manifest.find_damage", lambda folder: None)
-    monkeypatch.setattr("fitune.cli._check_data", lambda run, **about: None)
     checkpoint = finished / "checkpoints/checkpoint-1"
     assert cli("eval", finished).exit_code == code
     assert cli("eval", checkpoint, "--force").exit_code == code
-    words = ["--prompt", "a", "--prompt", "b", "--max-new-tokens", "7", "--temperature", "0.5", "--force"]
+    words = ["--prompt", "a", "--prompt", "-b", "--max-new-tokens", "7", "--temperature", "0.5", "--force"]
     assert cli("generate", checkpoint, *words, "--test", "3", "--json", "out.json").exit_code == code
     module = "fitune.training."
     assert started[:2] == [
@@ -190,18 +191,17 @@ def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, fini
     from fitune.training.generate import parse_options
 
     options = parse_options([str(finished), *arguments])
-    assert (options.prompt, options.max_new_tokens, options.temperature) == (["a", "b"], 7, 0.5)
+    assert (options.prompt, options.max_new_tokens, options.temperature) == (["a", "-b"], 7, 0.5)
     assert (options.force, options.test, str(options.json)) == (True, 3, "out.json")
     assert options.checkpoint == str(checkpoint)
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_a_run_that_failed_is_not_said_to_have_a_result(cli, monkeypatch, tmp_path, code):
-    monkeypatch.setattr("fitune.launching.preflight.check_before_training", lambda run, force: None)
-    monkeypatch.setattr("fitune.launching.preflight.fetch_base", lambda run: None)
-    monkeypatch.setattr("fitune.launching.launch.train_with_restarts", lambda run, **options: code)
+    for name in ("check_before_training", "fetch_base", "check_data"):
+        monkeypatch.setattr(train_command, name, lambda run, **options: None)
+    monkeypatch.setattr(train_command, "train_with_restarts", lambda run, **options: code)
     monkeypatch.setattr("fitune.config.run.check_paths", lambda *names: None)
-    monkeypatch.setattr("fitune.cli._check_data", lambda run: None)
     result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run")
     assert result.exit_code == code
     assert ("result:" in result.output) == (code == 0)

@@ -24,8 +24,8 @@ MAY_IMPORT = {
 "Each wing may also import itself and the leaves."
 LEAVES = {"environment", "errors", "output_folder", "progress"}
 "Modules that any wing may import; they import one another at most."
-ENTRANCES = {"cli"}
-"Modules that may import everything and that no other may import."
+ENTRANCES = {"cli", "cli_group", "cli_options"}
+"The command line: modules that may import everything and that no wing may import."
 WITHOUT_TORCH = {"config", "planning", "report"}
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib")
 TOP = "the package itself, for its version"

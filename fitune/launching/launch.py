@@ -2,13 +2,15 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+from fitune.config import run as runs
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import CHECKOUT
@@ -18,29 +20,32 @@ from fitune.launching.run_folder import launch_config, settings_to_train
 from fitune.launching.signals import interrupts_passed_on, passed_on_to_ranks
 
 TRAINING = "fitune.training.train"
+Place = Mapping[str, int | str | None]
+"A machine's among several, in accelerate's words: machine_rank, main_process_ip, main_process_port."
+NO_PLACE: Place = {}
 TOLD = -signal.SIGTERM
 "Not an exit code: processes were ended by a signal that was passed on to them."
 
 
-def launch_line(run: Run, module: str, *arguments: str) -> list[str]:
+def launch_line(run: Run, module: str, *arguments: str) -> str:
     """The command that starts `module` on a run's folder, as typed in a shell."""
     config = ["accelerate", "launch", "--config_file", _short(run.accelerate.path)]
-    return [*config, "-m", module, _short(str(run.folder / "run.yaml")), *arguments]
+    return shlex.join([*config, "-m", module, _short(str(run.folder / "run.yaml")), *arguments])
 
 
-def machine_flags(**place: object) -> tuple[str, ...]:
-    """accelerate's flags for a machine's place among several: machine_rank, main_process_ip, main_process_port."""
-    return tuple(str(part) for flag, value in place.items() if value is not None for part in (f"--{flag}", value))
+def dry_run_text(run: Run) -> str:
+    """run.yaml, and the line that starts its training."""
+    return f"{runs.dump(run)}\n# {launch_line(run, TRAINING)}"
 
 
-def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate_flags: tuple[str, ...]) -> int:
+def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, place: Place) -> int:
     """Trains, and after a crash goes on from the newest checkpoint, at most `max_restarts` times; the exit code.
 
     A crash is a rank that died, hung or raised what fitune did not expect; an error that fitune explains would only
     come again.
     """
     for restart in range(max_restarts + 1):
-        code, signals = _train_once(run, resume, accelerate_flags)
+        code, signals = _train_once(run, resume, place)
         if code == TOLD:
             say_while_training("stopped: before the first step, with nothing to save")
         if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
@@ -54,7 +59,7 @@ def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, accelerate
     return 1 if code in (TOLD, CRASHED) else code
 
 
-def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tuple[int, int]:
+def _train_once(run: Run, resume: bool, place: Place) -> tuple[int, int]:
     """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
     from fitune.launching.heartbeat import Watch
 
@@ -63,17 +68,18 @@ def _train_once(run: Run, resume: bool, accelerate_flags: tuple[str, ...]) -> tu
         os.environ[HEARTBEATS] = folder
         watch = Watch(Path(folder), run.accelerate.num_machines)
         watch.start()
-        flags = {"accelerate_flags": accelerate_flags, "settings": settings_to_train(run.folder)}
+        settings = settings_to_train(run.folder)
         try:
             with passed_on_to_ranks(TRAINING, watch.has_begun_to_train) as received:
-                code = launch(run, TRAINING, *arguments, **flags, told=received, explained=watch.ended)
+                watched = {"told": received, "explained": watch.ended}
+                code = launch(run, TRAINING, *arguments, settings=settings, place=place, **watched)
         finally:
             watch.stop()
     return code, len(received)
 
 
 def launch_until_stopped(
-    run: Run, module: str, *arguments: str, accelerate_flags: tuple[str, ...] = (), interrupts_go_on: bool = False
+    run: Run, module: str, *arguments: str, place: Place = NO_PLACE, interrupts_go_on: bool = False
 ) -> int:
     """`launch` for what has nothing to save: a signal ends all processes; the exit code is then 128 + its number.
 
@@ -81,7 +87,7 @@ def launch_until_stopped(
     """
     interrupts = interrupts_passed_on(module) if interrupts_go_on else nullcontext()
     with passed_on_to_ranks(module) as received, interrupts:
-        code = launch(run, module, *arguments, accelerate_flags=accelerate_flags, told=received)
+        code = launch(run, module, *arguments, place=place, told=received)
     if received:
         say_while_training("stopped")
         return 128 + received[0]
@@ -93,22 +99,23 @@ def launch(
     module: str,
     *arguments: str,
     settings: Path | None = None,
-    accelerate_flags: tuple[str, ...] = (),
+    place: Place = NO_PLACE,
     told: Collection[int] = (),
     explained: Collection[int] = (),
 ) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
-    `settings` stands for the folder's run.yaml. `accelerate_flags` override the config file, e.g. ("--machine_rank",
-    "1"). What went wrong is printed by then. A process that was killed counts as CRASHED, and is named unless its pid
-    is in `explained` by then. TOLD: one was ended by a signal that was passed on to it, as those in `told` were.
+    `settings` stands for the folder's run.yaml, `place` goes before what the config file says of this machine. What
+    went wrong is printed by then. A process that was killed counts as CRASHED, and is named unless its pid is in
+    `explained` by then. TOLD: one was ended by a signal that was passed on to it, as those in `told` were.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _set_environment(run)
     config = str(launch_config(run, settings))
-    flags = ["--config_file", config, *accelerate_flags, "-m", module]
+    place_flags = [str(word) for name, value in place.items() if value is not None for word in (f"--{name}", value)]
+    flags = ["--config_file", config, *place_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = "SIGQUIT"  # torch's own way with the others gives ranks 30 s, and prints tracebacks
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -55,12 +57,18 @@ def write_page_again(folder: Path) -> Path:
     return write_page(folder, others, price)
 
 
-def page_after_a_command(folder: Path) -> str:
-    """Writes the page again and says where it is; what goes wrong costs no more than a line: the work is done."""
+def show_page_after_a_command(folder: Path, place: Mapping) -> None:
+    """Writes the page again and says where it is; of several machines only machine 0 does, by its `place`.
+
+    What goes wrong costs no more than a line: the work is done.
+    """
+    if place.get("machine_rank"):
+        return
     try:
-        return f"page: {write_page_again(folder)}"
+        said = f"page: {write_page_again(folder)}"
     except Exception as error:
-        return f"note: {folder / PAGE} was not written: {error}"
+        said = f"note: {folder / PAGE} was not written: {error}"
+    print(said, file=sys.stderr)
 
 
 def page(runs: list[RunFiles], price_per_hour: float | None = None) -> str:

@@ -42,9 +42,10 @@ def fitune(tiny_base, monkeypatch, tmp_path):
     """Runs a command line in a folder with recipe.yaml and the tiny base; what would be started goes to `started`."""
     from fitune.cli import cli
     from fitune.launching import launch, preflight
+    from fitune.training import train_command
 
     started = []
-    monkeypatch.setattr(launch, "train_with_restarts", lambda run, **_: started.append(run) or 0)
+    monkeypatch.setattr(train_command, "train_with_restarts", lambda run, **_: started.append(run) or 0)
     monkeypatch.setattr(launch, "launch", lambda run, module, *arguments, **_: started.append((module, arguments)) or 0)
     monkeypatch.setattr(preflight, "check_fits", lambda run: None)
     monkeypatch.chdir(tmp_path)

@@ -26,10 +26,10 @@ def test_only_a_crash_is_followed_by_another_start(ends, most, code, resumed, mo
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     left, starts = list(ends), []
 
-    def once(run, resume, accelerate_flags):
+    def once(run, resume, place):
         starts.append(resume)
         return left.pop(0)
 
     monkeypatch.setattr(launch, "_train_once", once)
-    assert launch.train_with_restarts(run, resume=False, max_restarts=most, accelerate_flags=()) == code
+    assert launch.train_with_restarts(run, resume=False, max_restarts=most, place={}) == code
     assert starts == resumed

@@ -294,7 +294,7 @@ def test_time_is_that_of_the_gpus_there_are(cli, monkeypatch):
 
     assert gpu_of("--gpus", "1", "--gpu-memory", "80", "--find") == "H100"  # found: fsdp_1x48gb
     here = Machine((Gpu("NVIDIA GeForce RTX 3090", 24, 23.5),), 64, 60)
-    monkeypatch.setattr("fitune.planning.command.this_machine", lambda: here)
+    monkeypatch.setattr("fitune.planning.plan_command.this_machine", lambda: here)
     assert gpu_of() == "RTX 3090" and gpu_of("--gpu", "RTX 4090") == "RTX 4090"
 
 

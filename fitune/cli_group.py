@@ -1,0 +1,52 @@
+"""How the command line looks: examples as the user would type them, an expected error as one line."""
+
+import click
+
+from fitune import environment
+from fitune.config.command_name import command
+from fitune.errors import INTERRUPTED, STOPPED_BY_CTRL_C, FituneError, is_out_of_memory
+
+
+class Command(click.Command):
+    """A command whose example is shown as the user would type it: `fitune` may have been called otherwise."""
+
+    def format_epilog(self, ctx, formatter) -> None:
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(self.epilog.replace("fitune ", f"{command()} "))
+
+
+class Cli(Command, click.Group):
+    """Prints an expected error as one line and exits with its code; --debug shows the traceback. So with Ctrl-C."""
+
+    command_class = Command
+
+    def format_epilog(self, ctx, formatter) -> None:
+        with formatter.section("Environment variables"):
+            formatter.write_dl(list(environment.MEANINGS.items()))
+        super().format_epilog(ctx, formatter)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (FituneError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+            line, code = in_one_line(error, ctx.invoked_subcommand)
+            if line is None or ctx.params.get("debug"):
+                raise
+            click.echo(line, err=True)
+            ctx.exit(code)
+
+
+def in_one_line(error: BaseException, command_name: str | None) -> tuple[str | None, int]:
+    """What to print for an error, None where nobody expected it, and the exit code."""
+    if isinstance(error, FituneError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        if command_name == "train":
+            return "stopped: before the first step, with nothing to save", INTERRUPTED
+        return "stopped", STOPPED_BY_CTRL_C
+    if is_out_of_memory(error):
+        from fitune.training.out_of_memory import explain_in_one_process
+
+        return f"error: {explain_in_one_process(error)}", FituneError.exit_code
+    return None, 1

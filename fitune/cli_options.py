@@ -1,0 +1,84 @@
+"""Arguments and options that several commands share."""
+
+from functools import wraps
+
+import click
+
+from fitune.config.shipped import PROFILES, RECIPES
+
+
+def recipes_and_profiles(kind: str):
+    """Shell completion of a recipe or a profile, shipped or in a file."""
+
+    def complete(ctx, param, incomplete):
+        from fitune.config.catalogue import completed
+
+        return completed(RECIPES if kind == "recipe" else PROFILES, kind)(ctx, param, incomplete)
+
+    return complete
+
+
+recipe_argument = click.argument("recipe", shell_complete=recipes_and_profiles("recipe"))
+profile_option = click.option(
+    "--profile",
+    help="Memory profile (see `list`) or a .yaml file. [default: what is fastest on this machine]",
+    shell_complete=recipes_and_profiles("profile"),
+)
+set_option = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
+)
+output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
+force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
+
+
+def several(*options):
+    """Adds all of them to a command; `--help` shows them in this order."""
+
+    def add(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+merge_options = several(
+    click.option(
+        "--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force)."
+    ),
+    click.option(
+        "--onto",
+        type=click.Choice(["trained", "original"]),
+        help="Add the adapter to the weights that training computed with, for qlora NF4, or to the base's own.",
+    ),
+    force_option,
+    click.option(
+        "--check/--no-check",
+        default=True,
+        help="Compare what was written with base plus adapter on a few held-out prompts. [default: check]",
+    ),
+)
+
+
+def machine_options(command):
+    """The flags by which each of several machines is told its place, which the command gets as one dict."""
+
+    @several(
+        click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines."),
+        click.option("--main-process-ip", help="Address of machine 0."),
+        click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0."),
+    )
+    @wraps(command)
+    def with_place(*, machine_rank, main_process_ip, main_process_port, **options):
+        place = {
+            "machine_rank": machine_rank,
+            "main_process_ip": main_process_ip,
+            "main_process_port": main_process_port,
+        }
+        return command(place=place, **options)
+
+    return with_place

@@ -1,0 +1,70 @@
+"""What `fitune generate` does: answers of a run on all its ranks, of a model on one device, or a server's."""
+
+from pathlib import Path
+
+from fitune.errors import UsageError
+from fitune.launching.launch import Place, launch_until_stopped
+from fitune.launching.machines import check_machine_flags
+from fitune.report.page import show_page_after_a_command
+from fitune.training.given_run import check_data, checkpoint_flag, finished_run, finished_run_or_none
+
+
+def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -> int:
+    """The exit code; `asked` are the flags of what is asked and how, `place` this machine's among several.
+
+    Raises UsageError where nothing can be asked.
+    """
+    asks = asked["prompt"] or asked["test"] or asked["chat"]
+    if serve:
+        if asks:
+            raise UsageError(
+                "--serve starts a server, which is asked over its port: leave out --prompt, --test and --chat"
+            )
+        return _serve(given, serve)
+    if not asks:
+        raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
+    if not (given / "run.yaml").is_file() and (given / "config.json").is_file():
+        return _ask_model(given, asked)
+    return _ask_run(given, asked, place)
+
+
+def _serve(given: Path, port: int) -> int:
+    from fitune.export.serve import serve, server_command
+
+    run = None if given.suffix == ".gguf" else finished_run_or_none(given)
+    serve(server_command(given, run, port))
+    return 0
+
+
+def _ask_model(folder: Path, asked: dict) -> int:
+    if asked["test"]:
+        raise UsageError(f"{folder} is a model folder: --test needs a run folder, which knows the test split")
+    from fitune.training.generate import generate_from_model, parse_options
+
+    generate_from_model(folder, parse_options([str(folder), *_as_typed(asked)]))
+    return 0
+
+
+def _ask_run(folder: Path, asked: dict, place: Place) -> int:
+    run = finished_run(folder)
+    check_machine_flags(run, **place)
+    check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
+    words = [*checkpoint_flag(run), *_as_typed(asked)]
+    code = launch_until_stopped(
+        run, "fitune.training.generate", *words, place=place, interrupts_go_on=bool(asked["chat"])
+    )
+    if asked["test"] and not code:
+        show_page_after_a_command(run.folder, place)
+    return code
+
+
+def _as_typed(asked: dict) -> list[str]:
+    """The flags, for `parse_options` of fitune/training/generate.py."""
+    words = []
+    for name, value in asked.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:  # with "=", as a prompt may begin with "-"
+            words += [f"{flag}={each}" for each in (value if isinstance(value, tuple) else [value])]
+    return words

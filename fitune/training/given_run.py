@@ -1,0 +1,65 @@
+"""A run that a command was given, by its folder or a checkpoint's, and whether its data are still as it says."""
+
+from pathlib import Path
+
+import click
+
+from fitune.config import run as runs
+from fitune.config.schema import Run
+from fitune.errors import UsageError
+
+
+def finished_run(folder: Path) -> Run:
+    """The finished run of a folder, or that of a checkpoint, which then stands for the run's result.
+
+    Raises UsageError for a run without a result and for a checkpoint that is damaged.
+    """
+    if folder.absolute().parent.name != "checkpoints":
+        run = runs.load(folder)
+        if not run.result_folder.is_dir():
+            raise UsageError(
+                f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume"
+            )
+        return run
+    run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})
+    if not run.result_folder.is_dir():
+        whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
+        raise UsageError(
+            f"{run.result_folder}: no such folder; give a run folder or a whole checkpoint of it{whole_model}"
+        )
+    from fitune.training.manifest import find_damage
+
+    if damage := find_damage(folder):
+        raise UsageError(f"{folder}: {damage}; give another checkpoint, or the run's folder")
+    return run
+
+
+def finished_run_or_none(given: Path) -> Run | None:
+    """The run of a folder or checkpoint; None for an adapter's, a model's or a GGUF's folder."""
+    others = ("adapter_config.json", "config.json", "*.gguf")
+    return None if any(list(given.glob(name)) for name in others) else finished_run(given)
+
+
+def checkpoint_flag(run: Run) -> list[str]:
+    """What tells the ranks that a checkpoint was given."""
+    return ["--checkpoint", run.checkpoint] if run.checkpoint else []
+
+
+def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = True) -> None:
+    """Raises UsageError for rows that were prepared otherwise than the run's recipe says; says whose they are.
+
+    With `asked_as_trained` also for a template or system message that the run's result was not trained with.
+    """
+    from fitune.config.hub import local_config  # not at the top: what needs no tokenizer is refused before
+    from fitune.data.dataset import load_tokenizer
+    from fitune.data.prepared import check_prepared, dataset_in
+    from fitune.export.chat_record import refuse_another_chat
+
+    data, base = run.recipe.data, run.recipe.base
+    if reads_rows and (prepared_from := dataset_in(Path(data.prepared), data)):
+        click.echo(f"data: {data.prepared}, prepared from {prepared_from}")
+    tokenizer = load_tokenizer(run.recipe, local_config(base.model, base.revision))
+    if asked_as_trained:
+        refuse_another_chat(run, tokenizer)
+    if reads_rows:
+        check_prepared(run.recipe, tokenizer)

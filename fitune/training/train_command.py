@@ -1,0 +1,93 @@
+"""What `fitune train` does: which run is meant, may it start, and this machine's ranks until they end."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from fitune.config import run as runs
+from fitune.config.command_name import command
+from fitune.config.schema import Run
+from fitune.errors import UsageError
+from fitune.launching.fastest_here import fastest_here
+from fitune.launching.launch import TRAINING, Place, dry_run_text, launch_line, train_with_restarts
+from fitune.launching.machines import Machines, check_machine_flags
+from fitune.launching.preflight import check_before_training, fetch_base
+from fitune.launching.run_folder import as_started, nothing_left, open_run_folder
+from fitune.planning.fill import filled_here
+from fitune.report.origin import remember_what_was_typed
+from fitune.report.page import show_page_after_a_command
+from fitune.training.given_run import check_data
+
+
+def train_command(
+    recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, *, resume: bool, max_restarts: int,
+    dry_run: bool, force: bool, machines: int | None, place: Place,
+) -> int:  # fmt: skip
+    """The exit code of the run that a recipe or a run's folder stands for; `place` is this machine's among several.
+
+    Raises UsageError for what can be known to fail before a process is started.
+    """
+    goes_on = (Path(recipe) / "run.yaml").is_file()
+    run = _run_to_train(recipe, profile, sets, output, resume, machines, goes_on)
+    if not dry_run:
+        check_machine_flags(run, **place)
+        if resume and (finished := nothing_left(run)):
+            click.echo(finished)
+            return 0
+        if not goes_on:
+            runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
+    chosen = run.left_to_plan
+    run = filled_here(as_started(run) if resume else run)
+    if dry_run:
+        click.echo(dry_run_text(run))
+        return 0
+    if chosen:
+        click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
+    remember_what_was_typed()
+    code = _train(run, resume=resume, max_restarts=max_restarts, force=force, place=place)
+    if not code:
+        click.echo(
+            f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}"
+        )
+        show_page_after_a_command(run.folder, place)
+    return code
+
+
+def _run_to_train(
+    recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, resume: bool, machines: int | None,
+    goes_on: bool,
+) -> Run:  # fmt: skip
+    """The run of a folder that goes on, else a recipe's with the profile, or with what is fastest here."""
+    if machines and (profile or goes_on):
+        raise UsageError("--machines is for a run without --profile: a profile's accelerate config has num_machines")
+    if not goes_on:
+        if profile:
+            return runs.resolve(recipe, profile, sets, output)
+        return fastest_here(recipe, sets, output, resume=resume, machines=machines or 1)
+    if not resume:
+        raise UsageError(f"{recipe} is a run's folder: add --resume to continue it, or give a recipe")
+    if output:
+        raise UsageError(f"{recipe} is a run's folder, which is continued in place: remove --output {output}")
+    return runs.resolve_again(Path(recipe), profile, sets)
+
+
+def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, place: Place) -> int:
+    """Checks, then starts this machine's ranks, with those of other machines if there are some; the exit code."""
+    several, rank = run.accelerate.num_machines > 1, place["machine_rank"] or 0
+    with ExitStack() as stack:
+        if not rank:
+            check_before_training(run, force=force)
+            check_data(run)
+            stack.enter_context(open_run_folder(run, resume))
+        if several:
+            machines = stack.enter_context(Machines(run, rank, resume))
+            if rank:
+                run, resume = machines.settings_of_machine_0(run), machines.resume
+                check_before_training(run, force=force)
+                check_data(run)
+        click.echo(launch_line(run, TRAINING, *(["--resume"] if resume else [])))
+        fetch_base(run)
+        if several:
+            machines.start_together()
+        return train_with_restarts(run, resume=resume, max_restarts=max_restarts, place=place)
