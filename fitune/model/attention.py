@@ -1,16 +1,18 @@
 """Attention over packed rows: each example attends to itself alone.
 
-On a GPU by the FlashAttention kernel that PyTorch brings, on the CPU one example after the other. Both demand the same
-of a batch. `sdpa` knows nothing of packing: it computes all pairs of a row's tokens, with a mask of that size, and
-throws those between two examples away.
+On a GPU by the FlashAttention kernel that PyTorch brings, or by cuDNN's where all examples are of one length; on the
+CPU one example after the other. All demand the same of a batch. `sdpa` knows nothing of packing: it computes all pairs
+of a row's tokens, with a mask of that size, and throws those between two examples away.
 """
 
 import inspect
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +20,12 @@ from transformers.masking_utils import flash_attention_mask
 
 PACKED_ATTENTION = "fitune_packed"
 """Its name as a transformers `attn_implementation`."""
+CUDNN_CAPABILITIES = {(9, 0), (10, 0), (10, 3)}
+"""Hopper and Blackwell's data centre GPUs."""
+CUDNN_FROM = 1024
+"""Tokens of an example; a shorter one costs little by any kernel."""
+CUDNN_STEP = 256
+"""Lengths are padded to a multiple of so many tokens: cuDNN plans each new length for about 0.1 s."""
 # torch 2.11 lets several query heads share a key and value head without being asked
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -47,8 +55,7 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     check_bounds(cu_seq_lens_q, max_length_q, query.device)
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    attend = _by_kernel if query.is_cuda else _by_example
-    return attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
+    return _attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
 
 
 def _window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -75,8 +82,16 @@ def bounds_of_rows(rows: int, length: int, device: torch.device) -> torch.Tensor
     return torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
 
 
-def _by_kernel(query, key, value, bounds, longest, scaling):
-    """[T, heads, head_dim], all examples at once."""
+def _attend(query, key, value, bounds, longest, scaling):
+    """[T, heads, head_dim] of packed examples, for autograd."""
+    if not query.is_cuda:
+        return _by_example(query, key, value, bounds, longest, scaling)
+    if takes_cudnn(query, bounds, longest):
+        rows = (_as_rows(x, longest) for x in (query, key, value))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return _as_examples(
+                F.scaled_dot_product_attention(*rows, is_causal=True, scale=scaling, enable_gqa=True), longest
+            )
     options = {"scale": scaling, "window_size": (-1, 0)} | GROUPED  # tokens to the left, all; to the right, none
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
@@ -97,6 +112,12 @@ def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: floa
     """
     if not query.is_cuda:
         return _by_example(query, key, value, bounds, longest, scaling), ()
+    if takes_cudnn(query, bounds, longest):
+        inputs = (_as_rows(x, longest) for x in (query, key, value))
+        output, log_sums, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *inputs, None, True, 0.0, True, False, scale=scaling
+        )
+        return _as_examples(output, longest), (log_sums, *random_state)
     output, log_sums, *random_state, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
     )
@@ -110,12 +131,48 @@ def backward(gradient, query, key, value, output, statistics, bounds, longest: i
             inputs = [x.detach().requires_grad_() for x in (query, key, value)]
             return list(torch.autograd.grad(_by_example(*inputs, bounds, longest, scaling), inputs, gradient))
     log_sums, *random_state = statistics
+    if takes_cudnn(query, bounds, longest):
+        inputs = [_as_rows(x, longest) for x in (gradient, query, key, value, output)]
+        padded = inputs[1].shape[2]
+        gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *inputs, log_sums, *random_state, None, None, None, padded, padded, 0.0, True, scale=scaling
+        )
+        return [_as_examples(x, longest) for x in gradients]
     return list(
         torch.ops.aten._flash_attention_backward(
             gradient, query, key, value, output, log_sums, bounds, bounds, longest, longest, 0.0, True, *random_state,
             scale=scaling,
         )
     )  # fmt: skip
+
+
+def takes_cudnn(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> bool:
+    """Whether cuDNN's kernel computes these examples: all as long as the longest. Known without asking the GPU.
+
+    It is about twice as fast as FlashAttention on the GPUs that PyTorch itself prefers it on, but knows no packing.
+    """
+    tokens, examples = query.shape[0], len(bounds) - 1
+    return longest >= CUDNN_FROM and tokens == examples * longest and _capability(query.device) in CUDNN_CAPABILITIES
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _as_rows(x: torch.Tensor, length: int) -> torch.Tensor:
+    """[T, heads, head_dim] of equal examples -> [examples, heads, padded length, head_dim].
+
+    Padding stands on the right, where no token sees it: causal attention of the others is what it was, and a gradient
+    of zero makes zeros.
+    """
+    rows, missing = x.unflatten(0, (-1, length)), -length % CUDNN_STEP
+    return (F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows).transpose(1, 2)
+
+
+def _as_examples(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """The inverse of `_as_rows`, contiguous."""
+    return rows[:, :, :length].transpose(1, 2).flatten(0, 1).contiguous()
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

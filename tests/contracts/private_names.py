@@ -103,6 +103,12 @@ PRIVATE_NAMES = (
     PrivateName("torch:ops.aten._flash_attention_backward", (ATTENTION,), "its gradients", FLASH,
                 parameters=("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q",
                             "max_k", "dropout_p", "is_causal", "rng_state", "unused", "scale")),
+    PrivateName("torch:ops.aten._scaled_dot_product_cudnn_attention", (ATTENTION,), "the same of examples of one "
+                "length", FLASH, parameters=("query", "key", "value", "attn_bias", "compute_log_sumexp", "scale")),
+    PrivateName("torch:ops.aten._scaled_dot_product_cudnn_attention_backward", (ATTENTION,), "its gradients", FLASH,
+                parameters=("grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset",
+                            "attn_bias", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+                            "scale")),
     PrivateName("torch:_scaled_mm", ("model/fp8.py",), "products of e4m3 rows, a scale for each",
                 "torch.nn.functional.scaled_mm, public since 2.10, writes into a given tensor"),
     PrivateName("torch.distributed.distributed_c10d:_get_default_store", ("training/distributed.py",),

@@ -119,12 +119,12 @@ def call(command: list, cap_gib: float | None = None) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, *command], **options)
 
 
-def test_packed_attention_is_sdpa_with_a_block_mask():
+@pytest.mark.parametrize("lengths", [[700, 1, 130, 193], [1100, 1100]], ids=str)
+def test_packed_attention_is_sdpa_with_a_block_mask(lengths):
     from torch.nn.functional import scaled_dot_product_attention
 
     from fitune.model.attention import packed_attention
 
-    lengths = [700, 1, 130, 193]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool().cuda()
     shapes = [(1, heads, sum(lengths), 128) for heads in (8, 2, 2)]

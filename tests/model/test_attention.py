@@ -75,3 +75,38 @@ def test_padding_is_refused(model):
     model.set_attn_implementation(attention.PACKED_ATTENTION)
     with pytest.raises(ValueError, match="packed attention knows no padding"):
         model(torch.tensor([[1, 2], [3, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capability", "taken"),
+    [
+        ([1500, 1500], (9, 0), True),
+        ([3000], (10, 0), True),
+        ([1500, 1499], (9, 0), False),  # packed: examples of several lengths
+        ([512] * 4, (9, 0), False),  # short
+        ([3000], (8, 9), False),
+    ],
+    ids=str,
+)
+def test_cudnn_computes_examples_of_one_length_where_it_is_faster(lengths, capability, taken, monkeypatch):
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    query, bounds = torch.empty(sum(lengths), 4, 8), torch.tensor([0, *lengths]).cumsum(0)
+    assert attention.takes_cudnn(query, bounds, max(lengths)) == taken
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 300])
+def test_padding_of_equal_examples_changes_nothing(length):
+    """Forward and backward as cuDNN's kernel is called, by sdpa in float64: as of one example after the other."""
+    examples, heads, size = 2, 4, 8
+    rows = [torch.randn(examples * length, heads, size, dtype=torch.float64) for _ in range(4)]
+    bounds = attention.bounds_of_rows(examples, length, rows[0].device)
+    *inputs, gradient = rows
+    expected, _ = attention.forward(*inputs, bounds, length, 0.3)
+    expected_gradients = attention.backward(gradient, *inputs, expected, (), bounds, length, 0.3)
+
+    padded = [attention._as_rows(x, length).requires_grad_() for x in inputs]
+    assert {x.shape for x in padded} == {(examples, heads, -(-length // 256) * 256, size)}
+    output = torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=0.3)
+    gradients = torch.autograd.grad(output, padded, attention._as_rows(gradient, length))
+    for ours, exact in zip([output, *gradients], [expected, *expected_gradients], strict=True):
+        torch.testing.assert_close(attention._as_examples(ours, length), exact, rtol=1e-12, atol=1e-12)
