@@ -242,7 +242,7 @@ def _pretend_gpu_kernels() -> None:
 
 
 def _pretend_layer_kernels() -> None:
-    """Those of fitune.model.layer: each takes what it returns and nothing more."""
+    """Those of fitune.model.layer_pass: each takes what it returns and nothing more."""
 
     def like(x, dropout):
         first = torch.empty_like(x)

@@ -7,7 +7,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from fitune.model import layer
+from fitune.model import layer_pass
 
 
 @pytest.fixture
@@ -23,4 +23,4 @@ def exact(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(layer, "MLP_TILE", 7)
+    monkeypatch.setattr(layer_pass, "MLP_TILE", 7)
