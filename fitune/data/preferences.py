@@ -6,6 +6,7 @@ from fitune.data.conversations import RowError
 
 PAIRS = (
     ("chosen", "rejected"),
+    ("chosen_messages", "rejected_messages"),
     ("preferred_output", "non_preferred_output"),
     ("response_j", "response_k"),
     ("answer_a", "answer_b"),
@@ -65,7 +66,7 @@ def _about_pair(row: dict, names: list[str]) -> str:
 
 def _how_to_take(good: str, row: dict) -> str:
     """The flag that trains on the column `good`, as its rows look."""
-    if good in ("rejected", "non_preferred_output"):
+    if good in ("rejected", "rejected_messages", "non_preferred_output"):
         return "there are none in this row"
     if good.endswith(("_a", "_j")):
         return "write the better of the two into a column of its own, and name that in data.columns"

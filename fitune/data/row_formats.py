@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection
 
+from fitune.data.content_parts import unpacked
 from fitune.data.conversations import REASONING, Message, RowError, json_value, quote
 from fitune.data.reasoning import reasoning_of
 from fitune.data.training_flags import is_trained
@@ -174,6 +175,7 @@ def _message(turn, where: str, ignored_keys: Collection[str]) -> dict:
         turn = {key: value for key, value in turn.items() if key not in ignored_keys}
     role = _role(turn, where)
     is_answer = role in ("assistant", "function_call")
+    turn = unpacked(turn, where, is_answer=is_answer)
     trained = is_trained(turn, "assistant" if is_answer else role, where)
     thinking = reasoning_of(turn, where) if is_answer else None
     if role == "function_call":
@@ -213,25 +215,14 @@ def _content(turn: dict, where: str, optional: bool) -> str:
         if optional:
             return ""
         raise RowError("null_content", f"{where}: '{key}' is null")
-    if isinstance(content, list):
-        return "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise RowError("wrong_type", f"{where}: '{key}': expected text, found {_kind(content)}")
     return content
 
 
-def _text_part(part, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text":
-        text = part.get("text", part.get("value"))
-        if isinstance(text, str):
-            return text
-        raise RowError("wrong_type", f"{where}: a part of type 'text' has no 'text'")
-    kind = part.get("type") if isinstance(part, dict) else _kind(part)
-    raise RowError("wrong_type", f"{where}: only text can be trained on, found a part of type {quote(str(kind))}")
-
-
 def _tool_call(call, where: str) -> dict:
     """OpenAI's shape, the arguments as JSON text: columns of a table cannot hold objects that differ by row."""
+    call = json_value(call, where)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError("wrong_type", f"{where}: a tool call needs a function with a 'name'")

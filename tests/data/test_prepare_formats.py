@@ -36,6 +36,34 @@ FORMATS = {
 }
 
 
+def test_thinking_and_calls_in_parts(tmp_path):
+    """As the rows of LLaMA-Factory's second version, Anthropic's thinking beside them."""
+    call = {"name": "look", "arguments": {"at": "sky"}}
+    parts = [
+        {"type": "thinking", "thinking": "Hm."},
+        {"type": "text", "text": "I look."},
+        {"type": "tool_call", "value": json.dumps(call)},
+    ]
+    result = {"role": "tool", "content": [{"type": "text", "value": "blue"}]}
+    last = {"role": "assistant", "content": [{"type": "reasoning", "value": "So."}, {"type": "text", "value": "Blue."}]}
+    row = {"messages": [QUESTION, {"role": "assistant", "content": parts}, result, last]}
+    run(write(tmp_path / "data.jsonl", json.dumps(row)), tmp_path)
+    [found] = rows(tmp_path)
+    _, first, _, second = found["messages"]
+    assert (first["content"], first["reasoning_content"]) == ("I look.", "Hm.")
+    assert (second["content"], second["reasoning_content"]) == ("Blue.", "So.")
+    [made] = first["tool_calls"]
+    function = made["function"]
+    assert (function["name"], json.loads(function["arguments"])) == ("look", {"at": "sky"})
+
+
+@pytest.mark.parametrize("kind", ["image_url", "thinking", "tool_call"])
+def test_parts_that_no_question_can_hold_are_named(kind, tmp_path):
+    question = {"role": "user", "content": [{"type": kind, "value": "Why?"}]}
+    file = write(tmp_path / "data.jsonl", json.dumps({"messages": [question, ANSWER]}))
+    assert f"messages[0]: only text can be trained on, found a part of type '{kind}'" in refused(file, tmp_path)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "jsonl.gz", "jsonl.zst", "json.gz"])
 def test_every_format_in_every_kind_of_file(name, kind, tmp_path):

@@ -168,6 +168,11 @@ PAIRS = {
         {"columns": {"messages": "chosen"}, "format": "messages"},
         "--set 'data.columns={messages: chosen}' --format messages",
     ),
+    "whole conversations, LLaMA-Factory's second version": (
+        {"chosen_messages": [QUESTION, YES], "rejected_messages": [QUESTION, NO]},
+        {"columns": {"messages": "chosen_messages"}, "format": "messages"},
+        "--set 'data.columns={messages: chosen_messages}' --format messages",
+    ),
     "OpenAI": (
         {"input": "Why?", "preferred_output": [YES], "non_preferred_output": [NO]},
         {"columns": {"prompt": "input", "completion": "preferred_output"}, "format": "prompt_completion"},
