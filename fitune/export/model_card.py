@@ -63,8 +63,8 @@ def _front_matter(run: Run | None, base: str, licence: str, is_adapter: bool) ->
     if _name(base) == base:
         fields["base_model"] = base
         fields["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    if run and "/" in run.recipe.data.dataset and not Path(run.recipe.data.dataset).suffix:
-        fields["datasets"] = [run.recipe.data.dataset]
+    if from_hub := [source["dataset"] for source in _sources(_data_report(run)) if source.get("revision")]:
+        fields["datasets"] = from_hub
     fields["tags"] = list(dict.fromkeys(fields["tags"]))
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
@@ -82,12 +82,21 @@ def _licence(folder: Path) -> str:
     return next((name for text in texts for begin, name in LICENCES.items() if begin in text), "other")
 
 
+def _data_report(run: Run | None) -> dict:
+    """What `prepare` wrote of the rows that were trained on, which may be others than the recipe's."""
+    return _json(Path(run.recipe.data.prepared) / "report.json") if run else {}
+
+
+def _sources(report: dict) -> list[dict]:
+    return [source for source in (report.get("source"), *report.get("mixed_in", ())) if source]
+
+
 def _data(run: Run) -> str:
-    report = _json(Path(run.recipe.data.prepared) / "report.json")
-    lines = ["## Data", "", f"- dataset: `{_name(run.recipe.data.dataset)}`"]
-    source = report.get("source") or {}
-    if source.get("revision") or source.get("sha256"):
-        lines.append(f"- version: `{source.get('revision') or 'SHA-256 ' + source['sha256']}`")
+    lines, report = ["## Data", ""], _data_report(run)
+    for source in _sources(report):
+        version = source.get("revision") or (f"SHA-256 {source['sha256']}" if source.get("sha256") else None)
+        name = source["dataset"] if source.get("revision") else Path(source["dataset"]).name
+        lines.append(f"- dataset: `{name}`" + (f", version `{version}`" if version else ""))
     if report:
         lines.append(f"- rows: {report['train_rows']:,} to train on, {report['test_rows']:,} held out")
     if tokens := report.get("tokens"):

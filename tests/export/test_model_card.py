@@ -12,8 +12,10 @@ REPORT = {
     "test_rows": 60,
     "tokens": {"total": 34567, "trained_share": 0.25},
     "dropped": {"too_long": 3},
-    "source": {"revision": "abc123", "sha256": None},
+    "source": {"dataset": "org/rows", "revision": "abc123", "sha256": "01ab"},
+    "mixed_in": [{"dataset": "/home/me/more.jsonl", "revision": None, "sha256": "23cd"}],
 }
+"Of other rows than the recipe's."
 
 
 def metrics(loss: float) -> dict:
@@ -23,7 +25,7 @@ def metrics(loss: float) -> dict:
 @pytest.fixture
 def run(tiny_base, make_run, tmp_path):
     made = make_run(tiny_base, tmp_path / "my-run", "lora", training={"learning_rate": 2e-4})
-    data = made.recipe.data.model_copy(update={"dataset": "org/rows", "prepared": str(tmp_path / "data")})
+    data = made.recipe.data.model_copy(update={"dataset": "org/recipe", "prepared": str(tmp_path / "data")})
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "report.json").write_text(json.dumps(REPORT))
     made.folder.mkdir()
@@ -62,8 +64,7 @@ def test_data_settings_losses_and_template(run, tmp_path):
     (run.folder / "eval.json").write_text(json.dumps({"base": metrics(3.5), "tuned": metrics(2.0625)}))
     _, body = card(tmp_path, run)
     for said in (
-        "- dataset: `org/rows`",
-        "- version: `abc123`",
+        "- dataset: `org/rows`, version `abc123`\n- dataset: `more.jsonl`, version `SHA-256 23cd`\n",
         "- rows: 1,200 to train on, 60 held out",
         "- tokens: 34,567, 25.0% of them trained",
         "- rows left out: 3 too_long",
