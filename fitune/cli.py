@@ -197,6 +197,7 @@ def evaluate(given, data, **options):
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
 @click.argument("given", metavar="RUN_OR_MODEL", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
+@click.option("--text", multiple=True, help="Go on with this text, without a chat template; may be repeated.")
 @click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
 @click.option("--chat", is_flag=True, help="A conversation with the tuned model.")
 @click.option(

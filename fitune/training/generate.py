@@ -11,7 +11,6 @@ import contextlib
 import json
 import random
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,8 +36,8 @@ from fitune.training.out_of_memory import explain_in_generate
 from fitune.training.train import load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
-Asked = tuple[list[dict], list | None]
-"A conversation up to the turn that is wanted, and the tools that may be called in it."
+Asked = tuple[list[dict] | str, list | None]
+"A conversation up to the turn that is wanted, and the tools that may be called in it; or a text to go on with."
 
 
 class Answerer:
@@ -67,16 +66,23 @@ class Answerer:
             self.options["temperature"] = temperature
 
     @torch.no_grad()
-    def answer(self, messages: list[dict], tools: list | None = None, streamer=None, stopping=None) -> str:
-        """The next assistant turn. On a sharded model every rank must call with the same messages."""
-        inputs = self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.device)
+    def answer(self, asked: list[dict] | str, tools: list | None = None, streamer=None, stopping=None) -> str:
+        """The next assistant turn, or how a text goes on. On a sharded model every rank must ask the same."""
+        inputs = self._tokens(asked, tools).to(self.device)
         if self.options["do_sample"]:
             torch.manual_seed(self.seeds.getrandbits(48))  # all ranks must draw the same token
         output = self.model.generate(**inputs, **self.options, streamer=streamer, stopping_criteria=stopping)
         new_tokens = output[0, inputs["input_ids"].shape[1] :]
         return self.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
+
+    def _tokens(self, asked: list[dict] | str, tools: list | None):
+        if isinstance(asked, str):
+            return self.tokenizer(
+                (self.tokenizer.bos_token or "") + asked, add_special_tokens=False, return_tensors="pt"
+            )
+        return self.tokenizer.apply_chat_template(
+            asked, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
 
 
 def shared_seed() -> int:
@@ -127,19 +133,20 @@ def generate(run: Run, options: argparse.Namespace) -> None:
 
 
 def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
-    """The prompts asked for: --prompt texts, or the first N held-out conversations up to their last answer."""
-    asked = _questions(options.prompt, run.recipe.data.system_message)
+    """What --prompt and --text say, then the first N held-out conversations up to their last answer."""
+    asked = _questions(options, run.recipe.data.system_message)
     for row in first_rows(run.recipe, "test", options.test):
         if "text" in row:
-            raise UsageError(f"{run.recipe.data.prepared}/test.jsonl: holds texts, not questions; ask with --prompt")
+            raise UsageError(f"{run.recipe.data.prepared}/test.jsonl: holds texts, not questions; ask with --text")
         messages, tools = for_template(row)
         asked.append((messages[:-1], tools))
     return asked
 
 
-def _questions(prompts: Sequence[str], system_message: str | None) -> list[Asked]:
+def _questions(options: argparse.Namespace, system_message: str | None) -> list[Asked]:
     start = [{"role": "system", "content": system_message}] if system_message else []
-    return [([*start, {"role": "user", "content": prompt}], None) for prompt in prompts]
+    questions = [[*start, {"role": "user", "content": prompt}] for prompt in options.prompt]
+    return [(asked, None) for asked in (*questions, *options.text)]
 
 
 def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
@@ -166,7 +173,7 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     if options.chat:
         chat(answerer, system_message, interrupts)
         return
-    conversations = _questions(options.prompt, system_message)
+    conversations = _questions(options, system_message)
     _report(conversations, {"model": [answerer.answer(*asked) for asked in conversations]}, options.json)
 
 
@@ -174,15 +181,17 @@ def _report(conversations: list[Asked], answers: dict[str, list[str]], json_file
     table = Table(show_lines=True)
     for column in ("prompt", *answers):
         table.add_column(column, overflow="fold")
-    for i, (messages, _) in enumerate(conversations):
-        table.add_row(messages[-1]["content"], *(texts[i] for texts in answers.values()))
+    for i, (asked, _) in enumerate(conversations):
+        table.add_row(
+            asked if isinstance(asked, str) else asked[-1]["content"], *(texts[i] for texts in answers.values())
+        )
     Console().print(table, markup=False)
     if json_file:
         rows = [
-            {"messages": messages}
+            ({"text": asked} if isinstance(asked, str) else {"messages": asked})
             | ({"tools": tools} if tools else {})
             | {label: texts[i] for label, texts in answers.items()}
-            for i, (messages, tools) in enumerate(conversations)
+            for i, (asked, tools) in enumerate(conversations)
         ]
         json_file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -192,7 +201,7 @@ def _keep_held_out(
 ) -> None:
     """answers.json in the run's folder, for its page: the held-out prompts, their answers, and those in the data."""
     rows = first_rows(run.recipe, "test", options.test)
-    start = len(conversations) - len(rows)  # those of --prompt come before
+    start = len(conversations) - len(rows)  # those of --prompt and --text come before
     kept = [
         {"messages": conversations[start + i][0]}
         | {label: texts[start + i] for label, texts in answers.items()}
@@ -207,6 +216,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fitune.training.generate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, or a merged model's folder")
     parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--text", action="append", default=[], help="go on with this text, without a template")
     parser.add_argument("--test", type=int, default=0, help="ask the first N held-out prompts")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--max-new-tokens", type=int, default=256)

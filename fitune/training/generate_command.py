@@ -14,15 +14,15 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
 
     Raises UsageError where nothing can be asked.
     """
-    asks = asked["prompt"] or asked["test"] or asked["chat"]
+    asks = asked["prompt"] or asked["text"] or asked["test"] or asked["chat"]
     if serve:
         if asks:
             raise UsageError(
-                "--serve starts a server, which is asked over its port: leave out --prompt, --test and --chat"
+                "--serve starts a server, which is asked over its port: leave out --prompt, --text, --test and --chat"
             )
         return _serve(given, serve)
     if not asks:
-        raise UsageError('nothing to ask: give --prompt "...", --test N or --chat')
+        raise UsageError('nothing to ask: give --prompt "...", --text "...", --test N or --chat')
     if not (given / "run.yaml").is_file() and (given / "config.json").is_file():
         return _ask_model(given, asked)
     return _ask_run(given, asked, place)

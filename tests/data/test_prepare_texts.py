@@ -126,8 +126,8 @@ def test_a_bad_step_names_the_text_of_any_piece(tmp_path):
 
 def test_texts_are_no_questions(tmp_path):
     run(write(tmp_path / "a.jsonl", *texts("One.", "Two.")), tmp_path)
-    with pytest.raises(UsageError, match=r"test\.jsonl: holds texts, not questions; ask with --prompt"):
-        _conversations(SimpleNamespace(recipe=recipe_for(tmp_path / "out")), Namespace(prompt=[], test=1))
+    with pytest.raises(UsageError, match=r"test\.jsonl: holds texts, not questions; ask with --text"):
+        _conversations(SimpleNamespace(recipe=recipe_for(tmp_path / "out")), Namespace(prompt=[], text=[], test=1))
 
 
 def test_the_preview_shows_a_text_as_trained(tmp_path):

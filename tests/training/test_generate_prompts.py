@@ -35,7 +35,7 @@ def test_a_held_out_row_is_asked_with_its_tools(tmp_path):
     row = {"messages": [*messages, *messages], "tools": json.dumps(TOOLS)}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path)))
-    [(asked, tools)] = _conversations(SimpleNamespace(recipe=recipe), Namespace(prompt=[], test=3))
+    [(asked, tools)] = _conversations(SimpleNamespace(recipe=recipe), Namespace(prompt=[], text=[], test=3))
     assert tools == TOOLS
     assert asked == [messages[0], {"role": "assistant", "content": "Yes."}, messages[0]]
 
@@ -45,12 +45,23 @@ def test_a_held_out_row_is_asked_with_its_tools(tmp_path):
     assert json.dumps(TOOLS[0]) in tokenizer.decode(model.asked)
 
 
+def test_a_text_is_gone_on_with_as_texts_are_trained(tmp_path):
+    """After the token that begins one, without a template, whatever the system message."""
+    recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path), system_message="Be brief."))
+    options = Namespace(prompt=[], text=["Once upon a time"], test=0)
+    [(asked, tools)] = _conversations(SimpleNamespace(recipe=recipe), options)
+    tokenizer, model = tiny_tokenizer(), Echo()
+    apply_chat_template_choice(tokenizer, "llama3")
+    Answerer(model, tokenizer, [0], "cpu", 4, 0.0).answer(asked, tools)
+    assert tokenizer.decode(model.asked) == tokenizer.bos_token + "Once upon a time"
+
+
 def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_trained(tiny_base, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(tiny_base, folder)
     asked = {}
     monkeypatch.setattr(generating, "_report", lambda conversations, *_: asked.update(enumerate(conversations)))
-    options = Namespace(prompt=["Hi"], chat=False, max_new_tokens=1, temperature=0.0, seed=None, json=None)
+    options = Namespace(prompt=["Hi"], text=[], chat=False, max_new_tokens=1, temperature=0.0, seed=None, json=None)
     tokenizer = tiny_tokenizer()
     apply_chat_template_choice(tokenizer, "llama3")
     monkeypatch.setattr(generating, "read_tokenizer", lambda _: tokenizer)
