@@ -35,9 +35,10 @@ from fitune.model import attention, elementwise, products
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
-from fitune.model.sharding import shard
+from fitune.model.sharding import shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.fill import resolve
+from fitune.training import adamw_8bit
 
 GIB = 2**30
 HOOKS = ("pre_forward", "pre_backward", "post_backward")
@@ -77,7 +78,7 @@ def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
     _follow_phases(tracker, layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
         statistics = _allocate(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False, fused=True)
+        optimizer = _optimizer(run, [parameter for parameter in model.parameters() if parameter.requires_grad])
         # the first step makes the optimizer's state; it is short since fake tensors keep its hidden states alive
         batches = [_batch(64), _batch(run.profile.micro_batch * run.recipe.max_length)]
         tracker.track([*model.parameters(), *statistics, batches[1]["input_ids"], batches[1]["labels"]])
@@ -95,12 +96,20 @@ def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
     }  # fmt: skip
 
 
+def _optimizer(run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if run.profile.optimizer_state == "fp32":
+        return torch.optim.AdamW(parameters, foreach=False, fused=True)
+    adamw_8bit.update_rows = lambda *args: None  # a kernel that takes no memory
+    adamw_8bit.AdamW8bit._step_of = lambda *args: None  # asks for a tensor's number
+    return adamw_8bit.AdamW8bit(parameters, lr=1e-5)
+
+
 def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
     _pretend_gpu_kernels()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
         tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict, convert_tokens_to_ids=list)
-        model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu")
+        model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu", trained_dtype(run))
     add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, torch.bfloat16)

@@ -124,6 +124,7 @@ def make_run(prepared):
         offload_params: bool = False,
         embedding_offload: bool = False,
         compute: str = "auto",
+        optimizer_state: str = "fp32",
         reshard_after_forward: bool = True,
         training: dict | None = None,
         chat_template: str = "llama3",
@@ -159,6 +160,7 @@ def make_run(prepared):
                 kept_layers=0,
                 embedding_offload=embedding_offload,
                 compute=compute,
+                optimizer_state=optimizer_state,
             ),
             accelerate=AccelerateConfig(
                 path="test.yaml",

@@ -14,6 +14,7 @@ from fitune.config.hints import meant_by
 from fitune.config.ignored import refuse_ignored
 from fitune.config.model_shapes import find_shape
 from fitune.config.model_sizes import is_of_size
+from fitune.config.optimizers import DEFAULT as OPTIMIZER
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
 from fitune.config.recipe_paths import found_beside, path_from_here
 from fitune.config.schema import SMALLEST, AccelerateConfig, Profile, Recipe, Run
@@ -125,6 +126,11 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     else:
         accelerate_file = Path(old.accelerate.path)
     accelerate = read_accelerate_config(accelerate_file)
+    if profile.optimizer_state != old.profile.optimizer_state:
+        raise UsageError(
+            f"{folder} was trained with profile.optimizer_state {old.profile.optimizer_state}, which its checkpoints "
+            f"hold; use --set profile.optimizer_state={old.profile.optimizer_state}, or train into another --output"
+        )
     profile_stem = name_of(profile_name or old.profile_name)
     _check_pair(old.recipe_name, recipe, profile_stem, profile, accelerate)
     return run_of(old.recipe_name, recipe, profile_stem, profile, accelerate, old.output_dir)
@@ -139,6 +145,7 @@ def run_of(
             f"profile.compute fp8 is for a frozen base (methods lora and qlora), recipe {recipe_name} is full; use "
             f"--set profile.compute=bf16"
         )
+    _refuse_unfit_states(recipe_name, recipe, profile)
     smallest = {key: SMALLEST[key] for key in profile.left_to_plan}
     numbers = profile.model_copy(update=smallest)
     return Run(
@@ -153,6 +160,23 @@ def run_of(
         gradient_accumulation_steps=_gradient_accumulation(recipe, numbers, accelerate),
         left_to_plan=profile.left_to_plan,
     )
+
+
+def _refuse_unfit_states(recipe_name: str, recipe: Recipe, profile: Profile) -> None:
+    """Raises UsageError where small optimizer states are asked for and something else needs the usual ones."""
+    if profile.optimizer_state == "fp32":
+        return
+    instead = "use --set profile.optimizer_state=fp32"
+    if recipe.method != "full":
+        raise UsageError(
+            f"profile.optimizer_state {profile.optimizer_state} is for method full, recipe {recipe_name} is "
+            f"{recipe.method}, whose adapter's states are small anyway; {instead}"
+        )
+    if not recipe.training.get("optim", OPTIMIZER).startswith("adamw"):
+        raise UsageError(
+            f"profile.optimizer_state {profile.optimizer_state} is AdamW's, recipe {recipe_name} has training.optim "
+            f"{recipe.training['optim']}; remove it, or {instead}"
+        )
 
 
 def with_numbers(run: Run, **numbers: int) -> Run:

@@ -200,6 +200,10 @@ class Profile(Strict):
     `auto`: bf16, but where it was shown that fp8 learns as well (`fitune.planning.compute`). CPUs compute in float32,
     and emulate fp8.
     """
+    optimizer_state: Literal["fp32", "bf16_8bit"] = "fp32"
+    """What method full keeps for each weight. `fp32`: weight, gradient and the optimizer's moments in float32, 16
+    bytes. `bf16_8bit`: weight and gradient in bf16, AdamW's moments in 8 bits, 6 bytes.
+    """
     activation_offload: Flag = False
     "Move the inputs of layers that are not kept to host RAM until the backward pass needs them."
     embedding_offload: Flag = False

@@ -25,7 +25,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
     """
     causal_lm = decoder(model)
     _tell_transformers(causal_lm)
-    if not _something_travels(mesh, run):
+    if not _something_travels(mesh, run, compute_dtype):
         return
     options = {"mesh": mesh, "mp_policy": _mixed_precision(model, compute_dtype)}
     in_host_ram = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
@@ -61,10 +61,16 @@ def _shard_embedding_and_head(causal_lm: nn.Module, **options) -> None:
         unit._set_unshard_async_op(True)
 
 
-def _something_travels(mesh: DeviceMesh, run: Run) -> bool:
-    """Between ranks, from host RAM, or from float32 master weights to the dtype of the computation."""
+def trained_dtype(run: Run) -> torch.dtype:
+    """Of method full's weights as they are kept."""
+    return torch.bfloat16 if run.profile.optimizer_state == "bf16_8bit" else torch.float32
+
+
+def _something_travels(mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> bool:
+    """Between ranks, from host RAM, or from the dtype of trained weights to that of the computation."""
     from_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
-    return mesh.size() > 1 or from_host_ram or run.recipe.method == "full"
+    is_cast = run.recipe.method == "full" and trained_dtype(run) != compute_dtype
+    return mesh.size() > 1 or from_host_ram or is_cast
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,13 +108,14 @@ def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:
 
 
 def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Full fine-tuning gathers its float32 master weights in `compute_dtype` and reduces gradients in float32.
+    """Full fine-tuning gathers its weights in `compute_dtype` and adds up the ranks' gradients in float32.
 
     With a frozen base nothing is cast on the way: weights are stored as they are used, and a parameter group of mixed
     dtypes (base and float32 LoRA) is gathered as bytes, so that packed NF4 arrives bit for bit.
     """
     frozen_base = any(not parameter.requires_grad for parameter in model.parameters())
-    if frozen_base or compute_dtype == torch.float32:
+    kept_as_computed = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    if frozen_base or (kept_as_computed and compute_dtype == torch.float32):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=compute_dtype)
 

@@ -22,14 +22,19 @@ from fitune.model.nf4 import NF4Linear
 
 
 def build_skeleton(
-    recipe: Recipe, base_folder: Path, tokenizer: PreTrainedTokenizerBase, compute_dtype: torch.dtype, device_type: str
+    recipe: Recipe,
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_dtype: torch.dtype,
+    device_type: str,
+    trained_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """What `recipe.method` trains, all parameters on meta: a LlamaForCausalLM or its like, or a PeftModel around it.
 
-    Frozen weights have `compute_dtype` (or packed NF4), trainable ones float32: their optimizer needs the precision,
-    and FSDP or `_LoraLinear` casts them for the computation. A frozen head has a parameter of its own, even where it is
-    the embedding; method full trains both as the one tensor that they are. Raises UsageError for a base that the recipe
-    cannot be trained on.
+    Frozen weights have `compute_dtype` (or packed NF4), an adapter float32: its optimizer needs the precision, and
+    `_LoraLinear` casts it for the computation. Method full's have `trained_dtype`, which FSDP casts. A frozen head has
+    a parameter of its own, even where it is the embedding; method full trains both as the one tensor that they are.
+    Raises UsageError for a base that the recipe cannot be trained on.
     """
     check_base_model(base_folder, recipe)
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
@@ -38,7 +43,7 @@ def build_skeleton(
     stored_dtype = config.dtype or torch.bfloat16
     config.pad_token_id = None  # else the embedding never learns that token, which may also end a turn
     with torch.device("meta"):
-        dtype = torch.float32 if recipe.method == "full" else compute_dtype
+        dtype = trained_dtype if recipe.method == "full" else compute_dtype
         attention = "sdpa" if recipe.method == "full" and not recipe.packing else PACKED_ATTENTION
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False

@@ -49,13 +49,13 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     }
     prefetched_layer = s.unsharded_layer  # one rank has not asked for it yet while the loss goes backward
     layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
-    head_reduction = s.shape.embedding_weights * FP32 if s.full else 0.0
+    head_reduction = s.shape.embedding_weights * FP32 if s.reduced else 0.0
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
     one_embedding = one_embedding if s.one_embedding else {}
     last_reduction = head_reduction * (not s.one_embedding)
-    layer_reduction = s.gathered_layer / s.compute * FP32 if s.full else 0.0
+    layer_reduction = s.gathered_layer / s.compute * FP32 if s.reduced else 0.0
     last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
@@ -159,7 +159,7 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     locked = _offloaded_weights(s) / s.machines
     trainable = s.trainable / s.machines
     own_weight = 0 if s.full else FP32  # method full's weights are the offloaded ones
-    state_per_parameter = s.optimizer_state + FP32 + own_weight
+    state_per_parameter = s.optimizer_state + s.trained + own_weight
     state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
     always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
@@ -218,7 +218,7 @@ def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
     weights = s.shape.layers * s.shape.layer_linear_weights
     quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
     result = s.trainable * (BF16 if s.full else FP32)
-    one_checkpoint = s.trainable * (FP32 + s.optimizer_state)  # weights in the adapter or beside the state
+    one_checkpoint = s.trainable * (s.trained + s.optimizer_state)  # weights in the adapter or beside the state
     return {
         "download": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
         "checkpoints": one_checkpoint * (kept_checkpoints + 1) if kept_checkpoints else 0.0,

@@ -14,7 +14,7 @@ from fitune.errors import UsageError, nearest
 from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.limits import Limits
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
-from fitune.planning.sizes import BF16, FP32, GIB, Setup
+from fitune.planning.sizes import BF16, EIGHT_BIT_STATE, FP32, GIB, Setup
 from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
 
 GPU_COUNT, GPU_MEMORY, ONE_MEMORY = "GPUs", "GPU memory", "memory of CPU and GPU"
@@ -118,6 +118,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
     """The numbers that decide about memory, from a resolved run. Raises UsageError for what the model cannot do."""
     recipe, profile, accelerate = run.recipe, run.profile, run.accelerate
     refuse_length_beyond(shape.max_positions, recipe, recipe.base.model)
+    small_states = profile.optimizer_state == "bf16_8bit"
     return Setup(
         shape=shape,
         method=recipe.method,
@@ -128,7 +129,8 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         accumulation=run.gradient_accumulation_steps,
         packing=recipe.packing,
         compute=BF16 if accelerate.mixed_precision == "bf16" else FP32,
-        optimizer_state=FP32 * numbers_per_weight(recipe.training),
+        optimizer_state=EIGHT_BIT_STATE if small_states else FP32 * numbers_per_weight(recipe.training),
+        small_states=small_states,
         **_lora(recipe, shape),
         offload=accelerate.offload_params,
         embedding_offload=profile.embedding_offload,

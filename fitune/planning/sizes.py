@@ -13,6 +13,7 @@ FP8, BF16, FP32 = 1, 2, 4  # bytes
 NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
+EIGHT_BIT_STATE = 2 * (1 + FP32 / 256)  # the same as codes, with a float32 scale per 256 of them
 LOSS_TILE = (4096, VOCABULARY_TILE)  # tokens x vocabulary that TRL's fused loss multiplies at once
 
 
@@ -33,6 +34,8 @@ class Setup:
     "Bytes of one activation: bf16 on GPUs, float32 on CPUs."
     optimizer_state: float = ADAM_STATE
     "Bytes per trained parameter."
+    small_states: bool = False
+    "Method full's weights and gradients are kept in bf16."
     lora_r: int = 0
     lora_targets: frozenset[str] = frozenset()
     lora_dropout: bool = False
@@ -61,9 +64,14 @@ class Setup:
     # Weights
 
     @property
+    def trained(self) -> int:
+        """Bytes of one trained weight as stored, and of its gradient: float32 but for small states."""
+        return BF16 if self.small_states else FP32
+
+    @property
     def weight(self) -> float:
-        """Bytes of one decoder-layer weight as stored: float32 master weights, packed NF4, or as it computes."""
-        return {"full": FP32, "qlora": NF4}.get(self.method, self.compute)
+        """Bytes of one decoder-layer weight as stored: trained ones, packed NF4, or as it computes."""
+        return {"full": self.trained, "qlora": NF4}.get(self.method, self.compute)
 
     @property
     def lora_per_layer(self) -> int:
@@ -80,13 +88,13 @@ class Setup:
     @property
     def layer_weights(self) -> float:
         """Base weights of one layer as stored; norms and biases are never quantised."""
-        norm = FP32 if self.full else self.compute
+        norm = self.trained if self.full else self.compute
         return self.shape.layer_linear_weights * self.weight + self.shape.layer_vector_weights * norm
 
     @property
     def embedding(self) -> float:
         """Embedding or head as stored; neither is ever quantised."""
-        return self.shape.embedding_weights * (FP32 if self.full else self.compute)
+        return self.shape.embedding_weights * (self.trained if self.full else self.compute)
 
     @property
     def one_embedding(self) -> bool:
@@ -133,12 +141,17 @@ class Setup:
     @property
     def _in_place(self) -> bool:
         """Whether a weight that lies on the GPU is one to compute with: whole, and not in need of a cast."""
-        return self.ranks == 1 and not (self.full and self.compute != FP32)
+        return self.ranks == 1 and not (self.full and self.compute != self.trained)
+
+    @property
+    def reduced(self) -> bool:
+        """Whether FSDP takes a layer's gradients from where they were computed to where they are kept, in float32."""
+        return self.full and (self.offload or not self._in_place)
 
     @property
     def gradients(self) -> float:
         """This rank's, bytes."""
-        return self.trainable / self.ranks * FP32
+        return self.trainable / self.ranks * self.trained
 
     @property
     def last_gradients(self) -> float:
@@ -150,7 +163,7 @@ class Setup:
             )
         else:
             layer, embedding = self.lora_per_layer, self.trained_tokens * self.shape.hidden
-        return (min(2, self.shape.layers) * layer + embedding) / self.ranks * FP32
+        return (min(2, self.shape.layers) * layer + embedding) / self.ranks * self.trained
 
     @property
     def accumulated_on_gpu(self) -> bool:

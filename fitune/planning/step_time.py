@@ -108,8 +108,12 @@ def _gradients_travel(s: Setup) -> bool:
 
 
 def _optimizer_bytes(s: Setup) -> float:
-    """Of one rank and step: clipping reads gradients twice and writes them; AdamW reads four values, writes three."""
-    return s.trainable / s.ranks * (3 + 7) * FP32
+    """Of one rank and step: clipping reads gradients twice and writes them; AdamW reads four values, writes three.
+
+    With small states clipping reads gradients once; the step reads and writes weight and moments, and reads gradients.
+    """
+    each = 2 * (s.trained + s.optimizer_state) + 2 * s.trained if s.small_states else (3 + 7) * FP32
+    return s.trainable / s.ranks * each
 
 
 def _network_bytes(s: Setup) -> float:

@@ -2,11 +2,13 @@
 
 import os
 
+import torch
 from trl import SFTConfig
 
 from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
 from fitune.errors import UsageError
+from fitune.training.adamw_8bit import AdamW8bit
 
 
 def training_arguments(run: Run) -> SFTConfig:
@@ -42,3 +44,15 @@ def training_arguments(run: Run) -> SFTConfig:
     except (ValueError, TypeError, ImportError) as error:
         said = " ".join(str(error).split())
         raise UsageError(f"{run.folder / 'run.yaml'}: training: refused by TRL's SFTConfig: {said}") from error
+
+
+def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict] | None:
+    """The optimizer that the profile asks for, as Trainer takes it; None where `training.optim` says which."""
+    if run.profile.optimizer_state == "fp32":
+        return None
+    return AdamW8bit, {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "seed": run.recipe.seed,
+    }

@@ -18,6 +18,7 @@ from fitune.config.schema import ADAPTER
 from fitune.errors import FituneError
 from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import local_part, local_rows
+from fitune.training.adamw_8bit import AdamW8bit
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
 SEPARATOR = "::"
@@ -79,9 +80,11 @@ def load_optimizer_state(
             for offset, name in enumerate(group["params"]):
                 parameter = parameters[name]
                 start, stop = local_rows(parameter.shape[0], rank, world_size)
-                state[position + offset] = {
-                    key: saved.like(parameter, name, key, start, stop) for key in saved.optimizer_keys(name)
-                }
+                keys = saved.optimizer_keys(name)
+                if isinstance(optimizer, AdamW8bit):  # straight into place: its tensors are many, and no DTensors
+                    optimizer.fill_state(parameter, {key: saved.part(name, key, start, stop) for key in keys})
+                else:
+                    state[position + offset] = {key: saved.like(parameter, name, key, start, stop) for key in keys}
             indices = list(range(position, position + len(group["params"])))
             position += len(indices)
             group["params"] = indices
@@ -133,14 +136,20 @@ class _SavedState:
             return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
         return torch.cat(found)
 
+    def part(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of optimizer state `key` of a parameter; what has no rows (a step count) is whole."""
+        full_key = f"{name}{SEPARATOR}{key}"
+        return self.rows(name, full_key, start, stop) if self.parts[0][full_key].shape else self.parts[0].read(full_key)
+
     def like(self, parameter: torch.Tensor, name: str, key: str, start: int, stop: int) -> torch.Tensor:
         """Optimizer state `key` in the parameter's layout; what is not split by rows (a step count) is whole."""
-        full_key = f"{name}{SEPARATOR}{key}"
-        if not self.parts[0][full_key].shape:
-            return self.parts[0].read(full_key)
-        if self.parts[0][full_key].shape[1:] != tuple(self.layout["shapes"][name][1:]):
+        info = self.parts[0][f"{name}{SEPARATOR}{key}"]
+        if info.shape and info.shape[1:] != tuple(self.layout["shapes"][name][1:]):
             raise FituneError(f"{self.folder}: optimizer state {key} is not split like its weight; cannot be resumed")
-        rows = self.rows(name, full_key, start, stop).to(local_part(parameter).device)
+        rows = self.part(name, key, start, stop)
+        if not info.shape:
+            return rows
+        rows = rows.to(local_part(parameter).device)
         if not isinstance(parameter, DTensor):
             return rows
         return DTensor.from_local(

@@ -30,7 +30,7 @@ from fitune.launching.run_folder import begin_to_train, finish, steps_asked
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
 from fitune.model.layer import use_fp8_products
-from fitune.model.sharding import kept_in_host_ram, shard
+from fitune.model.sharding import kept_in_host_ram, shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
 from fitune.planning.compute import FP8_CAPABILITY
@@ -129,7 +129,7 @@ def load_sharded_model(
     `fp8` has it train with fp8 products.
     """
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
-    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type)
+    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type, trained_dtype(run))
     if fp8:
         use_fp8_products(decoder(model))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)

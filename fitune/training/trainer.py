@@ -29,7 +29,8 @@ from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
 from fitune.output_folder import checkpoints, remove, rename_when_whole
-from fitune.training.arguments import training_arguments
+from fitune.training.adamw_8bit import AdamW8bit
+from fitune.training.arguments import own_optimizer, training_arguments
 from fitune.training.bad_rows import name_rows
 from fitune.training.best_model import BestModel
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
@@ -74,6 +75,7 @@ class ShardedSFTTrainer(SFTTrainer):
             args=arguments,
             train_dataset=_stand_in(train_dataset),
             eval_dataset=_stand_in(eval_dataset) if eval_dataset is not None else None,
+            optimizer_cls_and_kwargs=own_optimizer(run, arguments),
             **kwargs,
         )
         self.best_model = BestModel(run.recipe)
@@ -174,8 +176,15 @@ class ShardedSFTTrainer(SFTTrainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, named, num_samples=len(dataloader.dataset))
 
+    def _clip_grad_norm(self, model):
+        optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
+        own = isinstance(optimizer, AdamW8bit)
+        return optimizer.clip(self.args.max_grad_norm) if own else super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
+        if grad_norm is None and isinstance(self.optimizer.optimizer, AdamW8bit):
+            grad_norm = self.optimizer.optimizer.clip(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = not (math.isfinite(norm) and torch.stack([loss for _, loss in self._step]).isfinite().all())

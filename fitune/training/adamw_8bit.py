@@ -1,0 +1,123 @@
+"""AdamW in 6 bytes a parameter: bf16 weights rounded stochastically, bf16 gradients, moments of 8 bits.
+
+It computes in float32. A weight's change is often smaller than half the distance to the next bf16 number; rounded to
+the nearest, it would be lost in every step. So it is rounded up or down by chance, and is right on average. The moments
+are bitsandbytes' blockwise 8-bit numbers (arXiv 2110.02861), each block with a scale of its own.
+
+Nothing depends on how a weight's rows are dealt to ranks: a block never spans two rows, whether a weight has blocks is
+decided by its whole shape, and what is drawn for an element follows from the seed, the step, the weight and the
+element's place in it. torchao's optimizer, which is much the same, draws and decides by each rank's part.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from fitune.model.elementwise import GOLDEN, WORD, mix
+from fitune.model.sharding import local_part, local_rows
+from fitune.training.adamw_step import Moment, Step, update_rows
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = "{}_scale"
+"The key of a moment's scales."
+BLOCKS = (256, 128, 64)
+"Elements of a row that share a scale, by preference: those of the first that divides a row."
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay for weights in bfloat16, sharded by rows or whole.
+
+    State of a weight, each rank its own rows: `exp_avg` and `exp_avg_sq`, uint8 like the weight, with float32
+    `exp_avg_scale` and `exp_avg_sq_scale` [rows, blocks of a row]. Vectors, and rows that no block divides, have
+    float32 moments and no scales. Gradients must be finite: ask `clip` before `step`.
+    """
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, seed: int = 0):
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self.seed = seed
+        self._gradient_scale = 1.0
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """The gradients' norm over all ranks, float32; the next step scales them down to `max_norm` if it is larger.
+
+        The squares are added up in float32. The gradients stay as they are: scaled in bf16 they would be rounded again.
+        Call on all ranks.
+        """
+        gradients = [local_part(parameter.grad) for _, parameter in self._parameters() if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient.numel()]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros(())
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(square)
+        norm = square.sqrt()
+        self._gradient_scale = min(1.0, max_norm / (float(norm) + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Changes weights and moments in place."""
+        for place, (group, parameter) in enumerate(self._parameters()):
+            if parameter.grad is not None:
+                state = self._state_of(parameter)
+                state["step"] += 1
+                moments = [Moment(state[key], state.get(SCALES.format(key))) for key in MOMENTS]
+                step = self._step_of(group, state["step"], place, parameter)
+                update_rows(local_part(parameter), local_part(parameter.grad), *moments, step)
+        self._gradient_scale = 1.0
+
+    def _step_of(self, group: dict, steps: torch.Tensor, place: int, parameter: torch.Tensor) -> Step:
+        number = int(steps)
+        start = mix(mix(torch.tensor((self.seed * GOLDEN + number) & WORD)) ^ (number & WORD))
+        beta1, beta2 = group["betas"]
+        return Step(
+            rate=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], decay=group["weight_decay"], number=number,
+            gradient_scale=self._gradient_scale, key=int(mix(start ^ (place * GOLDEN & WORD))),
+            first_element=first_element(parameter),
+        )  # fmt: skip
+
+    def _parameters(self) -> Iterator[tuple[dict, torch.nn.Parameter]]:
+        return ((group, parameter) for group in self.param_groups for parameter in group["params"])
+
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Its state, zeros before its first step."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            mine = local_part(parameter)
+            block = block_of(parameter)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(mine, dtype=torch.uint8 if block else torch.float32)
+                if block:
+                    blocks = (len(mine), mine[:1].numel() // block if len(mine) else 0)
+                    state[SCALES.format(key)] = torch.zeros(blocks, dtype=torch.float32, device=mine.device)
+        return state
+
+    def fill_state(self, parameter: torch.nn.Parameter, saved: dict[str, torch.Tensor]) -> None:
+        """Puts this rank's rows of a saved state in place."""
+        for key, value in self._state_of(parameter).items():
+            value.copy_(saved[key])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """torch's own would cast the moments to the weights' dtype."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group |= {key: value for key, value in saved.items() if key != "params"}
+        for index, (_, parameter) in enumerate(self._parameters()):
+            if index in state_dict["state"]:
+                self.fill_state(parameter, state_dict["state"][index])
+
+
+def block_of(parameter: torch.Tensor) -> int | None:
+    """How many elements of a weight's rows share a scale; None where its moments are float32."""
+    columns = parameter.shape[1:].numel() if parameter.ndim > 1 else 0
+    return next((block for block in BLOCKS if columns and columns % block == 0), None)
+
+
+def first_element(parameter: torch.Tensor) -> int:
+    """The place in the whole weight of the first element that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    mesh = parameter.device_mesh
+    start, _ = local_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
+    return start * parameter.shape[1:].numel()

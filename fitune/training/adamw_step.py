@@ -1,0 +1,126 @@
+"""One step of AdamW on some rows of a bf16 weight, the moments unpacked from 8 bits and packed again.
+
+On a GPU it is one Triton kernel (`fitune.training.adamw_triton`); elsewhere the formulas below, which the kernel is
+tested against. r rows, c columns.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from bitsandbytes import functional as bnb
+
+from fitune.model.elementwise import GOLDEN, WORD, mix
+
+PIECE = 2**22
+"Elements worked on at once where there is no kernel: their float32 copies take 16 MiB each."
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The running mean of gradients, or of their squares."""
+
+    values: torch.Tensor
+    "uint8 codes [r, c], or float32 of the weight's shape where there are no scales."
+    scales: torch.Tensor | None
+    "float32 [r, blocks of a row]."
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale."""
+        return self.values.numel() // self.scales.numel()
+
+    def rows(self, start: int, stop: int) -> "Moment":
+        return Moment(self.values[start:stop], None if self.scales is None else self.scales[start:stop])
+
+    def read(self, code: torch.Tensor) -> torch.Tensor:
+        """float32; a copy."""
+        if self.scales is None:
+            return self.values.clone()
+        values = bnb.dequantize_blockwise(self.values, absmax=self.scales.flatten(), code=code, blocksize=self.block)
+        return values.view(self.values.shape)
+
+    def write(self, exact: torch.Tensor, code: torch.Tensor, *, smallest: int) -> None:
+        """Rounds to the nearest code of each block, `smallest` at least."""
+        if self.scales is None:
+            self.values.copy_(exact)
+            return
+        codes, state = bnb.quantize_blockwise(exact, code=code, blocksize=self.block)
+        self.values.copy_(codes.view(self.values.shape).clamp_(min=smallest))
+        self.scales.copy_(state.absmax.view(self.scales.shape))
+
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one step for one weight."""
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    number: int
+    "Counted from 1."
+    gradient_scale: float
+    "What gradients are multiplied by: below 1 where they are clipped."
+    key: int
+    "Of 32 bits. With the element's place it decides what is drawn for each element."
+    first_element: int
+    "The place in the whole weight of the first element given."
+    stochastic: bool = True
+    "False rounds to the nearest; only to compare with."
+
+
+@cache
+def codes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the 256 codes of both moments stand for, ascending, float32: from -1 to 1, and from 0 to 1."""
+    return tuple(bnb.create_dynamic_map(signed=signed).float().to(device) for signed in (True, False))
+
+
+SMALLEST_SQUARE = 1
+"""The code that a mean square has at least. Code 0 stands for zero: an element whose gradients are small beside its
+block's would be divided by eps, and jump."""
+
+
+def update_rows(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, square: Moment, step: Step) -> None:
+    """One step on `weight` and `gradient`, bf16 [r, ...], in place."""
+    if not len(weight):
+        return
+    if weight.is_cuda and mean.scales is not None:
+        from fitune.training import adamw_triton
+
+        adamw_triton.update_rows(weight, gradient, mean, square, step, codes(weight.device), SMALLEST_SQUARE)
+        return
+    columns = weight[0].numel()
+    at_once = max(1, PIECE // columns)
+    for start in range(0, len(weight), at_once):
+        rows = slice(start, start + at_once)
+        there = replace(step, first_element=step.first_element + start * columns)
+        moments = (moment.rows(rows.start, rows.stop) for moment in (mean, square))
+        _update(weight[rows], gradient[rows], *moments, there)
+
+
+def _update(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, square: Moment, step: Step) -> None:
+    signed, unsigned = codes(weight.device)
+    g = gradient.float() * step.gradient_scale
+    m = mean.read(signed).lerp_(g, 1 - step.beta1)
+    v = square.read(unsigned).mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
+    mean.write(m, signed, smallest=0)
+    square.write(v, unsigned, smallest=SMALLEST_SQUARE)
+    divisor = v.sqrt_().div_((1 - step.beta2**step.number) ** 0.5).add_(step.eps)
+    exact = weight.float().mul_(1 - step.rate * step.decay)
+    exact.addcdiv_(m, divisor, value=-step.rate / (1 - step.beta1**step.number))
+    weight.copy_(rounded(exact, step) if step.stochastic else exact)
+
+
+def rounded(exact: torch.Tensor, step: Step) -> torch.Tensor:
+    """bf16, up or down with probabilities whose mean is `exact` (float32, which is overwritten).
+
+    bf16 is the upper half of a float32's bits. A random number of 16 bits, added to the lower half, carries over as
+    often as the lower half is part of the distance to the next number.
+    """
+    places = torch.arange(exact.numel(), device=exact.device).view(exact.shape) + step.first_element
+    drawn = mix((places * GOLDEN & WORD) ^ step.key) & 0xFFFF
+    bits = exact.view(torch.int32)
+    bits.add_(drawn.int()).bitwise_and_(-0x10000)
+    return exact.bfloat16()

@@ -1,0 +1,87 @@
+"""The Triton kernel of `fitune.training.adamw_step`, which says what it computes. Imported on GPUs alone.
+
+One program works on BLOCKS blocks: it reads weight, gradient, codes and scales once and writes them once, 12 bytes an
+element in all. Element counts are the grid, so no weight compiles anything anew; computing is in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fitune.training.adamw_step import Moment, Step
+
+BLOCKS = 8  # of one program
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _nearest_code(x, code):
+    """The place in `code`, 256 ascending numbers, of the one nearest to x."""
+    place = tl.zeros_like(x).to(tl.int32)
+    for bit in tl.static_range(8):
+        further = place + (128 >> bit)
+        place = tl.where(x >= tl.load(code + further), further, place)
+    above = tl.minimum(place + 1, 255)
+    below_it, above_it = tl.load(code + place), tl.load(code + above)
+    return tl.where(x - below_it > above_it - x, above, place)
+
+
+@triton.jit
+def _pack(exact, values, elements, scales, blocks, code, inside, smallest):
+    scale = tl.max(tl.abs(exact), 1)
+    tl.store(scales + blocks, scale, mask=inside)
+    shares = exact / tl.where(scale > 0.0, scale, 1.0)[:, None]
+    found = tl.maximum(_nearest_code(shares, code), smallest)
+    tl.store(values + elements, found.to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit
+def _unpack(values, elements, scales, blocks, code, inside):
+    places = tl.load(values + elements, mask=inside[:, None], other=0).to(tl.int32)
+    return tl.load(code + places) * tl.load(scales + blocks, mask=inside, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["count", "key", "first_element"])
+def _adamw_kernel(weight, gradient, mean, mean_scales, square, square_scales, signed, unsigned, count, shrink, rate,
+                  beta1, beta2, eps, root, gradient_scale, key, first_element, smallest,
+                  STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = blocks < count
+    elements = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = inside[:, None]
+    g = tl.load(gradient + elements, mask=mask, other=0.0).to(tl.float32) * gradient_scale
+    m = _unpack(mean, elements, mean_scales, blocks, signed, inside)
+    m += (g - m) * (1.0 - beta1)
+    v = _unpack(square, elements, square_scales, blocks, unsigned, inside)
+    v = v * beta2 + g * g * (1.0 - beta2)
+    _pack(m, mean, elements, mean_scales, blocks, signed, inside, 0)
+    _pack(v, square, elements, square_scales, blocks, unsigned, inside, smallest)
+    exact = tl.load(weight + elements, mask=mask, other=0.0).to(tl.float32) * shrink
+    exact -= rate * m / (tl.sqrt(v) / root + eps)
+    if STOCHASTIC:
+        places = (elements + first_element).to(tl.uint32)
+        drawn = _mix((places * 0x9E3779B1) ^ key.to(tl.uint32)) & 0xFFFF
+        bits = (exact.to(tl.uint32, bitcast=True) + drawn) & 0xFFFF0000
+        exact = bits.to(tl.float32, bitcast=True)
+    tl.store(weight + elements, exact.to(weight.dtype.element_ty), mask=mask)
+
+
+def update_rows(
+    weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, square: Moment, step: Step,
+    codes: tuple[torch.Tensor, torch.Tensor], smallest: int,
+) -> None:  # fmt: skip
+    """`fitune.training.adamw_step.update_rows` of contiguous tensors whose moments have scales."""
+    count = mean.scales.numel()
+    with torch.cuda.device(weight.device):
+        _adamw_kernel[(triton.cdiv(count, BLOCKS),)](
+            weight, gradient, mean.values, mean.scales, square.values, square.scales, *codes, count,
+            1.0 - step.rate * step.decay, step.rate / (1.0 - step.beta1**step.number), step.beta1, step.beta2,
+            step.eps, (1.0 - step.beta2**step.number) ** 0.5, step.gradient_scale, step.key, step.first_element,
+            smallest, STOCHASTIC=step.stochastic, BLOCKS=BLOCKS, BLOCK=mean.block,
+        )  # fmt: skip

@@ -1,0 +1,146 @@
+"""profile.optimizer_state bf16_8bit in whole runs: it learns and resumes to the byte; ranks, offload change nothing.
+
+Weights and gradients are bf16 numbers: between two numbers of ranks a gradient's last bit may differ, and with it what
+a draw decides. So curves are held to bf16's rounding, which is also far less than a wrong row or step would make.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import run_ranks, train_here
+from safetensors.torch import load_file
+
+from fitune.config import run as runs
+from fitune.errors import FituneError, UsageError
+from fitune.weights.safetensors_files import Checkpoint
+
+STEPS, SAVED = 8, 4
+TRAINING = {
+    "max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "learning_rate": 5e-3, "warmup_steps": 2,
+    "lr_scheduler_type": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.5,
+}  # fmt: skip
+OPTIONS = {"batch": 8, "packing": True, "max_length": 112, "training": TRAINING, "optimizer_state": "bf16_8bit"}
+BF16_EPS = torch.finfo(torch.bfloat16).eps
+
+
+def _curve(run, key: str = "loss") -> list[float]:
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if "loss" in line]
+
+
+def _resumed(run, folder):
+    """A copy of a finished run as if it had been killed after its first checkpoint."""
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
+    shutil.rmtree(folder / "model")
+    return run.model_copy(update={"output_dir": str(folder), "resume": True})
+
+
+def _same_but_for_bf16(found: list[float], expected: list[float]) -> None:
+    assert len(found) == len(expected) == STEPS
+    for step, (value, wanted) in enumerate(zip(found, expected, strict=True), 1):
+        assert abs(value - wanted) <= step * BF16_EPS / 8 * wanted, f"step {step}: {value} is not {wanted}"
+
+
+@pytest.mark.parametrize(("base", "other_ranks"), [("uneven_base", 4), ("tied_base", 1)])
+def test_a_resumed_run_is_the_uninterrupted_one_and_ranks_change_nothing(
+    base, other_ranks, make_run, tmp_path, request
+):
+    base = request.getfixturevalue(base)
+    run = make_run(base, tmp_path / "run", "full", processes=2, **OPTIONS)
+    run_ranks(train_here, 2, run)
+    losses = _curve(run)
+    assert losses[-1] < 0.9 * losses[0]
+
+    state = run.folder / f"checkpoints/checkpoint-{STEPS}/state"
+    parts = [Checkpoint(part) for part in sorted(state.glob("rank-*"))]
+    kinds = {name: info.dtype for part in parts for name, info in part.tensors.items()}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    assert kinds["model.layers.0.mlp.up_proj.weight::exp_avg"] == torch.uint8
+    assert kinds["model.layers.0.mlp.up_proj.weight::exp_avg_sq_scale"] == torch.float32
+    assert kinds["model.norm.weight::exp_avg_sq"] == torch.float32
+
+    again = _resumed(run, tmp_path / "again")
+    run_ranks(train_here, 2, again)
+    assert _curve(again) == losses
+    assert _curve(again, "grad_norm") == _curve(run, "grad_norm")
+    for name, tensor in load_file(run.result_folder / "model.safetensors").items():
+        assert torch.equal(load_file(again.result_folder / "model.safetensors")[name], tensor), name
+
+    elsewhere = make_run(base, tmp_path / "run", "full", processes=other_ranks, **OPTIONS)
+    elsewhere = _resumed(elsewhere, tmp_path / "elsewhere")
+    run_ranks(train_here, other_ranks, elsewhere)
+    _same_but_for_bf16(_curve(elsewhere), losses)
+
+
+def test_offloaded_weights_train_the_same(uneven_base, make_run, tmp_path):
+    curves = {}
+    for offloaded in (False, True):
+        run = make_run(uneven_base, tmp_path / str(offloaded), "full", offload_params=offloaded, **OPTIONS)
+        run_ranks(train_here, 1, run)
+        curves[offloaded] = _curve(run)
+    assert curves[True] == curves[False]
+
+
+def test_it_learns_what_float32_learns(uneven_base, make_run, tmp_path):
+    training = TRAINING | {"max_steps": 24, "save_strategy": "no", "learning_rate": 1e-3}
+    last = {}
+    for kind in ("fp32", "bf16_8bit"):
+        options = OPTIONS | {"training": training, "optimizer_state": kind}
+        run = make_run(uneven_base, tmp_path / kind, "full", **options)
+        run_ranks(train_here, 1, run)
+        last[kind] = sum(_curve(run)[-4:]) / 4
+        first = _curve(run)[0]
+    assert last["fp32"] < 0.9 * first
+    assert abs(last["bf16_8bit"] - last["fp32"]) <= 0.1 * (first - last["fp32"])
+
+
+def _poisoned(run) -> tuple[str, list[bool]]:
+    """Trains with gradients that are not finite in the third step; the error, and whether any weight is bad then."""
+    from fitune.training.adamw_8bit import AdamW8bit
+
+    clip, found = AdamW8bit.clip, []
+
+    def poison(self, max_norm):
+        found.append(self)
+        if len(found) == 3:
+            self.param_groups[0]["params"][0].grad.mul_(float("inf"))
+        return clip(self, max_norm)
+
+    AdamW8bit.clip = poison
+    with pytest.raises(FituneError) as caught:
+        train_here(run)
+    weights = [p.to_local() for group in found[0].param_groups for p in group["params"]]
+    return str(caught.value), all(weight.isfinite().all() for weight in weights)
+
+
+def test_a_step_that_is_not_finite_stops_all_ranks_before_the_weights_change(tiny_base, make_run, tmp_path):
+    options = OPTIONS | {"training": TRAINING | {"save_strategy": "no"}}
+    run = make_run(tiny_base, tmp_path, "full", processes=2, **options)
+    for message, finite in run_ranks(_poisoned, 2, run):
+        assert message.startswith("step 3: the gradient's norm is ")
+        assert finite
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sets", "said"),
+    [
+        ("tiny_lora", (), "is for method full, recipe tiny_lora is lora"),
+        ("tiny_qlora", (), "is for method full, recipe tiny_qlora is qlora"),
+        ("tiny_full", ("training.optim=sgd",), "is AdamW's, recipe tiny_full has training.optim sgd; remove it"),
+    ],
+)
+def test_it_is_refused_where_it_would_not_act(recipe, sets, said):
+    with pytest.raises(UsageError, match=said) as refused:
+        runs.resolve(recipe, "cpu_2proc", ("profile.optimizer_state=bf16_8bit", *sets))
+    assert "use --set profile.optimizer_state=fp32" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_goes_on_with_the_states_its_checkpoints_hold(tmp_path):
+    run = runs.resolve("tiny_full", "cpu_2proc", ("profile.optimizer_state=bf16_8bit",), str(tmp_path))
+    (tmp_path / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    assert runs.resolve_again(tmp_path).profile.optimizer_state == "bf16_8bit"
+    with pytest.raises(UsageError, match=r"use --set profile\.optimizer_state=bf16_8bit"):
+        runs.resolve_again(tmp_path, "cpu_2proc")
