@@ -9,7 +9,7 @@ from fitune.planning.fill import filled, fits, largest
 from fitune.planning.limits import Limits
 from fitune.planning.plan import TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import as_typed, preset_runs
-from fitune.planning.sizes import Setup
+from fitune.planning.sizes import ADAM_STATE, EIGHT_BIT_STATE, Setup
 
 MAX_MICRO_BATCH = 1024
 SEQUENCE_STEP = 64  # tokens
@@ -86,6 +86,9 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
         changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
     if not setup.activation_offload and setup.on_gpu:
         changes.append(("--set profile.activation_offload=true", {"activation_offload": True}))
+    if setup.full and not setup.small_states and setup.optimizer_state == ADAM_STATE:
+        small = {"small_states": True, "optimizer_state": EIGHT_BIT_STATE}
+        changes.append(("--set profile.optimizer_state=bf16_8bit", small))
     shorter = longest_sequence(setup, plan.limits)
     if 0 < shorter < setup.max_length:
         changes.append((f"--set max_length={shorter}", {"max_length": shorter}))

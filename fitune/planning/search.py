@@ -1,17 +1,19 @@
 """The fastest way to train a recipe on a machine: how many of its GPUs, what lies in host RAM, rows and kept layers.
 
 Each number of ranks is tried with weights on the GPUs, with the embedding in host RAM and with all weights there, and
-each of these with and without the layers' inputs in host RAM; `fitune.planning.fill` then finds the rows a pass and
-the kept layers. The shortest predicted step wins.
+each of these with and without the layers' inputs in host RAM, full fine-tuning also with small optimizer states;
+`fitune.planning.fill` then finds the rows a pass and the kept layers. The shortest predicted step wins.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import DEFAULT_PORT
+from fitune.config.optimizers import DEFAULT as OPTIMIZER
 from fitune.config.run import FOUND
 from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import name_of
@@ -29,6 +31,8 @@ ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM
 PLACES = (ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM)
 MOVING_INPUTS = 0.12
 "Of a step, for layers' inputs in RAM: measured where `plan` takes their copies to be hidden (docs/memory.md)."
+OTHER_STATES = 0.5
+"Of a step, for small optimizer states, which round what float32 keeps: they must be worth it."
 NO_GAIN = 0.02
 "Of a step's seconds: for less, no further GPU is taken."
 
@@ -117,10 +121,18 @@ def _candidates(
         for place in PLACES[:1] if machine.unified else PLACES:
             if place == EMBEDDING_IN_RAM and recipe.method == "full":
                 continue
-            for activations in (False,) if machine.unified else (False, True):
+            moves = (False,) if machine.unified else (False, True)
+            for activations, states in product(moves, _states(recipe)):
                 placed = {"embedding_offload": place == EMBEDDING_IN_RAM, "activation_offload": activations}
+                placed["optimizer_state"] = states
                 if all(overrides.get(key, value) == value for key, value in placed.items()):
                     yield _run(stem, recipe, overrides | placed, machine, count * machines, machines, place, output)
+
+
+def _states(recipe: Recipe) -> tuple[str, ...]:
+    """The optimizer states to try."""
+    is_adamw = recipe.training.get("optim", OPTIMIZER).startswith("adamw")
+    return ("fp32", "bf16_8bit") if recipe.method == "full" and is_adamw else ("fp32",)
 
 
 def _plans(candidates: Iterator[Run], limits: Limits, gpu: GpuModel | None) -> list[Plan]:
@@ -187,6 +199,7 @@ def _cautious_seconds(plan: Plan) -> float:
     setup, seconds = plan.setup, plan.time.parts["total"] if plan.time else 0.0
     takes_ram = setup.offload or setup.embedding_offload
     moving_inputs = MOVING_INPUTS * setup.activation_offload
+    seconds *= 1 + OTHER_STATES * setup.small_states
     return seconds * (1 + moving_inputs) * (1 + TIME_ERROR * takes_ram) * (1 + TIME_ERROR * setup.activation_offload)
 
 
@@ -211,7 +224,7 @@ def best_of_each_kind(found: Found) -> list[Plan]:
 
 
 def _kind(plan: Plan) -> tuple:
-    return plan.setup.ranks, plan.setup.offload, plan.setup.embedding_offload
+    return plan.setup.ranks, plan.setup.offload, plan.setup.embedding_offload, plan.setup.small_states
 
 
 def _distance(plan: Plan) -> tuple[float, float]:
@@ -227,6 +240,7 @@ def described(plan: Plan) -> str:
     ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
     place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
     places = [place] if setup.on_gpu else []
+    places += ["small optimizer states"] if setup.small_states else []
     places += ["layers' inputs in RAM"] if setup.activation_offload else []
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
     return ", ".join([ranks, *places, rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from fitune.model.elementwise import GOLDEN, WORD, mix
 from fitune.model.sharding import local_part, local_rows
-from fitune.training.adamw_step import Moment, Step, update_rows
+from fitune.training.adamw_step import update_rows
+from fitune.training.moment import Moment, Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = "{}_scale"

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fitune.training.adamw_step import Moment, Step
+from fitune.training.moment import Moment, Step
 
 BLOCKS = 8  # of one program
 

@@ -18,8 +18,9 @@ from fitune.planning.plan import Verdict, make_plan
 from fitune.planning.presets import as_typed, preset_runs
 from fitune.planning.search import find
 
+FP32 = ("profile.optimizer_state=fp32",)
 RECIPES = [f"llama3_{size}_{method}" for size in ("8b", "70b") for method in ("qlora", "lora", "full")]
-CHOICES = ("ranks", "offload", "embedding_offload", "activation_offload", "micro_batch", "kept_layers")
+CHOICES = ("ranks", "offload", "small_states", "embedding_offload", "activation_offload", "micro_batch", "kept_layers")
 
 
 def chosen(plan) -> dict:
@@ -84,6 +85,8 @@ WHY_NOT = {
     ): "the 2024 tier as it was: 8 % shorter steps, 44 GiB of RAM",
     ("llama3_8b_lora", "fsdp_offload_4gpu"): "likewise: less than the prediction may be off",
     ("llama3_70b_qlora", "fsdp_offload_1x80gb"): "for full and lora; QLoRA fits the card without the RAM",
+    ("llama3_70b_full", "fsdp_full_16x80gb"): "float32 states: they leave less room than the prediction may be off",
+    ("llama3_8b_full", "fsdp_offload_1x80gb"): "float32 states; small ones fit the card without the RAM",
     ("llama3_8b_qlora", "single_gpu_8gb"): "leaves 11 of 16 GiB of RAM to others, for steps 13 % longer",
     ("llama3_8b_lora", "fsdp_1x48gb"): "embedding_offload is for 70B, and 8B gets it along",
     ("llama3_8b_qlora", "fsdp_1x48gb"): "embedding_offload is for 70B, and 8B gets it along",
@@ -104,6 +107,19 @@ def test_each_preset_is_what_the_search_finds_for_its_hardware_or_says_why_not(r
         assert is_found != ((recipe, run.profile_name) in WHY_NOT), (run.profile_name, found.in_one_line())
 
 
+def test_small_optimizer_states_are_for_full_fine_tuning_that_would_not_fit_or_be_far_slower():
+    assert find("llama3_70b_full", (), given_machine(8, 80, 256)).plan.setup.small_states
+    assert find("llama3_8b_full", (), given_machine(1, 80, 256)).plan.setup.small_states
+    for recipe, machine in (
+        ("llama3_8b_full", given_machine(4, 80, 256)),
+        ("llama3_8b_lora", given_machine(1, 80, 64)),
+    ):
+        assert not find(recipe, (), machine).plan.setup.small_states
+    assert not find("llama3_8b_full", ("training.optim=sgd",), given_machine(2, 48, 256)).plan.setup.small_states
+    with pytest.raises(UsageError, match="does not fit"):
+        find("llama3_70b_full", FP32, given_machine(8, 80, 256))
+
+
 def test_a_found_run_is_written_out_so_that_accelerate_starts_the_same(tmp_path):
     for count, recipe in ((3, "llama3_8b_qlora"), (1, "llama3_70b_qlora")):
         run = find(recipe, (), given_machine(count, 24, 64), output=str(tmp_path / str(count))).plan.run
@@ -115,7 +131,7 @@ def test_a_found_run_is_written_out_so_that_accelerate_starts_the_same(tmp_path)
         assert runs.load(run.folder) == run
         moved = run.folder.rename(tmp_path / f"moved{count}")
         assert runs.load(moved).accelerate.path == str(moved / "accelerate.yaml")
-    machines = find("llama3_70b_full", (), given_machine(8, 80, 512), machines=2, output=str(tmp_path / "m")).plan.run
+    machines = find("llama3_70b_full", FP32, given_machine(8, 80, 512), machines=2, output=str(tmp_path / "m")).plan.run
     config = tmp_path / "two.yaml"
     config.write_text(written_out(machines.accelerate), encoding="utf-8")
     assert read_accelerate_config(config) == machines.accelerate.model_copy(update={"path": str(config)})

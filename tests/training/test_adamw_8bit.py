@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fitune.training.adamw_8bit import AdamW8bit, block_of
-from fitune.training.adamw_step import Moment, Step, codes, rounded, update_rows
+from fitune.training.adamw_step import codes, rounded, update_rows
+from fitune.training.moment import Moment, Step
 
 STEP = Step(rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.1, number=1, gradient_scale=1.0, key=7,
             first_element=0)  # fmt: skip

@@ -1,0 +1,64 @@
+"""What a step of 8-bit AdamW works on (`fitune.training.adamw_step`): a moment in blocks, and the step's numbers.
+
+r rows, c columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes import functional as bnb
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The running mean of gradients, or of their squares."""
+
+    values: torch.Tensor
+    "uint8 codes [r, c], or float32 of the weight's shape where there are no scales."
+    scales: torch.Tensor | None
+    "float32 [r, blocks of a row]."
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale."""
+        return self.values.numel() // self.scales.numel()
+
+    def rows(self, start: int, stop: int) -> "Moment":
+        return Moment(self.values[start:stop], None if self.scales is None else self.scales[start:stop])
+
+    def read(self, code: torch.Tensor) -> torch.Tensor:
+        """float32; a copy."""
+        if self.scales is None:
+            return self.values.clone()
+        values = bnb.dequantize_blockwise(self.values, absmax=self.scales.flatten(), code=code, blocksize=self.block)
+        return values.view(self.values.shape)
+
+    def write(self, exact: torch.Tensor, code: torch.Tensor, *, smallest: int) -> None:
+        """Rounds to the nearest code of each block, `smallest` at least."""
+        if self.scales is None:
+            self.values.copy_(exact)
+            return
+        codes, state = bnb.quantize_blockwise(exact, code=code, blocksize=self.block)
+        self.values.copy_(codes.view(self.values.shape).clamp_(min=smallest))
+        self.scales.copy_(state.absmax.view(self.scales.shape))
+
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one step for one weight."""
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    number: int
+    "Counted from 1."
+    gradient_scale: float
+    "What gradients are multiplied by: below 1 where they are clipped."
+    key: int
+    "Of 32 bits. With the element's place it decides what is drawn for each element."
+    first_element: int
+    "The place in the whole weight of the first element given."
+    stochastic: bool = True
+    "False rounds to the nearest; only to compare with."
