@@ -67,10 +67,10 @@ def trained_dtype(run: Run) -> torch.dtype:
 
 
 def _something_travels(mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> bool:
-    """Between ranks, from host RAM, or from the dtype of trained weights to that of the computation."""
+    """Between ranks, from host RAM, or from float32 master weights to the dtype of the computation."""
     from_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
-    is_cast = run.recipe.method == "full" and trained_dtype(run) != compute_dtype
-    return mesh.size() > 1 or from_host_ram or is_cast
+    stay_in_bf16 = trained_dtype(run) == compute_dtype == torch.bfloat16
+    return mesh.size() > 1 or from_host_ram or (run.recipe.method == "full" and not stay_in_bf16)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
