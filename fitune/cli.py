@@ -129,6 +129,7 @@ def prepare(recipe, dataset, output, sets, **options):
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
 @click.option("--machines", type=click.IntRange(min=1), help="Number of machines like this one, without --profile.")
+@click.option("--quiet", is_flag=True, help="Print the result, warnings and errors only.")
 @machine_options
 def train(recipe, profile, sets, output, **options):
     """Write run.yaml and accelerate.yaml, then start the processes with accelerate launch.

@@ -47,5 +47,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def say_while_training(message: str) -> None:
-    """To stderr, on a line of its own: the progress bar leaves the cursor at the end of its line."""
-    print(f"\n{message}", file=sys.stderr, flush=True)
+    """To stderr, on a line of its own: on a terminal a progress bar leaves the cursor at the end of its line."""
+    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)

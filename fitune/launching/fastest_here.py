@@ -11,14 +11,15 @@ from fitune.planning.search import find
 
 
 def fastest_here(
-    recipe: str, sets: tuple[str, ...], output: str | None, *, resume: bool = False, machines: int = 1
-) -> Run:
-    """What is fastest on this machine, or was when a run that goes on was started; says what was chosen."""
+    recipe: str, sets: tuple[str, ...], output: str | None, *, resume: bool = False, machines: int = 1,
+    quiet: bool = False,
+) -> Run:  # fmt: skip
+    """What is fastest on this machine, or was when a run that goes on was started; says what it is unless `quiet`."""
     machine = this_machine()
     if resume and output and (run := found_before(recipe, sets, Path(output), len(machine.gpus))):
         return run
     found = find(recipe, sets, machine, output=output, machines=machines)
     for line in (found.in_one_line(), found.why_idle(), machine.uneven):
-        if line:
+        if line and not quiet:
             click.echo(line, err=True)
     return found.plan.run

@@ -201,7 +201,8 @@ class Watch(threading.Thread):
 
     def _ranks(self) -> dict[int, np.ndarray]:
         """What each rank has counted, by rank; without those that are about to begin."""
-        found = {int(file.name): np.fromfile(file, np.float64) for file in self.folder.iterdir()}
+        files = [file for file in self.folder.iterdir() if file.name.isdigit()]  # and the run's status
+        found = {int(file.name): np.fromfile(file, np.float64) for file in files}
         return {
             rank: numbers for rank, numbers in sorted(found.items()) if numbers.size == len(NUMBERS) and numbers[PID]
         }

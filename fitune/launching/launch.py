@@ -17,7 +17,9 @@ from fitune.config.shipped import CHECKOUT
 from fitune.environment import HEARTBEATS
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.run_folder import launch_config, settings_to_train
+from fitune.launching.run_status import read_status
 from fitune.launching.signals import interrupts_passed_on, passed_on_to_ranks
+from fitune.launching.terminal import Show, run_shown
 
 TRAINING = "fitune.training.train"
 Place = Mapping[str, int | str | None]
@@ -38,34 +40,37 @@ def dry_run_text(run: Run) -> str:
     return f"{runs.dump(run)}\n# {launch_line(run, TRAINING)}"
 
 
-def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, place: Place) -> int:
+def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, place: Place, quiet: bool = False) -> int:
     """Trains, and after a crash goes on from the newest checkpoint, at most `max_restarts` times; the exit code.
 
     A crash is a rank that died, hung or raised what fitune did not expect; an error that fitune explains would only
-    come again.
+    come again. `quiet` leaves out all but errors and warnings.
     """
-    for restart in range(max_restarts + 1):
-        code, signals = _train_once(run, resume, place)
-        if code == TOLD:
-            say_while_training("stopped: before the first step, with nothing to save")
-        if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
-            return INTERRUPTED
-        if code != CRASHED or signals or restart == max_restarts:
-            break
-        resume = True
-        saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
-        start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
-        print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
+    with run_shown(live=not run.recipe.training.get("disable_tqdm"), quiet=quiet) as show:
+        for restart in range(max_restarts + 1):
+            code, signals = _train_once(run, resume, place, show)
+            if code == TOLD:
+                say_while_training("stopped: before the first step, with nothing to save")
+            if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
+                return INTERRUPTED
+            if code != CRASHED or signals or restart == max_restarts:
+                break
+            resume = True
+            saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
+            start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
+            print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
     return 1 if code in (TOLD, CRASHED) else code
 
 
-def _train_once(run: Run, resume: bool, place: Place) -> tuple[int, int]:
+def _train_once(run: Run, resume: bool, place: Place, show: Show) -> tuple[int, int]:
     """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
     from fitune.launching.heartbeat import Watch
 
     arguments = ["--resume"] if resume else []
     with tempfile.TemporaryDirectory(prefix="fitune-") as folder:
         os.environ[HEARTBEATS] = folder
+        processes = run.accelerate.num_processes
+        show(f"starting {processes} process{'es' * (processes > 1)}", lambda: read_status(Path(folder)))
         watch = Watch(Path(folder), run.accelerate.num_machines)
         watch.start()
         settings = settings_to_train(run.folder)

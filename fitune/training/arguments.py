@@ -17,10 +17,11 @@ def training_arguments(run: Run) -> SFTConfig:
     Raises UsageError for what transformers or TRL refuse on this machine.
     """
     recipe, profile = run.recipe, run.profile
-    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False, "disable_tqdm": False} | recipe.training
+    values = {"report_to": "tensorboard", "logging_nan_inf_filter": False} | recipe.training
     values |= best_model_fields(recipe.training)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
     values |= {
+        "disable_tqdm": True,  # the launcher shows progress, or not if the recipe has this: fitune.launching.terminal
         "output_dir": str(run.folder / "checkpoints"),
         "per_device_train_batch_size": profile.micro_batch,
         "per_device_eval_batch_size": profile.micro_batch,

@@ -45,8 +45,9 @@ def checkpoint_flag(run: Run) -> list[str]:
     return ["--checkpoint", run.checkpoint] if run.checkpoint else []
 
 
-def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = True) -> None:
-    """Raises UsageError for rows that were prepared otherwise than the run's recipe says; says whose they are.
+def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = True, quiet: bool = False) -> None:
+    """Raises UsageError for rows that were prepared otherwise than the run's recipe says; unless `quiet` says whose
+    they are.
 
     With `asked_as_trained` also for a template or system message that the run's result was not trained with.
     """
@@ -56,7 +57,7 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
     from fitune.export.chat_record import refuse_another_chat
 
     data, base = run.recipe.data, run.recipe.base
-    if reads_rows and (prepared_from := dataset_in(Path(data.prepared), data)):
+    if reads_rows and not quiet and (prepared_from := dataset_in(Path(data.prepared), data)):
         click.echo(f"data: {data.prepared}, prepared from {prepared_from}")
     tokenizer = load_tokenizer(run.recipe, local_config(base.model, base.revision))
     if asked_as_trained:

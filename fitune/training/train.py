@@ -9,15 +9,17 @@ import re
 import sys
 import traceback
 import warnings
+from functools import partial
 from logging import LogRecord, getLogger
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerState
+from transformers import PrinterCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from fitune import progress
 from fitune.config import run as runs
 from fitune.config.hub import local_folder
 from fitune.config.model_shapes import find_shape
@@ -37,7 +39,6 @@ from fitune.planning.compute import FP8_CAPABILITY
 from fitune.planning.memory import gpu_peak
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
-from fitune.progress import bar
 from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
 from fitune.training.best_model import BestModel
@@ -56,6 +57,7 @@ from fitune.training.manifest import Identity, find_damage, identify, refuse_ano
 from fitune.training.measure import Loading, Measurements
 from fitune.training.metrics_file import MetricsFile
 from fitune.training.out_of_memory import explain_out_of_memory
+from fitune.training.run_report import RunReport
 from fitune.training.same_on_all import is_first_of_its_machine, refuse_differences
 from fitune.training.state import load_trainable_weights
 from fitune.training.trainer import ShardedSFTTrainer, set_aside
@@ -68,8 +70,10 @@ from fitune.weights.safetensors_files import Checkpoint
 def train(run: Run) -> None:
     """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
     end_with_launcher()
-    heartbeat, interruption = Heartbeat(), Interruption(run.folder)
+    logging.set_verbosity_warning()
+    heartbeat, interruption, report = Heartbeat(), Interruption(run.folder), RunReport()
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
+    report.begin(f"joining {run.accelerate.num_processes} processes")
     with heartbeat.starting():
         mesh = join(run.accelerate)
     arguments = training_arguments(run)
@@ -78,14 +82,16 @@ def train(run: Run) -> None:
     check_prepared(run.recipe, tokenizer)
     _check_compute(run, mesh)
     refuse_untrained_control_tokens(run.recipe, base_folder, tokenizer)
+    report.begin("checking the base and the rows")
     with heartbeat.using_files():
         base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
         checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
         steps_left = _steps_left(run, checkpoint)
         with Loading() as loading:
             fp8 = run.profile.compute == "fp8"
-            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8)
+            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8, bar=report.bar)
     heartbeat.count_layers(decoder(model).model.layers)
+    report.begin("mapping the rows")
     measurements = Measurements(run.folder, loading.report, _planned_gib(run, base_folder))
     trainer = ShardedSFTTrainer(
         run,
@@ -99,6 +105,8 @@ def train(run: Run) -> None:
         eval_dataset=_eval_dataset(run, tokenizer, heartbeat),
         callbacks=[MetricsFile(run.folder), measurements, interruption],
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(report)  # after all that decide whether a step is saved
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     trainer.also_logged = measurements.since_last_log
     if steps_left == 0:  # interrupted while it saved the result
@@ -122,11 +130,11 @@ def train(run: Run) -> None:
 
 
 def load_sharded_model(
-    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8: bool = False
+    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8: bool = False, bar=None
 ) -> torch.nn.Module:
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream.
 
-    `fp8` has it train with fp8 products.
+    `fp8` has it train with fp8 products. `bar` shows how far it is; without one, rank 0 draws its own.
     """
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type, trained_dtype(run))
@@ -136,16 +144,12 @@ def load_sharded_model(
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)
     placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
-    with Checkpoint(base_folder) as checkpoint, _loading_bar(model) as advance:
+    bar = bar or partial(progress.bar, show=is_main_process())
+    with Checkpoint(base_folder) as checkpoint, bar("reading the base", checkpoint.nbytes, in_bytes=True) as advance:
         load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
-
-
-def _loading_bar(model: torch.nn.Module):
-    """A bar over the model's parameters, drawn by one rank."""
-    return bar("loading weights", sum(1 for _ in model.parameters()), show=is_main_process())
 
 
 def rows_on_all_ranks(run: Run, split: str, tokenizer, heartbeat: Heartbeat) -> TokenisedRows:

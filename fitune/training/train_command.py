@@ -22,14 +22,15 @@ from fitune.training.given_run import check_data
 
 def train_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, *, resume: bool, max_restarts: int,
-    dry_run: bool, force: bool, machines: int | None, place: Place,
+    dry_run: bool, force: bool, machines: int | None, quiet: bool, place: Place,
 ) -> int:  # fmt: skip
     """The exit code of the run that a recipe or a run's folder stands for; `place` is this machine's among several.
 
-    Raises UsageError for what can be known to fail before a process is started.
+    Raises UsageError for what can be known to fail before a process is started. `quiet` prints the result alone, and
+    what goes wrong.
     """
     goes_on = (Path(recipe) / "run.yaml").is_file()
-    run = _run_to_train(recipe, profile, sets, output, resume, machines, goes_on)
+    run = _run_to_train(recipe, profile, sets, output, resume, machines, goes_on, quiet)
     if not dry_run:
         check_machine_flags(run, **place)
         if resume and (finished := nothing_left(run)):
@@ -42,10 +43,10 @@ def train_command(
     if dry_run:
         click.echo(dry_run_text(run))
         return 0
-    if chosen:
+    if chosen and not quiet:
         click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
     remember_what_was_typed()
-    code = _train(run, resume=resume, max_restarts=max_restarts, force=force, place=place)
+    code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)
     if not code:
         click.echo(
             f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}"
@@ -56,7 +57,7 @@ def train_command(
 
 def _run_to_train(
     recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, resume: bool, machines: int | None,
-    goes_on: bool,
+    goes_on: bool, quiet: bool,
 ) -> Run:  # fmt: skip
     """The run of a folder that goes on, else a recipe's with the profile, or with what is fastest here."""
     if machines and (profile or goes_on):
@@ -64,7 +65,7 @@ def _run_to_train(
     if not goes_on:
         if profile:
             return runs.resolve(recipe, profile, sets, output)
-        return fastest_here(recipe, sets, output, resume=resume, machines=machines or 1)
+        return fastest_here(recipe, sets, output, resume=resume, machines=machines or 1, quiet=quiet)
     if not resume:
         raise UsageError(f"{recipe} is a run's folder: add --resume to continue it, or give a recipe")
     if output:
@@ -72,22 +73,25 @@ def _run_to_train(
     return runs.resolve_again(Path(recipe), profile, sets)
 
 
-def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, place: Place) -> int:
+def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, quiet: bool, place: Place) -> int:
     """Checks, then starts this machine's ranks, with those of other machines if there are some; the exit code."""
     several, rank = run.accelerate.num_machines > 1, place["machine_rank"] or 0
+    if not quiet:
+        click.echo(f"checking {run.recipe_name} on {run.profile_name}: memory, base, rows", err=True)
     with ExitStack() as stack:
         if not rank:
             check_before_training(run, force=force)
-            check_data(run)
+            check_data(run, quiet=quiet)
             stack.enter_context(open_run_folder(run, resume))
         if several:
             machines = stack.enter_context(Machines(run, rank, resume))
             if rank:
                 run, resume = machines.settings_of_machine_0(run), machines.resume
                 check_before_training(run, force=force)
-                check_data(run)
-        click.echo(launch_line(run, TRAINING, *(["--resume"] if resume else [])))
+                check_data(run, quiet=quiet)
+        if not quiet:
+            click.echo(launch_line(run, TRAINING, *(["--resume"] if resume else [])))
         fetch_base(run)
         if several:
             machines.start_together()
-        return train_with_restarts(run, resume=resume, max_restarts=max_restarts, place=place)
+        return train_with_restarts(run, resume=resume, max_restarts=max_restarts, place=place, quiet=quiet)

@@ -49,12 +49,13 @@ def load_weights(
     checkpoint: Checkpoint,
     placement: Placement,
     seed: int,
-    on_tensor: Callable[[str], None] = id,
+    on_tensor: Callable[[int], None] = id,
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Allocates the sharded `model` (on meta until now) and fills it, module by module.
 
-    `on_tensor` is called with the name of each parameter that is filled, `on_step` after each step of at most 64 MiB.
+    `on_tensor` is called after each parameter with the bytes that it has in the checkpoint, all ranks' rows together,
+    `on_step` after each step of at most 64 MiB.
 
     Every tensor of model and checkpoint is accounted for before memory is taken: FituneError names the tensor and its
     file if one is missing, surplus or of another shape.
@@ -76,7 +77,7 @@ def load_weights(
                 if place in kept_by_fsdp and local_part(parameter).nbytes >= PIN_FROM_BYTES:
                     pad(parameter, kept_by_fsdp[place])
                 yield from loader.fill(name, parameter, plan[name])
-                yield partial(on_tensor, name)
+                yield partial(on_tensor, stored_bytes(checkpoint, plan[name]))
 
     with torch.no_grad():
         stream(checkpoint, steps(), placement.device.type == "cuda", on_step)
@@ -108,6 +109,12 @@ def account_for_every_tensor(model: nn.Module, checkpoint: Checkpoint) -> dict[s
             f"{f' (and {len(surplus) - 1} more)' if len(surplus) > 1 else ''}; config.json belongs to another model?"
         )
     return plan
+
+
+def stored_bytes(checkpoint: Checkpoint, source: str | None) -> int:
+    """Of a parameter and, where it is packed, its statistics; 0 for the adapter's."""
+    names = [source, *(f"{source}.{part}" for part in STATISTICS)] if source else []
+    return sum(checkpoint[name].nbytes for name in names if name in checkpoint)
 
 
 def _refuse_another_head(checkpoint: Checkpoint) -> None:

@@ -103,6 +103,11 @@ class Checkpoint:
                     raise FituneError(f"{file}: tensor {name} is in {self.tensors[name].file.name} too")
                 self.tensors[name] = info
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     def _files(self) -> dict[Path, list[str] | None]:
         """Shard files with the tensors the index expects of each (None: all of them)."""
         index = self.folder / INDEX_NAME

@@ -403,7 +403,7 @@ def test_stage_prints_one_line_and_exits_with_the_errors_code(write, tmp_path, c
         with pytest.raises(SystemExit) as caught:
             run_stage(path, lambda run: pytest.fail("the stage was started"))
         assert caught.value.code == 2
-        [line] = capsys.readouterr().err.split("\n")[1:-1]  # a blank line before it, see say_while_training
+        [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and str(path) in line
 
 

@@ -127,7 +127,7 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
     hold = Hold(tmp_path)
     hold.after(0)
     hung = Running([*command, "--resume"], tmp_path / "log-hung", FITUNE_HUNG_AFTER_SECONDS="3", **hold.environment)
-    hung.wait_for(lambda: "loading weights" in hung.log.read_text())
+    hung.wait_for(lambda: "reading the base" in hung.log.read_text())
     hung.ranks()[1].suspend()
     assert hung.wait() == 1
     assert "no progress for 3 s; all ranks were ended" in hung.log.read_text()

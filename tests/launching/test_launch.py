@@ -13,8 +13,10 @@ import pytest
 from patience import PATIENCE_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from commands import changed
+from terminals import in_terminal, left_on_screen
 
 from fitune.launching import launch
 from fitune.launching.launch import TOLD, _first_failure
@@ -63,7 +65,63 @@ def finished(options, tmp_path_factory) -> Path:
     done = start(["cli.py", *options, "--output", folder])
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"result: {folder / 'adapter'}" in done.stdout
+    (folder / "printed").write_text(done.stdout + "--- stderr\n" + done.stderr)
     return folder
+
+
+def test_in_a_pipe_a_run_prints_plain_lines_and_no_others(finished):
+    printed = (finished / "printed").read_text()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed)
+    out, err = printed.split("--- stderr\n")
+    number = r" +[\d.,e+-]+"
+    row = rf" +\d/4{number}{number}{number}({number})?( +\d:\d\d:\d\d)?"
+    lines = [
+        "accelerate launch .*",
+        " +step +loss +grad norm +learning rate +tokens/s +left",
+        *[row] * 4,
+        r"trained 4 steps in \d:\d\d:\d\d",
+        "result: .*",
+    ]
+    for line, expected in zip(out.splitlines(), lines, strict=True):
+        assert re.fullmatch(expected, line), line
+    stages = [
+        "checking tiny_qlora on cpu_2proc: memory, base, rows",
+        "starting 2 processes",
+        "joining 2 processes",
+        "checking the base and the rows",
+        r"reading the base: [\d.]+ MB",
+        r"reading the base: [\d.]+ MB in .*",
+        "mapping the rows",
+        "training 4 steps",
+        "page: .*",
+    ]
+    for line, expected in zip(err.splitlines(), stages, strict=True):
+        assert re.fullmatch(expected, line), line
+
+
+def test_on_a_terminal_each_line_is_whole_and_the_live_line_is_gone_in_the_end(options, tmp_path):
+    code, raw = in_terminal(
+        [
+            "cli.py",
+            *options,
+            "--set",
+            "training.eval_strategy=steps",
+            "--set",
+            "training.eval_steps=2",
+            "--output",
+            tmp_path / "run",
+        ]
+    )
+    assert code == 0, raw[-3000:]
+    seen = [line for line in left_on_screen(raw) if line]
+    shown = re.sub(r"\x1b\[[\d;]*m", "", raw)
+    assert "\r\x1b[2Kstarting 2 processes  0:00:0" in shown
+    assert re.search(r"step \d/4  loss \d\.\d{4}", shown), "drawn with each log line"
+    rows = [line for line in seen if re.match(r" +\d/4 ", line)]
+    assert len(rows) == 6 and all(len(line) <= 79 for line in rows), seen
+    assert sum("held out: loss" in line for line in rows) == 2
+    assert not any("it/s" in line or "{'" in line for line in seen)
+    assert seen[-1].startswith("page: ")
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):

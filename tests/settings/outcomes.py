@@ -56,10 +56,6 @@ class Outcome:
         lines = re.split(r"[\r\n]+", self.printed)
         return {SAYS_HOW_LONG.sub("N", line.strip()) for line in lines if line.strip() and not _is_bar(line)}
 
-    @property
-    def has_bars(self) -> bool:
-        return any("it/s" in line or "s/it" in line for line in re.split(r"[\r\n]+", self.printed))
-
 
 def _is_bar(line: str) -> bool:
     return bool(re.search(r"\d+%\||━|\d+ examples|it/s|s/it", line))
@@ -72,7 +68,6 @@ def differences(found: Outcome, base: Outcome) -> list[str]:
     said += [_steps("evaluated", found.column("eval_loss"), base.column("eval_loss"))]
     said += [_steps("saved", found.saved, base.saved)]
     said += [f"writes {name}/" for name in found.folders if name not in base.folders]
-    said += ["no progress bar"] if base.has_bars and not found.has_bars else []
     found_only = found.lines - base.lines
     said += [f"prints {len(found_only)} more kinds of lines"] if len(found.lines) > len(base.lines) + 10 else []
     said = [part for part in said if part]

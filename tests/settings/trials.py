@@ -110,7 +110,7 @@ _LOGGING = [
     Trial("log_level", "error", same="nothing is logged at this level in a good run"),
     Trial("log_level_replica", "info"),
     Trial("log_level_replica", "error", same="nothing is logged at this level in a good run"),
-    Trial("disable_tqdm", "true"),
+    Trial("disable_tqdm", "true", same="it hides the live line, which only a terminal shows"),
 ]
 _TRACKERS = [
     Trial("report_to", "tensorboard"),
