@@ -69,7 +69,14 @@ class Time:
 
     @property
     def cost(self) -> float | None:
+        """Of the run."""
         return None if self.hours is None or self.price_per_hour is None else self.hours * self.price_per_hour
+
+    @property
+    def cost_per_million_tokens(self) -> float | None:
+        if self.price_per_hour is None:
+            return None
+        return self.price_per_hour * 1e6 / (3600 * self.tokens_per_second)
 
 
 @dataclass(frozen=True)

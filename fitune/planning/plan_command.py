@@ -16,7 +16,7 @@ from fitune.planning.limits import given_machine, limits_here, limits_of
 from fitune.planning.memory import merge_host
 from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
-from fitune.planning.report import print_found, print_matrix, print_plan
+from fitune.planning.report import DETAILS_HINT, print_choice, print_matrix, print_plan, print_tried
 from fitune.planning.search import Found, all_on_the_gpus, described
 from fitune.planning.search import find as find_fastest
 from fitune.planning.sizes import GIB
@@ -26,7 +26,7 @@ from fitune.planning.tiers import matrix
 def plan_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, gpu_memory: float | None,
     host_memory: float | None, gpu: str | None, gpu_tflops: float | None, find: bool, all_tiers: bool, in_json: bool,
-    **options,
+    details: bool, **options,
 ) -> None:  # fmt: skip
     """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers)
@@ -56,8 +56,12 @@ def plan_command(
         print(json.dumps(as_json(plan, outlook) | (search_as_json(found) if found else {}), indent=2))
         return
     if found:
-        print_found(found, console)
-    print_plan(plan, outlook, console)
+        print_choice(found, console)
+    print_plan(plan, outlook, console, details=details)
+    if found:
+        print_tried(found, console)
+    if not details:
+        console.print(DETAILS_HINT, style="dim")
 
 
 def _machine(gpus: int | None, gpu_memory: float | None, host_memory: float | None, gpu: str | None) -> Machine:
@@ -106,7 +110,7 @@ def as_json(plan: Plan, outlook: Outlook) -> dict:
         "estimate": None if time is None or not time.is_known else {
             "gpu": time.gpu, "step_seconds": round(time.parts["total"], 3),
             "tokens_per_second": round(time.tokens_per_second, 1), "steps": time.steps, "hours": time.hours,
-            "cost": time.cost},
+            "cost": time.cost, "cost_per_million_tokens": time.cost_per_million_tokens},
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How `plan` answers: tables with bars, a verdict per resource, the estimate, the matrix of tiers, or JSON."""
+"""How `plan` answers: the verdict, time and cost, then pictures of memory; the table of all profiles."""
 
 import math
 
@@ -8,40 +8,100 @@ from rich.text import Text
 
 from fitune.planning.memory import merge_host
 from fitune.planning.outlook import Outlook, shortfall, way_out
-from fitune.planning.plan import GPU_MEMORY, Plan, needed_disk
+from fitune.planning.plan import GPU_MEMORY, Plan, Time, needed_disk
 from fitune.planning.search import Found, best_of_each_kind, described, rounded, timed
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import METHODS
 
 BAR = 32  # characters
 TRIED_SHOWN = 12
+LEGEND = (
+    "21 + 9   fits: GiB of each GPU + GiB of each machine's RAM, rounded; what a profile has is written likewise\n"
+    "no: GPU  does not fit: what there is too little of\n"
+    "no: full the profile keeps weights that full training changes: it is for lora and qlora\n"
+    "idle 8   as many GPUs have nothing to do in a step of global_batch_size rows"
+)
+DETAILS_HINT = "--details: memory by phase, host RAM, disk, the parts of a step's time"
 FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
 
 
-def print_plan(plan: Plan, outlook: Outlook, console: Console) -> None:
-    """Where the bytes go, whether they fit, the largest batch, the time."""
-    console.print(_headline(plan))
-    if plan.gpu:
-        console.print(_gpu_table(plan))
-        console.print(_phase_table(plan))
-    console.print(_host_table(plan))
-    console.print(_disk_line(plan))
-    console.print()
-    _print_verdicts(plan, outlook, console)
-    _print_limits(plan, outlook, console)
+def print_plan(plan: Plan, outlook: Outlook, console: Console, *, details: bool = False) -> None:
+    """Whether the run fits, how long it takes and what it costs, then a picture of the scarcest memory.
+
+    `details` adds the phases of a step, host RAM, disk and the parts of the time.
+    """
+    _print_verdict(plan, outlook, console)
     if plan.time:
         _print_estimate(plan, console)
+    _print_limits(plan, outlook, console)
+    _print_choices(plan, console)
+    console.print()
+    console.print(_gpu_table(plan) if plan.gpu else _host_table(plan))
+    console.print()
+    if details:
+        _print_details(plan, console)
 
 
-def _headline(plan: Plan) -> Text:
+def _print_details(plan: Plan, console: Console) -> None:
+    if plan.gpu:
+        console.print(_phase_table(plan))
+        console.print(_host_table(plan))
+    console.print(_disk_line(plan))
+    if plan.time and plan.time.is_known:
+        console.print(_time_line(plan.time))
+
+
+def _print_verdict(plan: Plan, outlook: Outlook, console: Console) -> None:
+    name = f"{plan.run.recipe_name} on {plan.run.profile_name}"
+    answer = Text("fits", style="bold green") if plan.fits else Text("does not fit", style="bold red")
+    console.print(Text.assemble((f"{name} ", "bold"), answer))
+    for verdict in plan.verdicts:
+        mark = Text("fits " if verdict.fits else "no   ", style="green" if verdict.fits else "red")
+        console.print(mark + Text(str(verdict)))
+    if not plan.fits:
+        console.print(Text(way_out(plan, outlook.changes), style="bold"))
+
+
+def _print_estimate(plan: Plan, console: Console) -> None:
+    time = plan.time
+    if not time.is_known:
+        console.print(
+            f"no estimate of the time: '{time.gpu}' is not in the table of GPUs; give --gpu-tflops N, its dense bf16 "
+            f"products by the data sheet"
+        )
+        return
+    run = "steps not known before `prepare`"
+    if time.steps:
+        run = f"{time.steps:,} steps, {rounded(time.hours)} hours"
+    console.print(
+        f"estimate on {time.gpu}: {rounded(time.parts['total'])} s a step, "
+        f"{rounded(time.tokens_per_second)} tokens/s; {run}"
+    )
+    if time.price_per_hour is not None:
+        of_run = (
+            "the run's once `prepare` has counted the rows" if time.cost is None else f"{time.cost:,.2f} for the run"
+        )
+        per_million = f"{time.cost_per_million_tokens:,.2f} per million tokens"
+        console.print(f"cost at {time.price_per_hour:g} an hour: {per_million}, {of_run}")
+
+
+def _print_limits(plan: Plan, outlook: Outlook, console: Console) -> None:
+    if rows := outlook.largest_micro_batch:
+        console.print(
+            f"largest micro batch: {rows} row{'s' * (rows > 1)}; "
+            f"longest sequence: {outlook.longest_sequence:,} tokens (no layer kept)"
+        )
+
+
+def _print_choices(plan: Plan, console: Console) -> None:
     s = plan.setup
     ranks = f"{s.ranks} GPU{'s' * (s.ranks > 1)}" if s.on_gpu else f"{s.ranks} CPU processes"
     where = "weights in host RAM" if s.offload else "weights on the GPUs" if s.on_gpu else "weights in RAM"
-    return Text(
-        f"{plan.run.recipe_name} on {plan.run.profile_name}: {s.method}, {s.shape.parameters / 1e6:,.0f} M parameters, "
-        f"{s.trainable / 1e6:,.0f} M trained; {ranks}, {where}; {s.micro_batch} x {s.max_length:,} tokens a pass, "
-        f"{s.kept_layers} of {s.shape.layers} layers kept{FP8_NOTE * s.fp8}",
-        style="bold",
+    parameters = f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained"
+    console.print(f"{s.method}, {parameters}; {ranks}, {where}")
+    console.print(
+        f"{s.micro_batch} x {s.max_length:,} tokens a pass, {s.kept_layers} of {s.shape.layers} layers kept"
+        f"{FP8_NOTE * s.fp8}"
     )
 
 
@@ -60,7 +120,7 @@ def _phase_table(plan: Plan) -> Table:
     table = _table("in torch's allocator, by phase")
     most = plan.gpu.allocated
     for phase, size in plan.gpu.phases.items():
-        style = "yellow" if phase == plan.gpu.phase else "blue"
+        style = "magenta" if phase == plan.gpu.phase else "blue"
         table.add_row(phase, f"{size / GIB:.2f}", _bar(size, most, style))
     return table
 
@@ -86,40 +146,9 @@ def _disk_line(plan: Plan) -> str:
     return f"disk, GB: {needed_disk(plan.disk) / 1e9:.1f} to train ({parts})"
 
 
-def _print_verdicts(plan: Plan, outlook: Outlook, console: Console) -> None:
-    for verdict in plan.verdicts:
-        mark = Text("fits " if verdict.fits else "no   ", style="bold green" if verdict.fits else "bold red")
-        console.print(mark + Text(str(verdict)))
-    if not plan.fits:
-        console.print(Text(way_out(plan, outlook.changes), style="bold"))
-
-
-def _print_limits(plan: Plan, outlook: Outlook, console: Console) -> None:
-    if not outlook.largest_micro_batch:
-        return
-    console.print(
-        f"largest micro batch: {outlook.largest_micro_batch} x {plan.setup.max_length:,} tokens; "
-        f"longest sequence: {outlook.longest_sequence:,} tokens, one row a pass (no layer kept)"
-    )
-
-
-def _print_estimate(plan: Plan, console: Console) -> None:
-    time = plan.time
-    if not time.is_known:
-        console.print(
-            f"no estimate of the time: '{time.gpu}' is not in the table of GPUs; give --gpu-tflops N, its dense bf16 "
-            f"products by the data sheet"
-        )
-        return
+def _time_line(time: Time) -> str:
     shown = {name: seconds for name, seconds in time.parts.items() if name != "total" and seconds >= 0.05}
-    parts = ", ".join(f"{name} {rounded(seconds)}" for name, seconds in shown.items())
-    steps = f"{time.steps:,} steps" if time.steps else "steps not known before `prepare`"
-    hours = "" if time.hours is None else f", {rounded(time.hours)} hours"
-    cost = "" if time.cost is None else f", {time.cost:,.2f} at {time.price_per_hour:g} an hour"
-    console.print(
-        f"estimate on {time.gpu}: {rounded(time.parts['total'])} s a step ({parts}), "
-        f"{rounded(time.tokens_per_second)} tokens/s, {steps}{hours}{cost}"
-    )
+    return f"seconds of a step: {', '.join(f'{name} {rounded(seconds)}' for name, seconds in shown.items())}"
 
 
 def _table(title: str) -> Table:
@@ -139,11 +168,15 @@ def _bar(value: float, most: float, style: str) -> Text:
     return Text("█" * int(width) + ("▌" if width % 1 >= 0.5 else ""), style=style)
 
 
-def print_found(found: Found, console: Console) -> None:
-    """What a search chose, what it leaves idle, and the best of each kind that it tried."""
-    console.print(Text(found.in_one_line(), style="bold"))
+def print_choice(found: Found, console: Console) -> None:
+    """What a search chose, and what it leaves idle."""
+    console.print(found.in_one_line())
     if why_idle := found.why_idle():
-        console.print(Text(why_idle, style="yellow"))
+        console.print(Text(why_idle, style="magenta"))
+
+
+def print_tried(found: Found, console: Console) -> None:
+    """The best of each kind that a search tried."""
     table = Table(title="tried, the best of each kind first", title_justify="left", box=None, pad_edge=False)
     for column in ("", "a step", "GiB per GPU", "GiB of RAM"):
         table.add_column(column, justify="left" if not column else "right")
@@ -152,32 +185,33 @@ def print_found(found: Found, console: Console) -> None:
         gpu = f"{plan.gpu.total / GIB:.1f}" if plan.gpu else "-"
         table.add_row(described(plan), outcome, gpu, f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}")
     console.print(table)
-    console.print()
 
 
 def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
-    """Every profile against every method: GiB per GPU and of RAM, green where it fits, else what is short."""
-    table = Table(
-        title=f"{recipe}'s model: GiB per GPU + GiB of RAM per machine; no: what is short",
-        title_justify="left",
-        box=None,
-    )
-    for column in ("profile", "GPUs + RAM", *METHODS):
+    """Every profile against every method: GiB per GPU and of RAM, and what is short where it does not fit."""
+    table = Table(title=f"the model of {recipe} on every profile", title_justify="left", box=None, pad_edge=False)
+    for column in ("profile", "it has", *METHODS):
         table.add_column(column, no_wrap=True)
     for row in rows:
-        has = f"{row['gpus']} x {row['gpu_memory_gib']:g} + {row['host_memory_gib']:g}"
+        has = f"{row['gpus']} x {_short(row['gpu_memory_gib'])} + {_short(row['host_memory_gib'])}"
         table.add_row(row["profile"], has, *(_cell(row["methods"].get(method)) for method in METHODS))
     console.print(table)
+    console.print()
+    console.print(LEGEND)
 
 
 def _cell(entry: dict | None) -> Text:
     if entry is None:
         return Text("-")
     if "peak_gpu_gib" not in entry:
-        return Text("no: frozen bases only", style="red")
-    text = f"{entry['peak_gpu_gib']:.1f} + {entry['peak_host_gib']:.1f}"
-    idle = f", {entry['idle_gpus']} idle" if entry["idle_gpus"] else ""
+        return Text("no: full", style="red")
+    text = f"{_short(entry['peak_gpu_gib'])} + {_short(entry['peak_host_gib'])}"
     if entry["fits"]:
-        return Text(f"{text} fits{idle}", style="bold green")
+        return Text(f"{text}{', idle ' * bool(entry['idle_gpus'])}{entry['idle_gpus'] or ''}", style="green")
     short = ", ".join({GPU_MEMORY: "GPU", "host RAM": "RAM"}.get(name, name) for name in entry["short_of"])
     return Text(f"{text} no: {short}", style="red")
+
+
+def _short(gib: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{gib:.1f}".removesuffix(".0") if gib < 10 else f"{gib:.0f}"
