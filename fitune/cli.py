@@ -8,6 +8,13 @@ from pathlib import Path
 
 import click
 
+from fitune.cli_completion import (
+    complete_gpu,
+    complete_recipe,
+    complete_recipe_or_run,
+    complete_result,
+    completion_script,
+)
 from fitune.cli_group import Cli
 from fitune.cli_options import (
     force_option,
@@ -16,7 +23,6 @@ from fitune.cli_options import (
     output_option,
     profile_option,
     recipe_argument,
-    recipes_and_profiles,
     set_option,
 )
 from fitune.config import run as runs
@@ -61,7 +67,12 @@ def show(recipe, profile, sets, output):
 @click.option("--gpus", type=int, help="Number of GPUs, instead of this machine. [default with --gpu: 1]")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
 @click.option("--host-memory", type=float, metavar="GIB", help="RAM. [default: not checked]")
-@click.option("--gpu", metavar="MODEL", help="GPU model, such as 'RTX 4090': its speed, and its memory.")
+@click.option(
+    "--gpu",
+    metavar="MODEL",
+    shell_complete=complete_gpu,
+    help="GPU model, such as 'RTX 4090': its speed, and its memory.",
+)
 @click.option(
     "--gpu-tflops",
     type=click.FloatRange(min=0, min_open=True),
@@ -85,13 +96,15 @@ def plan(recipe, profile, sets, **options):
 
 
 @cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare llama3_8b_qlora --dataset rows.jsonl")
-@click.argument("recipe", required=False, shell_complete=recipes_and_profiles("recipe"))
-@click.option("--dataset", help="A Hub id, a file or a folder, instead of a recipe's.")
+@click.argument("recipe", required=False, shell_complete=complete_recipe)
+@click.option("--dataset", type=click.Path(), help="A Hub id, a file or a folder, instead of a recipe's.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
 )
 @set_option
-@click.option("--tokenizer", help="Folder or Hub id of the tokenizer. [default: the recipe's base.model]")
+@click.option(
+    "--tokenizer", type=click.Path(), help="Folder or Hub id of the tokenizer. [default: the recipe's base.model]"
+)
 @click.option("--no-tokens", is_flag=True, help="Don't tokenise (no access to the base model needed); train does then.")
 @click.option("--template", "template_choice", help="Chat template, instead of the recipe's.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's.")
@@ -121,7 +134,7 @@ def prepare(recipe, dataset, output, sets, **options):
 
 
 @cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
-@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=recipes_and_profiles("recipe"))
+@click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=complete_recipe_or_run)
 @profile_option
 @set_option
 @output_option
@@ -153,7 +166,7 @@ def train(recipe, profile, sets, output, **options):
 @output_option
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs of each node. [default: the profile's]")
-@click.option("--gpu", help="GPU model that SkyPilot is asked for, such as H100.")
+@click.option("--gpu", shell_complete=complete_gpu, help="GPU model that SkyPilot is asked for, such as H100.")
 @click.option("--image", help="Container image with fitune, for Kubernetes and SkyPilot (see Dockerfile).")
 @click.option("--setup", default="", help="Command that puts fitune in PATH, such as 'source .venv/bin/activate'.")
 @click.option("--hours", type=click.FloatRange(min=0.1), default=24, show_default=True, help="Longest time of a start.")
@@ -173,7 +186,7 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
 
 
 @cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc   or   eval models/mine --data data/mine")
-@click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
+@click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -197,7 +210,7 @@ def evaluate(given, data, **options):
 
 
 @cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
-@click.argument("given", metavar="RUN_OR_MODEL", type=click.Path(path_type=Path))
+@click.argument("given", metavar="RUN_OR_MODEL", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
 @click.option("--text", multiple=True, help="Go on with this text, without a chat template; may be repeated.")
 @click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
@@ -222,7 +235,7 @@ def generate(given, **options):
 
 
 @cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 def quantize(model, revision, output):
@@ -250,7 +263,7 @@ def doctor(model):
 
 
 @cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
-@click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
 @merge_options
 def merge(run_or_adapter, output, base, onto, force, check):
@@ -274,7 +287,7 @@ def merge(run_or_adapter, output, base, onto, force, check):
 
 
 @cli.command(epilog="Example:  fitune export runs/llama3_8b_qlora-single_gpu --gguf bf16 --quantize q4_k_m")
-@click.argument("given", metavar="RUN|MODEL", type=click.Path(path_type=Path))
+@click.argument("given", metavar="RUN|MODEL", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option("--gguf", "kind", required=True, metavar="TYPE", help="f16, bf16 or q8_0.")
 @click.option("--quantize", "smaller", metavar="TYPE", help="Then make this of it with llama-quantize, such as q4_k_m.")
 @click.option("--output", type=click.Path(path_type=Path), help="New folder. [default: RUN-gguf-TYPE]")
@@ -296,7 +309,7 @@ def export(given, kind, smaller, output, **merging):
 
 
 @cli.command(epilog="Example:  fitune push runs/llama3_8b_qlora-single_gpu --merged --repo my-llama")
-@click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path))
+@click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option("--adapter", "what", flag_value="adapter", help="What training left. [default]", default=True)
 @click.option("--merged", "what", flag_value="merged", help="The whole model, merged first.")
 @click.option("--gguf", "kind", metavar="TYPE", help="A GGUF file, f16, bf16 or q8_0, with its Modelfile.")
@@ -318,8 +331,17 @@ def push(given, what, kind, repo, public, **merging):
 
 
 @cli.command(epilog="Example:  fitune report runs/tiny_qlora-cpu_2proc --compare runs/tiny_lora-cpu_2proc")
-@click.argument("folders", metavar="RUN", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--compare", multiple=True, metavar="OTHER...", type=click.Path(path_type=Path), help="Further runs.")
+@click.argument(
+    "folders", metavar="RUN", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=complete_result
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="OTHER...",
+    type=click.Path(path_type=Path),
+    help="Further runs.",
+    shell_complete=complete_result,
+)
 @click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together, for the cost.")
 def report(folders, compare, price):
     """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
@@ -339,11 +361,9 @@ def report(folders, compare, price):
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell):
     """The completion script for a shell."""
-    from click.shell_completion import get_completion_class
-
     program, variable = _completed_program()
     click.echo(f"# completes {'./' if program.endswith('.py') else ''}{program}")
-    click.echo(get_completion_class(shell)(cli, {}, program, variable).source())
+    click.echo(completion_script(shell, cli, program, variable))
 
 
 def _completed_program() -> tuple[str, str]:

@@ -4,25 +4,13 @@ from functools import wraps
 
 import click
 
-from fitune.config.shipped import PROFILES, RECIPES
+from fitune.cli_completion import complete_key, complete_profile, complete_recipe
 
-
-def recipes_and_profiles(kind: str):
-    """Shell completion of a recipe or a profile, shipped or in a file."""
-
-    def complete(ctx, param, incomplete):
-        from fitune.config.catalogue import completed
-
-        return completed(RECIPES if kind == "recipe" else PROFILES, kind)(ctx, param, incomplete)
-
-    return complete
-
-
-recipe_argument = click.argument("recipe", shell_complete=recipes_and_profiles("recipe"))
+recipe_argument = click.argument("recipe", shell_complete=complete_recipe)
 profile_option = click.option(
     "--profile",
     help="Memory profile (see `list`) or a .yaml file. [default: what is fastest on this machine]",
-    shell_complete=recipes_and_profiles("profile"),
+    shell_complete=complete_profile,
 )
 set_option = click.option(
     "--set",
@@ -30,6 +18,7 @@ set_option = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="Change a value: training.learning_rate=1e-4, lora.r=32, profile.micro_batch=2.",
+    shell_complete=complete_key,
 )
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
@@ -48,7 +37,10 @@ def several(*options):
 
 merge_options = several(
     click.option(
-        "--base", metavar="MODEL", help="Merge into this model: the bf16 original of an NF4 base (with --force)."
+        "--base",
+        metavar="MODEL",
+        type=click.Path(),
+        help="Merge into this model: the bf16 original of an NF4 base (with --force).",
     ),
     click.option(
         "--onto",

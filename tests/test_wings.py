@@ -22,9 +22,9 @@ MAY_IMPORT = {
     "demo": {"config", "data", "planning", "model", "weights", "export", "launching", "training", "report"},
 }
 "Each wing may also import itself and the leaves."
-LEAVES = {"environment", "errors", "output_folder", "progress"}
+LEAVES = {"columns", "environment", "errors", "output_folder", "progress"}
 "Modules that any wing may import; they import one another at most."
-ENTRANCES = {"cli", "cli_group", "cli_options"}
+ENTRANCES = {"cli", "cli_completion", "cli_group", "cli_options"}
 "The command line: modules that may import everything and that no wing may import."
 WITHOUT_TORCH = {"config", "planning", "report"}
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib")

@@ -1,11 +1,11 @@
 """What `fitune list` prints: what is shipped, or the files of a folder of one's own."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
+from fitune.columns import beside
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import find_shape
@@ -71,17 +71,13 @@ def _add(found: Catalogue, path: Path) -> None:
         found.broken[str(path)] = str(error)
 
 
-def completed(folder: Path, kind: str) -> Callable:
-    """Shell completion of names in a shipped folder and of paths to files of a kind, one of KEYS_OF."""
-
-    def complete(ctx, param, incomplete: str) -> list[str]:
-        shipped = [name for name in names(folder) if name.startswith(incomplete)]
-        parent, _, start = incomplete.rpartition("/")
-        here = sorted(Path(parent or ("/" if incomplete.startswith("/") else ".")).glob(f"{start}*"))
-        folders = [f"{path}/" for path in here if path.is_dir() and not path.name.startswith(".")]
-        return [*shipped, *(str(path) for path in here if path.suffix == ".yaml" and _is(path, kind)), *folders]
-
-    return complete
+def completed(folder: Path, kind: str, incomplete: str) -> list[str]:
+    """Names in a shipped folder, paths to files of a kind (one of KEYS_OF) and folders that begin so."""
+    shipped = [name for name in names(folder) if name.startswith(incomplete)]
+    parent, _, start = incomplete.rpartition("/")
+    here = sorted(Path(parent or ("/" if incomplete.startswith("/") else ".")).glob(f"{start}*"))
+    folders = [f"{path}/" for path in here if path.is_dir() and not path.name.startswith(".")]
+    return [*shipped, *(str(path) for path in here if path.suffix == ".yaml" and _is(path, kind)), *folders]
 
 
 def _is(path: Path, kind: str) -> bool:
@@ -110,7 +106,9 @@ def _profiles_for(recipe: Recipe, profiles: dict[str, Profile]) -> str:
 
 def _launch_words(path: Path) -> str:
     config = read_accelerate_config(path)
-    words = [f"{config.num_processes} {'CPU' if config.use_cpu else 'GPU'} processes", config.mixed_precision]
+    one = config.num_processes == 1
+    words = [f"{config.num_processes} {'CPU' if config.use_cpu else 'GPU'} process{'' if one else 'es'}"]
+    words += [config.mixed_precision if config.mixed_precision != "no" else "float32"]
     words += [f"{config.num_machines} machines"] if config.num_machines > 1 else []
     words += ["weights offloaded to host RAM"] if config.offload_params else []
     return ", ".join(words)
@@ -122,5 +120,5 @@ def _section(title: str, lines: dict[str, str]) -> None:
     click.secho(title, bold=True)
     width = max(map(len, lines), default=0)
     for name, text in lines.items():
-        click.echo(f"  {name:{width}}  {text}")
+        click.echo(beside(f"  {name:{width}}  ", text))
     click.echo()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from fitune.columns import beside
 from fitune.config.host_limits import host_memory_gib, usable_cores
 from fitune.config.run import load_recipe
 from fitune.config.shipped import how_to_install, pinned_versions
@@ -50,7 +51,8 @@ def doctor(model: str | None) -> bool:
     ]
     marks = {True: click.style("ok  ", fg="green"), False: click.style("bad ", fg="red"), None: "--  "}
     for finding in findings:
-        click.echo(f"{marks[finding.good]} {finding.name:14} {finding.text}")
+        line = beside(f"     {finding.name:14} ", finding.text).removeprefix("     ")
+        click.echo(f"{marks[finding.good]} {line}")
         if finding.fix:
             click.echo(f"{'':20}-> {finding.fix}")
     return all(finding.good is not False for finding in findings)

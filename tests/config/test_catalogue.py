@@ -85,8 +85,8 @@ def test_a_profile_says_for_which_models_it_is_only_if_it_wants_to(own):
 
 def test_completion_has_shipped_names_and_files_of_that_kind(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipes, profiles = completed(RECIPES, "recipe"), completed(PROFILES, "profile")
-    assert recipes(None, None, "llama3_8b_q") == ["llama3_8b_qlora"]
-    assert recipes(None, None, "mi") == ["mine/"]
-    assert recipes(None, None, "mine/") == ["mine/support_chat.yaml", "mine/launch/"]
-    assert profiles(None, None, "mine/c") == ["mine/cards.yaml"] and profiles(None, None, "mine/s") == []
+    assert completed(RECIPES, "recipe", "llama3_8b_q") == ["llama3_8b_qlora"]
+    assert completed(RECIPES, "recipe", "mi") == ["mine/"]
+    assert completed(RECIPES, "recipe", "mine/") == ["mine/support_chat.yaml", "mine/launch/"]
+    assert completed(PROFILES, "profile", "mine/c") == ["mine/cards.yaml"]
+    assert completed(PROFILES, "profile", "mine/s") == []

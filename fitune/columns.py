@@ -1,0 +1,18 @@
+"""A name and what is said of it, in columns."""
+
+import shutil
+import sys
+import textwrap
+
+NARROW = 40
+"On less than this there is no use in columns."
+
+
+def beside(name: str, text: str) -> str:
+    """`text` begins behind `name`; on a terminal its further lines begin there too. A pipe gets one line."""
+    indent = " " * len(name)
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or width - len(name) < NARROW:
+        return name + text
+    lines = textwrap.wrap(text, width - len(name), break_long_words=False, break_on_hyphens=False)
+    return "\n".join([name + "".join(lines[:1]), *(indent + line for line in lines[1:])])
