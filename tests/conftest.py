@@ -125,6 +125,7 @@ def make_run(prepared):
         embedding_offload: bool = False,
         compute: str = "auto",
         optimizer_state: str = "fp32",
+        optimizer_offload: bool = False,
         reshard_after_forward: bool = True,
         training: dict | None = None,
         chat_template: str = "llama3",
@@ -161,6 +162,7 @@ def make_run(prepared):
                 embedding_offload=embedding_offload,
                 compute=compute,
                 optimizer_state=optimizer_state,
+                optimizer_offload=optimizer_offload,
             ),
             accelerate=AccelerateConfig(
                 path="test.yaml",

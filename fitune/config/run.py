@@ -145,7 +145,7 @@ def run_of(
             f"profile.compute fp8 is for a frozen base (methods lora and qlora), recipe {recipe_name} is full; use "
             f"--set profile.compute=bf16"
         )
-    _refuse_unfit_states(recipe_name, recipe, profile)
+    _refuse_unfit_states(recipe_name, recipe, profile, accelerate)
     smallest = {key: SMALLEST[key] for key in profile.left_to_plan}
     numbers = profile.model_copy(update=smallest)
     return Run(
@@ -162,9 +162,19 @@ def run_of(
     )
 
 
-def _refuse_unfit_states(recipe_name: str, recipe: Recipe, profile: Profile) -> None:
+def _refuse_unfit_states(recipe_name: str, recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> None:
     """Raises UsageError where small optimizer states are asked for and something else needs the usual ones."""
+    if profile.optimizer_offload and accelerate.offload_params:
+        raise UsageError(
+            f"profile.optimizer_offload keeps the weights on the GPU, {accelerate.path} has fsdp_offload_params true, "
+            f"which takes gradients and states along; use --set profile.optimizer_offload=false"
+        )
     if profile.optimizer_state == "fp32":
+        if profile.optimizer_offload:
+            raise UsageError(
+                "profile.optimizer_offload is for small optimizer states; add --set profile.optimizer_state=bf16_8bit, "
+                "or use --set profile.optimizer_offload=false"
+            )
         return
     instead = "use --set profile.optimizer_state=fp32"
     if recipe.method != "full":

@@ -204,6 +204,10 @@ class Profile(Strict):
     """What method full keeps for each weight. `fp32`: weight, gradient and the optimizer's moments in float32, 16
     bytes. `bf16_8bit`: weight and gradient in bf16, AdamW's moments in 8 bits, 6 bytes.
     """
+    optimizer_offload: Flag = False
+    """Keep gradients and the optimizer's moments in host RAM, weights on the GPU: 4 of 6 bytes. They visit the GPU
+    piece by piece. For `optimizer_state: bf16_8bit`.
+    """
     activation_offload: Flag = False
     "Move the inputs of layers that are not kept to host RAM until the backward pass needs them."
     embedding_offload: Flag = False

@@ -10,6 +10,8 @@ element's place in it. torchao's optimizer, which is much the same, draws and de
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fitune.model.elementwise import GOLDEN, WORD, mix
 from fitune.model.sharding import local_part, local_rows
 from fitune.training.adamw_step import update_rows
+from fitune.training.host_states import HostGradients, host_zeros, stream_rows
 from fitune.training.moment import Moment, Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,13 +35,20 @@ class AdamW8bit(torch.optim.Optimizer):
 
     State of a weight, each rank its own rows: `exp_avg` and `exp_avg_sq`, uint8 like the weight, with float32
     `exp_avg_scale` and `exp_avg_sq_scale` [rows, blocks of a row]. Vectors, and rows that no block divides, have
-    float32 moments and no scales. Gradients must be finite: ask `clip` before `step`.
+    float32 moments and no scales. With `offload` states and gradients lie in host RAM (`fitune.training.host_states`),
+    but for those without scales, which are small. Gradients must be finite: ask `clip` before `step`.
     """
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, seed: int = 0):
+    def __init__(
+        self, params, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, seed: int = 0, offload=False
+    ):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self._gradient_scale = 1.0
+        self._host: HostGradients | None = None
+        offloaded = [parameter for _, parameter in self._parameters() if block_of(parameter)] if offload else []
+        if offloaded:
+            self._host = HostGradients(offloaded)
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
@@ -47,8 +57,9 @@ class AdamW8bit(torch.optim.Optimizer):
         The squares are added up in float32. The gradients stay as they are: scaled in bf16 they would be rounded again.
         Call on all ranks.
         """
-        gradients = [local_part(parameter.grad) for _, parameter in self._parameters() if parameter.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient.numel()]
+        if self._host:
+            self._host.arrive()
+        norms = [norm for _, parameter in self._parameters() if (norm := self._norm_of(parameter)) is not None]
         square = torch.stack(norms).square().sum() if norms else torch.zeros(())
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(square)
@@ -59,14 +70,36 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Changes weights and moments in place."""
+        if self._host:
+            self._host.arrive()
         for place, (group, parameter) in enumerate(self._parameters()):
-            if parameter.grad is not None:
-                state = self._state_of(parameter)
-                state["step"] += 1
-                moments = [Moment(state[key], state.get(SCALES.format(key))) for key in MOMENTS]
-                step = self._step_of(group, state["step"], place, parameter)
+            in_host_ram = self._in_host_ram(parameter)
+            if parameter.grad is None and not (in_host_ram and parameter in self._host.norms):
+                continue
+            state = self._state_of(parameter)
+            state["step"] += 1
+            moments = [Moment(state[key], state.get(SCALES.format(key))) for key in MOMENTS]
+            step = self._step_of(group, state["step"], place, parameter)
+            if in_host_ram:
+                update = partial(_update_rows_from, step)
+                stream_rows(self._host.ring, local_part(parameter), self._host.of[parameter], moments, update)
+            else:
                 update_rows(local_part(parameter), local_part(parameter.grad), *moments, step)
+        if self._host:
+            self._host.ring.finish()  # a checkpoint may read the states next
+            self._host.forget()
         self._gradient_scale = 1.0
+
+    def _norm_of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """Of this rank's rows of a gradient, float32; None without one."""
+        if self._in_host_ram(parameter):
+            return self._host.norms.get(parameter)
+        if parameter.grad is None or not local_part(parameter.grad).numel():
+            return None
+        return torch.linalg.vector_norm(local_part(parameter.grad), dtype=torch.float32)
+
+    def _in_host_ram(self, parameter: torch.nn.Parameter) -> bool:
+        return self._host is not None and parameter in self._host.of
 
     def _step_of(self, group: dict, steps: torch.Tensor, place: int, parameter: torch.Tensor) -> Step:
         number = int(steps)
@@ -88,11 +121,13 @@ class AdamW8bit(torch.optim.Optimizer):
             state["step"] = torch.zeros(())
             mine = local_part(parameter)
             block = block_of(parameter)
+            zeros = partial(host_zeros, beside=mine.device) if self._in_host_ram(parameter) else torch.zeros
+            place = {} if self._in_host_ram(parameter) else {"device": mine.device}
             for key in MOMENTS:
-                state[key] = torch.zeros_like(mine, dtype=torch.uint8 if block else torch.float32)
+                state[key] = zeros(mine.shape, dtype=torch.uint8 if block else torch.float32, **place)
                 if block:
-                    blocks = (len(mine), mine[:1].numel() // block if len(mine) else 0)
-                    state[SCALES.format(key)] = torch.zeros(blocks, dtype=torch.float32, device=mine.device)
+                    blocks = (len(mine), parameter.shape[1:].numel() // block)
+                    state[SCALES.format(key)] = zeros(blocks, dtype=torch.float32, **place)
         return state
 
     def fill_state(self, parameter: torch.nn.Parameter, saved: dict[str, torch.Tensor]) -> None:
@@ -107,6 +142,11 @@ class AdamW8bit(torch.optim.Optimizer):
         for index, (_, parameter) in enumerate(self._parameters()):
             if index in state_dict["state"]:
                 self.fill_state(parameter, state_dict["state"][index])
+
+
+def _update_rows_from(step: Step, weight, gradient, mean: Moment, square: Moment, first: int) -> None:
+    """`update_rows` of rows whose first element lies `first` behind the step's."""
+    update_rows(weight, gradient, mean, square, replace(step, first_element=step.first_element + first))
 
 
 def block_of(parameter: torch.Tensor) -> int | None:

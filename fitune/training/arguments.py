@@ -56,4 +56,5 @@ def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Opti
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "eps": arguments.adam_epsilon,
         "seed": run.recipe.seed,
+        "offload": run.profile.optimizer_offload,
     }

@@ -26,6 +26,11 @@ class Moment:
     def rows(self, start: int, stop: int) -> "Moment":
         return Moment(self.values[start:stop], None if self.scales is None else self.scales[start:stop])
 
+    def copy_from(self, other: "Moment") -> None:
+        """Of one whose values have scales, between host RAM and GPU; returns before it is done."""
+        self.values.copy_(other.values, non_blocking=True)
+        self.scales.copy_(other.scales, non_blocking=True)
+
     def read(self, code: torch.Tensor) -> torch.Tensor:
         """float32; a copy."""
         if self.scales is None:

@@ -10,6 +10,7 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from fitune.training import host_states
 from fitune.training.adamw_8bit import AdamW8bit, block_of
 from fitune.training.adamw_step import codes, rounded, update_rows
 from fitune.training.moment import Moment, Step
@@ -173,3 +174,24 @@ def test_any_number_of_ranks_does_the_same(ranks):
             assert (several[name] - value).norm() <= 1e-5 * value.norm(), name
         else:
             assert apart <= 0.01, f"{name}: {apart:.2%} differ: more than the draws that a norm's rounding tips"
+
+
+def test_gradients_of_several_passes_are_added_up_in_host_ram_piece_by_piece(monkeypatch):
+    """Of plain weights, whose hooks autograd calls; pieces end within the weight. Small ones stay beside the weight."""
+    monkeypatch.setattr(host_states, "PIECE", 3 * 256)
+    generator = torch.Generator().manual_seed(4)
+    start = [torch.randn(shape, generator=generator).bfloat16() for shape in ((10, 256), (9,))]
+    inputs = [torch.randn(256, generator=generator).bfloat16() for _ in range(3)]
+    found = {}
+    for offload in (False, True):
+        matrix, vector = (torch.nn.Parameter(value.clone()) for value in start)
+        optimizer = AdamW8bit([matrix, vector], lr=1e-2, seed=1, offload=offload)
+        for step in range(2):
+            for x in inputs[step:]:
+                ((matrix @ x).square().sum() + vector.square().sum()).backward()
+            assert (matrix.grad is None) == offload and vector.grad is not None
+            norm = optimizer.clip(1.0)
+            optimizer.step()
+            matrix.grad = vector.grad = None
+        found[offload] = [matrix, vector, norm, *optimizer.state[matrix].values(), *optimizer.state[vector].values()]
+    assert all(torch.equal(*pair) for pair in zip(found[False], found[True], strict=True))

@@ -83,6 +83,22 @@ def test_offloaded_weights_train_the_same(uneven_base, make_run, tmp_path):
     assert curves[True] == curves[False]
 
 
+def test_states_and_gradients_in_host_ram_train_the_same_and_resume_without_it(uneven_base, make_run, tmp_path):
+    """Two passes a step, two ranks: equal to the bit, and a run may go on with them on the GPU."""
+    curves = {}
+    for offloaded in (False, True):
+        options = OPTIONS | {"optimizer_offload": offloaded}
+        run = make_run(uneven_base, tmp_path / str(offloaded), "full", processes=2, **options)
+        assert run.gradient_accumulation_steps > 1
+        run_ranks(train_here, 2, run)
+        curves[offloaded] = _curve(run), _curve(run, "grad_norm")
+    assert curves[True] == curves[False]
+    back = _resumed(run, tmp_path / "back")
+    back = back.model_copy(update={"profile": run.profile.model_copy(update={"optimizer_offload": False})})
+    run_ranks(train_here, 2, back)
+    assert (_curve(back), _curve(back, "grad_norm")) == curves[True]
+
+
 def test_it_learns_what_float32_learns(uneven_base, make_run, tmp_path):
     training = TRAINING | {"max_steps": 24, "save_strategy": "no", "learning_rate": 1e-3}
     last = {}
@@ -136,6 +152,26 @@ def test_it_is_refused_where_it_would_not_act(recipe, sets, said):
         runs.resolve(recipe, "cpu_2proc", ("profile.optimizer_state=bf16_8bit", *sets))
     assert "use --set profile.optimizer_state=fp32" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (("profile.optimizer_offload=true",), "is for small optimizer states; add --set profile.optimizer_state="),
+        (
+            ("profile.optimizer_offload=true", "profile.optimizer_state=bf16_8bit"),
+            "keeps the weights on the GPU, .*offloaded.yaml has fsdp_offload_params true",
+        ),
+    ],
+)
+def test_states_in_host_ram_are_refused_where_they_would_not_act(sets, said, tmp_path):
+    offloaded = tmp_path / "offloaded.yaml"
+    shipped = runs.find("cpu_2proc", runs.ACCELERATE_CONFIGS, "accelerate config").read_text()
+    offloaded.write_text(shipped.replace("fsdp_version: 2", "fsdp_version: 2\n  fsdp_offload_params: true"))
+    config = (f"profile.accelerate_config={offloaded}",) if len(sets) > 1 else ()
+    with pytest.raises(UsageError, match=said) as refused:
+        runs.resolve("tiny_full", "cpu_2proc", (*sets, *config))
+    assert "use --set profile.optimizer_offload=false" in str(refused.value)
 
 
 def test_a_run_goes_on_with_the_states_its_checkpoints_hold(tmp_path):

@@ -1,0 +1,14 @@
+"""How much of what is offloaded for the optimizer lies on the GPU at once: numbers with two readers.
+
+`fitune.training.host_states` allocates and `fitune.planning.memory` counts them. Plans are made without torch, so
+neither may import the other.
+"""
+
+PIECE = 2**24
+"Elements of a weight that travel together: 32 MiB of gradients, as much of moments."
+SLOTS = 4
+"Pieces on the GPU at once: one comes in, one is worked on, one goes out, one is ready."
+SLOT_BYTES = PIECE * (2 + 2 + 2 * 4 / 64)
+"Gradients, codes of both moments, scales for each 64 of them."
+IN_FLIGHT_BYTES = 2**29
+"Of gradients that wait to leave the GPU, beside the one that came last."
