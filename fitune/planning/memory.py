@@ -8,6 +8,7 @@ answer token, and every row to be full.
 
 from dataclasses import dataclass
 
+from fitune.config.optimizer_pieces import SLOT_BYTES, SLOTS
 from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 
@@ -59,9 +60,11 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
-    after = {**_resident(s), "gradients": s.gradients * (s.accumulated_on_gpu or not s.offload), **fixed}
-    not_yet = 0.0 if s.offload or s.accumulated_on_gpu else s.last_gradients
-    stepping = {**_resident(s), "gradients": s.gradients * (not s.offload), **fixed}
+    stay = not (s.offload or s.optimizer_offload)
+    left = s.gradients if s.accumulated_on_gpu or stay else s.leaving_gradients
+    after = {**_resident(s), "gradients": left, **fixed}
+    not_yet = s.last_gradients if stay and not s.accumulated_on_gpu else 0.0
+    stepping = {**_resident(s), "gradients": s.gradients * stay, **fixed}
     return {
         "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
         "forward, gathering the head": {
@@ -77,7 +80,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
             "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
             "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction,
-            **one_embedding},
+            "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "backward, second layer": {
             **after, "gradients": after["gradients"] - not_yet, "unsharded layers": s.unsharded_layer,
             "gather buffers": prefetched_layer, "kept activations": _of_first_two_layers(s),
@@ -85,7 +88,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "gradient reduction": layer_reduction, **one_embedding},
         "backward, embedding": {
             **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
-            "gradient reduction": head_reduction, **one_embedding},
+            "gradient reduction": head_reduction, "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "optimizer step": stepping,
         "save": _resident(s),
     }  # fmt: skip
@@ -113,7 +116,8 @@ def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
         "embedding and head": embeddings,
         "quantisation statistics": s.statistics,
         "LoRA weights": 0.0 if s.full else mine * FP32,
-        "optimizer state": mine * s.optimizer_state * optimizer,
+        "optimizer state": mine * s.optimizer_state * optimizer * (not s.optimizer_offload),
+        "pieces of the optimizer": SLOTS * SLOT_BYTES * optimizer * s.optimizer_offload,
     }
 
 
@@ -162,6 +166,9 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     state_per_parameter = s.optimizer_state + s.trained + own_weight
     state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
     always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
+    if s.optimizer_offload:
+        states = trainable * (s.trained + s.optimizer_state)
+        state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
     copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0

@@ -89,6 +89,10 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     if setup.full and not setup.small_states and setup.optimizer_state == ADAM_STATE:
         small = {"small_states": True, "optimizer_state": EIGHT_BIT_STATE}
         changes.append(("--set profile.optimizer_state=bf16_8bit", small))
+        in_ram = "--set profile.optimizer_state=bf16_8bit --set profile.optimizer_offload=true"
+        changes.append((in_ram, small | {"optimizer_offload": True}))
+    if setup.small_states and not (setup.offload or setup.optimizer_offload):
+        changes.append(("--set profile.optimizer_offload=true", {"optimizer_offload": True}))
     shorter = longest_sequence(setup, plan.limits)
     if 0 < shorter < setup.max_length:
         changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
@@ -113,7 +117,8 @@ def _preference(plan: Plan) -> tuple[bool, float]:
     """
     is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
     tokens_per_second = plan.time.tokens_per_second if plan.time else 0.0
-    return is_meant_for_it, tokens_per_second * (1 - TIME_ERROR * (plan.setup.offload or plan.setup.embedding_offload))
+    takes_ram = plan.setup.offload or plan.setup.embedding_offload or plan.setup.optimizer_offload
+    return is_meant_for_it, tokens_per_second * (1 - TIME_ERROR * takes_ram)
 
 
 def refusal(plan: Plan) -> str | None:

@@ -138,6 +138,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         compute=BF16 if accelerate.mixed_precision == "bf16" else FP32,
         optimizer_state=EIGHT_BIT_STATE if small_states else FP32 * numbers_per_weight(recipe.training),
         small_states=small_states,
+        optimizer_offload=profile.optimizer_offload,
         **_lora(recipe, shape),
         offload=accelerate.offload_params,
         embedding_offload=profile.embedding_offload,

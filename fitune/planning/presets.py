@@ -19,7 +19,10 @@ def preset_runs(
     """
     left_to_plan = dict.fromkeys(SMALLEST, AUTO)
     if any_method and recipe.method != "full":
-        left_to_plan["optimizer_state"] = "fp32"  # an adapter's, also where the profile is meant for full fine-tuning
+        left_to_plan |= {
+            "optimizer_state": "fp32",
+            "optimizer_offload": False,
+        }  # an adapter's, also where the profile is meant for full fine-tuning
     for name in names(PROFILES):
         if any_method or runs.goes_with(recipe, runs.load_profile(name)):
             yield _run(recipe_name, recipe, name, left_to_plan | (overrides or {}))

@@ -97,6 +97,7 @@ def _print_choices(plan: Plan, console: Console) -> None:
     s = plan.setup
     ranks = f"{s.ranks} GPU{'s' * (s.ranks > 1)}" if s.on_gpu else f"{s.ranks} CPU processes"
     where = "weights in host RAM" if s.offload else "weights on the GPUs" if s.on_gpu else "weights in RAM"
+    where += ", gradients and optimizer state in host RAM" * s.optimizer_offload
     parameters = f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained"
     console.print(f"{s.method}, {parameters}; {ranks}, {where}")
     console.print(

@@ -1,8 +1,9 @@
 """The fastest way to train a recipe on a machine: how many of its GPUs, what lies in host RAM, rows and kept layers.
 
 Each number of ranks is tried with weights on the GPUs, with the embedding in host RAM and with all weights there, and
-each of these with and without the layers' inputs in host RAM, full fine-tuning also with small optimizer states;
-`fitune.planning.fill` then finds the rows a pass and the kept layers. The shortest predicted step wins.
+each of these with and without the layers' inputs in host RAM; full fine-tuning also with small optimizer states, which
+may lie in host RAM. `fitune.planning.fill` then finds the rows a pass and the kept layers. The shortest predicted step
+wins.
 """
 
 import math
@@ -28,7 +29,8 @@ from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import preset_runs
 
 ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
-PLACES = (ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM)
+STATES_IN_RAM = "gradients and optimizer states in RAM"
+PLACES = (ON_GPUS, STATES_IN_RAM, EMBEDDING_IN_RAM, ALL_IN_RAM)
 MOVING_INPUTS = 0.12
 "Of a step, for layers' inputs in RAM: measured where `plan` takes their copies to be hidden (docs/memory.md)."
 OTHER_STATES = 0.5
@@ -122,17 +124,18 @@ def _candidates(
             if place == EMBEDDING_IN_RAM and recipe.method == "full":
                 continue
             moves = (False,) if machine.unified else (False, True)
-            for activations, states in product(moves, _states(recipe)):
+            for activations, states in product(moves, _states(recipe, place)):
                 placed = {"embedding_offload": place == EMBEDDING_IN_RAM, "activation_offload": activations}
-                placed["optimizer_state"] = states
+                placed |= {"optimizer_state": states, "optimizer_offload": place == STATES_IN_RAM}
                 if all(overrides.get(key, value) == value for key, value in placed.items()):
                     yield _run(stem, recipe, overrides | placed, machine, count * machines, machines, place, output)
 
 
-def _states(recipe: Recipe) -> tuple[str, ...]:
-    """The optimizer states to try."""
+def _states(recipe: Recipe, place: str) -> tuple[str, ...]:
+    """The optimizer states to try there. With weights in RAM a step of small ones would run on the CPU, slowly."""
     is_adamw = recipe.training.get("optim", OPTIMIZER).startswith("adamw")
-    return ("fp32", "bf16_8bit") if recipe.method == "full" and is_adamw else ("fp32",)
+    small = ("bf16_8bit",) if recipe.method == "full" and is_adamw and place != ALL_IN_RAM else ()
+    return small if place == STATES_IN_RAM else ("fp32", *small)
 
 
 def _plans(candidates: Iterator[Run], limits: Limits, gpu: GpuModel | None) -> list[Plan]:
@@ -197,7 +200,7 @@ def _rank(plan: Plan) -> tuple:
 def _cautious_seconds(plan: Plan) -> float:
     """Of a step. What takes host RAM must be faster by more than the prediction may be off."""
     setup, seconds = plan.setup, plan.time.parts["total"] if plan.time else 0.0
-    takes_ram = setup.offload or setup.embedding_offload
+    takes_ram = setup.offload or setup.embedding_offload or setup.optimizer_offload
     moving_inputs = MOVING_INPUTS * setup.activation_offload
     seconds *= 1 + OTHER_STATES * setup.small_states
     return seconds * (1 + moving_inputs) * (1 + TIME_ERROR * takes_ram) * (1 + TIME_ERROR * setup.activation_offload)
@@ -224,7 +227,8 @@ def best_of_each_kind(found: Found) -> list[Plan]:
 
 
 def _kind(plan: Plan) -> tuple:
-    return plan.setup.ranks, plan.setup.offload, plan.setup.embedding_offload, plan.setup.small_states
+    setup = plan.setup
+    return setup.ranks, setup.offload, setup.embedding_offload, setup.small_states, setup.optimizer_offload
 
 
 def _distance(plan: Plan) -> tuple[float, float]:
@@ -240,7 +244,8 @@ def described(plan: Plan) -> str:
     ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
     place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
     places = [place] if setup.on_gpu else []
-    places += ["small optimizer states"] if setup.small_states else []
+    if setup.small_states:
+        places.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
     places += ["layers' inputs in RAM"] if setup.activation_offload else []
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
     return ", ".join([ranks, *places, rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])

@@ -6,6 +6,7 @@ h = hidden size, i = intermediate size, T = tokens of one forward pass (micro ba
 from dataclasses import dataclass
 
 from fitune.config.model_shapes import ModelShape
+from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES
 from fitune.config.tiles import MLP_TILE, VOCABULARY_TILE
 
 GIB = 2**30
@@ -36,6 +37,8 @@ class Setup:
     "Bytes per trained parameter."
     small_states: bool = False
     "Method full's weights and gradients are kept in bf16."
+    optimizer_offload: bool = False
+    "Gradients and optimizer state live in host RAM, weights on the GPU."
     lora_r: int = 0
     lora_targets: frozenset[str] = frozenset()
     lora_dropout: bool = False
@@ -168,7 +171,20 @@ class Setup:
     @property
     def accumulated_on_gpu(self) -> bool:
         """Whether gradients wait there for the next micro batch: one rank keeps an adapter's even if it offloads."""
-        return self.accumulation > 1 and (not self.offload or (self.ranks == 1 and not self.full))
+        on_gpu = not self.offload or (self.ranks == 1 and not self.full)
+        return self.accumulation > 1 and on_gpu and not self.optimizer_offload
+
+    @property
+    def leaving_gradients(self) -> float:
+        """Those of layers that wait to leave the GPU for host RAM, at most: this rank's, bytes."""
+        if not self.optimizer_offload:
+            return 0.0
+        layer = self.shape.layer_linear_weights * self.trained / self.ranks
+        return min(self.gradients, IN_FLIGHT_BYTES + layer)
+
+    @property
+    def leaving_head_gradient(self) -> float:
+        return self.shape.embedding_weights * self.trained / self.ranks * self.optimizer_offload
 
     # Activations, bytes
 

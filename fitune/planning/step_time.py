@@ -38,6 +38,9 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
         "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
     }
+    if s.optimizer_offload:  # what comes in is more than what goes out, at the same time
+        arriving = s.trainable / s.ranks * (s.trained + s.optimizer_state)
+        one_after_the_other["optimizer"] = arriving / (model.host_link_gb_s * link)
     total = max(side_by_side.values()) + sum(one_after_the_other.values())
     return {**side_by_side, **one_after_the_other, "total": total}
 
@@ -99,7 +102,10 @@ def _host_bytes(s: Setup) -> float:
     layers = 2 * s.shape.layers * s.layer_weights / s.ranks * s.offload
     embeddings = 2 * s.embedding / s.ranks * (s.offload or s.embedding_offload)
     activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
-    return layers + embeddings + activations + s.gradients * _gradients_travel(s)
+    gradients = s.gradients * (
+        _gradients_travel(s) or s.optimizer_offload
+    )  # what comes in to be added does so meanwhile
+    return layers + embeddings + activations + gradients
 
 
 def _gradients_travel(s: Setup) -> bool:

@@ -120,6 +120,15 @@ def test_small_optimizer_states_are_for_full_fine_tuning_that_would_not_fit_or_b
         find("llama3_70b_full", FP32, given_machine(8, 80, 256))
 
 
+def test_optimizer_states_lie_in_ram_where_the_cards_are_too_small_for_them():
+    small = find("llama3_8b_full", (), given_machine(1, 23, 60)).plan
+    assert small.setup.optimizer_offload and small.setup.small_states and not small.setup.offload
+    assert small.gpu.total <= 22 * 2**30 and sum(small.host[small.host_phase].values()) <= 60 * 2**30
+    four = find("llama3_70b_full", (), given_machine(4, 80, 480)).plan
+    assert four.setup.optimizer_offload and four.setup.ranks == 4
+    assert sum(four.host[four.host_phase].values()) <= 460 * 2**30
+
+
 def test_a_found_run_is_written_out_so_that_accelerate_starts_the_same(tmp_path):
     for count, recipe in ((3, "llama3_8b_qlora"), (1, "llama3_70b_qlora")):
         run = find(recipe, (), given_machine(count, 24, 64), output=str(tmp_path / str(count))).plan.run
@@ -166,7 +175,7 @@ def test_plan_find_and_train_show_what_was_chosen_tried_and_left_idle(monkeypatc
     assert "num_processes: 4" in trained.output and "accelerate_config: accelerate.yaml" in trained.output
     flags = ["--gpus", "1", "--gpu-memory", "24", "--host-memory", "64"]
     nothing = CliRunner().invoke(cli, ["plan", "llama3_70b_full", "--find", *flags])
-    assert nothing.exit_code == 2 and "nearest: 1 GPU, weights in RAM" in nothing.stderr
+    assert nothing.exit_code == 2 and "small optimizer states in RAM" in nothing.stderr
 
 
 def test_the_gpu_that_is_there_decides_what_is_fastest():
