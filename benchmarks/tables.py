@@ -157,12 +157,21 @@ def beside_table() -> str:
     report = newest_peers()
     finished = [run for run in report["runs"] if "error" not in run]
     lines = ["| same work, same run | tokens/s, theirs | GiB | tokens/s, fitune | GiB |", "|---|---|---|---|---|"]
+    alike = []
     for other in (run for run in finished if run["who"] != "fitune"):
         ours = [run for run in finished if run["who"] == "fitune" and run["work"] == other["work"]]
         best = max(ours, key=lambda run: run["tokens_per_second"])
         cells = [f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" for run in (other, best)]
         lines.append(f"| {other['work']}: {PEERS[other['who']]} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}."])
+        rows = other["rows"]
+        with_as_many = max(
+            (run["tokens_per_second"] for run in ours if run["set"]["profile.micro_batch"] == rows), default=None
+        )
+        reached = f", where fitune reaches {with_as_many:,}" if with_as_many else ""
+        alike.append(f"{PEERS[other['who']]} ran with {rows} rows a pass{reached}.")
+    source = f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}"
+    file = newest_peers_file().relative_to(ROOT)
+    return "\n".join([*lines, "", f"{source} (`{file}`).", *alike])
 
 
 def _settings(entry: dict) -> list[str]:
@@ -219,8 +228,12 @@ def sweep_table() -> str:
     return "\n".join(lines)
 
 
+def newest_peers_file() -> Path:
+    return max((ROOT / "benchmarks" / "results").glob("peers-*.json"))
+
+
 def newest_peers() -> dict:
-    return json.loads(max((ROOT / "benchmarks" / "results").glob("peers-*.json")).read_text(encoding="utf-8"))
+    return json.loads(newest_peers_file().read_text(encoding="utf-8"))
 
 
 def peers_table() -> str:

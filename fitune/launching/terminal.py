@@ -23,6 +23,8 @@ REDRAW_SECONDS = 0.5
 READ_BYTES = 65536
 CLEAR_LINE = "\r\x1b[2K"
 STDOUT, STDERR = 1, 2
+COLUMNS = 80
+"Of a terminal that does not say how wide it is."
 
 
 Show = Callable[[str, Callable[[], RunStatus | None]], None]
@@ -142,7 +144,8 @@ class LiveScreen(threading.Thread):
         status = self.source()
         if status is None:
             return ""
-        width = os.get_terminal_size(self.terminal).columns - 1  # in the last column some terminals begin a new line
+        columns = os.get_terminal_size(self.terminal).columns or COLUMNS
+        width = columns - 1  # in the last column some terminals begin a new line
         self.console.width = width
         line = live_line(status, time.monotonic(), width, ascii_only=self.console.options.ascii_only)
         with self.console.capture() as captured:

@@ -30,7 +30,7 @@ def plan_command(
 ) -> None:  # fmt: skip
     """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers)
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=120)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
     if all_tiers:
         rows = matrix(recipe, sets)
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)

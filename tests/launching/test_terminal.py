@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from terminals import ROOT, in_terminal, left_on_screen
 
 
-def run_in_terminal(program: str, **environment: str) -> tuple[int, str]:
-    return in_terminal(["-c", textwrap.dedent(program)], **environment)
+def run_in_terminal(program: str, columns: int = 80, **environment: str) -> tuple[int, str]:
+    return in_terminal(["-c", textwrap.dedent(program)], columns, **environment)
 
 
 LIVE = """
@@ -42,6 +42,11 @@ def test_what_anybody_prints_stands_above_the_live_line():
     assert sorted(seen[:3]) == sorted(["from this process", "half whole", "100%"])
     assert seen[3:] == ["last", "after it True", ""]
     assert raw.count("loss 2.0000") >= 2, "drawn again and again"
+
+
+def test_a_terminal_without_a_size_is_taken_for_80_columns():
+    code, raw = run_in_terminal(LIVE, columns=0)
+    assert code == 0 and "step 3/9  loss 2.0000" in re.sub(r"\x1b\[[\d;]*m", "", raw)
 
 
 def test_a_terminal_that_is_closed_does_not_end_the_run():
