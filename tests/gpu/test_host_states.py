@@ -1,0 +1,55 @@
+"""Optimizer states in host RAM on a GPU: streams and slots change no bit, however far the CPU runs ahead."""
+
+import pytest
+import torch
+
+from fitune.training import host_states
+from fitune.training.adamw_8bit import AdamW8bit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+
+
+@pytest.mark.parametrize("piece", [2**18, 2**24])
+def test_states_in_host_ram_change_no_bit_on_a_gpu(piece, monkeypatch):
+    """Layers enough to go round the ring several times, three passes a step, gradients freed and taken again."""
+    monkeypatch.setattr(host_states, "PIECE", piece)
+    monkeypatch.setattr(host_states, "IN_FLIGHT_BYTES", 2**22)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+
+    start = [random(2048, 1024) * 0.02 if n % 2 else random(1024, 2048) * 0.02 for n in range(24)]
+    norm_weight = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
+    inputs = [random(512, 1024) for _ in range(3)]
+    found = {}
+    for offload in (False, True):
+        weights = [torch.nn.Parameter(value.clone()) for value in start]
+        vector = torch.nn.Parameter(norm_weight.clone())
+        optimizer, norms = AdamW8bit([*weights, vector], lr=1e-2, seed=1, offload=offload), []
+        for _ in range(3):
+            for x in inputs:
+                for up, down in zip(weights[1::2], weights[0::2], strict=True):
+                    x = torch.nn.functional.rms_norm(x + (x @ up.t()).relu() @ down.t(), (1024,), vector)
+                x.float().square().mean().backward()
+            norms.append(optimizer.clip(1.0))
+            optimizer.step()
+            for parameter in (*weights, vector):
+                parameter.grad = None
+        if offload:
+            assert optimizer.state[weights[0]]["exp_avg"].is_pinned()
+        found[offload] = [
+            *norms,
+            *weights,
+            vector,
+            *(
+                optimizer.state[w][k].cpu()
+                for w in weights
+                for k in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+            ),
+        ]
+    different = [n for n, pair in enumerate(zip(found[False], found[True], strict=True)) if not torch.equal(*pair)]
+    assert not different
