@@ -54,6 +54,7 @@ def setup_of_measured(entry: dict) -> Setup:
     sets = [item for item in sets if not item.startswith(others)]
     as_measured = ("micro_batch", "kept_layers", "activation_offload")  # the profile may have changed
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
+    sets.append(f"profile.async_save={entry.get('async_save', False)}")  # the first runs knew no copies
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
 

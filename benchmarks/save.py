@@ -24,7 +24,7 @@ from random_checkpoint import config, tensors
 from tier_run import GIB, about
 
 from fitune.output_folder import rename_when_whole
-from fitune.training.state import save_training_state
+from fitune.training.state import training_state, write_training_state
 from fitune.weights.quantize import is_quantised
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
@@ -77,7 +77,7 @@ def saved(folder: Path, model: Adapter, optimizer: torch.optim.Optimizer) -> dic
     writer.close()
     (partial / "adapter" / "model.safetensors").rename(partial / "adapter" / "adapter_model.safetensors")
     mark()
-    save_training_state(partial, model, optimizer, 0, 1)
+    write_training_state(partial, training_state(model, optimizer, 1, weights=False), 0)
     mark()
     rename_when_whole(partial, folder / "checkpoint-1", replace=False)
     mark()

@@ -223,6 +223,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "gradient_accumulation_steps": run["gradient_accumulation_steps"],
         "kept_layers": run["profile"]["kept_layers"],
         "activation_offload": run["profile"]["activation_offload"],
+        "async_save": run["profile"]["async_save"],
         "layers": json.loads((Path(plan["checkpoint"]) / "config.json").read_text())["num_hidden_layers"],
         "peak_allocated_gib": round(measured["peak_allocated_gib"], 2),
         "peak_reserved_gib": round(measured["peak_reserved_gib"], 2),

@@ -127,6 +127,7 @@ def make_run(prepared):
         optimizer_state: str = "fp32",
         optimizer_offload: bool = False,
         reshard_after_forward: bool = True,
+        async_save: bool = True,
         training: dict | None = None,
         chat_template: str = "llama3",
         **recipe,
@@ -163,6 +164,7 @@ def make_run(prepared):
                 compute=compute,
                 optimizer_state=optimizer_state,
                 optimizer_offload=optimizer_offload,
+                async_save=async_save,
             ),
             accelerate=AccelerateConfig(
                 path="test.yaml",

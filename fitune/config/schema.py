@@ -212,6 +212,10 @@ class Profile(Strict):
     "Move the inputs of layers that are not kept to host RAM until the backward pass needs them."
     embedding_offload: Flag = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."
+    async_save: Flag | Literal["auto"] = AUTO
+    """Copy each checkpoint to host RAM and write it while training goes on; else training waits for the disk.
+    `auto`: where `plan` finds that host RAM has room for the copy.
+    """
     expected: dict[str, Expectation] = {}
     "Peak memory by recipe name."
 
@@ -226,8 +230,13 @@ class Profile(Strict):
         return {method for methods in self.fits.values() for method in methods}
 
     @property
+    def saves_async(self) -> bool:
+        """`auto`, in a run that `plan` has not filled, or of an earlier version, is a no."""
+        return self.async_save is True
+
+    @property
     def left_to_plan(self) -> tuple[str, ...]:
-        """The keys that are `auto`."""
+        """The keys of SMALLEST that are `auto`."""
         return tuple(key for key in SMALLEST if getattr(self, key) == AUTO)
 
 

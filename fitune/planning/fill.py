@@ -10,6 +10,7 @@ from dataclasses import replace
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
+from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.hardware import this_machine
@@ -30,7 +31,9 @@ def resolve(
 def filled_here(run: Run) -> Run:
     """The run filled for this machine's GPUs, as far as its profile states their memory."""
     run = settled(run, this_machine().known_model)
-    return filled(run, limits_to_fill(run), this_machine().model) if run.left_to_plan else run
+    if run.left_to_plan:
+        return filled(run, limits_to_fill(run), this_machine().model)
+    return with_async_save(run, limits_to_fill(run))
 
 
 def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
@@ -40,8 +43,10 @@ def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
     """
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
     run = settled(run, None if run.accelerate.use_cpu else gpu)
-    if not run.left_to_plan:
-        return run
+    return with_async_save(_with_rows_and_layers(run, limits, gpu) if run.left_to_plan else run, limits)
+
+
+def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     setup = setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
     limits = with_room_for_error(limits)
     choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]

@@ -172,16 +172,33 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
     copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0
+    copy = {"copy of a checkpoint": checkpoint_copy(s)}
     # method full ends with gathering the largest tensor on one rank: before, every rank holds its part and rounds it
     gathered = s.embedding * 1.5 if s.full else 0.0
     if not s.on_gpu:
-        return _on_cpu(s, {"checkpoint copies": copies}, gathered)
+        return _on_cpu(s, {"tensor being saved": copies}, copy, gathered)
     loading, training = (MEASURED.launcher + ranks * process for process in (MEASURED.loading, MEASURED.training))
     return {
         "load": {"processes": loading, **always},
-        "step": {"processes": training, **always, **state, "kept activations": activations},
-        "save": {"processes": training, **always, **state, "checkpoint copies": max(copies, gathered)},
+        "step": {"processes": training, **always, **state, "kept activations": activations, **copy},
+        "save": {"processes": training, **always, **state, **copy, "tensor being saved": max(copies, gathered)},
     }
+
+
+def checkpoint_copy(s: Setup) -> float:
+    """What `async_save` holds on a machine until the disk has it: its ranks' weights and optimizer state.
+
+    An adapter's weights are gathered whole by rank 0, on the first machine.
+    """
+    if not (s.saves and s.async_save):
+        return 0.0
+    weights = s.trainable * s.trained / (s.machines if s.full else 1)
+    return weights + s.trainable * s.optimizer_state / s.machines
+
+
+def one_checkpoint(s: Setup) -> float:
+    """Bytes on disk; an adapter's weights are there once, in the adapter."""
+    return s.trainable * (s.trained + s.optimizer_state)
 
 
 def host_peak(s: Setup) -> float:
@@ -201,7 +218,7 @@ def _power_of_two(size: float) -> float:
     return float(1 << (int(size) - 1).bit_length())
 
 
-def _on_cpu(s: Setup, copies: dict[str, float], gathered: float) -> dict[str, dict[str, float]]:
+def _on_cpu(s: Setup, copies: dict[str, float], copy: dict[str, float], gathered: float) -> dict[str, dict[str, float]]:
     """Without GPUs all that a GPU would hold is host RAM, once per rank. An estimate: plain kernels take more."""
     processes = {"processes": MEASURED.launcher + s.ranks * MEASURED.cpu_process}
     moments = gpu_moments(s)
@@ -209,8 +226,8 @@ def _on_cpu(s: Setup, copies: dict[str, float], gathered: float) -> dict[str, di
     resident = {name: s.ranks * size for name, size in moments["save"].items()}
     return {
         "load": {**processes, **{name: s.ranks * size for name, size in moments["load"].items()}},
-        "step": {**processes, **{name: s.ranks * size for name, size in peak.items()}},
-        "save": {**processes, **resident, **copies, "gathered tensor": gathered},
+        "step": {**processes, **{name: s.ranks * size for name, size in peak.items()}, **copy},
+        "save": {**processes, **resident, **copies, **copy, "gathered tensor": gathered},
     }
 
 
@@ -225,10 +242,9 @@ def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
     weights = s.shape.layers * s.shape.layer_linear_weights
     quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
     result = s.trainable * (BF16 if s.full else FP32)
-    one_checkpoint = s.trainable * (s.trained + s.optimizer_state)  # weights in the adapter or beside the state
     return {
         "download": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
-        "checkpoints": one_checkpoint * (kept_checkpoints + 1) if kept_checkpoints else 0.0,
+        "checkpoints": one_checkpoint(s) * (kept_checkpoints + 1) if kept_checkpoints else 0.0,
         "result": result,
         "quantised copy (optional)": quantised if s.method == "qlora" and not s.shape.nf4_on_disk else 0.0,
         "merged model (later)": s.shape.parameters * BF16,

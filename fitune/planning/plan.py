@@ -20,6 +20,8 @@ from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
 GPU_COUNT, GPU_MEMORY, ONE_MEMORY = "GPUs", "GPU memory", "memory of CPU and GPU"
 ERROR = 0.05
 "Of a predicted GPU peak, at most: what the tests allow against measured runs."
+HOST_ERROR = 0.10
+"Of predicted host RAM, at most: likewise."
 TIME_ERROR = 0.15
 "Of a predicted step, at most: likewise."
 SAVES_WITHOUT_LIMIT = 3
@@ -148,6 +150,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         reshard=accelerate.reshard_after_forward,
         on_gpu=not accelerate.use_cpu,
         saves=recipe.training.get("save_strategy") != "no",
+        async_save=profile.saves_async,
     )
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fitune.planning.async_save import how_it_saves
 from fitune.planning.memory import merge_host
 from fitune.planning.outlook import Outlook, shortfall, way_out
 from fitune.planning.plan import GPU_MEMORY, Plan, Time, needed_disk
@@ -47,6 +48,8 @@ def _print_details(plan: Plan, console: Console) -> None:
         console.print(_phase_table(plan))
         console.print(_host_table(plan))
     console.print(_disk_line(plan))
+    if saving := how_it_saves(plan.setup):
+        console.print(saving)
     if plan.time and plan.time.is_known:
         console.print(_time_line(plan.time))
 

@@ -55,6 +55,8 @@ class Setup:
     on_gpu: bool = True
     saves: bool = True
     "Writes checkpoints on the way."
+    async_save: bool = False
+    "Copies each to host RAM first and trains on."
 
     @property
     def tokens(self) -> int:

@@ -17,7 +17,7 @@ from fitune.config.schema import Run, Strict
 from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.prepared import sha256_of_rows
 from fitune.errors import UsageError
-from fitune.training.distributed import from_rank_0, is_main_process
+from fitune.training.distributed import from_rank_0
 from fitune.weights.base_identity import BaseRecord
 
 MANIFEST = "manifest.json"
@@ -82,31 +82,24 @@ def identify(run: Run, base: BaseRecord, tokenizer) -> Identity:
     )
 
 
-def write_manifest(
-    folder: Path, step: int, run: Run, identity: Identity, saved: dict[str, SavedFile], waiting=nullcontext
-) -> None:
-    """Call on all ranks, each with the files that it has `saved`: rank 0 may not see another machine's yet.
-
-    Rank 0 adds what else is in `folder` and writes. `waiting` is entered where ranks wait for each other.
-    """
-    files = {name: file for part in _from_all_ranks(saved, waiting) for name, file in part.items()}
-    if is_main_process():
-        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        files |= {name: describe(folder / name) for name in found - set(files)}
-        manifest = Manifest(
-            step=step,
-            samples=step * run.recipe.global_batch_size,
-            geometry=Geometry(
-                world_size=run.accelerate.num_processes,
-                micro_batch=run.profile.micro_batch,
-                gradient_accumulation_steps=run.gradient_accumulation_steps,
-                global_batch_size=run.recipe.global_batch_size,
-            ),
-            identity=identity,
-            versions={name: importlib.metadata.version(name) for name in PACKAGES},
-            files=dict(sorted(files.items())),
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+def write_manifest(folder: Path, step: int, run: Run, identity: Identity, saved: dict[str, SavedFile]) -> None:
+    """`saved` is what all ranks have written: one may not see another machine's files yet. Adds what else is there."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = saved | {name: describe(folder / name) for name in found - set(saved)}
+    manifest = Manifest(
+        step=step,
+        samples=step * run.recipe.global_batch_size,
+        geometry=Geometry(
+            world_size=run.accelerate.num_processes,
+            micro_batch=run.profile.micro_batch,
+            gradient_accumulation_steps=run.gradient_accumulation_steps,
+            global_batch_size=run.recipe.global_batch_size,
+        ),
+        identity=identity,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        files=dict(sorted(files.items())),
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,6 +1,8 @@
 """What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
 
 import copy
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,28 +38,44 @@ def save_result(
 ) -> dict[str, str]:
     """Writes the adapter (lora, qlora) or the model in its original dtype (full) to `folder`. Call on all ranks.
 
-    Host RAM: the gathered adapter is written tensor by tensor, so a save needs no more than the largest tensor.
-    Returns the SHA-256 of the files of weights by name, on the rank that wrote them; nothing on the others.
-    `base_record` is what an adapter remembers of its base. `waiting` is entered where ranks wait for each other.
+    Host RAM: tensors are gathered and written one by one, so a save needs no more than the largest. Returns the SHA-256
+    of the files of weights by name, on rank 0; nothing on the others. `base_record` is what an adapter remembers of its
+    base. `waiting` is entered where ranks wait for each other.
     """
-    main = dist.get_rank() == 0
-    with new_folder(folder, replace=True) if main else nullcontext() as unfinished:
-        parameters = _named_for_saving(model, run)
-        writer = CheckpointWriter(unfinished, [spec for _, spec in parameters], hashed=True) if main else None
-        for parameter, spec in parameters:
-            with waiting():
-                whole = gather_rows(parameter, spec.dtype)
-            if main:
-                writer.write(spec.name, whole)
-        if main:
-            writer.close()
-            _write_companions(unfinished, run, model, tokenizer, base_record)
-    with waiting():
-        dist.barrier()
-    hashes = writer.hashes if main else {}
+    tensors = gathered_result(model, run, waiting)
+    try:
+        return write_result(folder, run, model, tokenizer, base_record, tensors) if dist.get_rank() == 0 else {}
+    finally:
+        deque(tensors, maxlen=0)  # whose disk fails takes what the others give all the same, and they go on
+
+
+def gathered_result(model: nn.Module, run: Run, waiting=nullcontext) -> Iterator[torch.Tensor | None]:
+    """The tensors of the adapter or the model, whole on rank 0, None elsewhere. Go through it on all ranks."""
+    for parameter, spec in _named_for_saving(model, run):
+        with waiting():
+            whole = gather_rows(parameter, spec.dtype)
+        yield whole
+
+
+def write_result(
+    folder: Path,
+    run: Run,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    base_record: BaseRecord,
+    tensors: Iterable[torch.Tensor],
+) -> dict[str, str]:
+    """Writes what `gathered_result` gave, and what belongs beside it. Returns the weights' SHA-256 by file name."""
+    specs = [spec for _, spec in _named_for_saving(model, run)]
+    with new_folder(folder, replace=True) as unfinished:
+        writer = CheckpointWriter(unfinished, specs, hashed=True)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            writer.write(spec.name, tensor)
+        writer.close()
+        _write_companions(unfinished, run, model, tokenizer, base_record)
     if isinstance(model, PeftModel):  # named so by _write_companions
-        hashes = {name.replace("model", "adapter_model", 1): sha256 for name, sha256 in hashes.items()}
-    return hashes
+        return {name.replace("model", "adapter_model", 1): sha256 for name, sha256 in writer.hashes.items()}
+    return writer.hashes
 
 
 def gather_rows(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

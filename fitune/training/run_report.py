@@ -30,6 +30,7 @@ class RunReport(TrainerCallback):
         self.prints_stages = self.prints and output != "live"
         self.tells = os.environ.get("LOCAL_RANK", "0") == "0"
         self.status = RunStatus()
+        self.last_checkpoint: Callable[[], int | None] = lambda: None  # the step of the newest that is whole
         self.lines = 0
         self._told = 0.0
         self._mark: tuple[int, float] | None = None  # (step, time) from where the time left is reckoned
@@ -65,7 +66,7 @@ class RunReport(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now, status = time.monotonic(), self.status
-        status.step = state.global_step
+        status.step, status.checkpoint = state.global_step, self.last_checkpoint()
         if self._mark is None:  # the first step is slower than the others
             self._mark = state.global_step, now
         elif state.global_step > self._mark[0]:
@@ -87,7 +88,7 @@ class RunReport(TrainerCallback):
         self._tell()
 
     def on_save(self, args, state, control, **kwargs):
-        self.status.checkpoint = state.global_step
+        self.status.checkpoint = self.last_checkpoint()
         self.status.begin("")
         self._tell()
 

@@ -8,6 +8,7 @@ Nothing is gathered to save it, and because the layout is known it can be read b
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,38 +25,58 @@ from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, Tenso
 SEPARATOR = "::"
 
 
-def save_training_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
-) -> dict[str, str]:
-    """Writes this rank's rows of every trainable parameter and of its optimizer state. Call on all ranks.
+@dataclass(frozen=True)
+class TrainingState:
+    """What one rank saves: its rows by name, as they lie in memory, and what is the same on all ranks."""
 
-    Parameters are left out if `folder` holds the adapter that they make up. One tensor at a time passes through host
-    RAM. Returns the SHA-256 of what it wrote, by path inside `folder`; the disk has it by then.
+    tensors: dict[str, torch.Tensor]
+    layout: dict
+
+    def copied(self) -> "TrainingState":
+        """With the same values in host RAM of their own, which no step changes."""
+        copies = {name: torch.empty_like(tensor, device="cpu").copy_(tensor) for name, tensor in self.tensors.items()}
+        return TrainingState(copies, self.layout)
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int, *, weights: bool
+) -> TrainingState:
+    """This rank's rows of the optimizer's state and, with `weights`, of every trainable parameter.
+
+    Nothing is copied but the optimizer's hyperparameters: the next step changes the rows.
     """
     names = {parameter: name for name, parameter in _trainable(model)}
-    has_adapter = (folder / ADAPTER).is_dir()
-    tensors = {} if has_adapter else {name: local_part(parameter).detach() for parameter, name in names.items()}
+    tensors = {name: local_part(parameter).detach() for parameter, name in names.items()} if weights else {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{names[parameter]}{SEPARATOR}{key}"] = local_part(torch.as_tensor(value)).detach()
-    part = folder / "state" / f"rank-{rank:05d}-of-{world_size:05d}"
+    layout = {
+        "world_size": world_size,
+        "shapes": {name: list(parameter.shape) for parameter, name in names.items()},
+        "param_groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": [names[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+    }
+    return TrainingState(tensors, layout)
+
+
+def write_training_state(folder: Path, state: TrainingState, rank: int) -> dict[str, str]:
+    """Writes one rank's state; it lets go of each tensor that is written, so that a copy's memory is free again.
+
+    One tensor at a time passes through host RAM. Returns the SHA-256 of what it wrote, by path inside `folder`; the
+    disk has it by then.
+    """
+    part = folder / "state" / f"rank-{rank:05d}-of-{state.layout['world_size']:05d}"
     part.mkdir(parents=True)
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()]
     writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, hashed=True)
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
+    for spec in specs:
+        writer.write(spec.name, state.tensors.pop(spec.name))
     writer.close()
     if rank == 0:
-        layout = {
-            "world_size": world_size,
-            "shapes": {name: list(parameter.shape) for parameter, name in names.items()},
-            "param_groups": [
-                {key: value for key, value in group.items() if key != "params"}
-                | {"params": [names[parameter] for parameter in group["params"]]}
-                for group in optimizer.param_groups
-            ],
-        }
-        (folder / "state" / "layout.json").write_text(json.dumps(layout, indent=1), encoding="utf-8")
+        (folder / "state" / "layout.json").write_text(json.dumps(state.layout, indent=1), encoding="utf-8")
     return {str((part / name).relative_to(folder)): sha256 for name, sha256 in writer.hashes.items()}
 
 

@@ -42,6 +42,7 @@ from fitune.planning.sizes import GIB
 from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
 from fitune.training.best_model import BestModel
+from fitune.training.checkpoint import set_aside
 from fitune.training.distributed import (
     compute_device,
     end_with_launcher,
@@ -60,7 +61,7 @@ from fitune.training.out_of_memory import explain_out_of_memory
 from fitune.training.run_report import RunReport
 from fitune.training.same_on_all import is_first_of_its_machine, refuse_differences
 from fitune.training.state import load_trainable_weights
-from fitune.training.trainer import ShardedSFTTrainer, set_aside
+from fitune.training.trainer import ShardedSFTTrainer
 from fitune.training.untrained_tokens import refuse_untrained_control_tokens
 from fitune.weights.base_identity import BaseRecord, identify_base
 from fitune.weights.load import Placement, load_weights
@@ -108,6 +109,7 @@ def train(run: Run) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(report)  # after all that decide whether a step is saved
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
+    report.last_checkpoint = lambda: trainer.saver.newest
     trainer.also_logged = measurements.since_last_log
     if steps_left == 0:  # interrupted while it saved the result
         with heartbeat.using_files():
@@ -118,7 +120,8 @@ def train(run: Run) -> None:
         if is_main_process():
             begin_to_train(run)
             write_origin(run.folder, identity.model_dump(), resumed=bool(run.resume))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with trainer.saver.finished():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave_if_told(trainer.state)
     trainer.load_best_model()
     trainer.save_model()

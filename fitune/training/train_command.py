@@ -7,13 +7,14 @@ import click
 
 from fitune.config import run as runs
 from fitune.config.command_name import command
-from fitune.config.schema import Run
+from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
 from fitune.launching.fastest_here import fastest_here
 from fitune.launching.launch import TRAINING, Place, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.preflight import check_before_training, fetch_base
 from fitune.launching.run_folder import as_started, nothing_left, open_run_folder
+from fitune.planning.async_save import waits_for_the_disk
 from fitune.planning.fill import filled_here
 from fitune.report.origin import remember_what_was_typed
 from fitune.report.page import show_page_after_a_command
@@ -38,13 +39,15 @@ def train_command(
             return 0
         if not goes_on:
             runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
-    chosen = run.left_to_plan
+    chosen, is_open = run.left_to_plan, run.profile.async_save == AUTO
     run = filled_here(as_started(run) if resume else run)
     if dry_run:
         click.echo(dry_run_text(run))
         return 0
     if chosen and not quiet:
         click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
+    if is_open and not quiet and (said := waits_for_the_disk(run)):
+        click.echo(f"note: {said}", err=True)
     remember_what_was_typed()
     code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)
     if not code:

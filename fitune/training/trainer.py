@@ -1,11 +1,8 @@
 """TRL's SFTTrainer over an already sharded model: what is saved, what is resumed, what is logged."""
 
-import errno
 import math
-import os
-import shutil
-from collections.abc import Collection
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +16,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
-from fitune.config.command_name import command
-from fitune.config.schema import Run
+from fitune.config.schema import ADAPTER, Run
 from fitune.data.dataset import TokenisedRows
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
@@ -28,15 +24,16 @@ from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
-from fitune.output_folder import checkpoints, remove, rename_when_whole
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.arguments import own_optimizer, training_arguments
 from fitune.training.bad_rows import name_rows
 from fitune.training.best_model import BestModel
+from fitune.training.checkpoint import CheckpointSaver, Writer, disk_errors_named
+from fitune.training.distributed import is_main_process
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
-from fitune.training.manifest import Identity, describe, find_damage, write_manifest
-from fitune.training.result import save_result
-from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
+from fitune.training.manifest import Identity, find_damage
+from fitune.training.result import gathered_result, save_result, write_result
+from fitune.training.state import load_optimizer_state, load_trainable_weights, training_state, write_training_state
 from fitune.training.token_metrics import token_metrics
 from fitune.training.whole_steps import WholeSteps, in_whole_steps, rows_per_step
 from fitune.weights.base_identity import BaseRecord
@@ -80,6 +77,8 @@ class ShardedSFTTrainer(SFTTrainer):
         )
         self.best_model = BestModel(run.recipe)
         self.add_callback(self.best_model)
+        self.saver = CheckpointSaver(run, identity, self.heartbeat)
+        self.add_callback(self.saver)
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
@@ -233,6 +232,8 @@ class ShardedSFTTrainer(SFTTrainer):
         folder = Path(output_dir or self.run.result_folder)
         with self.heartbeat.using_files():
             self._save_result(folder)
+            with self.heartbeat.waiting():
+                dist.barrier()
 
     def _save_result(self, folder: Path) -> dict[str, str]:
         return save_result(
@@ -242,49 +243,42 @@ class ShardedSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
         dist.barrier()  # one may have logged to a slow server; it is watched from here on
-        try:
-            with self.heartbeat.using_files():
-                self._write_checkpoint()
-        except (OSError, FituneError) as error:
-            raise FituneError(
-                f"step {self.state.global_step} was not saved in {self.args.output_dir}: {error}; the checkpoints "
-                f"before it are whole: make room, then go on with: {command()} train --resume {self.run.folder}"
-            ) from error
-        if self.args.should_save:
-            kept = self.best_model.kept_steps(self.state.log_history)
-            _remove_old(Path(self.args.output_dir), self.args.save_total_limit, kept_steps=kept)
-        dist.barrier()
+        kept_steps = self.best_model.kept_steps(self.state.log_history)
+        is_last = self.control.should_training_stop
+        self.saver.save(self.state.global_step, self._prepare_checkpoint, kept_steps, is_last=is_last)
 
-    def _write_checkpoint(self) -> None:
-        """Result, sharded state, scheduler, RNG, position, manifest; renamed when the disk has it all."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        partial = folder.with_name(f".{folder.name}.partial")
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._meet()
-        rank, ranks, hashes = self.args.process_index, self.args.world_size, {}
-        if self.run.recipe.method != "full":  # a full model's weights are in the sharded state already
-            result = self.run.result_folder.name
-            hashes = {f"{result}/{name}": sha256 for name, sha256 in self._save_result(partial / result).items()}
-        hashes |= save_training_state(partial, self.model, self.optimizer, rank, ranks)
-        self._save_position(partial)
-        written = [*hashes, "rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth"]
-        saved = {name: describe(partial / name, hashes.get(name)) for name in written}
-        self._meet()
-        write_manifest(partial, self.state.global_step, self.run, self.identity, saved, self.heartbeat.waiting)
-        self._meet()
-        if self.args.should_save:
-            rename_when_whole(partial, folder, replace=True)
-        self._meet()
+    def _prepare_checkpoint(self, folder: Path, is_copied: bool) -> Writer:
+        """Writes the position; returns what writes the adapter and this rank's sharded state.
 
-    def _meet(self) -> None:
-        with self.heartbeat.waiting():
-            dist.barrier()
+        `is_copied`: as they are now, whatever training changes meanwhile.
+        """
+        rank, ranks, full = self.args.process_index, self.args.world_size, self.run.recipe.method == "full"
+        state = training_state(self.model, self.optimizer, ranks, weights=full)
+        if is_copied:
+            state = state.copied()
+        write_adapter = dict if full else self._adapter_writer(folder / ADAPTER, is_copied)
+        self._save_position(folder)
+
+        def write() -> dict[str, str | None]:
+            hashes = {f"{ADAPTER}/{name}": sha256 for name, sha256 in write_adapter().items()}
+            hashes |= write_training_state(folder, state, rank)
+            return hashes | {"rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth": None}
+
+        return write
+
+    def _adapter_writer(self, folder: Path, is_copied: bool) -> Callable[[], dict[str, str]]:
+        """What writes the adapter: rank 0 alone if all is copied to it now, else all ranks together."""
+        if not is_copied:
+            return partial(self._save_result, folder)
+        tensors = gathered_result(self.model, self.run, self.heartbeat.waiting)
+        tensors = [whole.clone() for whole in tensors if whole is not None]  # one rank gathers its own weights
+        if not is_main_process():
+            return dict
+        return partial(write_result, folder, self.run, self.model, self.processing_class, self.base_record, tensors)
 
     def _save_position(self, folder: Path) -> None:
         """Each rank's random state; the scheduler, step and counters, which are the same on all."""
-        with _disk_errors_named(folder):
+        with disk_errors_named(folder):
             self._save_rng_state(str(folder))
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -339,34 +333,3 @@ class AsOftenAsAskedNow(TrainerCallback):
 def _stand_in(rows: TokenisedRows) -> Dataset:
     """The first of `rows`, where TRL asks for one of `datasets`' own; what is trained on takes its place after that."""
     return Dataset.from_list([rows[0]])
-
-
-@contextmanager
-def _disk_errors_named(folder: Path):
-    """OSError where torch.save, on a disk that is full or broken, says only that its archive is."""
-    try:
-        yield
-    except RuntimeError as error:
-        code = errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else errno.EIO
-        raise OSError(code, os.strerror(code), str(folder)) from error
-
-
-def set_aside(folder: Path, damaged: list[Path]) -> None:
-    """Renames what a run that resumes has skipped: it must not be counted among the checkpoints that are kept.
-
-    Removes what interrupted saves left in `folder`. Main process only.
-    """
-    for path in damaged:
-        aside = path.with_name(f"damaged-{path.name}")
-        remove(aside)
-        path.rename(aside)
-    for partial in folder.glob(".checkpoint-*.partial*"):
-        remove(partial)
-
-
-def _remove_old(folder: Path, limit: int | None, kept_steps: Collection[int] = ()) -> None:
-    """Keeps the newest `limit` checkpoints, which are whole by now, and those of `kept_steps`; all without a limit."""
-    kept = {f"checkpoint-{step}" for step in kept_steps}
-    for path in checkpoints(folder)[: -limit if limit and limit > 0 else 0]:
-        if path.name not in kept:
-            remove(path)

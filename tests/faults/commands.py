@@ -42,7 +42,7 @@ from importlib.abc import MetaPathFinder
 
 class Change(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "fitune.training.trainer" and "RANK" in os.environ:
+        if name in ("fitune.training.checkpoint", "fitune.training.trainer") and "RANK" in os.environ:
             sys.meta_path.remove(self)
             change(int(os.environ["RANK"]))
 

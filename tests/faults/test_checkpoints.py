@@ -15,19 +15,19 @@ from fitune.config import run as runs
 from fitune.errors import UsageError
 from fitune.launching.run_folder import nothing_left, open_run_folder
 from fitune.output_folder import checkpoints
-from fitune.training import manifest, trainer
+from fitune.training import checkpoint, manifest, trainer
 from fitune.training.manifest import Identity, find_damage, read_manifest, refuse_another_identity
 
 STEPS = 4
 TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 STAGES = {
-    "before the state is written": (trainer, "save_training_state", "before"),
-    "before the manifest": (trainer, "write_manifest", "before"),
+    "before the state is written": (trainer, "write_training_state", "before"),
+    "before the manifest": (checkpoint, "write_manifest", "before"),
     "within the manifest": (manifest.Path, "write_text", "before"),
-    "before the rename": (trainer, "rename_when_whole", "before"),
-    "after the rename": (trainer, "rename_when_whole", "after"),
-    "before an old one is removed": (trainer.shutil, "rmtree", "before"),
-    "while an old one is removed": (trainer.shutil, "rmtree", "half"),
+    "before the rename": (checkpoint, "rename_when_whole", "before"),
+    "after the rename": (checkpoint, "rename_when_whole", "after"),
+    "before an old one is removed": (shutil, "rmtree", "before"),
+    "while an old one is removed": (shutil, "rmtree", "half"),
 }
 
 
@@ -71,9 +71,12 @@ def finished_by_two(tiny_base, make_run, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("async_save", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_save_cut_off_at_any_stage_costs_no_checkpoint(stage, finished_by_two, tiny_base, make_run, tmp_path):
-    run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, training=TRAINING)
+def test_a_save_cut_off_at_any_stage_costs_no_checkpoint(
+    stage, async_save, finished_by_two, tiny_base, make_run, tmp_path
+):
+    run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, training=TRAINING, async_save=async_save)
     with pytest.raises(RuntimeError, match="exit code -9"):
         run_ranks(_killed_in, 2, stage, run)
     left = checkpoints(run.folder / "checkpoints")

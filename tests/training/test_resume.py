@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fitune.errors import FituneError, UsageError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.sharding import local_part
-from fitune.training.state import load_optimizer_state, load_trainable_weights, save_training_state
+from fitune.training.state import load_optimizer_state, load_trainable_weights, training_state, write_training_state
 from fitune.training.train import _checkpoint_to_resume
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -149,7 +149,7 @@ def _save(runs: dict, folder: Path) -> dict:
             _step(model, optimizer, seed)
         optimizer.param_groups[0]["lr"] = 0.005
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        save_training_state(folder / case, model, optimizer, rank, world_size)
+        write_training_state(folder / case, training_state(model, optimizer, world_size, weights=True), rank)
         report[case] = {"state": _whole_state(model, optimizer), "groups": _hyperparameters(optimizer)}
         _step(model, optimizer, 3)
         report[case]["next"] = _whole_state(model, optimizer)

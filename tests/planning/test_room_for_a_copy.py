@@ -1,0 +1,57 @@
+"""Whether checkpoints are written while training goes on: `plan` looks for room for a copy in host RAM."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fitune.config import run as runs
+from fitune.planning.async_save import how_it_saves, waits_for_the_disk, with_async_save
+from fitune.planning.fill import resolve
+from fitune.planning.limits import limits_of
+from fitune.planning.memory import host_peak
+from fitune.planning.plan import HOST_ERROR, make_plan
+from fitune.planning.sizes import GIB
+
+FULL = ("llama3_70b_full", "fsdp_full_16x80gb")
+
+
+def _with_ram(gib: float, *sets: str):
+    return resolve(*FULL, (f"profile.host_memory_gib={gib}", *sets))
+
+
+def test_a_copy_is_made_where_it_has_room_for_sure():
+    plan = make_plan(_with_ram(512), limits_of(_with_ram(512)))
+    copy = plan.host["step"]["copy of a checkpoint"]
+    assert copy == pytest.approx(70.55e9 * 12 / 2, rel=0.001), "half of the float32 weights and moments, two machines"
+    assert plan.setup.async_save and plan.fits
+    needed = host_peak(plan.setup) / GIB * (1 + HOST_ERROR)
+    assert _with_ram(math.ceil(needed)).profile.async_save is True
+    assert _with_ram(math.floor(needed)).profile.async_save is False
+
+
+def test_what_is_asked_for_is_done_or_does_not_fit():
+    assert _with_ram(512, "profile.async_save=false").profile.async_save is False
+    asked = _with_ram(64, "profile.async_save=true")
+    assert asked.profile.async_save is True
+    assert [verdict.resource for verdict in make_plan(asked, limits_of(asked)).verdicts if not verdict.fits] == [
+        "host RAM"
+    ]
+
+
+def test_no_copy_without_saves_or_of_unknown_room():
+    assert _with_ram(512, "training.save_strategy='no'").profile.async_save is False
+    run = runs.resolve(*FULL)
+    assert run.profile.async_save == "auto" and not run.profile.saves_async
+    assert with_async_save(run, replace(limits_of(run), host=math.inf)).profile.async_save is False
+
+
+def test_it_is_said():
+    run = _with_ram(64)
+    said = "a checkpoint has 846.6 GB: training waits while it is written; a copy in each machine's RAM takes 394.2 GiB"
+    assert waits_for_the_disk(run).startswith(said)
+    in_background = _with_ram(512)
+    assert waits_for_the_disk(in_background) is None
+    setup = make_plan(in_background, limits_of(in_background)).setup
+    assert "copied to each machine's RAM (394.2 GiB), written while training goes on" in how_it_saves(setup)
+    assert how_it_saves(replace(setup, saves=False)) is None
