@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -200,6 +202,8 @@ def _pool(rules: Rules, workers: int, files: list):
     start_method = "fork" if hasattr(os, "fork") else "spawn"
     pool = ProcessPoolExecutor(workers, get_context(start_method), initializer=start_worker, initargs=(rules,))
     try:
+        with _interrupts_held_back():
+            pool.submit(os.getpid)  # forks all workers
         yield lambda function, *args: pool.submit(function, *args).result, 2 * workers
     except BrokenProcessPool:
         raise FituneError(
@@ -207,6 +211,19 @@ def _pool(rules: Rules, workers: int, files: list):
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back():
+    """A Ctrl-C is raised after the block: within a fork Python prints it and goes on. Workers ignore it anyway."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _done(function, *args):

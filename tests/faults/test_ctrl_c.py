@@ -21,6 +21,18 @@ def finished(tiny_base, prepared, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+WHILE_IT_FORKS = """
+import os, signal, sys
+
+def interrupt():
+    if "concurrent.futures.process" in sys.modules:
+        os.kill(os.getpid(), signal.SIGINT)
+
+os.register_at_fork(before=interrupt)
+"""
+"Ctrl-C comes in the moment in which a worker is forked."
+
+
 def stopped_when(begun, command: list[str], log: Path) -> list[str]:
     """The lines of a command to which a terminal's Ctrl-C is sent once `begun(running)` holds: to all of its group."""
     running = Running([sys.executable, "cli.py", *map(str, command)], log)
@@ -45,7 +57,7 @@ def test_ranks_that_only_read_are_stopped(command, finished, tmp_path):
 
 
 def reads_on(running: Running) -> bool:
-    """Its workers are there. A Ctrl-C in the moment in which one is forked is lost: Python ignores it there."""
+    """Its workers are there."""
     with suppress(psutil.Error):
         return len(psutil.Process(running.process.pid).children()) >= 2
     return False
@@ -58,4 +70,17 @@ def test_prepare_leaves_nothing(prepared, tiny_base, tmp_path):
     command = ["prepare", "--workers", "2", "--dataset", rows, "--tokenizer", tiny_base, "--output", output]
     lines = stopped_when(reads_on, command, tmp_path / "log")
     assert lines[-1] == "stopped" and "Traceback" not in " ".join(lines)
+    assert not list(output.parent.iterdir())
+
+
+def test_a_ctrl_c_while_prepare_forks_its_workers_is_not_lost(prepared, tiny_base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((prepared / "train.jsonl").read_text() * 400)
+    (tmp_path / "sitecustomize.py").write_text(WHILE_IT_FORKS)
+    output = tmp_path / "out" / "data"
+    command = ["prepare", "--workers", "2", "--dataset", rows, "--tokenizer", tiny_base, "--output", output]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    running = Running([sys.executable, "cli.py", *map(str, command)], tmp_path / "log", PYTHONPATH=path)
+    assert running.wait() == STOPPED_BY_CTRL_C, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "stopped"
     assert not list(output.parent.iterdir())
