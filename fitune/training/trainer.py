@@ -254,6 +254,8 @@ class ShardedSFTTrainer(SFTTrainer):
         """
         rank, ranks, full = self.args.process_index, self.args.world_size, self.run.recipe.method == "full"
         state = training_state(self.model, self.optimizer, ranks, weights=full)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what lies in host RAM may be on its way there
         if is_copied:
             state = state.copied()
         write_adapter = dict if full else self._adapter_writer(folder / ADAPTER, is_copied)
