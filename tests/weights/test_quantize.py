@@ -1,5 +1,7 @@
 """`cli.py quantize`: bitsandbytes' own bytes, in a checkpoint that plain transformers reads."""
 
+import json
+
 import torch
 from bitsandbytes.functional import quantize_4bit
 from click.testing import CliRunner
@@ -16,7 +18,11 @@ def test_bytes_equal_bitsandbytes_and_transformers_reads_them(plain_linear4bit, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = build_tiny_base(tmp_path / "base", num_layers=2)
+    (base / "LICENSE").write_text("as you like")
     output = quantize(base, tmp_path / "nf4", CPU)
+    assert (output / "LICENSE").read_text() == "as you like"
+    settings = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert settings["bnb_4bit_use_double_quant"] is True
     with Checkpoint(base) as source, Checkpoint(output) as written:
         for name, info in source.tensors.items():
             if is_quantised(name, info.shape):

@@ -80,6 +80,11 @@ def test_shards_respect_the_limit_and_the_index_names_them(tmp_path):
         assert len(tensors) == 1 or sum(info.nbytes for info in tensors.values()) <= 50
 
 
+def test_a_tensor_that_would_pass_the_limit_begins_a_shard(tmp_path):
+    folder = _write(tmp_path / "model", {name: torch.ones(6) for name in "abc"}, max_shard_bytes=50)
+    assert [len(read_header(file)[0]) for file in sorted(folder.glob("*.safetensors"))] == [2, 1]
+
+
 def test_tensors_begin_where_a_reader_can_map_them(tmp_path):
     """At a multiple of 8 bytes, whatever the length of the names before them."""
     for name in ("a", "ab", "abc", "abcdefgh"):
@@ -156,6 +161,13 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
     file = _write(tmp_path / "model") / "model.safetensors"
     os.truncate(file, max(0, file.stat().st_size - cut))
     with pytest.raises(FituneError, match=r"model\.safetensors: .*(truncated|not a whole)"):
+        Checkpoint(tmp_path / "model")
+
+
+def test_a_file_without_its_last_byte_is_refused(tmp_path):
+    file = _write(tmp_path / "model", {"only": torch.ones(3)}) / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(FituneError, match="tensor only: truncated"):
         Checkpoint(tmp_path / "model")
 
 
