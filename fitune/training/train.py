@@ -74,7 +74,8 @@ def train(run: Run) -> None:
     logging.set_verbosity_warning()
     heartbeat, interruption, report = Heartbeat(), Interruption(run.folder), RunReport()
     lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
-    report.begin(f"joining {run.accelerate.num_processes} processes")
+    processes = run.accelerate.num_processes
+    report.begin(f"joining {processes} process{'es' * (processes > 1)}")
     with heartbeat.starting():
         mesh = join(run.accelerate)
     arguments = training_arguments(run)
