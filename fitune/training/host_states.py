@@ -9,6 +9,7 @@ The streams share a ring of slots on the GPU. A slot's events say when it is ful
 waits, and no memory is taken on the way. On the CPU, where tests run, the same happens without streams.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +19,20 @@ import torch
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES, PIECE, SLOTS
 from fitune.model.sharding import local_part
 from fitune.training.moment import Moment
-from fitune.weights.streaming import pin_in_place
+from fitune.weights.streaming import PIN_FROM_BYTES, pin_in_place
 
 BLOCK = 64
 "The smallest one: a slot has room for the scales of as many blocks."
 
 
 def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, beside: torch.device) -> torch.Tensor:
-    """Host RAM, page-locked where `beside`, the device it is for, is a GPU."""
-    tensor = torch.zeros(shape, dtype=dtype)
-    if beside.type == "cuda":
+    """Host RAM, page-locked where `beside`, the device it is for, is a GPU: by its size, but for small tensors.
+
+    All of it must be: a copy from or to other memory would have Python wait for the GPU.
+    """
+    on_gpu, size = beside.type == "cuda", dtype.itemsize * math.prod(shape)
+    tensor = torch.zeros(shape, dtype=dtype, pin_memory=on_gpu and size < PIN_FROM_BYTES)
+    if on_gpu:
         pin_in_place(tensor)
     return tensor
 

@@ -103,7 +103,7 @@ def test_an_element_with_small_gradients_beside_large_ones_does_not_jump():
     parameter = torch.nn.Parameter(torch.zeros(1, 256, dtype=torch.bfloat16))
     optimizer = AdamW8bit([parameter], lr=1e-3)
     for number in range(10):
-        parameter.grad = torch.full((1, 256), 1e-5, dtype=torch.bfloat16)
+        parameter.grad = torch.full((1, 256), 1e-3, dtype=torch.bfloat16)
         parameter.grad[0, 0] = 10.0
         if number == 9:
             parameter.grad[0, 1:] = 0
