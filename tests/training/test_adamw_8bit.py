@@ -104,7 +104,7 @@ def test_an_element_with_small_gradients_beside_large_ones_does_not_jump():
     optimizer = AdamW8bit([parameter], lr=1e-3)
     for number in range(10):
         parameter.grad = torch.full((1, 256), 1e-3, dtype=torch.bfloat16)
-        parameter.grad[0, 0] = 10.0
+        parameter.grad[0, 0] = 10.0  # 1e-8 of its square is nearer to zero than to the first code
         if number == 9:
             parameter.grad[0, 1:] = 0
         before = parameter.detach().float().clone()
