@@ -23,7 +23,7 @@ from fitune.training.adamw_step import update_rows
 from fitune.training.host_states import HostGradients, host_zeros, stream_rows
 from fitune.training.moment import Moment, Step
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq_root")
 SCALES = "{}_scale"
 "The key of a moment's scales."
 BLOCKS = (256, 128, 64)
@@ -33,8 +33,8 @@ BLOCKS = (256, 128, 64)
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with decoupled weight decay for weights in bfloat16, sharded by rows or whole.
 
-    State of a weight, each rank its own rows: `exp_avg` and `exp_avg_sq`, uint8 like the weight, with float32
-    `exp_avg_scale` and `exp_avg_sq_scale` [rows, blocks of a row]. Vectors, and rows that no block divides, have
+    State of a weight, each rank its own rows: `exp_avg` and `exp_avg_sq_root`, uint8 like the weight, with float32
+    `exp_avg_scale` and `exp_avg_sq_root_scale` [rows, blocks of a row]. Vectors, and rows that no block divides, have
     float32 moments and no scales. With `offload` states and gradients lie in host RAM (`fitune.training.host_states`),
     but for those without scales, which are small. Gradients must be finite: ask `clip` before `step`.
     """

@@ -23,37 +23,37 @@ def codes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(bnb.create_dynamic_map(signed=signed).float().to(device) for signed in (True, False))
 
 
-SMALLEST_SQUARE = 1
-"""The code that a mean square has at least. Code 0 stands for zero: an element whose gradients are small beside its
-block's would be divided by eps, and jump."""
+SMALLEST_ROOT = 1
+"""The code that the root of a mean square has at least. Code 0 stands for zero: an element whose gradients are small
+beside its block's would be divided by eps, and jump."""
 
 
-def update_rows(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, square: Moment, step: Step) -> None:
+def update_rows(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, root: Moment, step: Step) -> None:
     """One step on `weight` and `gradient`, bf16 [r, ...], in place."""
     if not len(weight):
         return
     if weight.is_cuda and mean.scales is not None:
         from fitune.training import adamw_triton
 
-        adamw_triton.update_rows(weight, gradient, mean, square, step, codes(weight.device), SMALLEST_SQUARE)
+        adamw_triton.update_rows(weight, gradient, mean, root, step, codes(weight.device), SMALLEST_ROOT)
         return
     columns = weight[0].numel()
     at_once = max(1, PIECE // columns)
     for start in range(0, len(weight), at_once):
         rows = slice(start, start + at_once)
         there = replace(step, first_element=step.first_element + start * columns)
-        moments = (moment.rows(rows.start, rows.stop) for moment in (mean, square))
+        moments = (moment.rows(rows.start, rows.stop) for moment in (mean, root))
         _update(weight[rows], gradient[rows], *moments, there)
 
 
-def _update(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, square: Moment, step: Step) -> None:
+def _update(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, root: Moment, step: Step) -> None:
     signed, unsigned = codes(weight.device)
     g = gradient.float() * step.gradient_scale
     m = mean.read(signed).lerp_(g, 1 - step.beta1)
-    v = square.read(unsigned).mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
+    v = root.read(unsigned).square_().mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2).sqrt_()
     mean.write(m, signed, smallest=0)
-    square.write(v, unsigned, smallest=SMALLEST_SQUARE)
-    divisor = v.sqrt_().div_((1 - step.beta2**step.number) ** 0.5).add_(step.eps)
+    root.write(v, unsigned, smallest=SMALLEST_ROOT)
+    divisor = v.div_((1 - step.beta2**step.number) ** 0.5).add_(step.eps)
     exact = weight.float().mul_(1 - step.rate * step.decay)
     exact.addcdiv_(m, divisor, value=-step.rate / (1 - step.beta1**step.number))
     weight.copy_(rounded(exact, step) if step.stochastic else exact)

@@ -48,8 +48,8 @@ def _unpack(values, elements, scales, blocks, code, inside):
 
 
 @triton.jit(do_not_specialize=["count", "key", "first_element"])
-def _adamw_kernel(weight, gradient, mean, mean_scales, square, square_scales, signed, unsigned, count, shrink, rate,
-                  beta1, beta2, eps, root, gradient_scale, key, first_element, smallest,
+def _adamw_kernel(weight, gradient, mean, mean_scales, root, root_scales, signed, unsigned, count, shrink, rate,
+                  beta1, beta2, eps, correction, gradient_scale, key, first_element, smallest,
                   STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = blocks < count
@@ -58,12 +58,12 @@ def _adamw_kernel(weight, gradient, mean, mean_scales, square, square_scales, si
     g = tl.load(gradient + elements, mask=mask, other=0.0).to(tl.float32) * gradient_scale
     m = _unpack(mean, elements, mean_scales, blocks, signed, inside)
     m += (g - m) * (1.0 - beta1)
-    v = _unpack(square, elements, square_scales, blocks, unsigned, inside)
-    v = v * beta2 + g * g * (1.0 - beta2)
+    v = _unpack(root, elements, root_scales, blocks, unsigned, inside)
+    v = tl.sqrt(v * v * beta2 + g * g * (1.0 - beta2))
     _pack(m, mean, elements, mean_scales, blocks, signed, inside, 0)
-    _pack(v, square, elements, square_scales, blocks, unsigned, inside, smallest)
+    _pack(v, root, elements, root_scales, blocks, unsigned, inside, smallest)
     exact = tl.load(weight + elements, mask=mask, other=0.0).to(tl.float32) * shrink
-    exact -= rate * m / (tl.sqrt(v) / root + eps)
+    exact -= rate * m / (v / correction + eps)
     if STOCHASTIC:
         places = (elements + first_element).to(tl.uint32)
         drawn = _mix((places * 0x9E3779B1) ^ key.to(tl.uint32)) & 0xFFFF
@@ -73,14 +73,14 @@ def _adamw_kernel(weight, gradient, mean, mean_scales, square, square_scales, si
 
 
 def update_rows(
-    weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, square: Moment, step: Step,
+    weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, root: Moment, step: Step,
     codes: tuple[torch.Tensor, torch.Tensor], smallest: int,
 ) -> None:  # fmt: skip
     """`fitune.training.adamw_step.update_rows` of contiguous tensors whose moments have scales."""
     count = mean.scales.numel()
     with torch.cuda.device(weight.device):
         _adamw_kernel[(triton.cdiv(count, BLOCKS),)](
-            weight, gradient, mean.values, mean.scales, square.values, square.scales, *codes, count,
+            weight, gradient, mean.values, mean.scales, root.values, root.scales, *codes, count,
             1.0 - step.rate * step.decay, step.rate / (1.0 - step.beta1**step.number), step.beta1, step.beta2,
             step.eps, (1.0 - step.beta2**step.number) ** 0.5, step.gradient_scale, step.key, step.first_element,
             smallest, STOCHASTIC=step.stochastic, BLOCKS=BLOCKS, BLOCK=mean.block,

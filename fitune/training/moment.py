@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Moment:
-    """The running mean of gradients, or of their squares."""
+    """The running mean of gradients, or the root of the running mean of their squares."""
 
     values: torch.Tensor
     "uint8 codes [r, c], or float32 of the weight's shape where there are no scales."

@@ -39,6 +39,7 @@ def test_the_kernel_does_what_the_formulas_do(rows, columns, block, stochastic):
     assert (found != wanted).float().mean() <= 0.005, "a rounding tips few draws"
     assert (found.float() - wanted.float()).norm() <= 1e-3 * wanted.float().norm()
     for of_gpu, of_cpu in zip(moments["cuda"], moments["cpu"], strict=True):
-        assert torch.allclose(of_gpu.scales.cpu(), of_cpu.scales, rtol=1e-2)
+        # a block's largest element may lie a code apart, if rounding tipped it: 1/64 of it where codes are far apart
+        assert torch.allclose(of_gpu.scales.cpu(), of_cpu.scales, rtol=2 / 64)
         codes = of_gpu.values.cpu().int() - of_cpu.values.int()
         assert (codes != 0).float().mean() <= 0.01 and codes.abs().max() <= 2

@@ -119,7 +119,7 @@ def call(command: list, cap_gib: float | None = None) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, *command], **options)
 
 
-@pytest.mark.parametrize("lengths", [[700, 1, 130, 193], [1100, 1100]], ids=str)
+@pytest.mark.parametrize("lengths", [[700, 1, 130, 193], [2100, 2100]], ids=str)
 def test_packed_attention_is_sdpa_with_a_block_mask(lengths):
     from torch.nn.functional import scaled_dot_product_attention
 

@@ -48,7 +48,7 @@ def test_states_in_host_ram_change_no_bit_on_a_gpu(piece, monkeypatch):
             *(
                 optimizer.state[w][k].cpu()
                 for w in weights
-                for k in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+                for k in ("exp_avg", "exp_avg_scale", "exp_avg_sq_root", "exp_avg_sq_root_scale")
             ),
         ]
     different = [n for n, pair in enumerate(zip(found[False], found[True], strict=True)) if not torch.equal(*pair)]

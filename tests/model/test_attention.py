@@ -80,10 +80,10 @@ def test_padding_is_refused(model):
 @pytest.mark.parametrize(
     ("lengths", "capability", "taken"),
     [
-        ([1500, 1500], (9, 0), True),
+        ([2100, 2100], (9, 0), True),
         ([3000], (10, 0), True),
-        ([1500, 1499], (9, 0), False),  # packed: examples of several lengths
-        ([512] * 4, (9, 0), False),  # short
+        ([2100, 2099], (9, 0), False),  # packed: examples of several lengths
+        ([1024] * 4, (9, 0), False),  # short
         ([3000], (8, 9), False),
     ],
     ids=str,

@@ -58,8 +58,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_ranks_change_nothing(
     kinds = {name: info.dtype for part in parts for name, info in part.tensors.items()}
     assert kinds["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
     assert kinds["model.layers.0.mlp.up_proj.weight::exp_avg"] == torch.uint8
-    assert kinds["model.layers.0.mlp.up_proj.weight::exp_avg_sq_scale"] == torch.float32
-    assert kinds["model.norm.weight::exp_avg_sq"] == torch.float32
+    assert kinds["model.layers.0.mlp.up_proj.weight::exp_avg_sq_root_scale"] == torch.float32
+    assert kinds["model.norm.weight::exp_avg_sq_root"] == torch.float32
 
     again = _resumed(run, tmp_path / "again")
     run_ranks(train_here, 2, again)
