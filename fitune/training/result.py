@@ -1,6 +1,7 @@
 """What training leaves behind: a PEFT adapter, or a whole Hugging Face checkpoint. Gathered one tensor at a time."""
 
 import copy
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ from fitune.export.tokenizer_files import copy_tokenizer
 from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
 from fitune.output_folder import new_folder
+from fitune.training.adamw_8bit import first_element
+from fitune.training.adamw_step import PIECE, rounded
 from fitune.weights.base_identity import BaseRecord, write_base_record
 from fitune.weights.model_files import LICENCE_FILES, copy_file, matching, read_json, write_json
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
@@ -53,7 +56,7 @@ def gathered_result(model: nn.Module, run: Run, waiting=nullcontext) -> Iterator
     """The tensors of the adapter or the model, whole on rank 0, None elsewhere. Go through it on all ranks."""
     for parameter, spec in _named_for_saving(model, run):
         with waiting():
-            whole = gather_rows(parameter, spec.dtype)
+            whole = gather_rows(as_on_disk(parameter, spec), parameter.shape[0])
         yield whole
 
 
@@ -78,13 +81,33 @@ def write_result(
     return writer.hashes
 
 
-def gather_rows(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The whole tensor on rank 0 in host RAM, None elsewhere; no GPU memory is used. Call on all ranks."""
+def as_on_disk(parameter: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """This rank's rows of a parameter in host RAM, in the dtype on disk.
+
+    float32 weights become bf16 up or down by chance, right on average: to the nearest, a change of less than half of
+    bf16's last digit would be lost, which most changes of fine-tuning are. What is drawn follows from the tensor's name
+    and the element's place, whatever the ranks.
+    """
+    local = local_part(parameter.detach())
+    if (local.dtype, spec.dtype) != (torch.float32, torch.bfloat16):
+        return local.cpu().to(spec.dtype).contiguous()
+    key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
+    flat, first = local.reshape(-1), first_element(parameter)
+    rows = torch.empty(flat.shape, dtype=torch.bfloat16)
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE].clone()
+        rows[start : start + PIECE] = rounded(piece, key, first + start).cpu()
+    return rows.view(local.shape)
+
+
+def gather_rows(local: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """The whole tensor of `rows` rows on rank 0 in host RAM, None elsewhere, from each rank's own rows there.
+
+    No GPU memory is used. Call on all ranks.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    local = local_part(parameter.detach()).cpu().to(dtype).contiguous()
     if world_size == 1:
         return local
-    rows = parameter.shape[0]
     chunk = -(-rows // world_size)
     padded = local if local.shape[0] == chunk else local.new_empty((chunk, *local.shape[1:]))
     padded[: local.shape[0]] = local

@@ -21,7 +21,8 @@ from fitune.model import sharding
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import local_part
 from fitune.model.skeleton import build_skeleton, decoder
-from fitune.training.result import gather_rows
+from fitune.training.result import as_on_disk, gather_rows
+from fitune.weights.safetensors_files import TensorSpec
 
 TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(0))
 CASES = {
@@ -53,9 +54,10 @@ def _randomise_lora_b(model) -> None:
 def _is_saved_whole(parameter: DTensor) -> bool | None:
     gathered, expected = whole(parameter), []
     for dtype in {parameter.dtype, torch.bfloat16 if parameter.is_floating_point() else torch.uint8}:
-        saved = gather_rows(parameter, dtype)
+        spec = TensorSpec("weight", dtype, tuple(parameter.shape))
+        saved = gather_rows(as_on_disk(parameter, spec), parameter.shape[0])
         if saved is not None:
-            expected.append(torch.equal(saved.view(torch.uint8), gathered.to(dtype).view(torch.uint8)))
+            expected.append(torch.equal(saved.view(torch.uint8), as_on_disk(gathered, spec).view(torch.uint8)))
     return all(expected) if expected else None
 
 
