@@ -1,11 +1,11 @@
 """Sizes of models: from a local or cached config.json, or from the shipped table of the public Llama 3 family."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.config.base_model import check_config, in_four_bits
+from fitune.config.json_file import read_json
 from fitune.errors import UsageError
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -142,14 +142,7 @@ def has_weights(model: str, revision: str | None = None) -> bool:
 
 def read_config(file: Path) -> ModelShape:
     """The sizes in a model's config.json."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{file}: no such file; give a folder with config.json") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{file}: holds a {type(config).__name__}, not an object")
+    config = read_json(file, "give a folder with config.json")
     check_config(config, file)
     try:
         kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fitune.config.json_file import read_json
 from fitune.errors import UsageError
-from fitune.weights.model_files import read_json
 from fitune.weights.safetensors_files import Checkpoint
 
 CONFIG = "adapter_config.json"

@@ -4,11 +4,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fitune.config.json_file import write_json
 from fitune.config.schema import Run
 from fitune.data.chat_template import template_hash
 from fitune.errors import UsageError
 from fitune.export.tokenizer_files import TEMPLATE
-from fitune.weights.model_files import write_json
 
 CHAT_RECORD = "fitune_chat.json"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fitune.weights.model_files import read_json
+from fitune.config.json_file import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 

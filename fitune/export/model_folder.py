@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
+from fitune.config.json_file import read_json, write_json
 from fitune.export.chat_record import CHAT_RECORD
 from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
 from fitune.export.tokenizer_files import copy_tokenizer, template_of
-from fitune.weights.model_files import LICENCE_FILES, copy_file, matching, read_json, write_json
+from fitune.weights.model_files import LICENCE_FILES, copy_file, matching
 
 
 def write_small_files(base: Path, adapter: Path, output: Path, config: dict, dtype: torch.dtype) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jinja2
 
+from fitune.config.json_file import read_json
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.export.chat_record import read_chat_record
 from fitune.export.configs import GENERATION_CONFIG
 from fitune.export.tokenizer_files import template_of
-from fitune.weights.model_files import read_json
 
 MODELFILE = "Modelfile"
 PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}

@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from fitune.weights.model_files import TOKENIZER_FILES, copy_file, matching, read_json, write_json
+from fitune.config.json_file import read_json, write_json
+from fitune.weights.model_files import TOKENIZER_FILES, copy_file, matching
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 NAME_SINCE_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fitune.config.json_file import read_json, write_json
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids, template_hash
 from fitune.export.adapter import saved_name
@@ -27,7 +28,7 @@ from fitune.output_folder import new_folder
 from fitune.training.adamw_8bit import first_element
 from fitune.training.adamw_step import PIECE, rounded
 from fitune.weights.base_identity import BaseRecord, write_base_record
-from fitune.weights.model_files import LICENCE_FILES, copy_file, matching, read_json, write_json
+from fitune.weights.model_files import LICENCE_FILES, copy_file, matching
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fitune.config.base_model import check_precision
+from fitune.config.json_file import read_json
 from fitune.errors import FituneError
-from fitune.weights.model_files import read_json
 from fitune.weights.safetensors_files import Checkpoint
 
 CHUNK_WEIGHTS = 2**24  # 64 MiB in fp32

@@ -1,32 +1,13 @@
-"""The small files of a model folder: which they are, how they are read and copied."""
+"""The small files of a model folder: which they are, how they are copied."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-
-from fitune.errors import UsageError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 "The names of these two tensors; where the head is the embedding, the second is missing."
 COPY_BYTES = 16 * 2**20
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.*"]
 LICENCE_FILES = ["LICENSE*", "USE_POLICY*", "NOTICE*"]
-
-
-def read_json(file: Path, hint: str) -> dict:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{file}: no such file; {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{file}: holds a {type(data).__name__}, not an object; {hint}")
-    return data
-
-
-def write_json(file: Path, data: dict) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def matching(folder: Path, patterns: list[str]) -> list[Path]:

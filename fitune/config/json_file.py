@@ -1,0 +1,23 @@
+"""JSON files of a model's or an adapter's folder."""
+
+import json
+from pathlib import Path
+
+from fitune.errors import UsageError
+
+
+def read_json(file: Path, hint: str) -> dict:
+    """The object in a file. Raises UsageError, with `hint` to say what to do."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such file; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{file}: holds a {type(data).__name__}, not an object; {hint}")
+    return data
+
+
+def write_json(file: Path, data: dict) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
