@@ -23,10 +23,7 @@ def passed_on_to_ranks(module: str, is_saving: Callable[[], bool] = lambda: Fals
 
     def forward(number, frame) -> None:
         received.append(number)
-        ranks = _processes_of(module)
-        if not ranks:
-            raise KeyboardInterrupt
-        for rank in ranks:
+        for rank in _processes_of(module):
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
         if len(received) > 1:
@@ -37,12 +34,8 @@ def passed_on_to_ranks(module: str, is_saving: Callable[[], bool] = lambda: Fals
             )
 
     numbers = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with _handled_by(forward, numbers):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -50,26 +43,32 @@ def interrupts_passed_on(module: str) -> Iterator[None]:
     """Ctrl-C, each time: processes in a session of their own, as torch's launcher starts them, miss it otherwise."""
 
     def forward(number, frame) -> None:
-        ranks = _processes_of(module)
-        if not ranks:
-            raise KeyboardInterrupt
-        for rank in ranks:
+        for rank in _processes_of(module):
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 if os.getsid(rank.pid) != os.getsid(0):
                     rank.send_signal(number)
 
-    before = signal.signal(signal.SIGINT, forward)
+    with _handled_by(forward, [signal.SIGINT]):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable, numbers: list[int]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _processes_of(module: str) -> list[psutil.Process]:
-    """The launcher's children that run `module`; others help the launcher itself."""
+    """The launcher's children that run `module`; others help the launcher itself. Raises KeyboardInterrupt for none."""
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if module in child.cmdline():
                 found.append(child)
+    if not found:
+        raise KeyboardInterrupt
     return found

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import Running, train_command
+from commands import Running
+from ranks import run_ranks, train_here
 
+from fitune.config.accelerate_config import written_out
+from fitune.config.run import dump
 from fitune.errors import STOPPED_BY_CTRL_C
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_base, prepared, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ctrl_c")
-    running = Running(train_command(tiny_base, prepared, folder / "run", 1), folder / "log")
-    assert running.wait() == 0, running.log.read_text()[-3000:]
-    return folder / "run"
+def finished(tiny_base, make_run, tmp_path_factory) -> Path:
+    run = make_run(tiny_base, tmp_path_factory.mktemp("ctrl_c") / "run", processes=2, training={"max_steps": 1})
+    run_ranks(train_here, 2, run)
+    (run.folder / "run.yaml").write_text(dump(run))
+    (run.folder / "accelerate.yaml").write_text(written_out(run.accelerate))
+    return run.folder
 
 
 WHILE_IT_FORKS = """
