@@ -78,6 +78,8 @@ def _train_once(run: Run, resume: bool, place: Place, show: Show) -> tuple[int, 
             with passed_on_to_ranks(TRAINING, watch.has_begun_to_train) as received:
                 watched = {"told": received, "explained": watch.ended}
                 code = launch(run, TRAINING, *arguments, settings=settings, place=place, **watched)
+            if code == TOLD and watch.has_begun_to_train():
+                code = INTERRUPTED  # rank 0 has said so; torch's launcher ended it on its way out, after another rank
         finally:
             watch.stop()
     return code, len(received)
