@@ -26,10 +26,13 @@ from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
 from fitune.output_folder import new_folder
 from fitune.training.adamw_8bit import first_element
-from fitune.training.adamw_step import PIECE, rounded
+from fitune.training.adamw_step import rounded
 from fitune.weights.base_identity import BaseRecord, write_base_record
 from fitune.weights.model_files import LICENCE_FILES, copy_file, matching
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
+
+ROUNDED_AT_ONCE = 2**18
+"Elements; drawing for them takes some 8 MiB."
 
 
 def save_result(
@@ -95,9 +98,9 @@ def as_on_disk(parameter: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
     flat, first = local.reshape(-1), first_element(parameter)
     rows = torch.empty(flat.shape, dtype=torch.bfloat16)
-    for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE].clone()
-        rows[start : start + PIECE] = rounded(piece, key, first + start).cpu()
+    for start in range(0, flat.numel(), ROUNDED_AT_ONCE):
+        piece = flat[start : start + ROUNDED_AT_ONCE].clone()
+        rows[start : start + ROUNDED_AT_ONCE] = rounded(piece, key, first + start).cpu()
     return rows.view(local.shape)
 
 
