@@ -197,13 +197,14 @@ def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, fini
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_a_run_that_failed_is_not_said_to_have_a_result(cli, monkeypatch, tmp_path, code):
+def test_a_run_that_failed_is_not_said_to_have_a_result(cli, monkeypatch, tiny_base, tmp_path, code):
     for name in ("check_before_training", "fetch_base", "check_data"):
         monkeypatch.setattr(train_command, name, lambda run, **options: None)
     monkeypatch.setattr(train_command, "train_with_restarts", lambda run, **options: code)
     monkeypatch.setattr("fitune.config.run.check_paths", lambda *names: None)
-    result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run")
-    assert result.exit_code == code
+    base = f"base.model={tiny_base}"
+    result = cli("train", "tiny_qlora", "--profile", "cpu_2proc", "--output", tmp_path / "run", "--set", base)
+    assert result.exit_code == code, result.output
     assert ("result:" in result.output) == (code == 0)
 
 

@@ -26,7 +26,7 @@ def test_only_a_crash_is_followed_by_another_start(ends, most, code, resumed, mo
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     left, starts = list(ends), []
 
-    def once(run, resume, place):
+    def once(run, resume, place, show):
         starts.append(resume)
         return left.pop(0)
 

@@ -33,6 +33,7 @@ def _train_and_evaluate_and_ask(run) -> dict[str, list[dict]]:
     _record(calls)
     options = {
         "prompt": ["River stone."],
+        "text": [],
         "test": 1,
         "chat": False,
         "max_new_tokens": 3,

@@ -40,7 +40,15 @@ def ask(run) -> None:
     generate(
         run,
         Namespace(
-            prompt=PROMPTS, test=1, chat=False, max_new_tokens=12, temperature=0.0, seed=None, json=file, force=False
+            prompt=PROMPTS,
+            text=[],
+            test=1,
+            chat=False,
+            max_new_tokens=12,
+            temperature=0.0,
+            seed=None,
+            json=file,
+            force=False,
         ),
     )
 
@@ -146,7 +154,15 @@ def sampled(run) -> list[str]:
         return answers[-1]
 
     Answerer.answer = recorded
-    options = {"prompt": PROMPTS, "test": 0, "chat": False, "max_new_tokens": 12, "json": None, "force": False}
+    options = {
+        "prompt": PROMPTS,
+        "text": [],
+        "test": 0,
+        "chat": False,
+        "max_new_tokens": 12,
+        "json": None,
+        "force": False,
+    }
     generate(run, Namespace(**options, temperature=1.5, seed=None))
     return answers
 
