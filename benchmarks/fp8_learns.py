@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from learning_run import curve_and_held_out, fitune, folder_of, prepare_rows, shared_sets
 from tier_run import ROOT, about
 
 RUNS = {"bf16": ("bf16", 42), "fp8": ("fp8", 42), "bf16, other seed": ("bf16", 43)}
@@ -46,13 +47,7 @@ def main() -> None:
 
 
 def _measure(options) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    data = options.output / "data"
-    _fitune(
-        "prepare", "--dataset", options.dataset, "--output", data, "--tokenizer", options.model, "--template",
-        options.template, "--max-length", options.max_length, "--long-rows", "drop", "--drop-invalid", "--overwrite",
-        "--set", "data.test_fraction=0.15",
-    )  # fmt: skip
+    data = prepare_rows(options)
     report = about(options.commit) | {
         "command": " ".join(sys.argv), "model": options.model.name, "method": options.method, "steps": options.steps,
         "runs": _side_by_side(options, data),
@@ -72,43 +67,23 @@ def _side_by_side(options, data: Path) -> dict:
     return {name: run.result() for name, run in runs.items()}
 
 
-def _fitune(*arguments) -> None:
-    subprocess.run([sys.executable, "cli.py", *map(str, arguments)], cwd=ROOT, check=True, stdout=sys.stderr)
-
-
-def _folder(name: str, output: Path) -> Path:
-    return output.absolute() / name.replace(", ", "-").replace(" ", "-")
-
-
 def _run(name: str, compute: str, seed: int, options, data: Path) -> dict:
     """Training curve and held-out metrics of one run."""
-    folder = _folder(name, options.output)
+    folder = folder_of(name, options.output)
     shutil.rmtree(folder, ignore_errors=True)
-    sets = {
-        "base.model": options.model.absolute(), "data.prepared": data.absolute(), "method": options.method,
-        "data.chat_template": options.template, "data.system_message": "null",
-        "max_length": options.max_length, "seed": seed,
-        "profile.compute": compute, "profile.micro_batch": 4, "profile.kept_layers": 0, "global_batch_size": 8,
-        "lora.trainable_tokens": "[]", "training.max_steps": options.steps, "training.logging_steps": 1,
-        "training.learning_rate": options.learning_rate, "training.save_strategy": "'no'",
-        "training.eval_strategy": "'no'", "training.report_to": "none", "training.disable_tqdm": "true",
+    sets = shared_sets(options, data, seed) | {
+        "method": options.method, "profile.compute": compute, "lora.trainable_tokens": "[]"
     }  # fmt: skip
     flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    _fitune("train", "llama3_8b_qlora", "--profile", PROFILES[options.method], "--output", folder, "--force", *flags)
-    _fitune("eval", folder)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = [{key: step[key] for key in ("step", "loss", "grad_norm")} for step in steps if "loss" in step]
-    return {
-        "compute": compute, "seed": seed, "curve": curve,
-        "held_out": json.loads((folder / "eval.json").read_text(encoding="utf-8")),
-    }  # fmt: skip
+    fitune("train", "llama3_8b_qlora", "--profile", PROFILES[options.method], "--output", folder, "--force", *flags)
+    return {"compute": compute, "seed": seed} | curve_and_held_out(folder)
 
 
 def _gradients(options) -> dict:
     """How far fp8's gradients lie from bf16's, each adapter weight's distance relative to its norm."""
     import torch
 
-    bf16 = _folder("bf16", options.output)
+    bf16 = folder_of("bf16", options.output)
     files = [options.output.absolute() / f"gradients-{compute}.pt" for compute in ("bf16", "fp8")]
     for file in files:
         # both have the adapter of the bf16 run; the file's name says in what to multiply

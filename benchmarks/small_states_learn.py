@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from learning_run import curve_and_held_out, folder_of, prepare_rows, shared_sets
 from tier_run import ROOT, about
 
 RUNS = {
@@ -51,13 +52,7 @@ def main() -> None:
 
 
 def _measure(options) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    data = options.output / "data"
-    _fitune(
-        "prepare", "--dataset", options.dataset, "--output", data, "--tokenizer", options.model, "--template",
-        options.template, "--max-length", options.max_length, "--long-rows", "drop", "--drop-invalid", "--overwrite",
-        "--set", "data.test_fraction=0.15",
-    )  # fmt: skip
+    data = prepare_rows(options)
     with ThreadPoolExecutor(len(RUNS)) as pool:  # losses are asked for, not speed
         runs = {name: pool.submit(_run, name, *RUNS[name], options, data) for name in RUNS}
     report = about(options.commit) | {
@@ -72,25 +67,14 @@ def _measure(options) -> None:
     _print_tables(report)
 
 
-def _fitune(*arguments) -> None:
-    subprocess.run([sys.executable, "cli.py", *map(str, arguments)], cwd=ROOT, check=True, stdout=sys.stderr)
-
-
 def _run(name: str, states: str, seed: int, flags: list[str], options, data: Path) -> dict:
     """Training curve and held-out metrics of one run."""
     from fitune.config import run as runs
     from fitune.planning.fill import resolve
 
-    folder = options.output.absolute() / name.replace(", ", "-").replace(" ", "-")
+    folder = folder_of(name, options.output)
     shutil.rmtree(folder, ignore_errors=True)
-    sets = {
-        "base.model": options.model.absolute(), "data.prepared": data.absolute(), "max_length": options.max_length,
-        "data.chat_template": options.template, "data.system_message": "null", "seed": seed, "global_batch_size": 8,
-        "profile.optimizer_state": states, "profile.micro_batch": 4, "profile.kept_layers": 0,
-        "training.max_steps": options.steps, "training.logging_steps": 1,
-        "training.learning_rate": options.learning_rate, "training.save_strategy": "'no'",
-        "training.eval_strategy": "'no'", "training.report_to": "none", "training.disable_tqdm": "true",
-    }  # fmt: skip
+    sets = shared_sets(options, data, seed) | {"profile.optimizer_state": states}
     run = resolve(
         "llama3_8b_full", options.profile, tuple(f"{key}={value}" for key, value in sets.items()), str(folder)
     )
@@ -99,14 +83,11 @@ def _run(name: str, states: str, seed: int, flags: list[str], options, data: Pat
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, folder, "--train", *flags]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": path})
-    _fitune("eval", folder)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {
-        "optimizer_state": states, "seed": seed,
-        "curve": [{key: step[key] for key in ("step", "loss", "grad_norm")} for step in steps if "loss" in step],
-        "held_out": json.loads((folder / "eval.json").read_text(encoding="utf-8")),
-        "measurements": json.loads((folder / "measurements.json").read_text(encoding="utf-8")),
-    }  # fmt: skip
+    return (
+        {"optimizer_state": states, "seed": seed}
+        | curve_and_held_out(folder)
+        | {"measurements": json.loads((folder / "measurements.json").read_text(encoding="utf-8"))}
+    )
 
 
 def _train(folder: Path, *, nearest: bool) -> None:

@@ -14,7 +14,7 @@ BLOCK = 2048  # channels of one program where a row needs no sum
 
 
 @triton.jit
-def _mix(x):
+def mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -23,7 +23,7 @@ def _mix(x):
 @triton.jit
 def _factors(keys, token, columns, place, threshold, scale):
     key = tl.load(keys + token).to(tl.uint32, bitcast=True) ^ place.to(tl.uint32)
-    number = _mix(_mix(key) ^ (columns.to(tl.uint32) * 0x9E3779B1))
+    number = mix(mix(key) ^ (columns.to(tl.uint32) * 0x9E3779B1))
     return tl.where(number >= threshold.to(tl.uint32), scale, 0.0)
 
 

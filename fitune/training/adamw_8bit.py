@@ -144,9 +144,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 self.fill_state(parameter, state_dict["state"][index])
 
 
-def _update_rows_from(step: Step, weight, gradient, mean: Moment, square: Moment, first: int) -> None:
+def _update_rows_from(step: Step, weight, gradient, mean: Moment, root: Moment, first: int) -> None:
     """`update_rows` of rows whose first element lies `first` behind the step's."""
-    update_rows(weight, gradient, mean, square, replace(step, first_element=step.first_element + first))
+    update_rows(weight, gradient, mean, root, replace(step, first_element=step.first_element + first))
 
 
 def block_of(parameter: torch.Tensor) -> int | None:

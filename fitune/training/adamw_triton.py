@@ -8,16 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fitune.model.elementwise_triton import mix
 from fitune.training.moment import Moment, Step
 
 BLOCKS = 8  # of one program
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -66,7 +60,7 @@ def _adamw_kernel(weight, gradient, mean, mean_scales, root, root_scales, signed
     exact -= rate * m / (v / correction + eps)
     if STOCHASTIC:
         places = (elements + first_element).to(tl.uint32)
-        drawn = _mix((places * 0x9E3779B1) ^ key.to(tl.uint32)) & 0xFFFF
+        drawn = mix((places * 0x9E3779B1) ^ key.to(tl.uint32)) & 0xFFFF
         bits = (exact.to(tl.uint32, bitcast=True) + drawn) & 0xFFFF0000
         exact = bits.to(tl.float32, bitcast=True)
     tl.store(weight + elements, exact.to(weight.dtype.element_ty), mask=mask)

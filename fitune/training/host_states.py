@@ -188,7 +188,7 @@ class _Filling:
 def stream_rows(
     ring: Ring, weight: torch.Tensor, gradient: torch.Tensor, moments: list[Moment], update: Callable
 ) -> None:
-    """`update(weight, gradient, mean, square, first element)` on rows at a time: all but the weight lie in host RAM."""
+    """`update(weight, gradient, mean, root, first element)` on rows at a time: all but the weight lie in host RAM."""
     columns = weight[:1].numel()
     at_once = max(1, PIECE // max(columns, 1))
     for start in range(0, len(weight), at_once):
