@@ -1,11 +1,12 @@
 """Attention over packed rows: each example attends to itself alone.
 
-On a GPU by the FlashAttention kernel that PyTorch brings, or by cuDNN's where all examples are of one length; on the
-CPU one example after the other. All demand the same of a batch. `sdpa` knows nothing of packing: it computes all pairs
-of a row's tokens, with a mask of that size, and throws those between two examples away.
+On a GPU by the FlashAttention kernel that PyTorch brings, or by cuDNN's where examples are long and about of one
+length; on the CPU one example after the other. All demand the same of a batch. `sdpa` knows nothing of packing: it
+computes all pairs of a row's tokens, with a mask of that size, and throws those between two examples away.
 """
 
 import inspect
+import math
 from functools import cache
 from itertools import pairwise
 
@@ -27,6 +28,8 @@ CUDNN_FROM = 2048
 0.59 for one of 32,768, 0.86 for 2 of 3,000, which are padded, and 1.2 for one of 1,024."""
 CUDNN_STEP = 256
 """Lengths are padded to a multiple of so many tokens: cuDNN plans each new length for about 0.1 s."""
+CUDNN_PADS = 1.12
+"""Tokens with pads to tokens, at most: the work grows with its square, and rows with pads are copied."""
 # torch 2.11 lets several query heads share a key and value head without being asked
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -88,10 +91,11 @@ def _attend(query, key, value, bounds, longest, scaling):
     if not query.is_cuda:
         return _by_example(query, key, value, bounds, longest, scaling)
     if takes_cudnn(query, bounds, longest):
-        rows = (_as_rows(x, longest) for x in (query, key, value))
+        rows = Rows(len(query), bounds, longest)
+        inputs = (rows.of(x) for x in (query, key, value))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            return _as_examples(
-                F.scaled_dot_product_attention(*rows, is_causal=True, scale=scaling, enable_gqa=True), longest
+            return rows.examples(
+                F.scaled_dot_product_attention(*inputs, is_causal=True, scale=scaling, enable_gqa=True)
             )
     options = {"scale": scaling, "window_size": (-1, 0)} | GROUPED  # tokens to the left, all; to the right, none
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
@@ -114,11 +118,12 @@ def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: floa
     if not query.is_cuda:
         return _by_example(query, key, value, bounds, longest, scaling), ()
     if takes_cudnn(query, bounds, longest):
-        inputs = (_as_rows(x, longest) for x in (query, key, value))
+        rows = Rows(len(query), bounds, longest)
+        inputs = (rows.of(x) for x in (query, key, value))
         output, log_sums, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *inputs, None, True, 0.0, True, False, scale=scaling
         )
-        return _as_examples(output, longest), (log_sums, *random_state)
+        return rows.examples(output), (log_sums, *random_state)
     output, log_sums, *random_state, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
     )
@@ -133,12 +138,14 @@ def backward(gradient, query, key, value, output, statistics, bounds, longest: i
             return list(torch.autograd.grad(_by_example(*inputs, bounds, longest, scaling), inputs, gradient))
     log_sums, *random_state = statistics
     if takes_cudnn(query, bounds, longest):
-        inputs = [_as_rows(x, longest) for x in (gradient, query, key, value, output)]
-        padded = inputs[1].shape[2]
+        rows = Rows(len(query), bounds, longest)
+        inputs = (rows.of(x) for x in (query, key, value, output))
+        length = rows.shape[1]
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *inputs, log_sums, *random_state, None, None, None, padded, padded, 0.0, True, scale=scaling
-        )
-        return [_as_examples(x, longest) for x in gradients]
+            rows.of_gradient(gradient), *inputs, log_sums, *random_state, None, None, None, length, length, 0.0, True,
+            scale=scaling,
+        )  # fmt: skip
+        return [rows.examples(x) for x in gradients]
     return list(
         torch.ops.aten._flash_attention_backward(
             gradient, query, key, value, output, log_sums, bounds, bounds, longest, longest, 0.0, True, *random_state,
@@ -148,12 +155,14 @@ def backward(gradient, query, key, value, output, statistics, bounds, longest: i
 
 
 def takes_cudnn(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> bool:
-    """Whether cuDNN's kernel computes these examples: all as long as the longest. Known without asking the GPU.
+    """Whether cuDNN's kernel computes these examples: long, and about of one length. Known without asking the GPU.
 
-    It is about twice as fast as FlashAttention on the GPUs that PyTorch itself prefers it on, but knows no packing.
+    It is about twice as fast as FlashAttention on the GPUs that PyTorch itself prefers it on. It is given rows of one
+    length: its own way for packed examples plans anew in every call, for about 40 ms.
     """
     tokens, examples = query.shape[0], len(bounds) - 1
-    return longest >= CUDNN_FROM and tokens == examples * longest and _capability(query.device) in CUDNN_CAPABILITIES
+    few_pads = examples * _padded(longest) <= CUDNN_PADS * tokens
+    return longest >= CUDNN_FROM and few_pads and _capability(query.device) in CUDNN_CAPABILITIES
 
 
 @cache
@@ -161,19 +170,42 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _as_rows(x: torch.Tensor, length: int) -> torch.Tensor:
-    """[T, heads, head_dim] of equal examples -> [examples, heads, padded length, head_dim].
+def _padded(length: int) -> int:
+    return -(-length // CUDNN_STEP) * CUDNN_STEP
 
-    Padding stands on the right, where no token sees it: causal attention of the others is what it was, and a gradient
-    of zero makes zeros.
+
+class Rows:
+    """Packed examples as rows of one length, and back.
+
+    Pads stand on the right, where no token sees them: causal attention of the others is what it was, whatever the pads
+    hold, and pads whose output's gradient is zero give none to others.
     """
-    rows, missing = x.unflatten(0, (-1, length)), -length % CUDNN_STEP
-    return (F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows).transpose(1, 2)
 
+    def __init__(self, tokens: int, bounds: torch.Tensor, longest: int):
+        self.shape = (len(bounds) - 1, _padded(longest))
+        self.full = math.prod(self.shape) == tokens
+        "No pads: the rows are the tokens."
+        if not self.full:
+            starts, places = bounds[:-1, None], torch.arange(self.shape[1], device=bounds.device)
+            self.is_token = places < bounds[1:, None] - starts
+            self.sources = (starts + places).clamp(max=tokens - 1).flatten()
+            tokens = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
+            example = torch.searchsorted(bounds, tokens, right=True) - 1
+            self.places = example * self.shape[1] + tokens - bounds[example]
 
-def _as_examples(rows: torch.Tensor, length: int) -> torch.Tensor:
-    """The inverse of `_as_rows`, contiguous."""
-    return rows[:, :, :length].transpose(1, 2).flatten(0, 1).contiguous()
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, heads, head_dim] -> [examples, heads, padded length, head_dim]; the pads hold any token's values."""
+        rows = x if self.full else x.index_select(0, self.sources)
+        return rows.unflatten(0, self.shape).transpose(1, 2)
+
+    def of_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with zeros in the pads."""
+        return self.of(x) if self.full else self.of(x).mul_(self.is_token[:, None, :, None])
+
+    def examples(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `of`, contiguous."""
+        tokens = rows.transpose(1, 2).flatten(0, 1)
+        return tokens.contiguous() if self.full else tokens.index_select(0, self.places)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

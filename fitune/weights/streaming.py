@@ -1,5 +1,6 @@
 """Reads byte ranges of a checkpoint ahead of their use: threads fill buffers while earlier ones are consumed."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,10 +86,14 @@ def pin_in_place(tensor: torch.Tensor) -> None:
     """Page-locks a large CPU tensor's storage where it is, so that FSDP copies it to the GPU asynchronously.
 
     `Tensor.pin_memory()` would copy it into an allocation rounded up to a power of two: 12 % more host RAM for the 70B
-    model. Small tensors may share a page with a neighbour; FSDP pins those in its own way.
+    model. Small tensors may share a page with a neighbour; FSDP pins those in its own way. The lock ends with the
+    storage: CUDA would refuse copies from memory that is used again and locked in part.
     """
     if tensor.device.type == "cpu" and tensor.nbytes >= PIN_FROM_BYTES and not tensor.is_pinned():
         storage = tensor.untyped_storage()
-        code = torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
+        cuda = torch.cuda.cudart()
+        code = cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
         if int(code) != 0:
             raise RuntimeError(f"page-locking {storage.nbytes()} bytes of host RAM failed: {code}")
+        unlock = weakref.finalize(storage, cuda.cudaHostUnregister, storage.data_ptr())
+        unlock.atexit = False  # the process ends its locks itself

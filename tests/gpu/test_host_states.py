@@ -5,6 +5,7 @@ import torch
 
 from fitune.training import host_states
 from fitune.training.adamw_8bit import AdamW8bit
+from fitune.weights.streaming import pin_in_place
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,3 +54,16 @@ def test_states_in_host_ram_change_no_bit_on_a_gpu(piece, monkeypatch):
         ]
     different = [n for n, pair in enumerate(zip(found[False], found[True], strict=True)) if not torch.equal(*pair)]
     assert not different
+
+
+def test_memory_that_was_page_locked_can_be_used_again():
+    """Malloc gives the same addresses out again, cut in another way: CUDA refuses a copy from memory locked in part."""
+    for size in (3 * 2**20, 5 * 2**20, 3 * 2**20):
+        tensor = torch.zeros(size, dtype=torch.uint8)
+        pin_in_place(tensor)
+        assert tensor.is_pinned()
+        del tensor
+    for size in (2**20, 4 * 2**20, 8 * 2**20):
+        again = torch.ones(size, dtype=torch.uint8)
+        assert not again.is_pinned()
+        assert again.cuda().sum().item() == size

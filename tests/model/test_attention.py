@@ -82,7 +82,8 @@ def test_padding_is_refused(model):
     [
         ([2100, 2100], (9, 0), True),
         ([3000], (10, 0), True),
-        ([2100, 2099], (9, 0), False),  # packed: examples of several lengths
+        ([2900, 3000, 3072], (9, 0), True),
+        ([2100, 1800], (9, 0), False),  # many pads
         ([1024] * 4, (9, 0), False),  # short
         ([3000], (8, 9), False),
     ],
@@ -94,19 +95,20 @@ def test_cudnn_computes_examples_of_one_length_where_it_is_faster(lengths, capab
     assert attention.takes_cudnn(query, bounds, max(lengths)) == taken
 
 
-@pytest.mark.parametrize("length", [1, 255, 256, 300])
-def test_padding_of_equal_examples_changes_nothing(length):
+@pytest.mark.parametrize("lengths", [[1, 1], [255, 255], [256, 256], [300, 17, 1, 299]], ids=str)
+def test_pads_of_rows_change_nothing(lengths):
     """Forward and backward as cuDNN's kernel is called, by sdpa in float64: as of one example after the other."""
-    examples, heads, size = 2, 4, 8
-    rows = [torch.randn(examples * length, heads, size, dtype=torch.float64) for _ in range(4)]
-    bounds = attention.bounds_of_rows(examples, length, rows[0].device)
-    *inputs, gradient = rows
-    expected, _ = attention.forward(*inputs, bounds, length, 0.3)
-    expected_gradients = attention.backward(gradient, *inputs, expected, (), bounds, length, 0.3)
+    heads, size, longest = 4, 8, max(lengths)
+    tokens = [torch.randn(sum(lengths), heads, size, dtype=torch.float64) for _ in range(4)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    *inputs, gradient = tokens
+    expected, _ = attention.forward(*inputs, bounds, longest, 0.3)
+    expected_gradients = attention.backward(gradient, *inputs, expected, (), bounds, longest, 0.3)
 
-    padded = [attention._as_rows(x, length).requires_grad_() for x in inputs]
-    assert {x.shape for x in padded} == {(examples, heads, -(-length // 256) * 256, size)}
+    rows = attention.Rows(sum(lengths), bounds, longest)
+    padded = [rows.of(x).requires_grad_() for x in inputs]
+    assert {x.shape for x in padded} == {(len(lengths), heads, -(-longest // 256) * 256, size)}
     output = torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=0.3)
-    gradients = torch.autograd.grad(output, padded, attention._as_rows(gradient, length))
+    gradients = torch.autograd.grad(output, padded, rows.of_gradient(gradient))
     for ours, exact in zip([output, *gradients], [expected, *expected_gradients], strict=True):
-        torch.testing.assert_close(attention._as_examples(ours, length), exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rows.examples(ours), exact, rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,3 +113,19 @@ def test_a_read_that_fails_ends_the_stream_and_what_was_to_be_read(monkeypatch):
         stream(disk, steps, pin_memory=False)
     assert used == [0]
     assert len(disk.together) <= 2 * streaming.THREADS
+
+
+def test_memory_is_page_locked_as_long_as_its_storage_lives(monkeypatch):
+    locked = {}
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: locked.update({address: size}) or 0, cudaHostUnregister=locked.pop
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    tensor = torch.zeros(2**20, dtype=torch.uint8)
+    streaming.pin_in_place(tensor)
+    part = torch.nn.Parameter(tensor, requires_grad=False)[10:]
+    assert locked == {tensor.data_ptr(): 2**20}
+    del tensor
+    assert locked
+    del part
+    assert not locked
