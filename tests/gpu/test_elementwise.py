@@ -200,7 +200,7 @@ def test_all_kernels_draw_the_same_mask():
 
 
 @pytest.mark.parametrize(("query_heads", "heads", "size"), [(32, 8, 128), (9, 3, 64), (64, 8, 128)])
-@pytest.mark.parametrize("lengths", [[1], [5, 1, 130, 64], [700, 300], [2048, 2048], [2100] * 2, [3000]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 130, 64], [700, 300], [2048] * 2, [3000], [2900, 3000, 3072]], ids=str)
 def test_attention_forward_and_backward(lengths, query_heads, heads, size, random):
     """bf16, the kernel's dtype; the CPU in float64. Inputs are views of one row, as in the layer."""
     tokens = sum(lengths)
