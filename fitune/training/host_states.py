@@ -161,9 +161,17 @@ class Ring:
     def filling(self) -> "_Filling":
         """A context on the stream inwards, whose value is the slot to fill, free by then."""
         if not self._slots:
-            self._slots.extend(Slot(self.device) for _ in range(SLOTS))
+            self._make_slots()
         self._slots.rotate(-1)
         return _Filling(self, self._slots[0])
+
+    def _make_slots(self) -> None:
+        """Their memory may be what the stream in use has freed and, being behind, still works on: the others wait."""
+        self._slots.extend(Slot(self.device) for _ in range(SLOTS))
+        ready = self.event()
+        for stream in (self.inwards, self.outwards):
+            with stream():
+                self.wait(ready)
 
     def finish(self) -> None:
         """Waits until everything that was queued is done."""
