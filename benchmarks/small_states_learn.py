@@ -4,7 +4,7 @@
 
 Through fitune's own prepare, training and eval: float32 states, the same with another seed (how far two equally good
 models lie apart), bf16_8bit, and bf16_8bit that rounds weights to the nearest, to show why it does not. Writes
-OUTPUT/small-states-learn.json, which benchmarks/fp8_curves.py draws, and prints tables for docs/memory.md.
+OUTPUT/small-states-learn.json, which benchmarks/learning_curves.py draws, and prints tables for docs/memory.md.
 """
 
 import argparse

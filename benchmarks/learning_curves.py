@@ -1,6 +1,7 @@
-"""Draws what benchmarks/fp8_learns.py measured: the training losses in bf16 and fp8 beside each other.
+"""Draws what fp8_learns.py and small_states_learn.py measured: the training losses of a report's runs beside each other.
 
-python benchmarks/fp8_curves.py docs/fp8_learns.png benchmarks/results/fp8-learns-*.json
+python benchmarks/learning_curves.py docs/fp8_learns.png benchmarks/results/fp8-learns-*.json
+python benchmarks/learning_curves.py docs/small_states_learn.png benchmarks/results/small-states-learn-*.json
 """
 
 import json
@@ -24,7 +25,7 @@ def main() -> None:
             losses = [step["loss"] for step in run["curve"]]
             means = [sum(losses[i : i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
             ax.plot(range(WINDOW, len(losses) + 1), means, label=name, linewidth=1.2)
-        ax.set(title=report["method"], xlabel="step")
+        ax.set(title=file.stem.partition("-h200")[0], xlabel="step")
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"training loss, mean of {WINDOW} steps")
     axes[0][0].legend()
