@@ -1,4 +1,4 @@
-"""Draws what fp8_learns.py and small_states_learn.py measured: the training losses of a report's runs beside each other.
+"""Draws the training losses of a report's runs beside each other: of fp8_learns.py or small_states_learn.py.
 
 python benchmarks/learning_curves.py docs/fp8_learns.png benchmarks/results/fp8-learns-*.json
 python benchmarks/learning_curves.py docs/small_states_learn.png benchmarks/results/small-states-learn-*.json
