@@ -1,5 +1,6 @@
 """The errors a user is meant to read: one line that says what was given, what is allowed, what to type next."""
 
+import re
 import sys
 from difflib import get_close_matches
 
@@ -42,8 +43,15 @@ def nearest(given: str, allowed) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, or Python, got no memory, of a GPU or of the host; told without importing torch."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return is_torchs or isinstance(error, MemoryError)
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or is_out_of_gpu_memory(error)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Torch's allocator got none; or CUDA, cuBLAS, NCCL or Triton beside it, as where another process holds the GPU."""
+    beside = r"(?i)\bcuda\b.*\bout of memory\b|CUBLAS_STATUS_ALLOC_FAILED|Failed to CUDA calloc"
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and re.search(beside, str(error)) is not None
+    )
 
 
 def say_while_training(message: str) -> None:

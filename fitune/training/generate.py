@@ -159,6 +159,8 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
     interrupts = Interrupts() if options.chat else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = read_tokenizer(folder)
+    if (options.prompt or options.chat) and not tokenizer.chat_template:
+        raise UsageError(f"{folder}: has no chat template, as base models have none; give it --text to go on with")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from fitune.config.schema import Run
-from fitune.errors import FituneError
+from fitune.errors import FituneError, is_out_of_gpu_memory
 from fitune.planning.limits import limits_of
 from fitune.planning.outlook import nearest_changes
 from fitune.planning.plan import make_plan
@@ -65,7 +65,7 @@ def _what_ran_out(error: BaseException) -> str:
 
 
 def _in_host_ram(error: BaseException) -> bool:
-    return not isinstance(error, torch.OutOfMemoryError)
+    return not is_out_of_gpu_memory(error)
 
 
 def _held_gib() -> float:

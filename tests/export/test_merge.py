@@ -172,6 +172,17 @@ def test_config_and_tokenizer_come_from_the_right_folder(own_base, own_adapter, 
     assert not list(out.glob("adapter*")) and not (out / BASE_RECORD).exists()
 
 
+@pytest.mark.parametrize("in_adapter", [False, True])
+def test_the_chat_template_is_the_adapters_or_else_the_bases(in_adapter, own_base, own_adapter, tmp_path):
+    """An adapter from elsewhere may bring a template without a tokenizer, or neither."""
+    (own_base / "chat_template.jinja").write_text("base {{ messages[0]['content'] }}")
+    if in_adapter:
+        (own_adapter / "chat_template.jinja").write_text("adapter {{ messages[0]['content'] }}")
+    out = merge_adapter(own_base, own_adapter, tmp_path / "out", progress=False, check=False)
+    text = AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == ("adapter Hi" if in_adapter else "base Hi")
+
+
 @pytest.mark.parametrize(
     "in_base, in_adapter, expected",
     [

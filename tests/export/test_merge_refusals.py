@@ -102,6 +102,25 @@ def test_nan_in_the_adapter_is_refused(base, own_adapter, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        (0x7FFFFFFF, torch.bfloat16),  # a NaN that rounding up carries over into -0.0
+        (0x49742400, torch.float16),  # 1e6
+    ],
+    ids=["nan", "too large"],
+)
+def test_what_is_not_finite_before_or_after_rounding_is_refused(bits, dtype, base, own_adapter, tmp_path):
+    file = own_adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    [rows] = [name for name in tensors if "trainable_tokens_delta" in name]
+    tensors[rows] = tensors[rows].float()
+    tensors[rows].view(torch.int32)[0].fill_(bits)
+    save_file(tensors, file)
+    said = r"model\.embed_tokens\.weight: not finite"
+    refused(said, base, own_adapter, tmp_path / "out", kind=FituneError, dtype=dtype)
+
+
 def test_a_base_without_one_of_its_tensors_is_refused(own_base, own_adapter, tmp_path):
     for file in own_base.glob("*.safetensors"):
         tensors = load_file(file)

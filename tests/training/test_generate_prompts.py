@@ -73,6 +73,15 @@ def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_train
     assert asked[0][0] == [{"role": "system", "content": "Be brief."}, question]
 
 
+@pytest.mark.parametrize(("prompt", "chat"), [(["Hi"], False), ([], True)])
+def test_a_model_without_a_chat_template_is_asked_with_text_only(prompt, chat, tmp_path, monkeypatch):
+    """Said before a weight is loaded: the folder holds none."""
+    monkeypatch.setattr(generating, "read_tokenizer", lambda _: tiny_tokenizer())
+    monkeypatch.setattr(generating, "Interrupts", lambda: None)
+    with pytest.raises(UsageError, match=r"has no chat template, .*; give it --text to go on with"):
+        generate_from_model(tmp_path, Namespace(prompt=prompt, chat=chat))
+
+
 def test_another_template_or_system_message_than_was_trained_is_refused(tmp_path):
     tokenizer, plain = tiny_tokenizer(), tiny_tokenizer()
     apply_chat_template_choice(tokenizer, "llama3")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fitune.config import run as runs
+from fitune.errors import is_out_of_memory
 from fitune.planning.fill import resolve
 from fitune.planning.sizes import GIB
 from fitune.training.out_of_memory import (
@@ -66,6 +67,28 @@ def test_host_ram_is_told_from_a_gpus(tmp_path):
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. Error 12")
     for explain in (explain_out_of_memory, explain_in_eval, explain_in_generate):
         assert "rank 0: host RAM ran out asking for 3.00 GiB; " in str(explain(run, 0, error))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.27.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_so_is_memory_that_cuda_and_its_libraries_get_beside_torch(words, error):
+    """As where another process holds the GPU: not even the context finds room."""
+    assert is_out_of_memory(RuntimeError(words))
+    said = str(explain_in_one_process(RuntimeError(words)))
+    assert said.startswith("GPU memory ran out asking for more with 4.0 GiB allocated; do without it")
+
+
+def test_other_errors_of_cuda_are_not_about_memory():
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(ValueError("a CUDA GPU that is out of memory"))
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "generate"])

@@ -60,6 +60,16 @@ def test_what_the_message_offers_works(base_like_llama_3, tiny_base, make_run, t
         check(make_run(base_like_llama_3, tmp_path, "lora", lora={"trainable_tokens": NAMES[:2]}))
 
 
+def test_a_few_rows_of_another_size_do_not_change_what_is_usual(tiny_base, make_run, tmp_path):
+    """A base may hold rows that grew, as some do for rare tokens: the others are no less trained for that."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][:8] *= 1e4
+    save_file(weights, folder / "model.safetensors")
+    check(make_run(folder, tmp_path / "run", "lora"))
+
+
 def _gradients(run, tokens) -> dict[str, torch.Tensor]:
     """Of the rows of trained tokens, through TRL's fused loss as in training."""
     model, _ = sharded_model(run)
