@@ -7,7 +7,6 @@ cannot meet.
 
 import ctypes
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from patience import PATIENCE_SECONDS
+from quick_python import warm_context
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -92,8 +92,7 @@ def memory_mib(key: str, *, forget_peak: bool = False) -> float:
 
 
 def _run(function: Callable, args: tuple, places: list[dict[str, str]], timeout: float) -> list[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fitune.training.train", "matplotlib.backends.backend_agg", "matplotlib.figure"])
+    context = warm_context()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [

@@ -14,6 +14,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from patience import PATIENCE_SECONDS
+from quick_python import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -87,18 +88,20 @@ class Hold:
 
 
 class Running:
-    """A started command; what it prints is in `log`."""
+    """A started command; what it prints is in `log`.
 
-    def __init__(self, command: list[str], log: Path, **environment: str):
+    A command of Python starts at once, with the libraries imported already; with `slowly` Python imports them.
+    """
+
+    def __init__(self, command: list[str], log: Path, *, slowly: bool = False, **environment: str):
         self.log = log
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | environment,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        environment = os.environ | environment
+        with log.open("w") as output:
+            if command[0] == sys.executable and not slowly:
+                self.process = Program(command[1:], environment, ROOT, output)
+            else:
+                streams = {"stdout": output, "stderr": subprocess.STDOUT}
+                self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
 
     def wait(self, timeout: float = PATIENCE_SECONDS) -> int:
         return self.process.wait(timeout)
@@ -113,10 +116,7 @@ class Running:
                         found[int(child.environ()["RANK"])] = child
         return found
 
-    def wait_for(
-        self,
-        condition,
-    ) -> None:
+    def wait_for(self, condition) -> None:
         """Until `condition()` holds; fails with the log if the command ends before."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():

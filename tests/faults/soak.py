@@ -95,7 +95,9 @@ def soak(folder: Path, kills: int, draw: random.Random) -> None:
         resume = ["--resume"] if newest(run) else []  # what has no checkpoint yet begins again, --resume or not
         if not resume:
             (run / "metrics.jsonl").unlink(missing_ok=True)
-        return Running([*train_command(base, prepared, run, settings.steps, **sets), *resume], folder / "log")
+        return Running(
+            [*train_command(base, prepared, run, settings.steps, **sets), *resume], folder / "log", slowly=True
+        )
 
     run, parts = folder / "run", []
     for kill in range(1, kills + 1):

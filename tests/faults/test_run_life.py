@@ -116,7 +116,7 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
     """Whether the signal finds the ranks importing or loading, and for a rank that stands still while it starts."""
     folder = tmp_path / "run"
     command = train_command(tiny_base, prepared, folder, STEPS)
-    stopped = Running(command, tmp_path / "log")
+    stopped = Running(command, tmp_path / "log", slowly=True)
     stopped.wait_for(lambda: len(stopped.ranks()) == 2)
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.wait() == 75, stopped.log.read_text()[-2000:]

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +27,7 @@ for needed in (ROOT, HERE.parent, HERE.parent / "faults", HERE):
 import conftest  # noqa: E402
 from commands import accelerate_text  # noqa: E402
 from outcomes import Outcome, differences  # noqa: E402
-from quick_python import QuickPython  # noqa: E402
+from quick_python import Program  # noqa: E402
 from settings_page import PAGE, OptimizerResult, Result, write_page  # noqa: E402
 from trials import BASE, Trial, fields_not_set_here, optimizers_not_used, trials  # noqa: E402
 
@@ -46,9 +45,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="FIELD", help="try these and write no page")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="fitune-settings-"))
-    with QuickPython() as python:
-        bench = Bench(work.absolute(), python.executable)
-        try_all(bench, options)
+    bench = Bench(work.absolute())
+    try_all(bench, options)
     if bench.mistakes:
         sys.exit("\n".join([f"{len(bench.mistakes)} mistakes:", *bench.mistakes]))
     if options.work is None:
@@ -68,10 +66,10 @@ def try_all(bench: "Bench", options: argparse.Namespace) -> None:
 class Bench:
     """A folder with a tiny base, prepared rows and a recipe; runs commands in it and keeps their outcomes."""
 
-    def __init__(self, work: Path, python: str):
-        self.work, self.python, self.mistakes = work, python, []
+    def __init__(self, work: Path):
+        self.work, self.mistakes = work, []
         self.kept = work / "outcomes"
-        self.environment = os.environ | {"PYTHON_EXEC": python, "NO_COLOR": "1", "COLUMNS": "150", "TERM": "dumb"}
+        self.environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "150", "TERM": "dumb"}
         if not (work / "recipe.yaml").is_file():
             conftest.build_base(work / "base", vocab_size=512, hidden_size=64, intermediate_size=192)
             (work / "prepared").mkdir(parents=True)
@@ -157,14 +155,14 @@ class Bench:
             flags += ["--set", f"profile.accelerate_config={self.accelerate(place)}"]
         file = self.kept / f"{_file_name((*words, *sets, place))}.json"
         if not file.is_file():
-            started = [self.python, "cli.py", *words, *profile, *flags]
+            started = ["cli.py", *words, *profile, *flags]
             started = [str(self.work / word) if word == "recipe.yaml" else word for word in started]
-            done = subprocess.run(
-                started, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=LONGEST, check=False
-            )
-            outcome = Outcome.of(done.returncode, done.stdout + done.stderr, run or self.work)
+            with tempfile.TemporaryFile("w+") as output:
+                code = Program(started, self.environment, ROOT, output).wait(LONGEST)
+                output.seek(0)
+                outcome = Outcome.of(code, output.read(), run or self.work)
             file.write_text(json.dumps(outcome.as_json()))
-            print(f"{done.returncode} {' '.join([*words[:1], *sets, place])}", flush=True)
+            print(f"{code} {' '.join([*words[:1], *sets, place])}", flush=True)
         return Outcome(**json.loads(file.read_text()))
 
 
