@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
+from fitune.errors import FituneError
 from fitune.weights.safetensors_files import Checkpoint
 
 THREADS = 8
@@ -94,6 +95,9 @@ def pin_in_place(tensor: torch.Tensor) -> None:
         cuda = torch.cuda.cudart()
         code = cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
         if int(code) != 0:
-            raise RuntimeError(f"page-locking {storage.nbytes()} bytes of host RAM failed: {code}")
+            raise FituneError(
+                f"page-locking {storage.nbytes() / 2**30:.2f} GiB of host RAM failed (CUDA's error {int(code)}): "
+                "free RAM on this machine, or take a profile without offload"
+            )
         unlock = weakref.finalize(storage, cuda.cudaHostUnregister, storage.data_ptr())
         unlock.atexit = False  # the process ends its locks itself

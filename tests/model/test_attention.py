@@ -86,6 +86,7 @@ def test_padding_is_refused(model):
         ([2100, 1800], (9, 0), False),  # many pads
         ([1024] * 4, (9, 0), False),  # short
         ([3000], (8, 9), False),
+        ([3000], (12, 0), False),  # a desktop's Blackwell
     ],
     ids=str,
 )

@@ -129,3 +129,9 @@ def test_memory_is_page_locked_as_long_as_its_storage_lives(monkeypatch):
     assert locked
     del part
     assert not locked
+
+
+def test_memory_that_cannot_be_page_locked_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    with pytest.raises(FituneError, match=r"page-locking 0\.50 GiB of host RAM failed \(CUDA's error 2\): free RAM"):
+        streaming.pin_in_place(torch.empty(2**29, dtype=torch.uint8))
