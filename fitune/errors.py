@@ -32,12 +32,12 @@ class UsageError(FituneError):
     exit_code = 2
 
 
-def nearest(given: str, allowed) -> str:
-    """`; did you mean 'x'?` for a likely typo, else the list of what is allowed."""
+def nearest(given: str, allowed, *, within: str = "") -> str:
+    """`; did you mean 'x'?` for a likely typo, else the list of what is allowed. `within` is put before a key."""
     allowed = [str(name) for name in allowed]
     match = get_close_matches(str(given), allowed, n=1, cutoff=0.6)
     if match:
-        return f"; did you mean '{match[0]}'?"
+        return f"; did you mean '{within}{match[0]}'?"
     return f"; allowed: {', '.join(sorted(allowed))}" if len(allowed) <= 20 else ""
 
 

@@ -52,7 +52,8 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
 def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:
     for key in fsdp:
         if key not in accelerate_fsdp_keys():
-            raise UsageError(f"{path}: unknown key 'fsdp_config.{key}'{nearest(key, USED_FSDP_KEYS)}")
+            hint = nearest(key, USED_FSDP_KEYS, within="fsdp_config.")
+            raise UsageError(f"{path}: unknown key 'fsdp_config.{key}'{hint}")
         if key not in USED_FSDP_KEYS:
             why = IGNORED_FSDP_KEYS.get(key, "fitune shards and loads the model itself")
             raise UsageError(f"{path}: fsdp_config.{key} has no effect here: {why}; remove it")

@@ -52,7 +52,7 @@ def _checked(name: str, value: Any, source: str) -> Any:
     if name in REFUSED:
         raise UsageError(f"{source}: training.{name} cannot be set: {REFUSED[name]}")
     if name not in fields:
-        hint = meant_by(f"training.{name}") or nearest(name, fields)
+        hint = meant_by(f"training.{name}") or nearest(name, fields, within="training.")
         raise UsageError(f"{source}: training.{name} is not a field of TRL's SFTConfig{hint}")
     value = _convert(name, value, fields[name], source)
     _check_limits(name, value, source)

@@ -129,7 +129,8 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
     if first["type"] == "extra_forbidden":
         source = place_of(source, keys)
         owner = _model_at(model, keys[:-1])
-        hint = hinted(key) or nearest(keys[-1], owner.model_fields if owner else ())
+        allowed, block = owner.model_fields if owner else (), key.removesuffix(str(keys[-1]))
+        hint = hinted(key) or nearest(keys[-1], allowed, within=block)
         return f"{source}: unknown key '{key}'{hint}{more}"
     if first["type"] == "missing":
         missing = [".".join(map(str, keys)) for keys, entry in found if entry["type"] == "missing"]

@@ -25,6 +25,20 @@ def test_at_80_columns_all_is_said_more_shortly():
     )
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (105, "step 120/1,200  loss 1.8321 ↓0.041  lr 2e-4  14,351 tokens/s  20.1/21.6 GiB  0:41:12 left  ckpt 100"),
+        (50, "120/1200  loss 1.83↓  14.4k tok/s  41:12 left"),
+        (35, "120/1200  loss 1.83↓  41:12 left"),
+        (20, "120/1200  loss 1.83↓"),
+        (10, "120/1200"),
+    ],
+)  # fmt: skip
+def test_what_matters_least_is_shortened_and_left_out_first(width, shown):
+    assert live_line(LARGE_RUN, NOW, width).plain == shown
+
+
 @pytest.mark.parametrize("width", range(5, 130))
 def test_it_never_reaches_beyond_its_width(width):
     reading = RunStatus(doing="reading the base", total=39.2e9, done=1e9, in_bytes=True, began=NOW - 1)
