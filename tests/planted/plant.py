@@ -5,7 +5,7 @@
 Not mutmut or Cosmic Ray: both make up the faults by rules of their own, so that neither can be given a list of chosen
 ones, each with the tests that must notice it.
 
-First the tests run without a fault: where one fails there, its failing would prove nothing. Exit code 1 if a fault
+Tests run without a fault first: where one fails there, its failing would prove nothing. Exit code 1 if a fault
 lives, if it cannot be planted, or if its tests could not be run.
 """
 
@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,24 +62,25 @@ def plant(fault: Fault, files: list[Path], root: Path = ROOT, timeout: float = T
     return Outcome(fault, time.monotonic() - started, problem, output)
 
 
-def failing_without_a_fault(faults: list[Fault], files: list[Path], root: Path, jobs: int) -> dict[str, str]:
-    """What fails of these faults' tests in an unchanged copy: a test's id, or a file's where it could not be run, to
-    what was printed. A file's tests run together, `jobs` files at a time."""
+def files_of_tests(faults: list[Fault], root: Path) -> dict[str, tuple[str, ...]]:
+    """The tests that must pass without a fault, so that their failing with one says something."""
     of_file: dict[str, dict[str, None]] = defaultdict(dict)
     for fault in faults:
-        for test in fault.tests:
-            if not missing_tests(fault, root):
-                of_file[test.partition("::")[0]][test] = None
+        if not missing_tests(fault, root):
+            for test in fault.tests:
+                of_file[_file(test)][test] = None
+    return {file: tuple(tests) for file, tests in of_file.items()}
 
-    def run(file: str) -> dict[str, str]:
-        with copied(files, root) as tree:
-            code, output = run_tests(tree, tuple(of_file[file]), TIMEOUT_SECONDS, "-rfE")
-        if code == 0:
-            return {}
-        return dict.fromkeys(NAMED_AS_FAILED.findall(output) if code == TESTS_FAILED else [file], output[-4000:])
 
-    with ThreadPoolExecutor(jobs) as threads:
-        return {test: output for failing in threads.map(run, of_file) for test, output in failing.items()}
+def failing_without_a_fault(tests: tuple[str, ...], files: list[Path], root: Path) -> dict[str, str]:
+    """What fails of these tests of one file in an unchanged copy: a test's id, or the file's where it could not be run,
+    to what was printed."""
+    with copied(files, root) as tree:
+        code, output = run_tests(tree, tests, TIMEOUT_SECONDS, "-rfE")
+    if code == 0:
+        return {}
+    named = NAMED_AS_FAILED.findall(output) if code == TESTS_FAILED else [_file(tests[0])]
+    return dict.fromkeys(named, output[-4000:])
 
 
 def proves_nothing(fault: Fault, failing: dict[str, str]) -> str | None:
@@ -91,17 +92,35 @@ def proves_nothing(fault: Fault, failing: dict[str, str]) -> str | None:
     return None
 
 
-def outcomes_of(faults: list[Fault], files: list[Path], root: Path, jobs: int, failing: dict[str, str]):
-    """Yields each fault's outcome as its tests end."""
+def outcomes_of(faults: list[Fault], files: list[Path], root: Path, jobs: int, *, at_once: bool = False):
+    """Yields each fault's outcome as its tests end.
+
+    A fault is planted once its tests have run without it, or `at_once`. No fault waits for another one's tests.
+    """
     with ThreadPoolExecutor(jobs) as threads:
-        running = []
-        for fault in faults:
-            if failed := proves_nothing(fault, failing):
-                yield Outcome(fault, 0, f"{failed} fails without the fault", failing[failed])
-            else:
-                running.append(threads.submit(plant, fault, files, root))
-        for ended in as_completed(running):
-            yield ended.result()
+        unchanged = {} if at_once else files_of_tests(faults, root)
+        running: dict[Future, str | None] = {
+            threads.submit(failing_without_a_fault, tests, files, root): file for file, tests in unchanged.items()
+        }
+        "What is run to the file whose tests it is, None for a planted fault."
+        failing, waiting = {}, list(faults)
+        while running or waiting:
+            unfinished = {file for file in running.values() if file}
+            for fault in [fault for fault in waiting if not unfinished & set(map(_file, fault.tests))]:
+                waiting.remove(fault)
+                if failed := proves_nothing(fault, failing):
+                    yield Outcome(fault, 0, f"{failed} fails without the fault", failing[failed])
+                else:
+                    running[threads.submit(plant, fault, files, root)] = None
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                if running.pop(ended):
+                    failing |= ended.result()
+                else:
+                    yield ended.result()
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def say(outcome: Outcome) -> None:
@@ -151,13 +170,8 @@ def main() -> int:
 
 def plant_all(faults: list[Fault], files: list[Path], root: Path, options: argparse.Namespace) -> int:
     """Exit code; says and writes each outcome as it comes."""
-    failing = {}
-    if not options.at_once:
-        started = time.monotonic()
-        failing = failing_without_a_fault(faults, files, root, options.jobs)
-        print(f"without a fault {len(failing)} tests fail ({time.monotonic() - started:.0f} s)", flush=True)
     outcomes = []
-    for outcome in outcomes_of(faults, files, root, options.jobs, failing):
+    for outcome in outcomes_of(faults, files, root, options.jobs, at_once=options.at_once):
         outcomes.append(outcome)
         say(outcome)
         if options.json:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from copies import files_of_the_tree
 from fault_list import ROOT, WINGS, Fault, all_faults, missing_tests, planted, read_faults
-from plant import failing_without_a_fault, outcomes_of, plant, table
+from plant import failing_without_a_fault, files_of_tests, outcomes_of, plant, table
 
 FAULTS = all_faults()
 
@@ -78,9 +78,9 @@ def test_a_test_that_fails_without_a_fault_proves_nothing(tree):
         Fault("cli", name, "fitune/one.py", "return 1", "return 2", (f"test_one.py::{test}",))
         for name, test in (("seen", "test_value"), ("lives", "test_nothing"), ("unknown", "test_always"))
     ]
-    failing = failing_without_a_fault(faults, files, tree, jobs=2)
-    assert set(failing) == {"test_one.py::test_always"}
-    outcomes = {outcome.fault.name: outcome for outcome in outcomes_of(faults, files, tree, 2, failing)}
+    [(file, tests)] = files_of_tests(faults, tree).items()
+    assert file == "test_one.py" and set(failing_without_a_fault(tests, files, tree)) == {"test_one.py::test_always"}
+    outcomes = {outcome.fault.name: outcome for outcome in outcomes_of(faults, files, tree, 2)}
     assert {name: outcome.problem for name, outcome in outcomes.items()} == {
         "seen": None,
         "lives": "LIVES: its tests pass",
@@ -88,14 +88,15 @@ def test_a_test_that_fails_without_a_fault_proves_nothing(tree):
     }
     assert "assert 1 == 3" in outcomes["unknown"].output
     assert table(list(outcomes.values())).splitlines()[1].split()[:4] == ["cli", "3", "1", "2"]
+    planted_at_once = {outcome.fault.name: outcome for outcome in outcomes_of(faults, files, tree, 2, at_once=True)}
+    assert planted_at_once["unknown"].problem is None
 
 
 def test_a_file_that_cannot_be_run_proves_nothing(tree):
     (tree / "test_one.py").write_text("import no_such_module\n\n\ndef test_value():\n    pass\n")
     files = [path.relative_to(tree) for path in tree.rglob("*.py")]
     fault = Fault("cli", "a fault", "fitune/one.py", "return 1", "return 2", ("test_one.py::test_value",))
-    failing = failing_without_a_fault([fault], files, tree, jobs=1)
-    [outcome] = outcomes_of([fault], files, tree, 1, failing)
+    [outcome] = outcomes_of([fault], files, tree, 1)
     assert outcome.problem == "test_one.py fails without the fault"
 
 

@@ -56,7 +56,9 @@ def test_short_numbers(capsys, report):
     ]
 
 
-def test_the_launcher_reads_what_the_run_does(report, tmp_path: Path):
+def test_the_launcher_reads_what_the_run_does(report, tmp_path: Path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("fitune.training.run_report.time", clock)
     report.begin("joining 2 processes")
     assert read_status(tmp_path).doing == "joining 2 processes"
     with report.bar("reading the base", 100, in_bytes=True) as advance:
@@ -64,14 +66,16 @@ def test_the_launcher_reads_what_the_run_does(report, tmp_path: Path):
         assert (read_status(tmp_path).done, read_status(tmp_path).total) == (40, 100)
     report.on_train_begin(ARGS, state(0), control())
     assert read_status(tmp_path).doing == "training 1,200 steps" and read_status(tmp_path).steps == 1200
+    clock.now = 100.0  # the first step compiles
     report.on_step_end(ARGS, state(1), control())
     assert read_status(tmp_path).ends_at is None, "the first step is slower than the others"
+    clock.now = 102.0
     report.on_step_end(ARGS, state(2), control(save=True, evaluate=True))
+    assert read_status(tmp_path).ends_at == 102 + 2 * 1198
     report.on_log(ARGS, state(2, 2.0, 1.5), control(), logs=LOSS | ON_GPU)
     told = read_status(tmp_path)
     assert (told.doing, told.step, told.loss, told.trend) == ("evaluating", 2, 1.832, -0.5)
     assert (told.gpu_memory_gib, told.gpu_memory_planned_gib, told.checkpoint) == (20.13, 21.6, None)
-    assert told.ends_at is not None
     report.on_prediction_step(ARGS, state(2), control(), eval_dataloader=[0] * 4)
     assert (read_status(tmp_path).done, read_status(tmp_path).total) == (1, 4)
     report.on_evaluate(ARGS, state(2), control(save=True))
