@@ -17,6 +17,8 @@ SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
 """Launching one layer's kernels, forward or backward, by method: what one row of 8B waits for."""
 BANDWIDTH_EFFICIENCY = 0.85
 """Of the data sheet's, for what a GPU's kernels read and write, and for links."""
+BOTH_WAYS = 1.36
+"""What a link carries in both directions together, of one direction: benchmarks/results/full-8b-cards-*.json."""
 HOST_GB_S = 25
 """What clipping and AdamW reach in a machine's RAM where weights are offloaded: 13 s for 8B."""
 HOST_ADDING_GB_S = 1.2
@@ -26,7 +28,10 @@ MACHINE_NETWORK_GB_S = 12.5
 
 
 def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWORK_GB_S) -> dict[str, float]:
-    """Seconds by what they go to, and their total. Computing and transfers run side by side: the slowest counts."""
+    """Seconds by what they go to, and their total. Computing and transfers run side by side: the slowest counts.
+
+    Gradients that wait in host RAM while their optimizer's states do, too, travel beside the backward pass alone.
+    """
     link = BANDWIDTH_EFFICIENCY * 1e9
     side_by_side = {
         "compute": s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model)),
@@ -38,9 +43,12 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
         "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
     }
-    if s.optimizer_offload:  # what comes in is more than what goes out, at the same time
-        arriving = s.trainable / s.ranks * (s.trained + s.optimizer_state)
-        one_after_the_other["optimizer"] = arriving / (model.host_link_gb_s * link)
+    if s.optimizer_offload:
+        both_ways = model.host_link_gb_s * link * BOTH_WAYS
+        one_after_the_other["optimizer"] = s.trainable / s.ranks * (s.trained + 2 * s.optimizer_state) / both_ways
+        backward = side_by_side["compute"] * (1 - 1 / (_layer_passes(s) + s.full))
+        travelling = (2 * s.accumulation - 1) * s.gradients / both_ways  # those of the first pass only go out
+        one_after_the_other["gradients to host RAM"] = max(0.0, travelling - backward)
     total = max(side_by_side.values()) + sum(one_after_the_other.values())
     return {**side_by_side, **one_after_the_other, "total": total}
 
@@ -102,10 +110,7 @@ def _host_bytes(s: Setup) -> float:
     layers = 2 * s.shape.layers * s.layer_weights / s.ranks * s.offload
     embeddings = 2 * s.embedding / s.ranks * (s.offload or s.embedding_offload)
     activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
-    gradients = s.gradients * (
-        _gradients_travel(s) or s.optimizer_offload
-    )  # what comes in to be added does so meanwhile
-    return layers + embeddings + activations + gradients
+    return layers + embeddings + activations + s.gradients * _gradients_travel(s)
 
 
 def _gradients_travel(s: Setup) -> bool:

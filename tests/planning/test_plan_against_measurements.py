@@ -1,11 +1,18 @@
 """Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 15 or 25 %."""
 
+import json
+from statistics import median
+
 import pytest
 
 from benchmarks import accuracy
+from fitune.config.model_shapes import find_shape
+from fitune.planning.fill import resolve
+from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import gpu_peak, host_peak
-from fitune.planning.plan import ERROR, TIME_ERROR
+from fitune.planning.plan import ERROR, TIME_ERROR, setup_of
 from fitune.planning.sizes import GIB
+from fitune.planning.step_time import step_seconds
 
 HOST_TOLERANCE = 0.10
 MEASURED_RUNS = accuracy.measured_runs()
@@ -46,6 +53,21 @@ def test_time_is_predicted(entry):
     """Runs of one row wait for Python: two of the same are up to 20 % apart."""
     measured, tolerance = accuracy.measured_step_seconds(entry), TIME_ERROR if entry["micro_batch"] > 1 else 0.25
     assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
+
+
+FULL_8B = json.loads((accuracy.ROOT / "benchmarks/results/full-8b-cards-h200-2026-11-27.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("run", FULL_8B["runs"].values(), ids=list(FULL_8B["runs"]))
+def test_full_training_with_small_states_is_predicted(run):
+    sets = (
+        run["set"] | {f"profile.{key}": run[key] for key in ("micro_batch", "kept_layers")} | {"global_batch_size": 16}
+    )
+    resolved = resolve("llama3_8b_full", run["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
+    setup = setup_of(resolved, find_shape(resolved.recipe.base.model))
+    assert gpu_peak(setup).allocated / GIB == pytest.approx(run["peak_allocated_gib"], rel=ERROR)
+    total = step_seconds(setup, gpu_model(FULL_8B["gpu_name"]))["total"]
+    assert total == pytest.approx(median(run["step_seconds"]), rel=TIME_ERROR)
 
 
 def test_the_published_errors_are_these():
