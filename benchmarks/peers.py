@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import yaml
 from tier_run import ROOT, about
 
 MARGIN_GIB = 1.6
@@ -112,7 +113,8 @@ def _fitune(entry: dict, options):
     def result(done) -> dict:
         measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
         keys = ("step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds")
-        found = {key: measured[key] for key in keys}
+        profile = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["profile"]
+        found = {key: measured[key] for key in keys} | {key: profile[key] for key in ("micro_batch", "kept_layers")}
         return found | {"tokens_per_second": round(measured["tokens_per_second_per_gpu"])}
 
     cap = {"FITUNE_GPU_CAP_GIB": str(entry["card_gib"] - MARGIN_GIB)} if "card_gib" in entry else {}

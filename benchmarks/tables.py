@@ -153,25 +153,28 @@ def card_table() -> str:
 
 
 def beside_table() -> str:
-    """fitune's fastest run beside each other program's, on the same work of the newest run of benchmarks/peers.py."""
+    """fitune's fastest run in bf16 beside each other program's, on the same work of the newest run of peers.py."""
     report = newest_peers()
     finished = [run for run in report["runs"] if "error" not in run]
-    lines = ["| same work, same run | tokens/s, theirs | GiB | tokens/s, fitune | GiB |", "|---|---|---|---|---|"]
-    alike = []
+    lines = [
+        "| same work, same run | rows a pass | tokens/s | GiB | fitune's rows a pass | tokens/s | GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for other in (run for run in finished if run["who"] != "fitune"):
-        ours = [run for run in finished if run["who"] == "fitune" and run["work"] == other["work"]]
+        ours = [run for run in finished if run["work"] == other["work"] and _is_bf16_of_fitune(run)]
         best = max(ours, key=lambda run: run["tokens_per_second"])
-        cells = [f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" for run in (other, best)]
+        cells = [
+            f"{rows} | {run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}"
+            for run, rows in ((other, other["rows"]), (best, best["micro_batch"]))
+        ]
         lines.append(f"| {other['work']}: {PEERS[other['who']]} | {' | '.join(cells)} |")
-        rows = other["rows"]
-        with_as_many = max(
-            (run["tokens_per_second"] for run in ours if run["set"]["profile.micro_batch"] == rows), default=None
-        )
-        reached = f", where fitune reaches {with_as_many:,}" if with_as_many else ""
-        alike.append(f"{PEERS[other['who']]} ran with {rows} rows a pass{reached}.")
     source = f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}"
-    file = newest_peers_file().relative_to(ROOT)
-    return "\n".join([*lines, "", f"{source} (`{file}`).", *alike])
+    return "\n".join([*lines, "", f"{source} (`{newest_peers_file().relative_to(ROOT)}`)."])
+
+
+def _is_bf16_of_fitune(run: dict) -> bool:
+    """As the peers compute, and as fitune does unless it is told otherwise."""
+    return run["who"] == "fitune" and run["set"].get("profile.compute", "bf16") == "bf16"
 
 
 def _settings(entry: dict) -> list[str]:
@@ -241,14 +244,18 @@ def newest_peers() -> dict:
 def peers_table() -> str:
     """The newest run of benchmarks/peers.py: each work's runs, the fastest first, then what failed."""
     report = newest_peers()
-    lines = ["| work | who | rows a pass | layers kept | tokens/s per GPU | GiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| work | who | products | rows a pass | layers kept | tokens/s per GPU | GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     order = sorted(report["runs"], key=lambda run: (run["work"], -run.get("tokens_per_second", 0)))
     for run in order:
         ours = run["who"] == "fitune"
-        rows = run["set"]["profile.micro_batch"] if ours else run["rows"]
-        kept = run["set"]["profile.kept_layers"] if ours else {"yes": "none", "no": "all"}[run["recompute"]]
+        rows = run["micro_batch"] if ours else run["rows"]
+        kept = run["kept_layers"] if ours else {"yes": "none", "no": "all"}[run["recompute"]]
         found = f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" if "error" not in run else "failed | "
-        lines.append(f"| {run['work']} | {run['who']} | {rows} | {kept} | {found} |")
+        compute = run["set"].get("profile.compute", "bf16") if ours else "bf16"
+        lines.append(f"| {run['work']} | {run['who']} | {compute} | {rows} | {kept} | {found} |")
     return "\n".join(
         [
             *lines,

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import yaml
 from click import Context
 from click.exceptions import Exit
 
+from benchmarks.tables import newest_peers
 from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.installed_names import sft_config_fields
@@ -219,10 +219,9 @@ def test_every_key_of_a_yaml_block_exists():
 
 
 def test_the_figures_of_the_comparison_are_measured():
-    results = json.loads(text(ROOT / "benchmarks" / "results" / "peers-h200-2026-11-27.json"))["runs"]
     measured = {
         (run["who"], f"{run['tokens_per_second']:,}", f"{run['peak_allocated_gib']:.1f}")
-        for run in results
+        for run in newest_peers()["runs"]
         if "tokens_per_second" in run
     }
     rows = re.findall(
@@ -230,7 +229,7 @@ def test_the_figures_of_the_comparison_are_measured():
         text(ROOT / "docs" / "comparison.md"),
         flags=re.M,
     )
-    assert len(rows) == 5
+    assert len(rows) >= 5
     assert {(who.lower(), speed, gib) for who, speed, gib in rows} <= measured
 
 

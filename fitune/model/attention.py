@@ -91,7 +91,7 @@ def _attend(query, key, value, bounds, longest, scaling):
     if not query.is_cuda:
         return _by_example(query, key, value, bounds, longest, scaling)
     if takes_cudnn(query, bounds, longest):
-        rows = Rows(len(query), bounds, longest)
+        rows = _rows_of(query, bounds, longest)
         inputs = (rows.of(x) for x in (query, key, value))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             return rows.examples(
@@ -118,7 +118,7 @@ def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: floa
     if not query.is_cuda:
         return _by_example(query, key, value, bounds, longest, scaling), ()
     if takes_cudnn(query, bounds, longest):
-        rows = Rows(len(query), bounds, longest)
+        rows = _rows_of(query, bounds, longest)
         inputs = (rows.of(x) for x in (query, key, value))
         output, log_sums, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *inputs, None, True, 0.0, True, False, scale=scaling
@@ -138,7 +138,7 @@ def backward(gradient, query, key, value, output, statistics, bounds, longest: i
             return list(torch.autograd.grad(_by_example(*inputs, bounds, longest, scaling), inputs, gradient))
     log_sums, *random_state = statistics
     if takes_cudnn(query, bounds, longest):
-        rows = Rows(len(query), bounds, longest)
+        rows = _rows_of(query, bounds, longest)
         inputs = (rows.of(x) for x in (query, key, value, output))
         length = rows.shape[1]
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -183,29 +183,40 @@ class Rows:
 
     def __init__(self, tokens: int, bounds: torch.Tensor, longest: int):
         self.shape = (len(bounds) - 1, _padded(longest))
-        self.full = math.prod(self.shape) == tokens
-        "No pads: the rows are the tokens."
-        if not self.full:
+        pads = math.prod(self.shape) - tokens
+        self.full = not pads
+        "The rows are the tokens."
+        if pads:
             starts, places = bounds[:-1, None], torch.arange(self.shape[1], device=bounds.device)
-            self.is_token = places < bounds[1:, None] - starts
+            is_token = places < bounds[1:, None] - starts
+            self.pads = is_token.byte().flatten().argsort(stable=True)[:pads]
             self.sources = (starts + places).clamp(max=tokens - 1).flatten()
-            tokens = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
-            example = torch.searchsorted(bounds, tokens, right=True) - 1
-            self.places = example * self.shape[1] + tokens - bounds[example]
+            numbers = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
+            example = torch.searchsorted(bounds, numbers, right=True) - 1
+            self.places = example * self.shape[1] + numbers - bounds[example]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[T, heads, head_dim] -> [examples, heads, padded length, head_dim]; the pads hold any token's values."""
-        rows = x if self.full else x.index_select(0, self.sources)
-        return rows.unflatten(0, self.shape).transpose(1, 2)
+        return self._split(x if self.full else x.index_select(0, self.sources))
 
     def of_gradient(self, x: torch.Tensor) -> torch.Tensor:
         """The same with zeros in the pads."""
-        return self.of(x) if self.full else self.of(x).mul_(self.is_token[:, None, :, None])
+        return self.of(x) if self.full else self._split(x.index_select(0, self.sources).index_fill_(0, self.pads, 0))
 
     def examples(self, rows: torch.Tensor) -> torch.Tensor:
         """The inverse of `of`, contiguous."""
         tokens = rows.transpose(1, 2).flatten(0, 1)
         return tokens.contiguous() if self.full else tokens.index_select(0, self.places)
+
+    def _split(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, self.shape).transpose(1, 2)
+
+
+def _rows_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> Rows:
+    """Made once for all layers of a pass, which share `bounds`."""
+    if not hasattr(bounds, "fitune_rows"):
+        bounds.fitune_rows = _rows_of(query, bounds, longest)
+    return bounds.fitune_rows
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
