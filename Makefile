@@ -53,8 +53,9 @@ slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted,
 settings: $(DEV_INSTALLED)  ## try every field of SFTConfig and every optimizer, write docs/settings.md (about 15 min)
 	$(BIN)/python tests/settings/try_settings.py
 
-loaders: $(LOADERS)/.installed models/smollm2-135m/config.json  ## what merge and export write, read by other loaders
-	FITUNE_LOADERS=$(LOADERS) FITUNE_REAL_MODEL=$(CURDIR)/models/smollm2-135m PYTHONPATH=$(LOADERS)/gguf \
+loaders: $(LOADERS)/.installed models/smollm2-135m/config.json models/llama3-tokenizer/tokenizer.json  ## what merge and export write, read by other loaders
+	FITUNE_LOADERS=$(LOADERS) FITUNE_REAL_MODEL=$(CURDIR)/models/smollm2-135m \
+		FITUNE_LLAMA3_TOKENIZER=$(CURDIR)/models/llama3-tokenizer PYTHONPATH=$(LOADERS)/gguf \
 		$(BIN)/python -m pytest -q tests/loaders
 
 $(LOADERS)/.installed: $(DEV_INSTALLED) tests/loaders/requirements.txt requirements-gguf.txt
@@ -65,6 +66,9 @@ $(LOADERS)/.installed: $(DEV_INSTALLED) tests/loaders/requirements.txt requireme
 
 models/smollm2-135m/config.json: | $(DEV_INSTALLED)
 	$(BIN)/python tests/e2e/real_model.py models/smollm2-135m
+
+models/llama3-tokenizer/tokenizer.json: | $(DEV_INSTALLED)
+	$(BIN)/python tests/loaders/llama3_tokenizer.py models/llama3-tokenizer
 
 lint: $(DEV_INSTALLED)  ## check style
 	$(BIN)/ruff check .

@@ -5,17 +5,25 @@ from pathlib import Path
 from fitune.config.json_file import read_json
 
 GENERATION_CONFIG = "generation_config.json"
+DEFAULT_ROPE_THETA = 10000.0
+"What transformers 4.x takes where config.json has no `rope_theta`."
 
 
 def config_for_loaders(config: dict, dtype: str) -> dict:
     """The base's config.json for weights in full precision of `dtype`; the dict that is given stays as it is.
 
     transformers 5 keeps rotary positions under `rope_parameters`; 4.x, vLLM and llama.cpp's converter read `rope_theta`
-    and `rope_scaling`, and take 10000 where they find none. All three are written.
+    and `rope_scaling`, and take a default where they find none. All three are written.
     """
     result = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     result |= {"dtype": dtype, "use_cache": True} | ({"torch_dtype": dtype} if "torch_dtype" in config else {})
     return result | _rope(config)
+
+
+def is_misread_by_older(config: dict) -> bool:
+    """Whether transformers 4.x takes other rotary positions for a base than its `rope_parameters` say."""
+    read = {"rope_theta": config.get("rope_theta", DEFAULT_ROPE_THETA), "rope_scaling": config.get("rope_scaling")}
+    return isinstance(config.get("rope_parameters"), dict) and read | _rope(config) != read
 
 
 def _rope(config: dict) -> dict:

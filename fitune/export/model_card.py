@@ -8,6 +8,7 @@ import yaml
 
 from fitune import __version__
 from fitune.config.schema import Run
+from fitune.export.configs import is_misread_by_older
 from fitune.export.tokenizer_files import template_of
 from fitune.weights.model_files import LICENCE_FILES, matching
 
@@ -21,6 +22,10 @@ LICENCES = {
     "MIT License": "mit",
 }
 "How a licence's file begins, and what the Hub calls it."
+OLDER_LOADERS = (
+    "The base's config.json is in the form of transformers 5. transformers 4.x does not find its `rope_theta` there "
+    "and answers otherwise with base and adapter, without a word: take transformers 5, or the merged model."
+)
 SETTINGS = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "optim", "weight_decay")
 
 
@@ -36,6 +41,7 @@ def write_model_card(folder: Path, run: Run | None, base: str, revision: str | N
         _front_matter(run, base, licence, is_adapter),
         f"# {_title(run, base, is_adapter)}",
         _base(base, revision, run, licence),
+        OLDER_LOADERS if is_adapter and is_misread_by_older(_json(base_folder / "config.json")) else "",
         *((_data(run), _settings(run), _losses(run)) if run else ()),
         _template(folder),
         f"Made with fitune {__version__}.",

@@ -37,7 +37,7 @@ def run(tiny_base, make_run, tmp_path):
 def card(tmp_path, run, base="meta-llama/Meta-Llama-3-8B", licence="META LLAMA 3 COMMUNITY LICENSE AGREEMENT"):
     folder, base_folder = tmp_path / "out", tmp_path / "base"
     for path in (folder, base_folder):
-        path.mkdir()
+        path.mkdir(exist_ok=True)
     (base_folder / "LICENSE").write_text(licence)
     (folder / "adapter_config.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
@@ -84,6 +84,23 @@ def test_a_local_base_is_named_without_its_path_and_an_unknown_licence_is_other(
     assert front["license"] == "other" and "base_model" not in front
     assert "Base: `my-base`" in body and str(tmp_path) not in body
     assert "## Data" not in body and "## Losses" not in body
+
+
+@pytest.mark.parametrize(
+    ("config", "misread"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, True),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}, True),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, False),  # what 4.x takes unasked
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 5e5}, False),
+        ({"rope_theta": 5e5}, False),
+    ],
+)
+def test_an_adapter_says_where_transformers_4_misreads_its_base(tmp_path, config, misread):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    _, body = card(tmp_path, None)
+    assert ("does not find its `rope_theta`" in body) == misread
 
 
 def test_of_a_checkpoint_only_what_was_logged_up_to_it_counts(run, tmp_path):

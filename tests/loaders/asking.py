@@ -13,8 +13,6 @@ from fitune.config.schema import Run
 HERE = Path(__file__).parent
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 NEW_TOKENS = 12
-LLAMA3_TOKENIZER = os.environ.get("FITUNE_LLAMA3_TOKENIZER")
-"A folder with Meta's, which the converter to GGUF knows; the tests' own tiny one it doesn't."
 
 
 def ask(python: Path | str, script: str, file: Path, **question) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import LLAMA3_TOKENIZER, Trained
+from asking import Trained
 from bases import LLAMA_3_1_ROPE
 from ranks import run_ranks, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from fitune.export.merge import merge_run
 
 HERE = Path(__file__).parent
-LOADERS, REAL_MODEL = os.environ.get("FITUNE_LOADERS"), os.environ.get("FITUNE_REAL_MODEL")
+LOADERS = os.environ.get("FITUNE_LOADERS")
+REAL_MODEL, LLAMA3_TOKENIZER = os.environ.get("FITUNE_REAL_MODEL"), os.environ.get("FITUNE_LLAMA3_TOKENIZER")
 METHODS = ["full", "lora", "qlora"]
 
 
@@ -33,11 +34,14 @@ def other_python() -> Path:
 
 
 @pytest.fixture(scope="session", params=["llama", "real"])
-def base(request, tiny_base, tmp_path_factory) -> tuple[str, Path]:
-    """A Llama with its small files as Meta publishes 3.1, and the real small model, whose head is its embedding."""
+def base(request, tmp_path_factory) -> tuple[str, Path]:
+    """A Llama with its small files as Meta publishes 3.1, and the real small model, whose head is its embedding.
+
+    transformers 5 wrote the second's config.json, so that 4.x does not find its `rope_theta`.
+    """
     folder = tmp_path_factory.mktemp("base") / request.param
     if request.param == "llama":
-        return "llama", _as_published(Path(LLAMA3_TOKENIZER or tiny_base), folder)
+        return "llama", _as_published(Path(LLAMA3_TOKENIZER), folder)
     shutil.copytree(REAL_MODEL, folder)
     return "real", folder
 
