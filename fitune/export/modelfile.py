@@ -4,7 +4,6 @@ Ollama does not read Jinja. Most chat templates write each message between two f
 found by rendering, and the result is held against the template before it is written.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +43,12 @@ class Turns:
         written = (before + m["content"] + after for m in messages for before, after in [self.around[m["role"]]])
         return "".join(written) + self.prompt
 
+    @property
+    def can_be_written(self) -> bool:
+        """Whether none of its texts would end the Modelfile's quotes, or begin an action of Go's templates."""
+        texts = "".join(text for around in (*self.around.values(), (self.prompt,)) for text in around)
+        return '"""' not in texts and "{{" not in texts
+
     def for_ollama(self) -> str:
         """In Go's template language."""
         cases = [
@@ -58,7 +63,7 @@ def modelfile(model: Path, gguf: str) -> str:
     lines, config = [f"FROM ./{gguf}"], _tokenizer_config(model)
     specials = _special_tokens(config)
     turns = find_turns(template_of(model), specials, put_before=_put_before(model, config, specials))
-    if turns and '"""' not in turns.for_ollama():
+    if turns and turns.can_be_written:
         lines.append(f'TEMPLATE """{turns.for_ollama()}"""')
     else:
         lines.append("# The chat template cannot be written in Ollama's language; it takes what the GGUF says.")
@@ -67,7 +72,7 @@ def modelfile(model: Path, gguf: str) -> str:
     if system and '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
     generation = _json_or_nothing(model / GENERATION_CONFIG)
-    lines += [f"PARAMETER stop {json.dumps(text)}" for text in _stop_texts(model, generation)]
+    lines += [f'PARAMETER stop "{text}"' for text in _stop_texts(model, generation)]  # as it is: no escapes there
     lines += [
         f"PARAMETER {name} {generation[key]}" for key, name in PARAMETERS.items() if generation.get(key) is not None
     ]

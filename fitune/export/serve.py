@@ -45,10 +45,11 @@ def _with_adapter(folder: Path, port: int) -> list[str]:
     """vLLM adds plain LoRA on linear layers while it serves; all else must be merged."""
     with AdapterFile(folder) as file:
         config = file.config
-    parts = ("trainable_token_indices", "modules_to_save", "use_dora")
+    # it scales all modules by one alpha / r, and would not say that it leaves the patterns out
+    parts = ("trainable_token_indices", "modules_to_save", "use_dora", "rank_pattern", "alpha_pattern")
     if part := next((part for part in parts if config.get(part)), None):
         raise UsageError(f"{folder}: vLLM takes no adapter with {part}: merge it, and serve the merged model's folder")
-    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    rank = config.get("r") or 0
     largest = next((size for size in RANKS if size >= rank), None)
     if largest is None:
         raise UsageError(f"{folder}: vLLM takes adapters up to rank {RANKS[-1]}, this has {rank}: merge it")

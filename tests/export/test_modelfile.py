@@ -68,10 +68,10 @@ def test_other_templates_are_left_to_the_gguf(template):
     assert find_turns(template, SPECIALS) is None
 
 
-def model_folder(folder: Path, **tokenizer_config) -> Path:
+def model_folder(folder: Path, end: str = "<|eot_id|>", **tokenizer_config) -> Path:
     token = SPECIALS["bos_token"]
     tokenizer = {
-        "added_tokens": [{"id": 7, "content": token}, {"id": 8, "content": "<|eot_id|>"}],
+        "added_tokens": [{"id": 7, "content": token}, {"id": 8, "content": end}],
         "post_processor": {"type": "Sequence", "processors": [{}, {"single": [{"SpecialToken": {"id": token}}]}]},
     }
     files = {
@@ -107,3 +107,47 @@ def test_the_first_token_is_left_to_llama_cpp_where_it_adds_it(tmp_path, adds):
     written = modelfile(folder, "x.gguf")
     assert ("TEMPLATE" in written) == adds
     assert SPECIALS["bos_token"] not in written
+
+
+INSTRUCTION = re.compile(
+    r'(?m)^(?:#.*|(FROM|TEMPLATE|SYSTEM|PARAMETER) (?:(?<=PARAMETER )(\w+) )?("""(?:.|\n)*?"""|.*))$'
+)
+"A line of a Modelfile, or several between three quotes."
+
+
+def read_as_ollama_does(text: str) -> list[tuple[str, str]]:
+    """Instruction or parameter -> value. What stands between quotes is taken as it is: there are no escapes."""
+    found, rest = [], text
+    while rest:
+        match = INSTRUCTION.match(rest)
+        assert match and match.end() > 0, rest[:80]
+        name, parameter, value = match.groups()
+        if name:
+            quotes = next((q for q in ('"""', '"') if value.startswith(q)), "")
+            assert not quotes or (value.endswith(quotes) and len(value) >= 2 * len(quotes)), value
+            found.append((parameter or name, value[len(quotes) : len(value) - len(quotes)]))
+        rest = rest[match.end() :].removeprefix("\n")
+    return found
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<｜end▁of▁sentence｜>", "<\\end>", 'say "over"'])
+def test_ollama_reads_what_was_meant(tmp_path, end):
+    """Its documented format, and what its parser makes of quotes."""
+    folder = model_folder(tmp_path, end)
+    (folder / "chat_template.jinja").write_text(WITH_DEFAULT.replace("Be kind.", "Be kind.\nSay 'yes'."))
+    found = read_as_ollama_does(modelfile(folder, "my model-bf16.gguf"))
+    assert found[0] == ("FROM", "./my model-bf16.gguf") and found[1][0] == "TEMPLATE"
+    written = as_ollama_writes_it(found[1][1], [{"role": "user", "content": "Hi"}])
+    assert written == "<s>user\nHi</s>\n<s>assistant\n"
+    assert found[2:] == [
+        ("SYSTEM", "Be kind.\nSay 'yes'."), ("stop", end), ("temperature", "0.6"), ("repeat_penalty", "1.1"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ['"""', "{{ x"])
+def test_a_text_that_ollama_would_take_for_its_own_language_is_left_to_the_gguf(tmp_path, text):
+    folder = model_folder(tmp_path)
+    written = WITH_DEFAULT.replace("</s>", f"</s>{{{{ {text!r} }}}}")
+    (folder / "chat_template.jinja").write_text(written)
+    assert find_turns(written, SPECIALS), "it is a template that Turns can say"
+    assert "TEMPLATE" not in modelfile(folder, "x.gguf")

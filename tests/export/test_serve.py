@@ -38,9 +38,11 @@ def test_a_plain_adapter_is_added_by_vllm_to_its_base(own_adapter):
     [
         ({}, "trainable_token_indices: merge it"),
         ({"trainable_token_indices": None, "use_dora": True}, "use_dora: merge it"),
-        ({"trainable_token_indices": None, "rank_pattern": {"q_proj": 600}}, "up to rank 512, this has 600"),
+        ({"trainable_token_indices": None, "rank_pattern": {"q_proj": 6}}, "rank_pattern: merge it"),
+        ({"trainable_token_indices": None, "alpha_pattern": {"q_proj": 6}}, "alpha_pattern: merge it"),
+        ({"trainable_token_indices": None, "r": 600}, "up to rank 512, this has 600"),
     ],
-    ids=["tokens", "dora", "rank"],
+    ids=["tokens", "dora", "ranks", "alphas", "rank"],
 )
 def test_what_vllm_does_not_add_must_be_merged(own_adapter, changed, said):
     set_values(own_adapter / "adapter_config.json", **changed)
