@@ -18,6 +18,7 @@ from fitune.cli_completion import (
 from fitune.cli_group import Cli
 from fitune.cli_options import (
     force_option,
+    load_option,
     machine_options,
     merge_options,
     output_option,
@@ -89,7 +90,10 @@ def show(recipe, profile, sets, output):
 @set_option
 @click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
 def plan(recipe, profile, sets, **options):
-    """Does it fit, where do the bytes go, how long will it take; loads nothing."""
+    """Does it fit, where do the bytes go, how long will it take; loads nothing.
+
+    For a model's folder instead of a recipe: the ways in which `generate` and `eval` can hold it, and which they take.
+    """
     from fitune.planning.plan_command import plan_command
 
     plan_command(recipe, profile, sets, **options)
@@ -196,13 +200,14 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
 @click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own, for --tasks.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many rows of each task.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the tasks' figures to this file.")
+@load_option
 @force_option
 @machine_options
 def evaluate(given, data, **options):
     """Loss, perplexity and token accuracy on the test split, base against tuned.
 
     RUN may be one of its checkpoints, RUN/checkpoints/checkpoint-N. The folder of a merged model or of an adapter is
-    measured by itself, on one device, a .gguf file by llama.cpp; these need --data.
+    measured by itself, a model on as many GPUs as it takes, a .gguf file by llama.cpp; these need --data.
     """
     from fitune.training.eval_command import eval_command
 
@@ -222,12 +227,14 @@ def evaluate(given, data, **options):
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--seed", type=click.IntRange(min=0), help="Draw the same answers again. [default: other ones each time]")
 @click.option("--json", type=click.Path(path_type=Path), help="Also write the answers to this file.")
+@load_option
 @force_option
 @machine_options
 def generate(given, **options):
     """Answers from base and tuned model side by side, or from a merged model.
 
-    RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N.
+    RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N. A model that is larger than a GPU goes over
+    several, into 4 bits or into host RAM: `plan RUN_OR_MODEL` says how.
     """
     from fitune.training.generate_command import generate_command
 

@@ -23,6 +23,14 @@ set_option = click.option(
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
 
+load_option = click.option(
+    "--load",
+    type=click.Choice(["auto", "stored", "nf4"]),
+    default="auto",
+    show_default=True,
+    help="A model folder's weights: as stored, or in 4 bits. `auto`: what fits, as `plan FOLDER` says.",
+)
+
 
 def several(*options):
     """Adds all of them to a command; `--help` shows them in this order."""

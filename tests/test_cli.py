@@ -188,7 +188,7 @@ def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, fini
     ]
     [name, *arguments] = started[2]
     assert name == f"{module}generate"
-    from fitune.training.generate import parse_options
+    from fitune.training.asked import parse_options
 
     options = parse_options([str(finished), *arguments])
     assert (options.prompt, options.max_new_tokens, options.temperature) == (["a", "-b"], 7, 0.5)

@@ -39,7 +39,7 @@ def test_every_command_can_be_typed(command):
 def resolve_what_it_names(params: dict) -> None:
     """Raises UsageError for a recipe, profile or key that does not exist. Words in capitals stand for the user's."""
     recipe, profile, sets = params.get("recipe"), params.get("profile"), params.get("sets") or ()
-    if not recipe or recipe.isupper() or recipe.startswith("runs/") or recipe.endswith(".yaml"):
+    if not recipe or recipe.isupper() or recipe.startswith(("runs/", "models/")) or recipe.endswith(".yaml"):
         return
     if profile and not profile.isupper():
         runs.resolve(recipe, profile, sets)

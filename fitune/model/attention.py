@@ -49,28 +49,36 @@ def packed_attention(
     """Query [1, heads, T, head_dim], key and value with fewer heads if they are shared -> ([1, T, heads, head_dim], -).
 
     Example n of the row is tokens [cu_seq_lens_q[n], cu_seq_lens_q[n + 1]), at most `max_length_q` of them, as TRL's
-    collator describes a packed row. Rows that are not packed, as in generation, go to sdpa; they must not be padded.
-    Only these may be longer than a `sliding_window`: `fitune.config.base_model` refuses to train on such rows.
+    collator describes a packed row. Rows that are not packed, as in generation, go to sdpa; `attention_mask`
+    [rows, keys] says which of their keys are no padding. Only these may be longer than a `sliding_window`:
+    `fitune.config.base_model` refuses to train on such rows.
     """
-    if attention_mask is not None:
-        raise ValueError("packed attention knows no padding: set packing: true, or one row at a time")
     if cu_seq_lens_q is None:
-        mask = _window_mask(query.shape[2], key.shape[2], sliding_window, query.device)
+        mask = _visible(query.shape[2], key.shape[2], sliding_window, attention_mask, query.device)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    if attention_mask is not None:
+        raise ValueError("a packed row has no padding, but an attention mask came with it")
     check_bounds(cu_seq_lens_q, max_length_q, query.device)
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     return _attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
 
 
-def _window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[1, 1, queries, keys]: which of the last `window` keys each query sees. None where none is further away.
+def _visible(
+    queries: int, keys: int, window: int | None, attention_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """[rows or 1, 1, queries, keys]: which keys each query sees, of the last `window`. None where it is all before it.
 
-    The queries are the last ones of the keys.
+    The queries are the last ones of the keys. Padding sees itself, as a row of no keys has no attention.
     """
-    if window is None or keys <= window:
+    if attention_mask is None and (window is None or keys <= window):
         return None
     ahead = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return ((ahead >= 0) & (ahead < window))[None, None]
+    visible = (ahead >= 0)[None, None]
+    if window is not None:
+        visible = visible & (ahead < window)
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None, :] | (ahead == 0)
+    return visible
 
 
 def check_bounds(bounds: torch.Tensor, longest: int | None, device: torch.device) -> None:

@@ -28,8 +28,12 @@ def build_skeleton(
     compute_dtype: torch.dtype,
     device_type: str,
     trained_dtype: torch.dtype = torch.float32,
+    *,
+    adapter: bool = True,
 ) -> nn.Module:
     """What `recipe.method` trains, all parameters on meta: a LlamaForCausalLM or its like, or a PeftModel around it.
+
+    Without `adapter` the frozen model alone, to be asked.
 
     Frozen weights have `compute_dtype` (or packed NF4), an adapter float32: its optimizer needs the precision, and
     `_LoraLinear` casts it for the computation. Method full's have `trained_dtype`, which FSDP casts. A frozen head has
@@ -57,6 +61,10 @@ def build_skeleton(
     if recipe.method == "qlora":
         _quantise_linears(model)
     use_written_out_layers(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if not adapter:
+        return model
     return _add_lora(model, recipe.lora, tokenizer)
 
 
@@ -108,8 +116,6 @@ def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizer
         trainable_token_indices={"embed_tokens": token_ids, "lm_head": token_ids} if token_ids else None,
         task_type="CAUSAL_LM",
     )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     try:
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:

@@ -59,14 +59,14 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.reduced else 0.0
     last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
-    before = {**_resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
+    before = {**resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
     stay = not (s.offload or s.optimizer_offload)
     left = s.gradients if s.accumulated_on_gpu or stay else s.leaving_gradients
-    after = {**_resident(s), "gradients": left, **fixed}
+    after = {**resident(s), "gradients": left, **fixed}
     not_yet = s.last_gradients if stay and not s.accumulated_on_gpu else 0.0
-    stepping = {**_resident(s), "gradients": s.gradients * stay, **fixed}
+    stepping = {**resident(s), "gradients": s.gradients * stay, **fixed}
     return {
-        "load": {**_resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
+        "load": {**resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
         "forward, gathering the head": {
             **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
         "forward, loss": {
@@ -90,7 +90,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
             "gradient reduction": head_reduction, "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "optimizer step": stepping,
-        "save": _resident(s),
+        "save": resident(s),
     }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _of_first_two_layers(s: Setup) -> float:
     return 0.0 if s.activation_offload else 2 * s.hidden_state
 
 
-def _resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
+def resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
     """On the GPU all the time: this rank's share of weights and optimizer state."""
     layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.ranks
     embeddings = 0.0 if s.offload or s.embedding_offload else s.embeddings / s.ranks

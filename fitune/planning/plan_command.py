@@ -7,7 +7,9 @@ import sys
 from rich.console import Console
 
 from fitune.config import run as runs
+from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
+from fitune.planning.asking import as_rows, is_model_folder
 from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
@@ -16,7 +18,7 @@ from fitune.planning.limits import given_machine, limits_here, limits_of
 from fitune.planning.memory import merge_host
 from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
-from fitune.planning.report import DETAILS_HINT, print_choice, print_matrix, print_plan, print_tried
+from fitune.planning.report import DETAILS_HINT, print_asking, print_choice, print_matrix, print_plan, print_tried
 from fitune.planning.search import Found, all_on_the_gpus, described
 from fitune.planning.search import find as find_fastest
 from fitune.planning.sizes import GIB
@@ -31,6 +33,11 @@ def plan_command(
     """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers)
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    if is_model_folder(recipe):
+        if profile or sets or find or all_tiers:
+            raise UsageError(f"{recipe} is a model's folder: leave out --profile, --set, --find and --all")
+        _plan_asking(recipe, _machine(gpus, gpu_memory, host_memory, gpu), console, in_json=in_json)
+        return
     if all_tiers:
         rows = matrix(recipe, sets)
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
@@ -62,6 +69,11 @@ def plan_command(
         print_tried(found, console)
     if not details:
         console.print(DETAILS_HINT, style="dim")
+
+
+def _plan_asking(folder: str, machine: Machine, console: Console, *, in_json: bool) -> None:
+    rows = as_rows(find_shape(folder), machine)
+    print(json.dumps({"model": folder, "asking": rows}, indent=2)) if in_json else print_asking(folder, rows, console)
 
 
 def _machine(gpus: int | None, gpu_memory: float | None, host_memory: float | None, gpu: str | None) -> Machine:

@@ -43,6 +43,23 @@ def print_plan(plan: Plan, outlook: Outlook, console: Console, *, details: bool 
         _print_details(plan, console)
 
 
+def print_asking(folder: str, rows: list[dict], console: Console) -> None:
+    """How `generate` holds a model's folder, then all ways and what each needs."""
+    chosen = next((row for row in rows if row["fits"]), None)
+    answer = Text(f"asked with {chosen['way']}", style="bold green") if chosen else Text("too large", style="bold red")
+    console.print(Text.assemble((f"{folder} ", "bold"), answer))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "GiB of each GPU", "GiB of RAM", "way, the fastest first"):
+        table.add_column(column, justify="right" if column.startswith("GiB") else "left")
+    for row in rows:
+        mark = Text("fits" if row["fits"] else "no", style="green" if row["fits"] else "red")
+        table.add_row(mark, f"{row['gpu_gib']:.1f}", f"{row['host_gib']:.1f}", row["way"])
+    console.print(table)
+    console.print(
+        "eval takes the first way with weights as stored that fits; --load nf4 or stored chooses", style="dim"
+    )
+
+
 def _print_details(plan: Plan, console: Console) -> None:
     if plan.gpu:
         console.print(_phase_table(plan))

@@ -1,5 +1,6 @@
 """What `fitune eval` does: a run is measured on all its ranks, anything else on one device."""
 
+import tempfile
 from pathlib import Path
 
 from fitune.errors import UsageError
@@ -9,7 +10,9 @@ from fitune.report.page import show_page_after_a_command
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none
 
 
-def eval_command(given: Path, data: Path | None, *, tasks: str | None, force: bool, place: Place, **of_tasks) -> int:
+def eval_command(
+    given: Path, data: Path | None, *, tasks: str | None, load: str, force: bool, place: Place, **of_tasks
+) -> int:
     """The exit code; `of_tasks` are the flags that belong to --tasks, `place` this machine's among several."""
     if given.suffix == ".gguf" and given.is_file():
         _evaluate_gguf(given, data)  # which leaves by itself
@@ -22,10 +25,9 @@ def eval_command(given: Path, data: Path | None, *, tasks: str | None, force: bo
     if run is None:
         if data is None:
             raise UsageError(f"{given}: no run, so it knows no held-out rows: give --data FOLDER, which prepare wrote")
-        from fitune.training.evaluate_folder import print_evaluation
-
-        print_evaluation(given, data, force=force)
-        return 0
+        return _evaluate_folder(given, data, load, force)
+    if load != "auto":
+        raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for a model's folder")
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=data is None)
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
@@ -33,6 +35,23 @@ def eval_command(given: Path, data: Path | None, *, tasks: str | None, force: bo
     if not code:
         show_page_after_a_command(run.folder, place)
     return code
+
+
+def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
+    from fitune.export.adapter import is_adapter
+    from fitune.training.evaluate_folder import print_evaluation, rows_file
+    from fitune.training.model_run import how_to_hold, run_to_ask
+
+    rows = rows_file(data)  # looked for before anything starts
+    if is_adapter(given):
+        if load != "auto":
+            raise UsageError(f"--load {load}: an adapter is measured on its base as it was trained; merge it first")
+    elif way := how_to_hold(given, load, exact=True):
+        with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
+            run = run_to_ask(given, way, Path(scratch))
+            return launch_until_stopped(run, "fitune.training.evaluate_model", str(rows.absolute()))
+    print_evaluation(given, data, force=force)
+    return 0
 
 
 def _evaluate_gguf(file: Path, data: Path | None) -> None:

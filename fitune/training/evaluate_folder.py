@@ -35,14 +35,19 @@ Scored = tuple[float, int, int]
 def evaluate_folder(given: Path, data: Path, *, force: bool = False) -> dict:
     """{"model": metrics, "rows": N} of `given` on `data`, a prepared folder or a .jsonl file of the same schema."""
     file = rows_file(data)
+    rows = read_rows(file, folder_tokenizer(given), given)
+    score = load_scorer(given, force)
+    with bar("evaluating", len(rows)) as advance:
+        return {"model": metrics(score(row) for row in _counting(rows, advance)), "rows": len(rows)}
+
+
+def folder_tokenizer(given: Path):
+    """Of a model's or an adapter's folder, with its own template. UsageError where it has none."""
     tokenizer = read_tokenizer(given)
     if not tokenizer.chat_template:
         raise UsageError(f"{given}: has no chat template, so answers cannot be told from questions")
     apply_chat_template_choice(tokenizer, "tokenizer")
-    rows = read_rows(file, tokenizer, given)
-    score = load_scorer(given, force)
-    with bar("evaluating", len(rows)) as advance:
-        return {"model": metrics(score(row) for row in _counting(rows, advance)), "rows": len(rows)}
+    return tokenizer
 
 
 def rows_file(data: Path) -> Path:

@@ -1,5 +1,6 @@
-"""What `fitune generate` does: answers of a run on all its ranks, of a model on one device, or a server's."""
+"""What `fitune generate` does: answers of a run on all its ranks, of a model's folder, or a server's."""
 
+import tempfile
 from pathlib import Path
 
 from fitune.errors import UsageError
@@ -21,10 +22,13 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
                 "--serve starts a server, which is asked over its port: leave out --prompt, --text, --test and --chat"
             )
         return _serve(given, serve)
+    load = asked.pop("load")
     if not asks:
         raise UsageError('nothing to ask: give --prompt "...", --text "...", --test N or --chat')
     if not (given / "run.yaml").is_file() and (given / "config.json").is_file():
-        return _ask_model(given, asked)
+        return _ask_model(given, asked, load)
+    if load != "auto":
+        raise UsageError(f"--load {load}: a run is asked as it was trained; --load is for a model's folder")
     return _ask_run(given, asked, place)
 
 
@@ -36,10 +40,18 @@ def _serve(given: Path, port: int) -> int:
     return 0
 
 
-def _ask_model(folder: Path, asked: dict) -> int:
+def _ask_model(folder: Path, asked: dict, load: str) -> int:
     if asked["test"]:
         raise UsageError(f"{folder} is a model folder: --test needs a run folder, which knows the test split")
-    from fitune.training.generate import generate_from_model, parse_options
+    from fitune.training.model_run import how_to_hold, run_to_ask
+
+    if way := how_to_hold(folder, load):
+        with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
+            run, chats = run_to_ask(folder, way, Path(scratch)), bool(asked["chat"])
+            module = "fitune.training.generate_model"
+            return launch_until_stopped(run, module, *_as_typed(asked), interrupts_go_on=chats)
+    from fitune.training.asked import parse_options
+    from fitune.training.generate_model import generate_from_model
 
     generate_from_model(folder, parse_options([str(folder), *_as_typed(asked)]))
     return 0

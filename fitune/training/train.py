@@ -134,14 +134,16 @@ def train(run: Run) -> None:
 
 
 def load_sharded_model(
-    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8: bool = False, bar=None
+    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8=False, adapter=True, bar=None
 ) -> torch.nn.Module:
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream.
 
-    `fp8` has it train with fp8 products. `bar` shows how far it is; without one, rank 0 draws its own.
+    `fp8` has it train with fp8 products; without `adapter` it is the frozen model alone. `bar` shows how far it is;
+    without one, rank 0 draws its own.
     """
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
-    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type, trained_dtype(run))
+    stored = trained_dtype(run)
+    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type, stored, adapter=adapter)
     if fp8:
         use_fp8_products(decoder(model))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)

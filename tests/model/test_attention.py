@@ -71,10 +71,23 @@ def test_generation_goes_to_sdpa(model):
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
 
 
-def test_padding_is_refused(model):
+def test_padding_on_the_left_changes_no_answer(model):
+    """Prompts of several lengths in one batch, each answered as alone."""
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
+    alone = [model.generate(torch.tensor([p]), max_new_tokens=5, do_sample=False)[0, len(p) :] for p in prompts]
     model.set_attn_implementation(attention.PACKED_ATTENTION)
-    with pytest.raises(ValueError, match="packed attention knows no padding"):
-        model(torch.tensor([[1, 2], [3, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]]))
+    ids = torch.tensor([[0] * (6 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (6 - len(p)) + [1] * len(p) for p in prompts])
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, 6:]
+    assert together.tolist() == [answer.tolist() for answer in alone]
+
+
+def test_padding_in_a_packed_row_is_refused():
+    states = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="a packed row has no padding"):
+        attention.packed_attention(
+            None, states, states, states, torch.ones(1, 4), cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fitune.training.answerer import Answerer
 from fitune.training.chat import HELP, Interrupts, chat
-from fitune.training.generate import Answerer
 
 CTRL_C = object()
 QUESTION = [{"role": "user", "content": "River stone letter?"}]

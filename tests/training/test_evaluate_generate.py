@@ -13,8 +13,9 @@ from fitune.data.chat_template import end_of_turn_ids, template_hash
 from fitune.data.dataset import load_tokenizer
 from fitune.export.chat_record import ChatRecord, read_chat_record
 from fitune.model.sharding import local_part
+from fitune.training.answerer import Answerer
 from fitune.training.evaluate import evaluate
-from fitune.training.generate import Answerer, generate
+from fitune.training.generate import generate
 from fitune.training.result import save_result
 from fitune.weights.base_identity import identify_base
 
@@ -147,13 +148,14 @@ def test_answers_equal_plain_generation(runs, processes):
 
 def sampled(run) -> list[str]:
     """The answers that this rank computes, drawn at a temperature."""
-    answers, answer = [], Answerer.answer
+    answers, answer_all = [], Answerer.answers
 
-    def recorded(self, *asked):
-        answers.append(answer(self, *asked))
-        return answers[-1]
+    def recorded(self, conversations):
+        found = answer_all(self, conversations)
+        answers.extend(found)
+        return found
 
-    Answerer.answer = recorded
+    Answerer.answers = recorded
     options = {
         "prompt": PROMPTS,
         "text": [],

@@ -13,8 +13,10 @@ from fitune.config.schema import Data, Recipe
 from fitune.data.chat_template import apply_chat_template_choice, template_hash
 from fitune.errors import UsageError
 from fitune.export.chat_record import ChatRecord, read_chat_record, refuse_another_chat, write_chat_record
-from fitune.training import generate as generating
-from fitune.training.generate import Answerer, _conversations, generate_from_model
+from fitune.training import generate_model as generating
+from fitune.training.answerer import Answerer
+from fitune.training.generate import _conversations
+from fitune.training.generate_model import generate_from_model
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
@@ -60,7 +62,7 @@ def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_train
     folder = tmp_path / "model"
     shutil.copytree(tiny_base, folder)
     asked = {}
-    monkeypatch.setattr(generating, "_report", lambda conversations, *_: asked.update(enumerate(conversations)))
+    monkeypatch.setattr(generating, "report", lambda conversations, *_: asked.update(enumerate(conversations)))
     options = Namespace(prompt=["Hi"], text=[], chat=False, max_new_tokens=1, temperature=0.0, seed=None, json=None)
     tokenizer = tiny_tokenizer()
     apply_chat_template_choice(tokenizer, "llama3")

@@ -1,0 +1,74 @@
+"""Loss, perplexity and token accuracy of a model's folder that several processes hold.
+
+    accelerate launch --config_file X.yaml -m fitune.training.evaluate_model RUN ROWS
+
+RUN is a folder that `model_run.run_to_ask` wrote, ROWS a .jsonl file in prepare's schema.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fitune.config.schema import Run
+from fitune.model.skeleton import decoder
+from fitune.progress import bar
+from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.evaluate_folder import Row, folder_tokenizer, metrics, print_report, read_rows
+from fitune.training.loss import add_answer_loss, find_answers
+from fitune.training.out_of_memory import explain_in_eval
+from fitune.training.train import load_sharded_model, run_stage
+
+
+def evaluate_model(run: Run, rows_file: Path) -> dict:
+    """{"model": metrics, "rows": N} of the run's base, without an adapter; printed. Call on all ranks."""
+    mesh, folder = join(run.accelerate), Path(run.recipe.base.model)
+    tokenizer = folder_tokenizer(folder)
+    rows = read_rows(rows_file, tokenizer, folder)
+    model = load_sharded_model(run, folder, tokenizer, mesh, adapter=False).eval()
+    add_answer_loss(decoder(model))
+    with bar("evaluating", math.ceil(len(rows) / mesh.size()), show=is_main_process()) as advance:
+        totals = _totals(model, rows, mesh.get_rank(), mesh.size(), compute_device(mesh), advance)
+    report = {"model": metrics([totals]), "rows": len(rows)}
+    if is_main_process():
+        print_report(report)
+    leave()
+    return report
+
+
+@torch.no_grad()
+def _totals(
+    model, rows: list[Row], rank: int, ranks: int, device: torch.device, on_pass: Callable[[], None]
+) -> tuple[float, int, int]:
+    """Loss, right tokens and tokens over all rows, each read by one rank.
+
+    All ranks make as many passes, as they gather each layer together: what fills up the last one is not counted.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for first in range(0, len(rows), ranks):
+        mine = first + rank
+        ids, labels = (torch.tensor(part, device=device)[None] for part in rows[min(mine, len(rows) - 1)])
+        answers = find_answers(labels)
+        found = model(input_ids=ids, answers=answers, use_cache=False)
+        if mine < len(rows):
+            sums += torch.tensor([float(found.loss), float(found.right), len(answers.tokens)], dtype=torch.float64)
+        on_pass()
+    dist.all_reduce(sums)
+    loss, right, tokens = sums.tolist()
+    return loss, int(right), int(tokens)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="fitune.training.evaluate_model", description=__doc__)
+    parser.add_argument("run", type=Path, help="a folder that run_to_ask wrote")
+    parser.add_argument("rows", type=Path, help="held-out rows as prepare writes them")
+    options = parser.parse_args(arguments)
+    run_stage(options.run, partial(evaluate_model, rows_file=options.rows), explain_in_eval)
+
+
+if __name__ == "__main__":
+    main()

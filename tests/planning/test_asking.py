@@ -1,0 +1,85 @@
+"""How `generate` and `eval` hold a model's folder on a machine, and how `plan` says it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from fitune.cli import cli
+from fitune.config.model_shapes import LLAMA_3_FAMILY
+from fitune.errors import UsageError
+from fitune.planning import plan_command
+from fitune.planning.asking import choose, holdings
+from fitune.planning.limits import given_machine
+
+SHAPE_70B = LLAMA_3_FAMILY["Llama-3.3-70B"]
+CONFIG_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder_70b(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_70B))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "host", "asked", "measured"),
+    [
+        (2, 140, 64, "weights as stored, on 1 GPU", "weights as stored, on 1 GPU"),
+        (1, 47.4, 64, "weights in NF4, on 1 GPU", "weights in NF4, on 1 GPU"),
+        (4, 79, 64, "weights in NF4, on 1 GPU", "weights as stored, on 3 GPUs"),
+        (4, 23.6, 64, "weights in NF4, on 3 GPUs", "weights in NF4, on 3 GPUs"),
+        (1, 23.6, 64, *["weights in NF4, on 1 GPU, from host RAM layer by layer"] * 2),
+        (1, 23.6, 256, *[f"weights {w}, on 1 GPU, from host RAM layer by layer" for w in ("in NF4", "as stored")]),
+    ],
+)
+def test_a_70b_is_asked_the_fastest_way_and_measured_as_it_is_where_that_fits(gpus, gib, host, asked, measured):
+    machine = given_machine(gpus, gib, host)
+    assert str(choose(SHAPE_70B, machine)) == asked
+    assert str(choose(SHAPE_70B, machine, exact=True)) == measured
+
+
+def test_the_weights_alone_are_what_a_way_needs_at_least():
+    stored, nf4 = SHAPE_70B.parameters * 2 / 2**30, SHAPE_70B.parameters * 0.516 / 2**30
+    for way in holdings(SHAPE_70B, 4):
+        weights = stored if way.load == "stored" else nf4
+        assert (way.host if way.offload else way.gpu * way.ranks) > weights
+        assert not way.offload or way.gpu < 14, "what no GPU holds for long"
+
+
+def test_load_allows_one_kind_of_weights():
+    machine = given_machine(1, 79, 256)
+    assert choose(SHAPE_70B, machine, "stored").load == "stored"
+    with pytest.raises(UsageError, match="its weights are in 4 bits already: leave out --load stored"):
+        choose(replace(SHAPE_70B, nf4_on_disk=True), machine, "stored", name="models/mine")
+
+
+def test_what_fits_nowhere_is_refused_with_what_comes_nearest():
+    with pytest.raises(UsageError, match=r"models/mine: too large to ask here: 39\.\d GiB of RAM are needed, 16"):
+        choose(SHAPE_70B, given_machine(1, 11.6, 16), name="models/mine")
+    with pytest.raises(UsageError, match=r"GiB of each GPU are needed, 3\.0 are free even with weights in NF4"):
+        choose(SHAPE_70B, given_machine(1, 3, 512), name="models/mine")
+
+
+def test_plan_of_a_folder_says_which_way_is_taken(folder_70b):
+    flags = ["plan", str(folder_70b), "--gpu", "RTX 4090", "--gpus", "4", "--host-memory", "64"]
+    said = CliRunner().invoke(cli, flags, catch_exceptions=False).output
+    assert said.splitlines()[0] == f"{folder_70b} asked with weights in NF4, on 3 GPUs"
+    rows = json.loads(CliRunner().invoke(cli, [*flags, "--json"], catch_exceptions=False).output)["asking"]
+    assert next(row["way"] for row in rows if row["fits"]) == "weights in NF4, on 3 GPUs"
+    assert rows[0]["why_not"].endswith("GiB of each GPU are needed, 24.0 are free")
+
+
+def test_plan_of_a_folder_takes_hardware_only(folder_70b):
+    result = CliRunner().invoke(cli, ["plan", str(folder_70b), "--profile", "fsdp_4x24gb"])
+    assert result.exit_code == 2 and "is a model's folder: leave out --profile" in result.output
+
+
+def test_plan_of_a_folder_looks_at_this_machine_where_none_is_given(folder_70b, monkeypatch):
+    monkeypatch.setattr(plan_command, "this_machine", lambda: given_machine(1, 79, 200))
+    said = CliRunner().invoke(cli, ["plan", str(folder_70b)], catch_exceptions=False).output
+    assert said.splitlines()[0] == f"{folder_70b} asked with weights in NF4, on 1 GPU"

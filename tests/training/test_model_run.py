@@ -1,0 +1,181 @@
+"""A model's folder held by several processes, in 4 bits or out of host RAM, answers and measures as it does alone."""
+
+import json
+import shutil
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bases import plain_model
+from click.testing import CliRunner
+from ranks import run_ranks
+from rounding import additions_to_logits, rounding
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoTokenizer, LlamaConfig
+
+from fitune.cli import cli
+from fitune.config import run as runs
+from fitune.config.schema import Run
+from fitune.data.chat_template import apply_chat_template_choice
+from fitune.planning.asking import Holding
+from fitune.planning.limits import given_machine
+from fitune.training import model_run
+from fitune.training.distributed import is_main_process
+from fitune.training.evaluate_folder import evaluate_folder
+from fitune.training.evaluate_model import evaluate_model
+from fitune.training.generate_model import generate_from_shards
+from fitune.training.model_run import how_to_hold, run_to_ask
+
+PROMPTS = ["River stone letter.", "Winter garden", "Name three colours of the sky at night, please."]
+
+
+@pytest.fixture(scope="module")
+def model(uneven_base, tmp_path_factory) -> Path:
+    """A folder as merge writes one: with a chat template, and tokens at which answers end."""
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    shutil.copytree(uneven_base, folder)
+    tokenizer = tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, "llama3")
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    return folder
+
+
+def held(model: Path, folder: Path, load: str, ranks: int, offload: bool) -> Run:
+    """As on GPUs, on CPU processes."""
+    folder.mkdir()
+    run = run_to_ask(model, Holding(load, ranks, offload, 1.0, 1.0), folder)
+    accelerate = run.accelerate.model_copy(update={"use_cpu": True, "mixed_precision": "no"})
+    return run.model_copy(update={"accelerate": accelerate})
+
+
+def ask(run: Run, temperature: float = 0.0, seed: int | None = None) -> list[str]:
+    file = run.folder / "answers.json"
+    options = {"prompt": PROMPTS, "text": ["Once upon"], "chat": False, "max_new_tokens": 8, "json": file}
+    generate_from_shards(run, Namespace(**options, temperature=temperature, seed=seed))
+    return [row["model"] for row in json.loads(file.read_text())] if is_main_process() else []
+
+
+@pytest.fixture(scope="module")
+def expected_ids(model) -> dict[str, list[list[int]]]:
+    """Plain transformers' answers in float32, one prompt at a time, by how the weights are held."""
+    tokenizer, found = AutoTokenizer.from_pretrained(model), {}
+    for load, method in (("stored", "full"), ("nf4", "qlora")):
+        plain, found[load] = plain_model(model, method).eval(), []
+        inputs = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            for prompt in PROMPTS
+        ]
+        begun = tokenizer.bos_token + "Once upon"
+        inputs.append(tokenizer(begun, add_special_tokens=False, return_tensors="pt"))
+        for prompt in inputs:
+            output = plain.generate(**prompt, max_new_tokens=8, do_sample=False)
+            found[load].append(output[0, prompt["input_ids"].shape[1] :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model, expected_ids) -> dict[str, list[str]]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return {
+        load: [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        for load, answers in expected_ids.items()
+    }
+
+
+WAYS = [("stored", 1, True), ("stored", 2, False), ("nf4", 1, False), ("nf4", 2, False), ("nf4", 2, True)]
+
+
+@pytest.mark.parametrize(("load", "ranks", "offload"), WAYS)
+def test_answers_are_plain_transformers(model, expected, tmp_path, load, ranks, offload):
+    run = held(model, tmp_path / "run", load, ranks, offload)
+    assert run_ranks(ask, ranks, run)[0] == expected[load]
+
+
+def test_answers_end_where_the_folder_says(model, expected_ids, tmp_path):
+    """At a token that config.json does not know, for one prompt of a batch earlier than for another."""
+    folder, tokenizer = tmp_path / "model", AutoTokenizer.from_pretrained(model)
+    shutil.copytree(model, folder)
+    whole = expected_ids["stored"]
+    end = next(token for token in whole[0][1:] if any(token not in ids for ids in whole))
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [*ends, end]}))
+    texts = run_ranks(ask, 2, held(folder, tmp_path / "run", "stored", 2, False))[0]
+    until = [ids[: ids.index(end)] if end in ids else ids for ids in whole]
+    assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in until]
+
+
+@pytest.mark.parametrize(("load", "ranks", "offload"), [("stored", 2, False), ("nf4", 1, False)])
+def test_rows_are_measured_as_on_one_device(model, prepared, tmp_path, load, ranks, offload):
+    """On two ranks 7 rows leave one rank without in the last pass."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((prepared / "test.jsonl").read_text().splitlines(keepends=True)[:7]))
+    run = held(model, tmp_path / "run", load, ranks, offload)
+    found = run_ranks(evaluate_model, ranks, run, rows)
+    assert all(report == found[0] for report in found) and found[0]["rows"] == 7
+    as_held = tmp_path / "as_held"
+    if load == "nf4":
+        plain_model(model, "qlora").save_pretrained(as_held)
+    else:
+        plain_model(model).save_pretrained(as_held)
+    AutoTokenizer.from_pretrained(model).save_pretrained(as_held)
+    expected = evaluate_folder(as_held, rows)["model"]
+    assert found[0]["model"]["tokens"] == expected["tokens"]
+    error = rounding(additions_to_logits(LlamaConfig.from_pretrained(model), 256))
+    assert found[0]["model"]["loss"] == pytest.approx(expected["loss"], rel=error)
+
+
+def test_a_seed_repeats_a_batch_and_without_one_it_is_drawn_anew(model, tmp_path):
+    run = held(model, tmp_path / "run", "stored", 2, False)
+    drawn = [run_ranks(ask, 2, run, 1.5, seed)[0] for seed in (3, 3, None, None)]
+    assert drawn[0] == drawn[1] and len({tuple(texts) for texts in drawn}) == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "exact", "taken"),
+    [
+        (1, 79, False, None),
+        (1, 11, False, "weights in NF4, on 1 GPU"),
+        (2, 15, True, "weights as stored, on 2 GPUs"),
+        (1, 6, False, "weights in NF4, on 1 GPU, from host RAM layer by layer"),
+    ],
+)
+def test_a_folder_goes_where_it_fits_and_that_is_said(tmp_path, monkeypatch, capsys, gpus, gib, exact, taken):
+    """An 8B's sizes: plain transformers take it where one GPU holds it."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = sizes | {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    monkeypatch.setattr(model_run, "this_machine", lambda: given_machine(gpus, gib, 64))
+    way = how_to_hold(tmp_path, "auto", exact=exact)
+    said = capsys.readouterr().err
+    assert (str(way) if way else None) == taken
+    assert said == (f"{tmp_path}: {way}: {way.gpu:.1f} GiB of each GPU, {way.host:.1f} of RAM\n" if way else "")
+    run = run_to_ask(tmp_path, replace(way, ranks=2), tmp_path) if way else None
+    assert run is None or (run.accelerate.num_processes, run.accelerate.offload_params) == (2, way.offload)
+
+
+def test_the_commands_start_processes_that_hold_it(model, prepared, expected, tmp_path, capfd):
+    """The real `generate` and `eval`, in 4 bits on the CPU."""
+    asked = ["generate", str(model), "--load", "nf4", "--max-new-tokens", "8", "--json", str(tmp_path / "a.json")]
+    for prompt in PROMPTS:
+        asked += ["--prompt", prompt]
+    for command in (asked, ["eval", str(model), "--load", "nf4", "--data", str(prepared)]):
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 0, result.output + capfd.readouterr().err
+    assert [row["model"] for row in json.loads((tmp_path / "a.json").read_text())] == expected["nf4"][: len(PROMPTS)]
+    printed = capfd.readouterr().out
+    assert "held-out rows: 8" in printed
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_load_is_for_a_models_folder(make_run, tiny_base, tmp_path, command):
+    run = make_run(tiny_base, tmp_path / "run", "lora")
+    (run.folder / "adapter").mkdir(parents=True)
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    flags = ["--prompt", "Hi"] if command == "generate" else []
+    result = CliRunner().invoke(cli, [command, str(run.folder), "--load", "nf4", *flags])
+    assert result.exit_code == 2 and "--load is for a model's folder" in result.output
