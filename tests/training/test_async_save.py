@@ -66,6 +66,32 @@ def test_a_checkpoint_holds_the_step_it_is_named_after(method, processes, tiny_b
             assert files[name] == others[name], name
 
 
+def _train_with_a_slow_first_save(run) -> None:
+    """Checkpoint 2 is still being written when 4 is to be saved."""
+    next_is_due, save = threading.Event(), CheckpointSaver.save
+
+    def told(self, step, *args, **kwargs):
+        if step == 4:
+            next_is_due.set()
+        return save(self, step, *args, **kwargs)
+
+    def wait(step: int) -> None:
+        if step == 2:
+            assert next_is_due.wait(PATIENCE_SECONDS), "training did not go on"
+            time.sleep(0.5)
+        assert step == 2 or (run.folder / "checkpoints/checkpoint-2").is_dir(), "two saves at once"
+
+    CheckpointSaver.save = told
+    _change_writing(wait)
+    train_here(run)
+
+
+def test_a_save_waits_for_the_one_before(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path / "run", "lora", training=TRAINING, async_save=True)
+    run_ranks(_train_with_a_slow_first_save, 1, run)
+    assert [path.name for path in checkpoints(run.folder / "checkpoints")] == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
+
 def _train_on_a_disk_that_fails(run) -> tuple[str, list[int]]:
     """What training ends with where rank 1 cannot write checkpoint 2, and the steps that were begun."""
     failed, begun = threading.Event(), []

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
+from fitune.training import host_states
 from fitune.weights.safetensors_files import Checkpoint
 
 STEPS, SAVED = 8, 4
@@ -83,6 +84,12 @@ def test_offloaded_weights_train_the_same(uneven_base, make_run, tmp_path):
     assert curves[True] == curves[False]
 
 
+def _train_in_small_pieces(run) -> None:
+    """Several of a weight's rows make a piece, and several pieces a weight, as in large models."""
+    host_states.PIECE = 2**12
+    train_here(run)
+
+
 def test_states_and_gradients_in_host_ram_train_the_same_and_resume_without_it(uneven_base, make_run, tmp_path):
     """Two passes a step, two ranks: equal to the bit, and a run may go on with them on the GPU."""
     curves = {}
@@ -90,7 +97,7 @@ def test_states_and_gradients_in_host_ram_train_the_same_and_resume_without_it(u
         options = OPTIONS | {"optimizer_offload": offloaded}
         run = make_run(uneven_base, tmp_path / str(offloaded), "full", processes=2, **options)
         assert run.gradient_accumulation_steps > 1
-        run_ranks(train_here, 2, run)
+        run_ranks(_train_in_small_pieces, 2, run)
         curves[offloaded] = _curve(run), _curve(run, "grad_norm")
     assert curves[True] == curves[False]
     back = _resumed(run, tmp_path / "back")
