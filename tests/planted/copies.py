@@ -12,6 +12,11 @@ from pathlib import Path
 
 from fault_list import ROOT
 
+for needed in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(needed))
+
+from quick_python import Program  # noqa: E402
+
 NOT_COPIED = ("models", "runs", "__pycache__")
 "Folders that are passed over where git cannot say what belongs to the tree; so are those with a dot."
 
@@ -43,18 +48,16 @@ def copied(files: list[Path], root: Path) -> Iterator[Path]:
 def run_tests(tree: Path, tests: tuple[str, ...], timeout: float, *options: str) -> tuple[int | None, str]:
     """(pytest's exit code, None where it took too long; what it printed) of tests in a copy of the tree."""
     fixed = ["-q", "-n", "0", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={tree.parent / 'temporary'}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *fixed, *options, *tests],
-        cwd=tree, env=_environment(tree), text=True, errors="replace", start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    said = tree.parent / "said"
+    with said.open("w") as stream:
+        process = Program(["-m", "pytest", *fixed, *options, *tests], _environment(tree), tree, stream)
     try:
-        output, _ = process.communicate(timeout=timeout)
+        code = process.wait(timeout)
     except subprocess.TimeoutExpired:
         return None, ""
     finally:
         _end_with_children(process)
-    return process.returncode, output
+    return code, said.read_text(encoding="utf-8", errors="replace")
 
 
 def _environment(tree: Path) -> dict[str, str]:
@@ -63,7 +66,7 @@ def _environment(tree: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def _end_with_children(process: subprocess.Popen) -> None:
+def _end_with_children(process: Program) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
