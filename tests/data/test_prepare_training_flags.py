@@ -11,6 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 from fitune.config.schema import Data, Recipe, Source
 from fitune.data.chat_template import apply_chat_template_choice
 from fitune.data.prepared import load_rows
+from fitune.data.training_flags import trained_answers
 from fitune.errors import UsageError
 
 NO, YES = ({"role": "assistant", "content": text} for text in ("Bad.", "Good."))
@@ -52,6 +53,23 @@ def test_turns_flagged_off_are_masked(tool, tmp_path):
     assert rows(tmp_path) == [{"messages": [QUESTION, NO | {"train": False}, QUESTION, YES]}]
     trained = trained_text(tmp_path, tokenizer)
     assert "Good." in trained and "Bad." not in trained
+
+
+@pytest.mark.parametrize(
+    ("train_on", "off", "trained"),
+    [
+        ("all", 1, [True, False, True]),
+        ("last", 1, [False, False, True]),
+        ("last", 2, [False, False, False]),
+        ("completion", 1, [False, False, True]),
+        ("completion", 2, [False, True, False]),
+    ],
+)
+def test_a_flag_takes_out_of_what_train_on_means(train_on, off, trained):
+    """The last question is answered in two turns, as around a tool."""
+    answers = [YES | ({"train": False} if number == off else {}) for number in range(3)]
+    messages = [QUESTION, answers[0], QUESTION, answers[1], {"role": "tool", "content": "7"}, answers[2]]
+    assert trained_answers(messages, train_on) == trained
 
 
 def test_what_is_masked_stays_masked_where_training_tokenises(tmp_path):
