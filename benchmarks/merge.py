@@ -1,8 +1,9 @@
 """Peak memory and speed of `merge` on a random model of several GiB: python benchmarks/merge.py RESULT.json
 
-Builds a bf16 base in the 1B shape (untied head, 3 GB) and a rank-16 adapter on its linears, merges them in a process
-of its own, through NF4 and with its check, and writes that process's peak resident memory beside the largest tensor's
-size.
+Builds a bf16 base in a model's true shape (untied head; 1B: 3 GB), of all its layers or of a few, and a rank-16 adapter
+on its linears, merges them in a process of its own, through NF4 and with its check, and writes that process's peak
+resident memory beside the largest tensor's size. The peak does not hang on the number of layers
+(`tests/export/test_merge_memory.py`).
 """
 
 import argparse
@@ -63,11 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--shape", default="1b")
+    parser.add_argument("--layers", type=int, help="[default: the shape's]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make = [sys.executable, ROOT / "benchmarks" / "random_checkpoint.py", folder / "base", "--shape", options.shape]
-        subprocess.run([*make, "--format", "bf16"], check=True)
+        fewer = ["--layers", str(options.layers)] if options.layers else []
+        subprocess.run([*make, "--format", "bf16", *fewer], check=True)
         write_adapter(folder / "base", folder / "adapter")
         with Checkpoint(folder / "base") as checkpoint:
             sizes = [info.nbytes for info in checkpoint.tensors.values()]
@@ -86,7 +89,7 @@ def main() -> None:
             "commit": subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
             ).stdout.strip(),
-            "command": f"python benchmarks/merge.py {options.result} --shape {options.shape}",
+            "command": " ".join(["python benchmarks/merge.py", str(options.result), "--shape", options.shape, *fewer]),
         }
     options.result.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
