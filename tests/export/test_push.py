@@ -1,10 +1,16 @@
 """`push`: what is uploaded where, with a stand-in for the Hub; refused without a login before anything is written."""
 
+import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
+from threading import Thread
 
 import huggingface_hub
 import pytest
 from click.testing import CliRunner
+from hub_server import TOKEN, HubServer
 
 from fitune.cli import cli
 
@@ -88,3 +94,49 @@ def test_a_refusal_by_the_hub_is_one_line_without_the_token(own_adapter, hub, mo
     assert outcome.exit_code == 1
     assert outcome.stderr == "error: push to me/own_adapter: 403: no right to write\n"
     assert "hf_secret" not in outcome.output
+
+
+@pytest.fixture
+def server():
+    with HubServer() as made:
+        thread = Thread(target=made.serve_forever, daemon=True)
+        thread.start()
+        yield made
+        made.shutdown()
+
+
+def push_over_http(server, tmp_path, token, *words):
+    """In a process of its own: huggingface_hub reads where the Hub is when it is imported."""
+    place = {
+        "HF_ENDPOINT": server.address,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | place
+    command = [sys.executable, "-m", "fitune", "push", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_the_real_client_sends_every_byte(own_adapter, base, server, tmp_path):
+    """huggingface_hub over HTTP: an adapter as it lies there, then a merged model."""
+    done = push_over_http(server, tmp_path, TOKEN, own_adapter, "--repo", "mine")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"pushed: {server.address}/me/mine\n"
+    assert server.created == [{"name": "mine", "organization": "me", "visibility": "private"}]
+    sent = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in own_adapter.iterdir()}
+    assert server.files == sent
+    server.files.clear()
+    done = push_over_http(
+        server, tmp_path, TOKEN, own_adapter, "--merged", "--base", base, "--repo", "mine", "--public"
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.created[1]["visibility"] == "public"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(server.files)
+
+
+def test_a_token_that_the_hub_does_not_know_is_one_line(own_adapter, server, tmp_path):
+    done = push_over_http(server, tmp_path, "hf_wrong", own_adapter)
+    assert done.returncode == 2
+    assert done.stderr == "error: push: the Hub refuses the login's token: hf auth login, with one that may write\n"
+    assert not server.created and not server.files
