@@ -46,8 +46,10 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
         if label == "base" or folder != base_folder:  # an adapter is switched off and on; a full model is loaded anew
             model = load_sharded_model(run, folder, tokenizer, mesh)
             load_tuned_weights(run, model, mesh)
-            trainer = ShardedSFTTrainer(run, model=model, processing_class=tokenizer, train_dataset=rows)
-            batches = trainer.get_eval_dataloader(trainer.train_dataset)
+            trainer = ShardedSFTTrainer(
+                run, model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows
+            )
+            batches = trainer.get_eval_dataloader()
         adapter_off = label == "base" and hasattr(model, "disable_adapter")
         with (
             model.disable_adapter() if adapter_off else contextlib.nullcontext(),

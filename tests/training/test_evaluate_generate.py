@@ -59,7 +59,7 @@ def runs(request, make_run, tiny_base, tmp_path_factory):
     """The same lora run resolved for one and for two processes, its adapter written; dropout is for training alone."""
     folder = tmp_path_factory.mktemp("run")
     options = {"batch": 2, "micro_batch": 1, "packing": request.param, "lora": {"dropout": 0.3}}
-    by_processes = {n: make_run(tiny_base, folder, "lora", processes=n, **options) for n in (1, 2)}
+    by_processes = {n: make_run(tiny_base, folder, "lora", processes=n, **options) for n in (1, 2, 3)}
     run_ranks(write_adapter, 1, by_processes[1])
     return by_processes
 
@@ -101,8 +101,9 @@ def rounding_of_logits(model) -> float:
     return rounding(additions_to_logits(model.config, MAX_LENGTH))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_counts_every_answer_token_once(runs, processes):
+    """Also where the ranks don't divide the rows."""
     run = runs[processes]
     run_ranks(evaluate, processes, run)
     report = json.loads((run.folder / "eval.json").read_text())
