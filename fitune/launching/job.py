@@ -13,6 +13,9 @@ from fitune.errors import INTERRUPTED
 PORT = 29500
 SAVE_SECONDS = 600
 "Between the signal that a job must end and its end: a step and a checkpoint."
+OTHERS_SECONDS = 120
+"""After the first node of a Slurm job has ended, for the others to end: each writes what it has. With srun's
+--kill-on-bad-exit the first one that is interrupted would have the others ended as they save."""
 MOUNT = "/outputs"
 "Where a SkyPilot task sees its bucket."
 
@@ -100,13 +103,20 @@ def sbatch_script(job: Job) -> str:
         ]
     command = f'exec fitune train "$@"{job.place("$SLURM_NODEID", "$HEAD", "$PORT")}'
     lines += [
-        f"srun --kill-on-bad-exit=1 bash -c '{command}' fitune \"$@\"",
+        f"srun --wait={OTHERS_SECONDS} bash -c '{command}' fitune \"$@\"",
         "code=$?",
         f"# {INTERRUPTED}: told to stop, and saved. Slurm starts the job again, which then goes on",
-        f'[ $code -eq {INTERRUPTED} ] && scontrol requeue "$SLURM_JOB_ID"',
+        f'{_was_interrupted(job)} && scontrol requeue "$SLURM_JOB_ID"',
         "exit $code",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _was_interrupted(job: Job) -> str:
+    """A shell test of $code. A node that was told to stop because another one failed says so too, but not alone."""
+    if job.nodes == 1:
+        return f"[ $code -eq {INTERRUPTED} ]"
+    return f"[ $code -eq {INTERRUPTED} ] && ! compgen -G {shlex.quote(job.output)}/machines/*.failed > /dev/null"
 
 
 def skypilot_task(job: Job) -> dict:

@@ -2,7 +2,8 @@
 
 Machine 0 chooses the settings; the others take them from run.yaml. Each machine downloads and checks on its own, for as
 long as it takes; only when all are ready are ranks started, so no timeout runs meanwhile. A machine shows that it lives
-by RUN/machines/N.json.
+by RUN/machines/N.json, and leaves N.failed if it ends with an error: nobody waits for it then, and a scheduler can tell
+a failed run from one that was only interrupted.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from fitune.config import run as runs
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.schema import Run
-from fitune.errors import FituneError, UsageError
+from fitune.errors import INTERRUPTED, FituneError, UsageError
 from fitune.launching.run_folder import ASKED, SETTINGS
 from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
 
@@ -59,6 +60,7 @@ class Machines:
         self.folder, self.count, self.rank = run.folder / FOLDER, run.accelerate.num_machines, rank
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.session, self._signs, self._settings = "", None, None
+        self._code = 0
 
     def __enter__(self):
         if self.rank == 0:
@@ -73,10 +75,18 @@ class Machines:
         self._signs.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._signs.stop()
+        has_failed = issubclass(kind, FituneError) if kind else self._code not in (0, INTERRUPTED)
         with suppress(OSError):
-            self._file(self.rank).unlink(missing_ok=True)
+            if has_failed:
+                self._file(self.rank).replace(self._failed_file(self.rank))
+            else:
+                self._file(self.rank).unlink(missing_ok=True)
+
+    def ended_with(self, code: int) -> None:
+        """The exit code of this machine's ranks."""
+        self._code = code
 
     def settings_of_machine_0(self, asked: Run) -> Run:
         """The run that machine 0 wrote: its profile counts. Raises UsageError if it trains something else."""
@@ -103,6 +113,8 @@ class Machines:
         self._show(ready=True)
         began, told = time.monotonic(), 0.0
         while missing := self._missing():
+            if failed := [rank for rank in missing if _shown(self._failed_file(rank)).get("session") == self.session]:
+                raise FituneError(f"{_named(failed)} of {self.count} ended with an error, which is printed there")
             silent = [rank for rank in missing if not self._lives(rank)]
             waited = time.monotonic() - began
             if silent and waited > APPEARS_WITHIN_SECONDS:
@@ -166,13 +178,21 @@ class Machines:
         return False
 
     def _read(self, rank: int) -> dict:
-        try:
-            return json.loads(self._file(rank).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return _shown(self._file(rank))
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
+
+    def _failed_file(self, rank: int) -> Path:
+        return self.folder / f"{rank}.failed"
+
+
+def _shown(file: Path) -> dict:
+    """What a machine's file says; nothing where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _named(ranks: list[int]) -> str:

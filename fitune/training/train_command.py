@@ -97,4 +97,7 @@ def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, quiet: boo
         fetch_base(run)
         if several:
             machines.start_together()
-        return train_with_restarts(run, resume=resume, max_restarts=max_restarts, place=place, quiet=quiet)
+        code = train_with_restarts(run, resume=resume, max_restarts=max_restarts, place=place, quiet=quiet)
+        if several:
+            machines.ended_with(code)
+        return code

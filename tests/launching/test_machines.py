@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from click.testing import CliRunner
@@ -105,6 +106,45 @@ def test_machines_that_do_not_answer_are_named(run, quickly):
         first.start_together()
     with pytest.raises(UsageError, match="machine 0 did not show itself there"):
         Machines(run, 1, resume=False).__enter__()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_waits_for_a_machine_that_ended_with_an_error(rank, run, quickly, monkeypatch):
+    monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 600)
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    both_are_there, said = threading.Barrier(2), []
+
+    def fails() -> None:
+        with suppress(UsageError), Machines(run, 1 - rank, resume=False):
+            both_are_there.wait(60)
+            raise UsageError("no rows here")
+
+    def waits() -> None:
+        with Machines(run, rank, resume=False) as own:
+            both_are_there.wait(60)
+            try:
+                own.start_together()
+            except FituneError as error:
+                said.append(str(error))
+                raise
+
+    other = threading.Thread(target=fails)
+    other.start()
+    with pytest.raises(FituneError):
+        waits()
+    other.join(60)
+    assert said == [f"machine {1 - rank} of 2 ended with an error, which is printed there"]
+    assert {file.name for file in (run.folder / "machines").glob("*.*")} == {"0.failed", "1.failed"}
+
+
+@pytest.mark.parametrize(("code", "left"), [(0, False), (75, False), (1, True)])
+def test_a_machine_whose_ranks_failed_says_so(code, left, run):
+    run.folder.mkdir()
+    with Machines(run, 0, resume=False) as own:
+        own.ended_with(code)
+    assert (run.folder / "machines" / "0.failed").exists() == left
+    assert not (run.folder / "machines" / "0.json").exists()
 
 
 def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quickly, tmp_path):

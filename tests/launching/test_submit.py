@@ -85,6 +85,29 @@ def test_the_shell_lines_prepare_once_train_and_then_go_on(scheduler, nodes, sub
     assert ("scontrol requeue 7" in first) == (scheduler == "slurm") and "scontrol requeue 7" not in second
 
 
+def test_a_slurm_job_is_not_started_again_where_a_node_failed(submit, tmp_path):
+    """The others are told to stop then, and end with 75."""
+    script = submit("slurm", "--dry-run", "--gpus", "8", "--nodes", "2").stdout
+    (tmp_path / "bin").mkdir()
+    for name in ("fitune", "srun", "scontrol"):
+        (tmp_path / "bin" / name).write_text(FAKE)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "runs/job/machines").mkdir(parents=True)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "CODE": "75"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
+    for failed, requeued in ((False, True), (True, False)):
+        if failed:
+            (tmp_path / "runs/job/machines/1.failed").touch()
+        (tmp_path / "log").write_text("")
+        assert subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=False).returncode == 75
+        assert ("scontrol requeue 7" in (tmp_path / "log").read_text()) == requeued
+
+
+def test_slurm_lets_all_nodes_save_when_the_first_has_ended(submit):
+    text = submit("slurm", "--dry-run", "--gpus", "8", "--nodes", "2").stdout
+    assert "srun --wait=120 " in text and "kill-on-bad-exit" not in text
+
+
 def test_slurm_is_asked_for_nodes_gpus_time_and_a_signal_in_time(submit):
     flags = ("--nodes", "2", "--gpus", "4", "--hours", "1.5", "--partition", "gpu", "--setup", "source x/activate")
     text = submit("slurm", "--dry-run", *flags).stdout

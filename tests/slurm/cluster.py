@@ -18,6 +18,8 @@ NODES = ("n1", "n2")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun", "unshare")
 IN_NAMESPACE = "FITUNE_SLURM_NAMESPACE"
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "BOOT_FAIL", "NODE_FAIL")
+
 CONFIG = """\
 ClusterName=fitune
 SlurmctldHost={host}(127.0.0.1)
@@ -111,8 +113,17 @@ class Cluster:
 
     def begin_now(self, job: str) -> None:
         """A job that was requeued would rest for two minutes."""
-        self.wait_for(lambda: self.job_state(job)["JobState"] == "PENDING", f"job {job} is requeued")
+
+        def is_pending() -> bool:
+            state = self.job_state(job)
+            assert state["JobState"] not in ENDED, f"job {job} is not requeued: {state}"
+            return state["JobState"] == "PENDING"
+
+        self.wait_for(is_pending, f"job {job} is requeued")
         self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def wait_for_restart(self, job: str) -> None:
+        self.wait_for(lambda: self.job_state(job).get("Restarts") == "1", "Slurm noticed that a node is gone")
 
     def command(self, *words: str) -> str:
         return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout
