@@ -114,7 +114,7 @@ def _write_gradients(folder: Path, file: Path) -> None:
     run = runs.load(folder)
     alone = run.accelerate.model_copy(update={"num_processes": 1})
     run = run.model_copy(update={"accelerate": alone})
-    mesh, base = join(run.accelerate), local_folder(run.recipe.base.model)
+    mesh, base = join(run), local_folder(run.recipe.base.model)
     tokenizer = load_tokenizer(run.recipe, base)
     model = load_sharded_model(run, base, tokenizer, mesh, fp8="fp8" in file.name)
     load_tuned_weights(run, model, mesh)

@@ -37,7 +37,7 @@ def main() -> None:
         run = resolve(options.recipe, options.profile, (f"base.model={options.checkpoint}",), output)
     if not torch.cuda.is_available():
         run = run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"use_cpu": True})})
-    mesh = join(run.accelerate)
+    mesh = join(run)
     tokenizer = load_tokenizer(run.recipe, options.checkpoint)
     torch.zeros(1, device=compute_device(mesh))  # what CUDA itself takes to start is not the loader's
     result = read_cold(options.checkpoint)

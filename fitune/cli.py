@@ -65,9 +65,10 @@ def show(recipe, profile, sets, output):
 @cli.command(epilog="Example:  fitune plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
 @recipe_argument
 @profile_option
-@click.option("--gpus", type=int, help="Number of GPUs, instead of this machine. [default with --gpu: 1]")
+@click.option("--gpus", type=int, help="GPUs of one machine, instead of this one. [default with --gpu: 1]")
+@click.option("--machines", type=click.IntRange(min=1), default=1, help="As many such machines together. [default: 1]")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
-@click.option("--host-memory", type=float, metavar="GIB", help="RAM. [default: not checked]")
+@click.option("--host-memory", type=float, metavar="GIB", help="RAM of one machine. [default: not checked]")
 @click.option(
     "--gpu",
     metavar="MODEL",

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from patience import PATIENCE_SECONDS
 from quick_python import warm_context
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fitune.config.schema import Run
 from fitune.data.dataset import load_tokenizer
+from fitune.model.sharding import new_mesh
 from fitune.training.distributed import join
 from fitune.training.train import load_sharded_model, train
 
@@ -65,7 +65,7 @@ def run_alone(function: Callable, *args, timeout: float = PATIENCE_SECONDS) -> A
 
 def sharded_model(run: Run):
     """(model, tokenizer) of `run` on the ranks that call this together: sharded, loaded, as training would have it."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if dist.is_initialized() else join(run.accelerate)
+    mesh = new_mesh("cpu", run) if dist.is_initialized() else join(run)
     base_folder = Path(run.recipe.base.model)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     return load_sharded_model(run, base_folder, tokenizer, mesh), tokenizer

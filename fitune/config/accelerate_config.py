@@ -44,6 +44,11 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
         "reshard_after_forward": fsdp.get("fsdp_reshard_after_forward", True),
     }
     config = parse(AccelerateConfig, values, str(path))
+    if config.num_processes % config.num_machines:
+        raise UsageError(
+            f"{path}: num_processes {config.num_processes} can't be spread evenly over num_machines "
+            f"{config.num_machines}; make it a multiple"
+        )
     if not use_cpu and config.mixed_precision != "bf16":
         raise UsageError(f"{path}: mixed_precision must be bf16 on GPUs: packed rows have no kernel in float32")
     return config

@@ -146,6 +146,11 @@ def run_of(
             f"--set profile.compute=bf16"
         )
     _refuse_unfit_states(recipe_name, recipe, profile, accelerate)
+    if profile.shards_by_machine and accelerate.num_machines == 1:
+        raise UsageError(
+            f"profile.hybrid_sharding true is for several machines, {accelerate.path} has num_machines 1; use --set "
+            f"profile.hybrid_sharding=auto"
+        )
     smallest = {key: SMALLEST[key] for key in profile.left_to_plan}
     numbers = profile.model_copy(update=smallest)
     return Run(

@@ -216,6 +216,11 @@ class Profile(Strict):
     """Copy each checkpoint to host RAM and write it while training goes on; else training waits for the disk.
     `auto`: where `plan` finds that host RAM has room for the copy.
     """
+    hybrid_sharding: Flag | Literal["auto"] = AUTO
+    """Of several machines each holds the whole model, sharded over its GPUs: only gradients travel between machines.
+    Else all GPUs share one copy, and weights travel too. `auto`: for lora and qlora wherever it fits, for full where
+    `plan` also finds it faster.
+    """
     expected: dict[str, Expectation] = {}
     "Peak memory by recipe name."
 
@@ -233,6 +238,11 @@ class Profile(Strict):
     def saves_async(self) -> bool:
         """`auto`, in a run that `plan` has not filled, or of an earlier version, is a no."""
         return self.async_save is True
+
+    @property
+    def shards_by_machine(self) -> bool:
+        """As `saves_async`, of `hybrid_sharding`."""
+        return self.hybrid_sharding is True
 
     @property
     def left_to_plan(self) -> tuple[str, ...]:
@@ -290,6 +300,16 @@ class Run(Strict):
             if not isinstance(getattr(self.profile, key), int):
                 raise ValueError(f"profile.{key}: a run has one number")
         return self
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model: one for each machine with hybrid sharding, else one over all."""
+        return self.accelerate.num_machines if self.profile.shards_by_machine else 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one copy between them."""
+        return self.accelerate.num_processes // self.replicas
 
     @property
     def folder(self) -> Path:

@@ -1,10 +1,16 @@
-"""How the model is spread over the processes: FSDP2's `fully_shard`, unit by unit."""
+"""How the model is spread over the processes: FSDP2's `fully_shard`, unit by unit.
+
+All ranks hold one copy of the model between them, or with hybrid sharding those of each machine do: then weights are
+gathered inside a machine, and only gradients travel between machines. Ranks of a machine follow one another.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -15,6 +21,42 @@ from fitune.errors import FituneError
 from fitune.model.nf4 import NF4Linear
 from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
 from fitune.model.skeleton import decoder, is_tied
+
+REPLICATE, SHARD = "replicate", "shard"
+"The dimensions of a mesh for hybrid sharding."
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds: part number `shard` of `shards` of every parameter, in copy number `replica` of the model."""
+
+    shard: int
+    shards: int
+    replica: int = 0
+
+
+def share_of(run: Run, rank: int) -> Share:
+    return Share(rank % run.shards, run.shards, rank // run.shards)
+
+
+def new_mesh(kind: str, run: Run, **options) -> DeviceMesh:
+    """Over all processes: [ranks], or [replicas, shards] with hybrid sharding. `kind`: cpu or cuda."""
+    if run.replicas == 1:
+        return init_device_mesh(kind, (run.shards,))
+    return init_device_mesh(kind, (run.replicas, run.shards), mesh_dim_names=(REPLICATE, SHARD), **options)
+
+
+def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Of the ranks that hold one copy of the model with this one."""
+    return mesh[SHARD] if mesh.ndim > 1 else mesh
+
+
+def shard_group(parameter: torch.Tensor) -> dist.ProcessGroup | None:
+    """The ranks that hold the parameter between them; None where nothing is sharded."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh = parameter.device_mesh
+    return shard_mesh(mesh).get_group() if mesh.ndim > 1 else dist.group.WORLD
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
@@ -41,7 +83,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
     fully_shard(model, offload_policy=everything, **options)
     if not is_tied(causal_lm):
         model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
-    if mesh.size() == 1:
+    if shard_mesh(mesh).size() == 1:
         use_weights_in_place(_parameter_groups(model))
         prefetch_in_order(causal_lm.model.layers)
     _check_gathered_as_bytes(model)
@@ -177,7 +219,7 @@ def computes_on(causal_lm: nn.Module, device: torch.device) -> None:
     causal_lm.__class__ = type(kind.__name__, (kind,), {"device": property(lambda _: device)})
 
 
-def local_rows(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Rows [start, stop) of dimension 0 that FSDP2 keeps on `rank`: equal chunks, the last ones short or empty."""
-    chunk = -(-total // world_size)
-    return min(rank * chunk, total), min((rank + 1) * chunk, total)
+def local_rows(total: int, shard: int, shards: int) -> tuple[int, int]:
+    """Rows [start, stop) of dimension 0 that FSDP2 keeps as one of the shards: equal, the last ones short or empty."""
+    chunk = -(-total // shards)
+    return min(shard * chunk, total), min((shard + 1) * chunk, total)

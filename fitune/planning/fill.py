@@ -1,7 +1,8 @@
 """Fills the GPUs: for what a profile leaves to `plan`, the rows a pass and kept layers with the shortest step.
 
 More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times; both take memory. Each
-number of rows is tried with as many kept layers as fit beside it.
+number of rows is tried with as many kept layers as fit beside it. Where there are several machines, that is done with
+and without hybrid sharding.
 """
 
 import math
@@ -9,7 +10,8 @@ from dataclasses import replace
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
-from fitune.config.schema import Run
+from fitune.config.schema import AUTO, Run
+from fitune.errors import UsageError
 from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model
@@ -30,10 +32,7 @@ def resolve(
 
 def filled_here(run: Run) -> Run:
     """The run filled for this machine's GPUs, as far as its profile states their memory."""
-    run = settled(run, this_machine().known_model)
-    if run.left_to_plan:
-        return filled(run, limits_to_fill(run), this_machine().model)
-    return with_async_save(run, limits_to_fill(run))
+    return filled(settled(run, this_machine().known_model), limits_to_fill(run), this_machine().model)
 
 
 def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
@@ -43,11 +42,38 @@ def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
     """
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
     run = settled(run, None if run.accelerate.use_cpu else gpu)
-    return with_async_save(_with_rows_and_layers(run, limits, gpu) if run.left_to_plan else run, limits)
+    run = _with_rows_and_layers(run, limits, gpu) if run.profile.hybrid_sharding != AUTO else _spread(run, limits, gpu)
+    return with_async_save(run, limits)
+
+
+def _spread(run: Run, limits: Limits, gpu: GpuModel) -> Run:
+    """The run with yes or no for `hybrid_sharding`: of a base that is not there the question stays open."""
+    over_all = _with_rows_and_layers(_with_hybrid(run, False), limits, gpu)
+    if run.accelerate.num_machines == 1:
+        return over_all
+    by_machine = _with_rows_and_layers(_with_hybrid(run, True), limits, gpu)
+    try:
+        setups = [_setup(one) for one in (by_machine, over_all)]
+    except UsageError:
+        return run
+    if not fits(setups[0], limits):
+        return over_all
+    seconds = [step_seconds(setup, gpu)["total"] for setup in setups]
+    return by_machine if run.recipe.method != "full" or seconds[0] < seconds[1] else over_all
+
+
+def _with_hybrid(run: Run, value: bool) -> Run:
+    return run.model_copy(update={"profile": run.profile.model_copy(update={"hybrid_sharding": value})})
+
+
+def _setup(run: Run) -> Setup:
+    return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
 
 
 def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
-    setup = setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
+    if not run.left_to_plan:
+        return run
+    setup = _setup(run)
     limits = with_room_for_error(limits)
     choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]
     if not choices:

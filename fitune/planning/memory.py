@@ -40,7 +40,7 @@ MEASURED = Measured()
 
 def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     """Phase -> what each GPU holds in torch's allocator then, in bytes. The peak is the largest sum."""
-    several = s.ranks > 1
+    several = s.shards > 1
     kept = s.kept_activations
     mask = s.mask_positions * 1  # the boolean mask, shared by all layers
     # gathering needs FSDP's all-gather buffer beside the result, and it still holds the previous layer's buffer
@@ -59,7 +59,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.reduced else 0.0
     last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
-    before = {**resident(s), "gradients": s.gradients * s.accumulated_on_gpu, **fixed}
+    before = {**resident(s), "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
     stay = not (s.offload or s.optimizer_offload)
     left = s.gradients if s.accumulated_on_gpu or stay else s.leaving_gradients
     after = {**resident(s), "gradients": left, **fixed}
@@ -108,9 +108,9 @@ def _of_first_two_layers(s: Setup) -> float:
 
 def resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
     """On the GPU all the time: this rank's share of weights and optimizer state."""
-    layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.ranks
-    embeddings = 0.0 if s.offload or s.embedding_offload else s.embeddings / s.ranks
-    mine = 0.0 if s.offload else s.trainable / s.ranks
+    layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.shards
+    embeddings = 0.0 if s.offload or s.embedding_offload else s.embeddings / s.shards
+    mine = 0.0 if s.offload else s.trainable / s.shards
     return {
         "sharded weights": layers,
         "embedding and head": embeddings,
@@ -150,7 +150,7 @@ def gpu_peak(s: Setup) -> GpuPeak:
     moments = gpu_moments(s)
     phases = {phase: sum(parts.values()) for phase, parts in moments.items()}
     phase = max(phases, key=phases.get)
-    freed_layers = s.unsharded_layer * (2 if s.ranks > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
+    freed_layers = s.unsharded_layer * (2 if s.shards > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
     slack = MEASURED.fragmentation * phases[phase] + freed_layers
     outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
     components = {name: size for name, size in (moments[phase] | outside).items() if size}
@@ -160,8 +160,8 @@ def gpu_peak(s: Setup) -> GpuPeak:
 def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     """Phase -> what one machine's RAM holds for all its ranks then, in bytes."""
     ranks = s.ranks / s.machines
-    locked = _offloaded_weights(s) / s.machines
-    trainable = s.trainable / s.machines
+    locked = _offloaded_weights(s) / s.machines_a_copy
+    trainable = s.trainable / s.machines_a_copy
     own_weight = 0 if s.full else FP32  # method full's weights are the offloaded ones
     state_per_parameter = s.optimizer_state + s.trained + own_weight
     state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
@@ -171,7 +171,7 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
         state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
-    copies = s.embedding / s.machines if s.saves and s.full and not s.offload else 0.0
+    copies = s.embedding / s.machines_a_copy if s.saves and s.full and not s.offload else 0.0
     copy = {"copy of a checkpoint": checkpoint_copy(s)}
     # method full ends with gathering the largest tensor on one rank: before, every rank holds its part and rounds it
     gathered = s.embedding * 1.5 if s.full else 0.0
@@ -188,12 +188,12 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
 def checkpoint_copy(s: Setup) -> float:
     """What `async_save` holds on a machine until the disk has it: its ranks' weights and optimizer state.
 
-    An adapter's weights are gathered whole by rank 0, on the first machine.
+    An adapter's weights are gathered whole by rank 0, on the first machine, which with hybrid sharding saves alone.
     """
     if not (s.saves and s.async_save):
         return 0.0
-    weights = s.trainable * s.trained / (s.machines if s.full else 1)
-    return weights + s.trainable * s.optimizer_state / s.machines
+    weights = s.trainable * s.trained / (s.machines_a_copy if s.full else 1)
+    return weights + s.trainable * s.optimizer_state / s.machines_a_copy
 
 
 def one_checkpoint(s: Setup) -> float:
@@ -207,7 +207,7 @@ def host_peak(s: Setup) -> float:
 
 
 def _offloaded_weights(s: Setup) -> float:
-    """Base weights in page-locked host RAM, all ranks together."""
+    """Base weights in page-locked host RAM, of all ranks that hold one copy."""
     if s.offload:
         return s.shape.layers * s.layer_weights + s.embeddings
     return s.embeddings if s.embedding_offload else 0.0

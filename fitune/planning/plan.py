@@ -149,6 +149,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         fp8=profile.compute == "fp8",
         reshard=accelerate.reshard_after_forward,
         on_gpu=not accelerate.use_cpu,
+        replicas=run.replicas,
         saves=recipe.training.get("save_strategy") != "no",
         async_save=profile.saves_async,
     )

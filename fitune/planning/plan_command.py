@@ -16,6 +16,7 @@ from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_mo
 from fitune.planning.hardware import Gpu, Machine, this_machine
 from fitune.planning.limits import given_machine, limits_here, limits_of
 from fitune.planning.memory import merge_host
+from fitune.planning.network import network_lines, ways_to_spread
 from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
 from fitune.planning.report import DETAILS_HINT, print_asking, print_choice, print_matrix, print_plan, print_tried
@@ -26,12 +27,12 @@ from fitune.planning.tiers import matrix
 
 
 def plan_command(
-    recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, gpu_memory: float | None,
-    host_memory: float | None, gpu: str | None, gpu_tflops: float | None, find: bool, all_tiers: bool, in_json: bool,
-    details: bool, **options,
+    recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, machines: int,
+    gpu_memory: float | None, host_memory: float | None, gpu: str | None, gpu_tflops: float | None, find: bool,
+    all_tiers: bool, in_json: bool, details: bool, **options,
 ) -> None:  # fmt: skip
     """What `fitune plan` does with its flags."""
-    _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers)
+    _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers)
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
     if is_model_folder(recipe):
         if profile or sets or find or all_tiers:
@@ -54,17 +55,18 @@ def plan_command(
         named = _named_model(gpu, gpu_tflops, machine.gpu_memory_gib)
         model, known = named or machine.model, named or machine.known_model
         if find or gpus is None:
-            found = find_fastest(recipe, sets, machine, model)
-        run = found.plan.run if found else all_on_the_gpus(recipe, sets, machine, model)
+            found = find_fastest(recipe, sets, machine, model, machines=machines)
+        run = found.plan.run if found else all_on_the_gpus(recipe, sets, machine, model, machines=machines)
         refuse_missing_fp8(run, known)
         plan = make_plan(run, limits_here(machine), model, **options)
-    outlook = look_around(plan)
+    outlook, ways = look_around(plan), ways_to_spread(plan, model, **options)
     if in_json:
-        print(json.dumps(as_json(plan, outlook) | (search_as_json(found) if found else {}), indent=2))
+        more = {"network": [way.as_json() for way in ways]} | (search_as_json(found) if found else {})
+        print(json.dumps(as_json(plan, outlook) | more, indent=2))
         return
     if found:
         print_choice(found, console)
-    print_plan(plan, outlook, console, details=details)
+    print_plan(plan, outlook, console, details=details, network=network_lines(ways))
     if found:
         print_tried(found, console)
     if not details:
@@ -126,13 +128,15 @@ def as_json(plan: Plan, outlook: Outlook) -> dict:
     }  # fmt: skip
 
 
-def _refuse_combinations(profile, gpus, gpu, gpu_memory, host_memory, find, all_tiers) -> None:
-    given = gpus is not None or gpu_memory is not None or host_memory is not None
+def _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers) -> None:
+    given = gpus is not None or gpu_memory is not None or host_memory is not None or machines > 1
     if profile and (given or find or all_tiers):
-        raise UsageError("--profile names the hardware: leave out --gpus, --gpu-memory, --host-memory, --find, --all")
+        raise UsageError(
+            "--profile names the hardware: leave out --gpus, --machines, --gpu-memory, --host-memory, --find, --all"
+        )
     if all_tiers and (given or find):
         raise UsageError("--all shows every shipped profile on its own hardware: leave out the other flags")
-    if given and gpus is None and gpu is None:
+    if given and gpus is None and gpu is None and (machines == 1 or gpu_memory or host_memory):
         raise UsageError("--gpu-memory and --host-memory describe hardware together with --gpus N or --gpu MODEL")
 
 

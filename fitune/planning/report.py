@@ -1,6 +1,7 @@
 """How `plan` answers: the verdict, time and cost, then pictures of memory; the table of all profiles."""
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -26,14 +27,19 @@ DETAILS_HINT = "--details: memory by phase, host RAM, disk, the parts of a step'
 FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
 
 
-def print_plan(plan: Plan, outlook: Outlook, console: Console, *, details: bool = False) -> None:
+def print_plan(
+    plan: Plan, outlook: Outlook, console: Console, *, details: bool = False, network: Sequence[str] = ()
+) -> None:
     """Whether the run fits, how long it takes and what it costs, then a picture of the scarcest memory.
 
-    `details` adds the phases of a step, host RAM, disk and the parts of the time.
+    `details` adds the phases of a step, host RAM, disk and the parts of the time; `network` is what several machines'
+    network costs.
     """
     _print_verdict(plan, outlook, console)
     if plan.time:
         _print_estimate(plan, console)
+    for line in network:
+        console.print(line)
     _print_limits(plan, outlook, console)
     _print_choices(plan, console)
     console.print()

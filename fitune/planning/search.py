@@ -182,11 +182,13 @@ def _on_the_cpu(stem: str, recipe: Recipe, overrides: dict, output: str | None) 
             yield run.model_copy(update={"output_dir": folder})
 
 
-def all_on_the_gpus(recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None) -> Run:
-    """A filled run on all GPUs of a machine, its weights on them: not searched for."""
+def all_on_the_gpus(
+    recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None, *, machines: int = 1
+) -> Run:
+    """A filled run on all GPUs of a machine, or of as many like it, its weights on them: not searched for."""
     recipe_overrides, overrides = runs.parse_sets(sets)
     recipe, stem = runs.load_recipe(recipe_name, recipe_overrides), name_of(recipe_name)
-    run = _run(stem, recipe, overrides, machine, len(machine.gpus), 1, ON_GPUS, None)
+    run = _run(stem, recipe, overrides, machine, len(machine.gpus) * machines, machines, ON_GPUS, None)
     return filled(run, limits_here(machine), gpu)
 
 

@@ -26,6 +26,7 @@ class Setup:
     method: str
     ranks: int
     machines: int
+    "Over which the ranks are spread evenly."
     micro_batch: int
     max_length: int
     accumulation: int
@@ -53,6 +54,8 @@ class Setup:
     "The frozen linears are multiplied in fp8."
     reshard: bool = True
     on_gpu: bool = True
+    replicas: int = 1
+    "Copies of the model: with hybrid sharding one for each machine."
     saves: bool = True
     "Writes checkpoints on the way."
     async_save: bool = False
@@ -65,6 +68,16 @@ class Setup:
     @property
     def full(self) -> bool:
         return self.method == "full"
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one copy of the model between them."""
+        return self.ranks // self.replicas
+
+    @property
+    def machines_a_copy(self) -> int:
+        """Machines that hold one copy of the model between them."""
+        return self.machines // self.replicas
 
     # Weights
 
@@ -146,17 +159,27 @@ class Setup:
     @property
     def _in_place(self) -> bool:
         """Whether a weight that lies on the GPU is one to compute with: whole, and not in need of a cast."""
-        return self.ranks == 1 and not (self.full and self.compute != self.trained)
+        return self.shards == 1 and not (self.full and self.compute != self.trained)
 
     @property
     def reduced(self) -> bool:
         """Whether FSDP takes a layer's gradients from where they were computed to where they are kept, in float32."""
-        return self.full and (self.offload or not self._in_place)
+        return self.full and (self.offload or not self._in_place or self.replicas > 1)
 
     @property
     def gradients(self) -> float:
         """This rank's, bytes."""
-        return self.trainable / self.ranks * self.trained
+        return self.trainable / self.shards * self.trained
+
+    @property
+    def waiting_gradients(self) -> float:
+        """The same between micro batches: in float32 until replicas add theirs up."""
+        return self.trainable / self.shards * FP32 if self.reduced_once else self.gradients
+
+    @property
+    def reduced_once(self) -> bool:
+        """Whether replicas add up their gradients once a step, not each micro batch: those on the GPU wait there."""
+        return self.replicas > 1 and not (self.full and (self.offload or self.optimizer_offload))
 
     @property
     def last_gradients(self) -> float:
@@ -168,12 +191,12 @@ class Setup:
             )
         else:
             layer, embedding = self.lora_per_layer, self.trained_tokens * self.shape.hidden
-        return (min(2, self.shape.layers) * layer + embedding) / self.ranks * self.trained
+        return (min(2, self.shape.layers) * layer + embedding) / self.shards * self.trained
 
     @property
     def accumulated_on_gpu(self) -> bool:
-        """Whether gradients wait there for the next micro batch: one rank keeps an adapter's even if it offloads."""
-        on_gpu = not self.offload or (self.ranks == 1 and not self.full)
+        """Whether gradients wait there for the next micro batch: an adapter's of one rank or a replica always do."""
+        on_gpu = not self.offload or (not self.full and (self.ranks == 1 or self.replicas > 1))
         return self.accumulation > 1 and on_gpu and not self.optimizer_offload
 
     @property
@@ -181,12 +204,12 @@ class Setup:
         """Those of layers that wait to leave the GPU for host RAM, at most: this rank's, bytes."""
         if not self.optimizer_offload:
             return 0.0
-        layer = self.shape.layer_linear_weights * self.trained / self.ranks
+        layer = self.shape.layer_linear_weights * self.trained / self.shards
         return min(self.gradients, IN_FLIGHT_BYTES + layer)
 
     @property
     def leaving_head_gradient(self) -> float:
-        return self.shape.embedding_weights * self.trained / self.ranks * self.optimizer_offload
+        return self.shape.embedding_weights * self.trained / self.shards * self.optimizer_offload
 
     # Activations, bytes
 

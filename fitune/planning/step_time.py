@@ -36,7 +36,7 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
     side_by_side = {
         "compute": s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model)),
         "host link": s.accumulation * _host_bytes(s) / (model.host_link_gb_s * link),
-        "network": s.accumulation * _network_bytes(s) / (_network_gb_s(s, model, network_gb_s) * link),
+        "network": _network_seconds(s, model, network_gb_s),
     }
     optimizer_gb_s = HOST_GB_S * s.machines / s.ranks if s.offload else model.memory_gb_s
     one_after_the_other = {
@@ -45,7 +45,7 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
     }
     if s.optimizer_offload:
         both_ways = model.host_link_gb_s * link * BOTH_WAYS
-        one_after_the_other["optimizer"] = s.trainable / s.ranks * (s.trained + 2 * s.optimizer_state) / both_ways
+        one_after_the_other["optimizer"] = s.trainable / s.shards * (s.trained + 2 * s.optimizer_state) / both_ways
         backward = side_by_side["compute"] * (1 - 1 / (_layer_passes(s) + s.full))
         travelling = (2 * s.accumulation - 1) * s.gradients / both_ways  # those of the first pass only go out
         one_after_the_other["gradients to host RAM"] = max(0.0, travelling - backward)
@@ -107,8 +107,8 @@ def _memory_bytes(s: Setup) -> float:
 
 def _host_bytes(s: Setup) -> float:
     """Of one rank and micro batch: offloaded rows travel for both passes, gradients out, activations out and in."""
-    layers = 2 * s.shape.layers * s.layer_weights / s.ranks * s.offload
-    embeddings = 2 * s.embedding / s.ranks * (s.offload or s.embedding_offload)
+    layers = 2 * s.shape.layers * s.layer_weights / s.shards * s.offload
+    embeddings = 2 * s.embedding / s.shards * (s.offload or s.embedding_offload)
     activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
     return layers + embeddings + activations + s.gradients * _gradients_travel(s)
 
@@ -124,15 +124,26 @@ def _optimizer_bytes(s: Setup) -> float:
     With small states clipping reads gradients once; the step reads and writes weight and moments, and reads gradients.
     """
     each = 2 * (s.trained + s.optimizer_state) + 2 * s.trained if s.small_states else (3 + 7) * FP32
-    return s.trainable / s.ranks * each
+    return s.trainable / s.shards * each
 
 
-def _network_bytes(s: Setup) -> float:
+def _network_seconds(s: Setup, model: GpuModel, between_machines: float) -> float:
+    """Of a step: shards of one copy gather weights and add up gradients, replicas add up what comes of that.
+
+    A ring that crosses machines runs at the slowest link; all ranks of a machine share its network.
+    """
+    ring = min(model.peer_link_gb_s, between_machines) if s.machines_a_copy > 1 else model.peer_link_gb_s
+    seconds = s.accumulation * _shards_bytes(s) / (ring * BANDWIDTH_EFFICIENCY * 1e9)
+    times = 1 if s.reduced_once else s.accumulation
+    return seconds + times * _replicas_bytes(s) / (between_machines * BANDWIDTH_EFFICIENCY * 1e9)
+
+
+def _shards_bytes(s: Setup) -> float:
     """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
     gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 2 * s.gathered_head
-    return (gathered + s.trainable * FP32) * (s.ranks - 1) / s.ranks
+    return (gathered + s.trainable * FP32) * (s.shards - 1) / s.shards
 
 
-def _network_gb_s(s: Setup, model: GpuModel, between_machines: float) -> float:
-    """A ring that crosses machines runs at the slowest link; all ranks of a machine share its network."""
-    return model.peer_link_gb_s if s.machines == 1 else min(model.peer_link_gb_s, between_machines)
+def _replicas_bytes(s: Setup) -> float:
+    """Into one machine for all its ranks: gradients in float32, added up around a ring and handed on around it."""
+    return 2 * s.trainable * FP32 * (s.replicas - 1) / s.replicas

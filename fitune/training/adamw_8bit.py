@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from fitune.model.elementwise import GOLDEN, WORD, mix
-from fitune.model.sharding import local_part, local_rows
+from fitune.model.sharding import local_part, local_rows, shard_group, shard_mesh
 from fitune.training.adamw_step import update_rows
 from fitune.training.host_states import HostGradients, host_zeros, stream_rows
 from fitune.training.moment import Moment, Step
@@ -61,8 +61,8 @@ class AdamW8bit(torch.optim.Optimizer):
             self._host.arrive()
         norms = [norm for _, parameter in self._parameters() if (norm := self._norm_of(parameter)) is not None]
         square = torch.stack(norms).square().sum() if norms else torch.zeros(())
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(square)
+        if group := next((shard_group(parameter) for _, parameter in self._parameters()), None):
+            dist.all_reduce(square, group=group)
         norm = square.sqrt()
         self._gradient_scale = min(1.0, max_norm / (float(norm) + 1e-6))
         return norm
@@ -159,6 +159,6 @@ def first_element(parameter: torch.Tensor) -> int:
     """The place in the whole weight of the first element that this rank holds."""
     if not isinstance(parameter, DTensor):
         return 0
-    mesh = parameter.device_mesh
+    mesh = shard_mesh(parameter.device_mesh)
     start, _ = local_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
     return start * parameter.shape[1:].numel()

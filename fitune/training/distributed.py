@@ -10,24 +10,27 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from fitune.config.schema import AccelerateConfig
+from fitune.config.schema import Run
 from fitune.environment import GPU_CAP, number
 from fitune.errors import UsageError
+from fitune.model.sharding import REPLICATE, SHARD, new_mesh
 
+BOTH = "cpu:gloo,cuda:nccl"
 SECONDS_FOR_RANK_0 = 30
 "What the ranks of a busy machine may take longer than each other to start."
 LOOK_SECONDS = 60
 "Between two looks whether rank 0 has come."
 
 
-def join(settings: AccelerateConfig) -> DeviceMesh:
-    """The one-dimensional mesh over all processes that accelerate launch or torchrun started (or this one alone).
+def join(run: Run) -> DeviceMesh:
+    """The mesh over all processes that accelerate launch or torchrun started (or this one alone), as `run` has it.
 
     CPU tensors travel over gloo and GPU tensors over NCCL, since offloaded parameters and their gradients are CPU
     tensors. Raises UsageError if the launcher started another number of processes than the run was resolved for.
     """
+    settings = run.accelerate
     _stand_alone_defaults()
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size != settings.num_processes:
@@ -40,10 +43,10 @@ def join(settings: AccelerateConfig) -> DeviceMesh:
     take_over_from_accelerate()
     if settings.use_cpu:
         dist.init_process_group("gloo", timeout=timedelta(minutes=30))
-        return init_device_mesh("cpu", (world_size,))
+        return new_mesh("cpu", run)
     device = _own_gpu()
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), device_id=device)
-    return init_device_mesh("cuda", (world_size,))
+    dist.init_process_group(BOTH, timeout=timedelta(minutes=30), device_id=device)
+    return new_mesh("cuda", run, backend_override={REPLICATE: BOTH, SHARD: BOTH})
 
 
 def _own_gpu() -> torch.device:

@@ -35,7 +35,7 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     `force` evaluates also on a base that may not be the adapter's own.
     """
     run = on_other_rows(run, data) if data else run
-    mesh = join(run.accelerate)
+    mesh = join(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     refuse_another_chat(run, tokenizer)

@@ -26,7 +26,7 @@ from fitune.training.train import load_sharded_model, run_stage
 
 def evaluate_model(run: Run, rows_file: Path) -> dict:
     """{"model": metrics, "rows": N} of the run's base, without an adapter; printed. Call on all ranks."""
-    mesh, folder = join(run.accelerate), Path(run.recipe.base.model)
+    mesh, folder = join(run), Path(run.recipe.base.model)
     tokenizer = folder_tokenizer(folder)
     rows = read_rows(rows_file, tokenizer, folder)
     model = load_sharded_model(run, folder, tokenizer, mesh, adapter=False).eval()

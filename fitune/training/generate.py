@@ -31,7 +31,7 @@ from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 def generate(run: Run, options: argparse.Namespace) -> None:
     """Prints (and with --json writes) the answers of base and tuned model, or holds a conversation with the tuned."""
     interrupts = Interrupts() if options.chat else None
-    mesh = join(run.accelerate)
+    mesh = join(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     refuse_another_chat(run, tokenizer)

@@ -45,7 +45,7 @@ def generate_from_model(folder: Path, options: argparse.Namespace) -> None:
 def generate_from_shards(run: Run, options: argparse.Namespace) -> None:
     """The run's base, without an adapter. Call on all ranks."""
     interrupts = Interrupts() if options.chat else None
-    mesh, folder = join(run.accelerate), Path(run.recipe.base.model)
+    mesh, folder = join(run), Path(run.recipe.base.model)
     device, tokenizer = compute_device(mesh), _tokenizer(folder, options)
     model = load_sharded_model(run, folder, tokenizer, mesh, adapter=False)
     decoder(model).generation_config = _generation_config(folder)

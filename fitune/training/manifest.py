@@ -42,6 +42,8 @@ class Geometry(Strict):
     """How a global batch is dealt out. Only the global batch must be the same to go on."""
 
     world_size: int
+    shards: int | None = None
+    "Ranks that held one copy of the model between them; None in checkpoints of earlier versions: all."
     micro_batch: int
     gradient_accumulation_steps: int
     global_batch_size: int
@@ -91,6 +93,7 @@ def write_manifest(folder: Path, step: int, run: Run, identity: Identity, saved:
         samples=step * run.recipe.global_batch_size,
         geometry=Geometry(
             world_size=run.accelerate.num_processes,
+            shards=run.shards,
             micro_batch=run.profile.micro_batch,
             gradient_accumulation_steps=run.gradient_accumulation_steps,
             global_batch_size=run.recipe.global_batch_size,
@@ -127,8 +130,9 @@ def find_damage(folder: Path, waiting=nullcontext) -> str | None:
         manifest, error = from_rank_0((manifest, error))
     if error:
         return error
-    for rank in range(manifest.geometry.world_size):
-        state = f"state/rank-{rank:05d}-of-{manifest.geometry.world_size:05d}/model.safetensors"
+    shards = manifest.geometry.shards or manifest.geometry.world_size
+    for shard in range(shards):
+        state = f"state/rank-{shard:05d}-of-{shards:05d}/model.safetensors"
         if state not in manifest.files:
             return f"{state} is not in {MANIFEST}"
     parts = _on_all_ranks(_compare, folder, list(manifest.files.items()), waiting)

@@ -22,7 +22,7 @@ from fitune.export.chat_record import ChatRecord, write_chat_record
 from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
 from fitune.export.model_card import write_model_card
 from fitune.export.tokenizer_files import copy_tokenizer
-from fitune.model.sharding import local_part
+from fitune.model.sharding import local_part, shard_group, share_of
 from fitune.model.skeleton import decoder
 from fitune.output_folder import new_folder
 from fitune.training.adamw_8bit import first_element
@@ -58,9 +58,12 @@ def save_result(
 
 def gathered_result(model: nn.Module, run: Run, waiting=nullcontext) -> Iterator[torch.Tensor | None]:
     """The tensors of the adapter or the model, whole on rank 0, None elsewhere. Go through it on all ranks."""
+    is_first_replica = share_of(run, dist.get_rank()).replica == 0
     for parameter, spec in _named_for_saving(model, run):
-        with waiting():
-            whole = gather_rows(as_on_disk(parameter, spec), parameter.shape[0])
+        whole = None
+        if is_first_replica:
+            with waiting():
+                whole = gather_rows(as_on_disk(parameter, spec), parameter.shape[0], shard_group(parameter))
         yield whole
 
 
@@ -104,19 +107,20 @@ def as_on_disk(parameter: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return rows.view(local.shape)
 
 
-def gather_rows(local: torch.Tensor, rows: int) -> torch.Tensor | None:
-    """The whole tensor of `rows` rows on rank 0 in host RAM, None elsewhere, from each rank's own rows there.
+def gather_rows(local: torch.Tensor, rows: int, group: dist.ProcessGroup | None) -> torch.Tensor | None:
+    """The whole tensor of `rows` rows in host RAM on the first of `group`'s ranks, None on the others, from each one's.
 
-    No GPU memory is used. Call on all ranks.
+    No GPU memory is used. Call on all ranks of `group`; None: nothing is sharded.
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    if world_size == 1:
+    if group is None or group.size() == 1:
         return local
-    chunk = -(-rows // world_size)
+    shards, rank = group.size(), group.rank()
+    chunk = -(-rows // shards)
     padded = local if local.shape[0] == chunk else local.new_empty((chunk, *local.shape[1:]))
     padded[: local.shape[0]] = local
-    whole = local.new_empty((chunk * world_size, *local.shape[1:])) if rank == 0 else None
-    dist.gather(padded, list(whole.chunk(world_size)) if rank == 0 else None)  # CPU tensors: over gloo
+    whole = local.new_empty((chunk * shards, *local.shape[1:])) if rank == 0 else None
+    parts = list(whole.chunk(shards)) if rank == 0 else None
+    dist.gather(padded, parts, group=group, group_dst=0)  # CPU tensors: over gloo
     return whole[:rows] if rank == 0 else None  # only the last ranks' chunks are short
 
 

@@ -1,10 +1,11 @@
-"""What a training checkpoint holds beside the Trainer's own files: trainable weights and optimizer state, per rank.
+"""What a training checkpoint holds beside the Trainer's own files: trainable weights and optimizer state, per shard.
 
-    checkpoint-N/state/layout.json                          world size, full shapes, optimizer hyperparameters
-    checkpoint-N/state/rank-00000-of-00002/model.safetensors   that rank's rows: NAME, and NAME::exp_avg etc.
+    checkpoint-N/state/layout.json                             shards, full shapes, optimizer hyperparameters
+    checkpoint-N/state/rank-00000-of-00002/model.safetensors   one shard's rows: NAME, and NAME::exp_avg etc.
     checkpoint-N/adapter/                                   in place of NAME, where an adapter is trained
 
-Nothing is gathered to save it, and because the layout is known it can be read back on another number of ranks.
+Nothing is gathered to save it, and because the layout is known it can be read back on another number of ranks. With
+hybrid sharding the first machine's ranks hold every shard: the others' are the same.
 """
 
 import json
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from fitune.config.schema import ADAPTER
 from fitune.errors import FituneError
 from fitune.export.adapter import AdapterFile, saved_name
-from fitune.model.sharding import local_part, local_rows
+from fitune.model.sharding import Share, local_part, local_rows
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
@@ -38,9 +39,7 @@ class TrainingState:
         return TrainingState(copies, self.layout)
 
 
-def training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int, *, weights: bool
-) -> TrainingState:
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, shards: int, *, weights: bool) -> TrainingState:
     """This rank's rows of the optimizer's state and, with `weights`, of every trainable parameter.
 
     Nothing is copied but the optimizer's hyperparameters: the next step changes the rows.
@@ -51,7 +50,7 @@ def training_state(
         for key, value in state.items():
             tensors[f"{names[parameter]}{SEPARATOR}{key}"] = local_part(torch.as_tensor(value)).detach()
     layout = {
-        "world_size": world_size,
+        "world_size": shards,
         "shapes": {name: list(parameter.shape) for parameter, name in names.items()},
         "param_groups": [
             {key: value for key, value in group.items() if key != "params"}
@@ -62,36 +61,34 @@ def training_state(
     return TrainingState(tensors, layout)
 
 
-def write_training_state(folder: Path, state: TrainingState, rank: int) -> dict[str, str]:
-    """Writes one rank's state; it lets go of each tensor that is written, so that a copy's memory is free again.
+def write_training_state(folder: Path, state: TrainingState, shard: int) -> dict[str, str]:
+    """Writes one shard's state; it lets go of each tensor that is written, so that a copy's memory is free again.
 
     One tensor at a time passes through host RAM. Returns the SHA-256 of what it wrote, by path inside `folder`; the
     disk has it by then.
     """
-    part = folder / "state" / f"rank-{rank:05d}-of-{state.layout['world_size']:05d}"
+    part = folder / "state" / f"rank-{shard:05d}-of-{state.layout['world_size']:05d}"
     part.mkdir(parents=True)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()]
     writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, hashed=True)
     for spec in specs:
         writer.write(spec.name, state.tensors.pop(spec.name))
     writer.close()
-    if rank == 0:
+    if shard == 0:
         (folder / "state" / "layout.json").write_text(json.dumps(state.layout, indent=1), encoding="utf-8")
     return {str((part / name).relative_to(folder)): sha256 for name, sha256 in writer.hashes.items()}
 
 
-def load_trainable_weights(folder: Path, model: nn.Module, rank: int, world_size: int) -> None:
+def load_trainable_weights(folder: Path, model: nn.Module, share: Share) -> None:
     """Fills the trainable parameters of the sharded `model` from a checkpoint, each rank its own rows."""
     with _SavedState(folder) as saved, torch.no_grad():
         for name, parameter in _trainable(model):
             saved.check_shape(name, parameter)
-            start, stop = local_rows(parameter.shape[0], rank, world_size)
+            start, stop = local_rows(parameter.shape[0], share.shard, share.shards)
             local_part(parameter).copy_(saved.weight(name, start, stop))
 
 
-def load_optimizer_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
-) -> None:
+def load_optimizer_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, share: Share) -> None:
     """Restores the optimizer's state and hyperparameters from a checkpoint, each rank its own rows."""
     parameters = dict(_trainable(model))
     with _SavedState(folder) as saved:
@@ -100,7 +97,7 @@ def load_optimizer_state(
         for group in groups:
             for offset, name in enumerate(group["params"]):
                 parameter = parameters[name]
-                start, stop = local_rows(parameter.shape[0], rank, world_size)
+                start, stop = local_rows(parameter.shape[0], share.shard, share.shards)
                 keys = saved.optimizer_keys(name)
                 if isinstance(optimizer, AdamW8bit):  # straight into place: its tensors are many, and no DTensors
                     optimizer.fill_state(parameter, {key: saved.part(name, key, start, stop) for key in keys})
@@ -117,7 +114,7 @@ def _trainable(model: nn.Module):
 
 
 class _SavedState:
-    """The parts that all ranks of the interrupted run wrote, read as whole tensors by row range."""
+    """The shards of the interrupted run, read as whole tensors by row range."""
 
     def __init__(self, folder: Path):
         self.folder = folder / "state"
@@ -125,8 +122,8 @@ class _SavedState:
             self.layout = json.loads((self.folder / "layout.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FituneError(f"{folder}: not a checkpoint of fitune: state/layout.json: {error}") from None
-        world_size = self.layout["world_size"]
-        self.parts = [Checkpoint(self.folder / f"rank-{r:05d}-of-{world_size:05d}") for r in range(world_size)]
+        shards = self.layout["world_size"]
+        self.parts = [Checkpoint(self.folder / f"rank-{n:05d}-of-{shards:05d}") for n in range(shards)]
         self.adapter = AdapterFile(folder / ADAPTER) if (folder / ADAPTER).is_dir() else None
 
     def check_shape(self, name: str, parameter: torch.Tensor) -> None:

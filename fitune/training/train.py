@@ -32,7 +32,7 @@ from fitune.launching.run_folder import begin_to_train, finish, steps_asked
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
 from fitune.model.layer import use_fp8_products
-from fitune.model.sharding import kept_in_host_ram, shard, trained_dtype
+from fitune.model.sharding import kept_in_host_ram, shard, shard_mesh, share_of, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.output_folder import checkpoints
 from fitune.planning.compute import FP8_CAPABILITY
@@ -77,7 +77,7 @@ def train(run: Run) -> None:
     processes = run.accelerate.num_processes
     report.begin(f"joining {processes} process{'es' * (processes > 1)}")
     with heartbeat.starting():
-        mesh = join(run.accelerate)
+        mesh = join(run)
     arguments = training_arguments(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -114,7 +114,7 @@ def train(run: Run) -> None:
     trainer.also_logged = measurements.since_last_log
     if steps_left == 0:  # interrupted while it saved the result
         with heartbeat.using_files():
-            load_trainable_weights(checkpoint, model, mesh.get_rank(), mesh.size())
+            load_trainable_weights(checkpoint, model, share_of(run, mesh.get_rank()))
         trainer.state = _state_of(checkpoint)
     else:
         dist.barrier()  # machines may have read for longer than a first step may take
@@ -149,7 +149,8 @@ def load_sharded_model(
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)
-    placement = Placement(mesh.get_rank(), mesh.size(), device, frozenset(kept_in_host_ram(model, run)))
+    share, group = share_of(run, mesh.get_rank()), shard_mesh(mesh).get_group() if run.replicas > 1 else None
+    placement = Placement(share.shard, share.shards, device, frozenset(kept_in_host_ram(model, run)), group)
     bar = bar or partial(progress.bar, show=is_main_process())
     with Checkpoint(base_folder) as checkpoint, bar("reading the base", checkpoint.nbytes, in_bytes=True) as advance:
         load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)

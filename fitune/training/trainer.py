@@ -22,7 +22,7 @@ from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
-from fitune.model.sharding import reshard_whole_weights
+from fitune.model.sharding import reshard_whole_weights, share_of
 from fitune.model.skeleton import decoder
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.arguments import own_optimizer, training_arguments
@@ -32,6 +32,7 @@ from fitune.training.checkpoint import CheckpointSaver, Writer, disk_errors_name
 from fitune.training.distributed import is_main_process
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity, find_damage
+from fitune.training.replicas import refuse_replicas_apart
 from fitune.training.result import gathered_result, save_result, write_result
 from fitune.training.state import load_optimizer_state, load_trainable_weights, training_state, write_training_state
 from fitune.training.token_metrics import token_metrics
@@ -75,6 +76,7 @@ class ShardedSFTTrainer(SFTTrainer):
             optimizer_cls_and_kwargs=own_optimizer(run, arguments),
             **kwargs,
         )
+        self.share = share_of(run, self.args.process_index)
         self.best_model = BestModel(run.recipe)
         self.add_callback(self.best_model)
         self.saver = CheckpointSaver(run, identity, self.heartbeat)
@@ -101,17 +103,27 @@ class ShardedSFTTrainer(SFTTrainer):
         return loader
 
     def training_step(self, model, inputs, *args, **kwargs):
-        """With one rank an adapter's gradients are whole anyway: they stay on the GPU until the last micro batch.
-
-        Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by layer.
-        """
         self.heartbeat.count()
-        if isinstance(model, FSDPModule) and self.args.world_size == 1 and self.run.recipe.method != "full":
-            model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        if isinstance(model, FSDPModule):
+            self._leave_gradients_to_the_last_pass(model)
         inputs = self._with_random_numbers(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step.append((inputs, loss))
         return loss
+
+    def _leave_gradients_to_the_last_pass(self, model: FSDPModule) -> None:
+        """Gradients stay on the GPU until the last micro batch of a step, where that saves more than it takes.
+
+        With one rank an adapter's are whole anyway. Offloaded, each micro batch would else wait for its gradients to be
+        added up in host RAM, layer by layer. With hybrid sharding they cross the network between machines only then;
+        method full's wait on the GPU only if they live there.
+        """
+        is_last, full = self.accelerator.sync_gradients, self.run.recipe.method == "full"
+        leave_the_gpu = self.run.accelerate.offload_params or self.run.profile.optimizer_offload
+        if self.args.world_size == 1 and not full:
+            model.set_requires_gradient_sync(is_last)
+        elif self.run.replicas > 1 and not (full and leave_the_gpu):
+            model.set_requires_all_reduce(is_last)
 
     def _with_random_numbers(self, inputs: dict) -> dict:
         """What dropout and noise draw in this pass, the same wherever its examples lie."""
@@ -226,11 +238,12 @@ class ShardedSFTTrainer(SFTTrainer):
             folder, log_history = Path(self.args.output_dir), self.state.log_history
             best = self.best_model.choose(folder, log_history, lambda path: find_damage(path, self.heartbeat.waiting))
             if best:
-                load_trainable_weights(best, self.model, self.args.process_index, self.args.world_size)
+                load_trainable_weights(best, self.model, self.share)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.run.result_folder)
         with self.heartbeat.using_files():
+            refuse_replicas_apart(self.model, self.share, self.state.global_step, self.heartbeat.waiting)
             self._save_result(folder)
             with self.heartbeat.waiting():
                 dist.barrier()
@@ -243,6 +256,7 @@ class ShardedSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """checkpoints/checkpoint-N; raises FituneError if the disk is full. Call on all ranks."""
         dist.barrier()  # one may have logged to a slow server; it is watched from here on
+        refuse_replicas_apart(self.model, self.share, self.state.global_step, self.heartbeat.waiting)
         kept_steps = self.best_model.kept_steps(self.state.log_history)
         is_last = self.control.should_training_stop
         self.saver.save(self.state.global_step, self._prepare_checkpoint, kept_steps, is_last=is_last)
@@ -252,8 +266,12 @@ class ShardedSFTTrainer(SFTTrainer):
 
         `is_copied`: as they are now, whatever training changes meanwhile.
         """
-        rank, ranks, full = self.args.process_index, self.args.world_size, self.run.recipe.method == "full"
-        state = training_state(self.model, self.optimizer, ranks, weights=full)
+        full = self.run.recipe.method == "full"
+        random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if self.share.replica:  # the first one has the rest
+            self._save_position(folder)
+            return lambda: {random_state: None}
+        state = training_state(self.model, self.optimizer, self.share.shards, weights=full)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # what lies in host RAM may be on its way there
         if is_copied:
@@ -263,8 +281,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
         def write() -> dict[str, str | None]:
             hashes = {f"{ADAPTER}/{name}": sha256 for name, sha256 in write_adapter().items()}
-            hashes |= write_training_state(folder, state, rank)
-            return hashes | {"rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth": None}
+            return hashes | write_training_state(folder, state, self.share.shard) | {random_state: None}
 
         return write
 
@@ -298,9 +315,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         with self.heartbeat.using_files():
-            load_trainable_weights(
-                Path(resume_from_checkpoint), self.model, self.args.process_index, self.args.world_size
-            )
+            load_trainable_weights(Path(resume_from_checkpoint), self.model, self.share)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
@@ -308,7 +323,7 @@ class ShardedSFTTrainer(SFTTrainer):
         self._total_train_tokens = self.state.num_input_tokens_seen
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         with self.heartbeat.using_files():
-            load_optimizer_state(Path(checkpoint), self.model, optimizer, self.args.process_index, self.args.world_size)
+            load_optimizer_state(Path(checkpoint), self.model, optimizer, self.share)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         if isinstance(self.lr_scheduler, LambdaLR):
             self._follow_this_runs_schedule()

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, saved_name
-from fitune.model.sharding import local_part, local_rows
+from fitune.model.sharding import local_part, local_rows, share_of
 from fitune.training.distributed import is_main_process
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.weights.safetensors_files import Checkpoint
@@ -44,8 +44,9 @@ def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
     """Fills the adapter of the sharded `model` from the run's result, each rank its own rows; method full has none."""
     if run.recipe.method == "full":
         return
+    share = share_of(run, mesh.get_rank())
     with AdapterFile(run.result_folder) as adapter, torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                start, stop = local_rows(parameter.shape[0], mesh.get_rank(), mesh.size())
+                start, stop = local_rows(parameter.shape[0], share.shard, share.shards)
                 local_part(parameter).copy_(adapter.read_rows(saved_name(name), start, stop))

@@ -36,12 +36,14 @@ WEIGHTS_PER_ELEMENT = 2 * STORAGE.itemsize
 class Placement:
     """Which rows of every parameter this process keeps, and where it computes."""
 
-    rank: int
-    world_size: int
+    shard: int
+    shards: int
     device: torch.device
     "Where layers are computed, and where their weights live unless they are offloaded."
     in_host_ram: frozenset[nn.Module] = frozenset()
     "Modules whose own parameters stay on the CPU."
+    group: dist.ProcessGroup | None = None
+    "The processes that hold the other shards; None: all."
 
 
 def load_weights(
@@ -208,7 +210,7 @@ class _Loader:
     def fill(self, name: str, parameter: torch.Tensor, source: str | None) -> Iterator[Step]:
         """The steps that fill one parameter, and page-lock it if it stays in host RAM."""
         local = local_part(parameter)
-        start, stop = local_rows(parameter.shape[0], self.placement.rank, self.placement.world_size)
+        start, stop = local_rows(parameter.shape[0], self.placement.shard, self.placement.shards)
         if local.shape[0] != stop - start:
             raise FituneError(f"{name}: FSDP keeps {local.shape[0]} rows here, expected {stop - start}")
         if source is None:
@@ -291,8 +293,8 @@ class _Loader:
             yield Read(source, begin * size, end * size, consume=lambda data, begin=begin: quantise(data, begin))
 
         def share() -> None:
-            if self.placement.world_size > 1:
-                dist.all_reduce(absmax)
+            if self.placement.shards > 1:
+                dist.all_reduce(absmax, group=self.placement.group)
             module.quant_state = double_quantised(absmax, info.shape, info.dtype)
 
         yield share

@@ -58,7 +58,7 @@ def parts(weight: torch.Tensor, state: QuantState) -> list[torch.Tensor]:
 
 def main() -> None:
     run = runs.load(Path(sys.argv[1]))
-    mesh = join(run.accelerate)
+    mesh = join(run)
     folder = Path(run.recipe.base.model)
     model = load_sharded_model(run, folder, load_tokenizer(run.recipe, folder), mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fitune.errors import FituneError, UsageError
 from fitune.model import sharding
 from fitune.model.nf4 import NF4Linear
-from fitune.model.sharding import local_part
+from fitune.model.sharding import local_part, shard_group
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.training.result import as_on_disk, gather_rows
 from fitune.weights.safetensors_files import TensorSpec
@@ -55,7 +55,7 @@ def _is_saved_whole(parameter: DTensor) -> bool | None:
     gathered, expected = whole(parameter), []
     for dtype in {parameter.dtype, torch.bfloat16 if parameter.is_floating_point() else torch.uint8}:
         spec = TensorSpec("weight", dtype, tuple(parameter.shape))
-        saved = gather_rows(as_on_disk(parameter, spec), parameter.shape[0])
+        saved = gather_rows(as_on_disk(parameter, spec), parameter.shape[0], shard_group(parameter))
         if saved is not None:
             expected.append(torch.equal(saved.view(torch.uint8), as_on_disk(gathered, spec).view(torch.uint8)))
     return all(expected) if expected else None

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fitune.errors import FituneError, UsageError
 from fitune.launching.heartbeat import Heartbeat
-from fitune.model.sharding import local_part
+from fitune.model.sharding import Share, local_part
 from fitune.training.state import load_optimizer_state, load_trainable_weights, training_state, write_training_state
 from fitune.training.train import _checkpoint_to_resume
 from fitune.weights.safetensors_files import Checkpoint
@@ -167,8 +167,8 @@ def _load(runs: dict, folder: Path) -> dict:
                     local_part(parameter).fill_(7)
         optimizer = _optimizer(model, lr=1.0)
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        load_trainable_weights(folder / case, model, rank, world_size)
-        load_optimizer_state(folder / case, model, optimizer, rank, world_size)
+        load_trainable_weights(folder / case, model, Share(rank, world_size))
+        load_optimizer_state(folder / case, model, optimizer, Share(rank, world_size))
         report[case] = {"state": _whole_state(model, optimizer), "groups": _hyperparameters(optimizer)}
         _step(model, optimizer, 3)
         report[case]["next"] = _whole_state(model, optimizer)
@@ -213,7 +213,7 @@ def _load_errors(run, folders: list[Path]) -> list[str]:
     messages = []
     for folder in folders:
         with pytest.raises(FituneError) as caught:
-            load_trainable_weights(folder, model, 0, 1)
+            load_trainable_weights(folder, model, Share(0, 1))
         messages.append(str(caught.value))
     return messages
 

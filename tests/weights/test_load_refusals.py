@@ -129,13 +129,13 @@ def test_nf4_checkpoint_is_for_qlora_only(method, nf4_bases, make_run, tmp_path)
     _assert_refused(make_run(base, tmp_path, method), "use qlora")
 
 
-def _join_wrong(settings) -> str:
+def _join_wrong(run) -> str:
     with pytest.raises(UsageError) as caught:
-        join(settings)
+        join(run)
     return str(caught.value)
 
 
 def test_another_number_of_processes_than_resolved_is_refused(uneven_base, make_run, tmp_path):
     run = make_run(uneven_base, tmp_path, processes=3)
-    for message in run_ranks(_join_wrong, 2, run.accelerate):
+    for message in run_ranks(_join_wrong, 2, run):
         assert "2 processes were started, the run needs 3" in message

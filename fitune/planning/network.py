@@ -1,0 +1,77 @@
+"""What the network between several machines costs a step, as planned and otherwise: `plan` says it."""
+
+from dataclasses import dataclass
+
+from fitune.config import run as runs
+from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.schema import AUTO, SMALLEST, Run
+from fitune.planning.fill import filled
+from fitune.planning.gpu_models import GpuModel
+from fitune.planning.outlook import shortfall
+from fitune.planning.plan import Plan, make_plan
+from fitune.planning.search import rounded
+
+HYBRID = "profile.hybrid_sharding"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A run on several machines: the same one with a few settings changed."""
+
+    changes: dict[str, str]
+    "`--set` keys and values; none: as planned."
+    plan: Plan
+
+    @property
+    def typed(self) -> str:
+        return " ".join(f"--set {key}={value}" for key, value in self.changes.items())
+
+    def as_json(self) -> dict:
+        parts = self.plan.time.parts
+        return {
+            "set": self.changes, "fits": self.plan.fits, "hybrid_sharding": self.plan.setup.replicas > 1,
+            "network_seconds": round(parts["network"], 3), "compute_seconds": round(parts["compute"], 3),
+            "step_seconds": round(parts["total"], 3),
+        }  # fmt: skip
+
+
+def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
+    """The plan, then what its machines could do instead; rows and kept layers are chosen anew. [] for one machine.
+
+    `options` are those of `make_plan`.
+    """
+    if plan.setup.machines == 1 or plan.time is None or not plan.time.is_known:
+        return []
+    others = [{HYBRID: "false" if plan.setup.replicas > 1 else "true"}]
+    is_adamw = plan.run.recipe.training.get("optim", OPTIMIZER).startswith("adamw")
+    if plan.setup.full and not plan.setup.small_states and is_adamw:
+        others.append({"profile.optimizer_state": "bf16_8bit", HYBRID: "true"})
+    planned = [make_plan(_changed(plan.run, changes, plan, gpu), plan.limits, gpu, **options) for changes in others]
+    return [Way({}, plan), *(Way(changes, other) for changes, other in zip(others, planned, strict=True))]
+
+
+def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None) -> Run:
+    values = {key.removeprefix("profile."): value for key, value in changes.items()}
+    values |= {"hybrid_sharding": values["hybrid_sharding"] == "true"}
+    profile = run.profile.model_copy(update=dict.fromkeys(SMALLEST, AUTO) | {"async_save": AUTO} | values)
+    other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, run.accelerate, run.output_dir)
+    return filled(other, plan.limits, gpu)
+
+
+def network_lines(ways: list[Way]) -> list[str]:
+    """In words, one line each."""
+    if not ways:
+        return []
+    planned, others = ways[0], ways[1:]
+    is_hybrid = planned.plan.setup.replicas > 1
+    how = "each machine holds the model, gradients travel" if is_hybrid else "one copy over all GPUs, weights travel"
+    lines = [f"network between {planned.plan.setup.machines} machines ({how}): {_seconds(planned)}"]
+    for other in others:
+        outcome = _seconds(other) if other.plan.fits else f"does not fit: {shortfall(other.plan)}"
+        lines.append(f"  with {other.typed}: {outcome}")
+    return lines
+
+
+def _seconds(way: Way) -> str:
+    parts = way.plan.time.parts
+    return f"{rounded(parts['network'])} s of a step beside {rounded(parts['compute'])} s of computing"

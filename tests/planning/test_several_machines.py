@@ -1,0 +1,126 @@
+"""Several machines in `plan`: what hybrid sharding takes and saves, when it is chosen, what is said of the network."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from fitune.cli import cli
+from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.model_shapes import find_shape
+from fitune.errors import UsageError
+from fitune.planning.fill import resolve
+from fitune.planning.gpu_models import gpu_model
+from fitune.planning.limits import given_machine
+from fitune.planning.memory import checkpoint_copy, gpu_peak, host_peak
+from fitune.planning.plan import setup_of
+from fitune.planning.search import all_on_the_gpus, find
+from fitune.planning.step_time import step_seconds
+
+H100 = gpu_model("H100")
+
+
+def _setup(recipe: str, *sets: str, gpus: int = 8, machines: int = 2, gib: float = 80, host: float = 1024):
+    """Of a run on all GPUs with one row a pass and no layer kept."""
+    sets = ("profile.micro_batch=1", "profile.kept_layers=0", *sets)
+    run = all_on_the_gpus(recipe, sets, given_machine(gpus, gib, host), H100, machines=machines)
+    return setup_of(run, find_shape(run.recipe.base.model))
+
+
+@pytest.mark.parametrize("recipe", ["llama3_70b_qlora", "llama3_70b_lora", "llama3_8b_full"])
+def test_with_hybrid_sharding_a_machine_takes_what_it_takes_alone(recipe):
+    batch = ("global_batch_size=32", "profile.hybrid_sharding=true")
+    hybrid, alone = _setup(recipe, *batch), _setup(recipe, "global_batch_size=16", machines=1)
+    assert (hybrid.ranks, hybrid.replicas, hybrid.shards, alone.shards) == (16, 2, 8, 8)
+    assert hybrid.accumulation == alone.accumulation == 2
+    assert gpu_peak(hybrid).total == pytest.approx(gpu_peak(alone).total)
+    assert host_peak(hybrid) == pytest.approx(host_peak(alone))
+    saving = [replace(setup, saves=True, async_save=True) for setup in (hybrid, alone)]
+    assert checkpoint_copy(saving[0]) == pytest.approx(checkpoint_copy(saving[1]))
+    over_all = _setup(recipe, "global_batch_size=32", "profile.hybrid_sharding=false")
+    assert gpu_peak(over_all).total < gpu_peak(hybrid).total
+
+
+def test_replicas_of_one_gpu_add_up_gradients_and_no_more():
+    """Nothing is gathered where each machine has one GPU."""
+    hybrid = _setup("llama3_8b_lora", "profile.hybrid_sharding=true", gpus=1)
+    assert hybrid.shards == 1 and hybrid.unsharded_layer == 0
+    parts = step_seconds(hybrid, H100, network_gb_s=10)
+    assert parts["network"] == pytest.approx(hybrid.trainable * 4 / (10e9 * 0.85))  # 2 x (2 - 1) / 2 of float32
+
+
+def test_gradients_that_wait_for_the_last_pass_are_float32():
+    """Those of small optimizer states are bf16 once they have been added up."""
+    sets = ("global_batch_size=32", "profile.optimizer_state=bf16_8bit", "profile.hybrid_sharding=true")
+    setup = _setup("llama3_8b_full", *sets)
+    assert setup.accumulated_on_gpu and setup.waiting_gradients == 2 * setup.gradients
+    in_ram = replace(setup, optimizer_offload=True)
+    assert not in_ram.reduced_once and not in_ram.accumulated_on_gpu
+
+
+def test_the_network_between_machines_is_crossed_once_a_step_by_gradients_on_the_gpu():
+    once, often = (
+        _setup("llama3_8b_full", f"global_batch_size={rows}", "profile.hybrid_sharding=true") for rows in (16, 64)
+    )
+    inside = [step_seconds(setup, H100, network_gb_s=1e9)["network"] for setup in (once, often)]
+    between = [step_seconds(setup, H100)["network"] - part for setup, part in zip((once, often), inside, strict=True)]
+    assert inside[1] == pytest.approx(4 * inside[0]) and between[1] == pytest.approx(between[0])
+    offloaded = step_seconds(replace(often, offload=True), H100)["network"]
+    assert offloaded == pytest.approx(inside[1] + 4 * between[0])
+
+
+@pytest.mark.parametrize("recipe", ["llama3_8b_qlora", "llama3_70b_qlora", "llama3_8b_lora", "llama3_70b_lora"])
+def test_auto_is_hybrid_for_adapters_wherever_it_fits(recipe):
+    assert find(recipe, (), given_machine(8, 80, 512), H100, machines=2).plan.setup.replicas == 2
+    sets = ("profile.embedding_offload=false", "profile.micro_batch=1")
+    tight = all_on_the_gpus("llama3_70b_lora", sets, given_machine(2, 80, 512), H100, machines=2)
+    assert tight.profile.hybrid_sharding is False  # 131 GiB of weights on two cards
+
+
+def test_auto_is_hybrid_for_full_where_it_fits_and_is_faster():
+    def choice(*sets: str) -> bool:
+        return resolve("llama3_70b_full", "fsdp_full_16x80gb", sets).profile.hybrid_sharding
+
+    assert choice() is False  # 16 bytes a parameter over 8 cards
+    assert choice("profile.optimizer_state=bf16_8bit") is True
+    one_machine = resolve("llama3_70b_full", "fsdp_full_8x80gb")
+    assert one_machine.profile.hybrid_sharding is False and one_machine.replicas == 1
+
+
+def test_plan_says_what_the_network_costs_and_what_lowers_it():
+    done = CliRunner().invoke(cli, ["plan", "llama3_70b_full", "--profile", "fsdp_full_16x80gb"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("network between 2 machines"))
+    assert "(one copy over all GPUs, weights travel): 49 s of a step beside 3 s of computing" in lines[start]
+    assert "with --set profile.hybrid_sharding=true: does not fit: GPU memory: needs 144" in lines[start + 1]
+    small = "with --set profile.optimizer_state=bf16_8bit --set profile.hybrid_sharding=true: 28 s of a step"
+    assert small in lines[start + 2]
+
+
+def test_plan_for_as_many_machines_as_are_given():
+    flags = ["--gpus", "8", "--gpu", "H100", "--machines", "2", "--host-memory", "512", "--find", "--json"]
+    done = CliRunner().invoke(cli, ["plan", "llama3_70b_qlora", *flags])
+    found = json.loads(done.stdout)
+    assert found["machines"] == 2 and found["gpus_there"] == 16
+    planned, otherwise = found["network"]
+    assert planned["hybrid_sharding"] and otherwise["set"] == {"profile.hybrid_sharding": "false"}
+    assert planned["network_seconds"] < 0.1 * otherwise["network_seconds"]
+    alone = CliRunner().invoke(cli, ["plan", "llama3_70b_qlora", "--gpus", "8", "--gpu", "H100", "--json"])
+    assert json.loads(alone.stdout)["network"] == []
+
+
+def test_hybrid_sharding_of_one_machine_is_refused():
+    with pytest.raises(
+        UsageError, match=r"is for several machines, .* has num_machines 1; use --set profile.hybrid_sh"
+    ):
+        runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", ("profile.hybrid_sharding=true",))
+
+
+def test_machines_that_would_have_unequal_ranks_are_refused(tmp_path):
+    file = tmp_path / "three.yaml"
+    file.write_text("distributed_type: FSDP\nuse_cpu: true\nnum_processes: 3\nnum_machines: 2\n")
+    with pytest.raises(UsageError, match="num_processes 3 can't be spread evenly over num_machines 2; make it a mult"):
+        read_accelerate_config(file)

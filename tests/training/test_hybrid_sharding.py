@@ -1,0 +1,183 @@
+"""profile.hybrid_sharding: sharded inside a machine, replicated between machines. Losses are those of one rank."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks, sharded_model, train_here
+from rounding import additions_to_a_step, assert_curve_equal_but_for_rounding
+from safetensors.torch import load_file
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fitune.errors import FituneError
+from fitune.model.sharding import Share, local_part, local_rows, share_of
+from fitune.training.evaluate import evaluate
+from fitune.training.replicas import refuse_replicas_apart
+
+STEPS, SAVED = 6, 3
+TRAINING = {
+    "max_steps": STEPS, "learning_rate": 5e-3, "save_strategy": "steps", "save_steps": SAVED, "max_grad_norm": 0.5,
+    "weight_decay": 0.1,
+}  # fmt: skip
+OPTIONS = {"batch": 10, "packing": True, "max_length": 112, "training": TRAINING}
+"Ten rows are three passes of four ranks, two places filled up."
+SMALL = {"optimizer_state": "bf16_8bit", "training": TRAINING | {"learning_rate": 1e-3}}
+TWO_BY_TWO = {"processes": 4, "machines": 2, "hybrid_sharding": True}
+CASES = {
+    "lora": ("lora", {"lora": {"dropout": 0.2}}),
+    "qlora": ("qlora", {}),
+    "qlora, weights in RAM": ("qlora", {"offload_params": True}),
+    "qlora, embedding in RAM": ("qlora", {"embedding_offload": True}),
+    "full": ("full", {}),
+    "full, weights in RAM": ("full", {"offload_params": True}),
+    "full, small states": ("full", SMALL),
+    "full, small states in RAM": ("full", SMALL | {"optimizer_offload": True}),
+}
+
+
+def _curve(run, key: str = "loss") -> list[float]:
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if "loss" in line]
+
+
+def _assert_same_losses(run, one, small_states: bool) -> None:
+    found, expected = _curve(run), _curve(one)
+    assert len(found) == STEPS
+    if small_states:  # weights and gradients are bf16 numbers, whose last bit may differ: see test_small_states
+        for step, (value, wanted) in enumerate(zip(found, expected, strict=True), 1):
+            assert abs(value - wanted) <= step * torch.finfo(torch.bfloat16).eps / 8 * wanted, f"step {step}"
+        return
+    assert_curve_equal_but_for_rounding(found, expected, additions_to_a_step(one))
+    norms = _curve(run, "grad_norm"), _curve(one, "grad_norm")
+    assert_curve_equal_but_for_rounding(*norms, additions_to_a_step(one), of="grad_norm")
+
+
+def _as_if_killed(run, folder, resumed_as):
+    """`resumed_as` in a copy of the finished `run` that has its first checkpoint only."""
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
+    shutil.rmtree(folder / run.result_folder.name)
+    return resumed_as.model_copy(update={"output_dir": str(folder), "resume": True})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_machines_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, uneven_base, make_run, tmp_path):
+    method, extra = CASES[case]
+    options = OPTIONS | extra
+
+    def run_in(name: str, **layout):
+        return make_run(uneven_base, tmp_path / name, method, **layout, **options)
+
+    one, hybrid = run_in("one", micro_batch=5), run_in("hybrid", **TWO_BY_TWO)
+    assert (hybrid.replicas, hybrid.shards, hybrid.gradient_accumulation_steps) == (2, 2, 3)
+    run_ranks(train_here, 1, one)
+    run_ranks(train_here, 4, hybrid)
+    small_states = "small states" in case
+    _assert_same_losses(hybrid, one, small_states)
+    state = hybrid.folder / f"checkpoints/checkpoint-{SAVED}/state"
+    assert {part.name for part in state.glob("rank-*")} == {"rank-00000-of-00002", "rank-00001-of-00002"}
+
+    again = _as_if_killed(hybrid, tmp_path / "again", hybrid)
+    run_ranks(train_here, 4, again)
+    assert _curve(again) == _curve(hybrid)
+    [file] = hybrid.result_folder.glob("*model*.safetensors")
+    for name, tensor in load_file(file).items():
+        assert torch.equal(load_file(again.result_folder / file.name)[name], tensor), name
+
+    if case in ("qlora", "full", "full, small states"):  # other layouts, and back
+        plain = _as_if_killed(hybrid, tmp_path / "plain", run_in("hybrid", processes=3))
+        run_ranks(train_here, 3, plain)
+        _assert_same_losses(plain, one, small_states)
+        back = _as_if_killed(plain, tmp_path / "back", hybrid)
+        run_ranks(train_here, 4, back)
+        _assert_same_losses(back, one, small_states)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_machines_of_one_rank_hold_all_of_it(method, tiny_base, make_run, tmp_path):
+    one = make_run(tiny_base, tmp_path / "one", method, micro_batch=5, **OPTIONS)
+    hybrid = make_run(tiny_base, tmp_path / "two", method, processes=2, machines=2, hybrid_sharding=True, **OPTIONS)
+    run_ranks(train_here, 1, one)
+    run_ranks(train_here, 2, hybrid)
+    _assert_same_losses(hybrid, one, False)
+
+
+def test_eval_has_the_numbers_of_one_rank(uneven_base, make_run, tmp_path):
+    run = make_run(uneven_base, tmp_path, "qlora", **TWO_BY_TWO, **OPTIONS)
+    run_ranks(train_here, 4, run)
+    run_ranks(evaluate, 4, run)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    run_ranks(evaluate, 1, make_run(uneven_base, tmp_path, "qlora", **OPTIONS))
+    expected = json.loads((tmp_path / "eval.json").read_text())
+    assert found["tuned"]["loss"] < 0.98 * found["base"]["loss"]
+    for which in ("base", "tuned"):
+        assert found[which]["tokens"] == expected[which]["tokens"]
+        assert found[which]["loss"] == pytest.approx(expected[which]["loss"], rel=1e-4)
+
+
+def _layout(run) -> dict:
+    model, _ = sharded_model(run)
+    share = share_of(run, dist.get_rank())
+    parameters = dict(model.named_parameters())
+    kinds = {(isinstance(p, DTensor), p.placements, tuple(p.device_mesh.shape)) for p in parameters.values()}
+    rows = {name: (len(p), len(local_part(p))) for name, p in parameters.items()}
+    return {"share": share, "kinds": kinds, "rows": rows, "bytes": {n: local_part(p) for n, p in parameters.items()}}
+
+
+def test_each_machine_holds_the_whole_model(uneven_base, make_run, tmp_path):
+    run = make_run(uneven_base, tmp_path, "qlora", **TWO_BY_TWO)
+    found = run_ranks(_layout, 4, run)
+    assert [one["share"] for one in found] == [Share(0, 2, 0), Share(1, 2, 0), Share(0, 2, 1), Share(1, 2, 1)]
+    for rank, one in enumerate(found):
+        assert one["kinds"] == {(True, (Replicate(), Shard(0)), (2, 2))}
+        for name, (total, mine) in one["rows"].items():
+            start, stop = local_rows(total, rank % 2, 2)
+            assert mine == stop - start, name
+            first = found[rank % 2]["bytes"][name]
+            assert torch.equal(one["bytes"][name].view(torch.uint8), first.view(torch.uint8)), name
+
+
+def _train_and_count(run) -> list[bool]:
+    """Whether each reduction of gradients went on to the other machine."""
+    reduce, found = param_group.foreach_reduce, []
+
+    def counted(*args, **kwargs):
+        found.append(args[11])  # all_reduce_grads
+        return reduce(*args, **kwargs)
+
+    param_group.foreach_reduce = counted
+    train_here(run)
+    return found
+
+
+def test_gradients_cross_the_network_once_a_step(tiny_base, make_run, tmp_path):
+    options = OPTIONS | {"training": TRAINING | {"max_steps": 1, "save_strategy": "no"}}
+    once = make_run(tiny_base, tmp_path / "once", "lora", **TWO_BY_TWO, **options)
+    layers, passes = 2, once.gradient_accumulation_steps
+    for crossed in run_ranks(_train_and_count, 4, once):
+        assert crossed == [False] * layers * (passes - 1) + [True] * layers
+    often = make_run(tiny_base, tmp_path / "often", "full", **TWO_BY_TWO, **options | {"offload_params": True})
+    for crossed in run_ranks(_train_and_count, 4, often):
+        assert all(crossed), "gradients that live in host RAM don't wait on the GPU"
+
+
+def _tampered(run) -> str | None:
+    """What is said when one weight of the last rank has another last bit."""
+    model, _ = sharded_model(run)
+    share = share_of(run, dist.get_rank())
+    refuse_replicas_apart(model, share, 1)
+    if dist.get_rank() == 3:
+        rows = next(local_part(p) for n, p in model.named_parameters() if p.requires_grad and len(local_part(p)))
+        rows.detach().view(torch.int32).view(-1)[0] ^= 1
+    try:
+        refuse_replicas_apart(model, share, 2)
+    except FituneError as error:
+        return str(error)
+
+
+def test_replicas_that_are_no_longer_the_same_are_refused(tiny_base, make_run, tmp_path):
+    said = run_ranks(_tampered, 4, make_run(tiny_base, tmp_path, "lora", **TWO_BY_TWO))
+    assert len(set(said)) == 1
+    assert said[0].startswith("step 2: the weights on rank 3 are no longer those of rank 1, whose copy they are")
