@@ -19,8 +19,8 @@ MODELS, METHODS = ("8b", "70b"), ("qlora", "lora", "full")
 
 
 def host_gib(gpus: int, gpu_gib: float) -> int:
-    """RAM enough for 70B in bf16, as the larger of such machines have it."""
-    return max(192, round(2 * gpus * gpu_gib))
+    """RAM enough for 70B in bf16 and eight processes, as the larger of such machines have it."""
+    return max(256, round(2 * gpus * gpu_gib))
 
 
 def cell(recipe: str, gpus: int, gpu_gib: float) -> str:

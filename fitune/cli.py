@@ -83,6 +83,12 @@ def show(recipe, profile, sets, output):
 )
 @click.option("--find", is_flag=True, help="The fastest profile that fits the hardware, here or given with --gpus.")
 @click.option("--all", "all_tiers", is_flag=True, help="Every profile against every method.")
+@click.option(
+    "--profiles",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Profiles of your own, beside the shipped ones and those in your recipe's folder.",
+)
 @click.option("--details", is_flag=True, help="Also memory by phase, host RAM, disk, the parts of a step's time.")
 @click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together.")
 @click.option(

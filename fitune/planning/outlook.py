@@ -1,6 +1,7 @@
 """What else would fit where a plan was made for: the nearest changes, the largest batch, the longest sequence."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -33,11 +34,11 @@ class Outlook:
     "Tokens, with one row a pass and no layer kept."
 
 
-def look_around(plan: Plan) -> Outlook:
-    """Everything that `plan` says beside the run that was asked for."""
+def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
+    """Everything that `plan` says beside the run that was asked for; `own` are files of profiles beside the shipped."""
     recomputed = replace(plan.setup, kept_layers=0)
     return Outlook(
-        [] if plan.fits else nearest_changes(plan),
+        [] if plan.fits else nearest_changes(plan, own),
         largest_micro_batch(recomputed, plan.limits),
         longest_sequence(recomputed, plan.limits),
     )
@@ -59,7 +60,7 @@ def longest_sequence(setup: Setup, limits: Limits) -> int:
     return SEQUENCE_STEP * largest(most, does_fit)
 
 
-def nearest_changes(plan: Plan) -> list[str]:
+def nearest_changes(plan: Plan, own: Sequence[str] = ()) -> list[str]:
     """The smallest changes to a run that make it fit: one setting, else two, and profiles for the same hardware."""
     changes = _settings(plan)
     found = [text for text, change in changes if fits(replace(plan.setup, **change), plan.limits)]
@@ -68,7 +69,7 @@ def nearest_changes(plan: Plan) -> list[str]:
             if not change.keys() & other.keys() and fits(replace(plan.setup, **change | other), plan.limits):
                 found.append(f"{text} {other_text}")
                 break
-    return [*found[:2], *_profiles_that_fit(plan)[:1]]
+    return [*found[:2], *_profiles_that_fit(plan, own)[:1]]
 
 
 def _settings(plan: Plan) -> list[tuple[str, dict]]:
@@ -99,10 +100,10 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     return changes
 
 
-def _profiles_that_fit(plan: Plan) -> list[str]:
-    """Shipped profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
+def _profiles_that_fit(plan: Plan, own: Sequence[str]) -> list[str]:
+    """Profiles for the recipe that need no more GPUs, GPU memory and RAM than there are, the fastest first."""
     found = []
-    for run in preset_runs(plan.run.recipe_name, plan.run.recipe):
+    for run in preset_runs(plan.run.recipe_name, plan.run.recipe, own=own):
         if run.profile_name != plan.run.profile_name and run.accelerate.num_machines == 1:
             other = make_plan(filled(run, plan.limits), plan.limits)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:

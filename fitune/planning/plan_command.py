@@ -3,22 +3,26 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
+from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.planning.asking import as_rows, is_model_folder
 from fitune.planning.compute import refuse_missing_fp8
-from fitune.planning.fill import resolve
+from fitune.planning.fill import filled, resolve
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
 from fitune.planning.hardware import Gpu, Machine, this_machine
-from fitune.planning.limits import given_machine, limits_here, limits_of
+from fitune.planning.limits import Limits, given_machine, limits_here, limits_of
 from fitune.planning.memory import merge_host
 from fitune.planning.network import network_lines, ways_to_spread
 from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
+from fitune.planning.presets import own_profiles, preset_run
 from fitune.planning.report import DETAILS_HINT, print_asking, print_choice, print_matrix, print_plan, print_tried
 from fitune.planning.search import Found, all_on_the_gpus, described
 from fitune.planning.search import find as find_fastest
@@ -29,7 +33,7 @@ from fitune.planning.tiers import matrix
 def plan_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, machines: int,
     gpu_memory: float | None, host_memory: float | None, gpu: str | None, gpu_tflops: float | None, find: bool,
-    all_tiers: bool, in_json: bool, details: bool, **options,
+    all_tiers: bool, in_json: bool, details: bool, profiles: Path | None, **options,
 ) -> None:  # fmt: skip
     """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers)
@@ -40,7 +44,7 @@ def plan_command(
         _plan_asking(recipe, _machine(gpus, gpu_memory, host_memory, gpu), console, in_json=in_json)
         return
     if all_tiers:
-        rows = matrix(recipe, sets)
+        rows = matrix(recipe, sets, own_profiles(recipe, profiles))
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
         return
     runs.check_paths(recipe, sets, "base.model")
@@ -59,16 +63,19 @@ def plan_command(
         run = found.plan.run if found else all_on_the_gpus(recipe, sets, machine, model, machines=machines)
         refuse_missing_fp8(run, known)
         plan = make_plan(run, limits_here(machine), model, **options)
-    outlook, ways = look_around(plan), ways_to_spread(plan, model, **options)
+    own = own_profiles(recipe, profiles)
+    on_own_profiles = plans_with(own, recipe, sets, plan.limits, model, **options) if found else []
+    outlook, ways = look_around(plan, own), ways_to_spread(plan, model, **options)
     if in_json:
-        more = {"network": [way.as_json() for way in ways]} | (search_as_json(found) if found else {})
+        more = {"network": [way.as_json() for way in ways]}
+        more |= search_as_json(found) | {"own_profiles": own_as_json(on_own_profiles)} if found else {}
         print(json.dumps(as_json(plan, outlook) | more, indent=2))
         return
     if found:
         print_choice(found, console)
     print_plan(plan, outlook, console, details=details, network=network_lines(ways))
     if found:
-        print_tried(found, console)
+        print_tried(found, on_own_profiles, console)
     if not details:
         console.print(DETAILS_HINT, style="dim")
 
@@ -140,11 +147,32 @@ def _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, 
         raise UsageError("--gpu-memory and --host-memory describe hardware together with --gpus N or --gpu MODEL")
 
 
+def plans_with(
+    own: Sequence[str], recipe_name: str, sets: tuple[str, ...], limits: Limits, gpu: GpuModel | None, **options
+) -> list[Plan]:
+    """The recipe with each profile of one's own that is meant for it, on the hardware that a search was for."""
+    recipe_overrides, profile_overrides = runs.parse_sets(sets)
+    recipe, plans = runs.load_recipe(recipe_name, recipe_overrides), []
+    for name in own:
+        if runs.goes_with(recipe, runs.load_profile(name)):
+            run = preset_run(name_of(recipe_name), recipe, name, profile_overrides)
+            plans.append(make_plan(filled(run, limits, gpu), limits, gpu, **options))
+    return plans
+
+
+def own_as_json(plans: list[Plan]) -> list[dict]:
+    """What a search adds about profiles of one's own."""
+    return [{"profile": plan.run.profile_name} | _outcome(plan) for plan in plans]
+
+
 def search_as_json(found: Found) -> dict:
     """What a search adds to `plan --json`."""
     return {
         "gpus_there": found.gpus, "gpus_idle": found.idle, "why_idle": found.why_idle(),
-        "tried": [{"choice": described(plan), "fits": plan.fits, "why_not": shortfall(plan) or None,
-                   "step_seconds": round(plan.time.parts["total"], 3) if plan.time and plan.time.is_known else None}
-                  for plan in found.tried],
+        "tried": [{"choice": described(plan)} | _outcome(plan) for plan in found.tried],
     }  # fmt: skip
+
+
+def _outcome(plan: Plan) -> dict:
+    seconds = round(plan.time.parts["total"], 3) if plan.time and plan.time.is_known else None
+    return {"fits": plan.fits, "why_not": shortfall(plan) or None, "step_seconds": seconds}

@@ -202,15 +202,16 @@ def print_choice(found: Found, console: Console) -> None:
         console.print(Text(why_idle, style="magenta"))
 
 
-def print_tried(found: Found, console: Console) -> None:
-    """The best of each kind that a search tried."""
+def print_tried(found: Found, own: Sequence[Plan], console: Console) -> None:
+    """The best of each kind that a search tried, and what profiles of one's own come to there."""
     table = Table(title="tried, the best of each kind first", title_justify="left", box=None, pad_edge=False)
     for column in ("", "a step", "GiB per GPU", "GiB of RAM"):
         table.add_column(column, justify="left" if not column else "right")
-    for plan in best_of_each_kind(found)[:TRIED_SHOWN]:
+    shown = [(described(plan), plan) for plan in best_of_each_kind(found)[:TRIED_SHOWN]]
+    for name, plan in [*shown, *((f"--profile {plan.run.profile_name}", plan) for plan in own)]:
         outcome = timed(plan) if plan.fits else Text(f"no: {shortfall(plan)}", style="red")
         gpu = f"{plan.gpu.total / GIB:.1f}" if plan.gpu else "-"
-        table.add_row(described(plan), outcome, gpu, f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}")
+        table.add_row(name, outcome, gpu, f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}")
     console.print(table)
 
 

@@ -70,13 +70,14 @@ class Found:
         if not self.idle:
             return None
         is_idle = f"{self.idle} of {self.gpus} GPUs {'stay' if self.idle > 1 else 'stays'} idle"
-        more = next((plan for plan in self.tried if plan.setup.ranks > self.plan.setup.ranks), None)
-        if more is None:
+        more = [plan for plan in self.tried if plan.setup.ranks > self.plan.setup.ranks]
+        if not more:
             return is_idle
-        if not more.fits:
-            return f"{is_idle}: {described(more)} do not fit: {shortfall(more)}"
+        most = next(plan for plan in more if plan.setup.ranks == max(one.setup.ranks for one in more))
+        if not most.fits:
+            return f"{is_idle}: {described(most)} do not fit: {shortfall(most)}"
         rows = self.plan.run.recipe.global_batch_size
-        return f"{is_idle}: a step of {rows} rows (global_batch_size) takes as long with {more.setup.ranks}"
+        return f"{is_idle}: a step of {rows} rows (global_batch_size) takes as long with {more[0].setup.ranks}"
 
 
 def find(

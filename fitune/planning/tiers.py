@@ -1,5 +1,7 @@
 """Every shipped profile, filled, against every method: what `plan --all` shows."""
 
+from collections.abc import Sequence
+
 from fitune.config import run as runs
 from fitune.config.schema import Lora, Recipe, Run
 from fitune.config.shipped import name_of
@@ -12,12 +14,12 @@ from fitune.planning.presets import preset_runs
 METHODS = ("qlora", "lora", "full")
 
 
-def matrix(recipe_name: str, sets: tuple[str, ...]) -> list[dict]:
-    """Every shipped profile against every method for a recipe's model, filled."""
+def matrix(recipe_name: str, sets: tuple[str, ...], own: Sequence[str] = ()) -> list[dict]:
+    """Every shipped profile, and the files `own`, against every method for a recipe's model, filled."""
     recipe = runs.load_recipe(recipe_name, runs.parse_sets(sets)[0])
     rows = {}
     for method in METHODS:
-        for run in preset_runs(name_of(recipe_name), _with_method(recipe, method), any_method=True):
+        for run in preset_runs(name_of(recipe_name), _with_method(recipe, method), any_method=True, own=own):
             if run.accelerate.use_cpu:
                 continue
             profile = run.profile

@@ -1,0 +1,81 @@
+"""Profiles of one's own stand beside the shipped ones in `plan --find`, `--all` and what it proposes."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from fitune.cli import cli
+
+PROFILE = """\
+description: My two cards.
+accelerate_config: two.accelerate.yaml
+num_gpus: 2
+gpu_memory_gib: 24
+host_memory_gib: 64
+fits: {8b: [qlora]}
+"""
+ACCELERATE = """\
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2}
+mixed_precision: bf16
+num_processes: 2
+"""
+RECIPE = "extends: llama3_8b_qlora\ndescription: Mine.\n"
+TWO_CARDS = ["--gpus", "2", "--gpu", "RTX 4090", "--host-memory", "64"]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a recipe, and a profile in a folder of its own."""
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards/two.yaml").write_text(PROFILE)
+    (tmp_path / "cards/two.accelerate.yaml").write_text(ACCELERATE)
+    (tmp_path / "my.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _plan(*words: str, code: int = 0):
+    done = CliRunner().invoke(cli, ["plan", *words])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_find_shows_what_they_come_to_on_that_machine(mine):
+    found = json.loads(_plan("my.yaml", "--find", *TWO_CARDS, "--json").stdout)
+    [own] = found["own_profiles"]
+    assert (
+        own["profile"] == "cards/two.yaml"
+        and own["fits"]
+        and own["step_seconds"]
+        == pytest.approx(
+            found["estimate"]["step_seconds"]  # its cards, with rows and kept layers left to plan: what a search finds
+        )
+    )
+    assert "--profile cards/two.yaml" in _plan("my.yaml", "--find", *TWO_CARDS).stdout
+    one_card = json.loads(_plan("my.yaml", "--find", "--gpus", "1", "--gpu", "RTX 4090", "--json").stdout)
+    assert one_card["own_profiles"][0]["why_not"] == "GPUs: needs 2, has 1"
+
+
+def test_of_a_shipped_recipe_they_are_those_of_a_folder(mine):
+    assert json.loads(_plan("llama3_8b_qlora", "--find", *TWO_CARDS, "--json").stdout)["own_profiles"] == []
+    found = json.loads(_plan("llama3_8b_qlora", "--find", *TWO_CARDS, "--profiles", "cards", "--json").stdout)
+    assert [own["profile"] for own in found["own_profiles"]] == ["cards/two.yaml"]
+    other_method = json.loads(_plan("llama3_8b_lora", "--find", *TWO_CARDS, "--profiles", "cards", "--json").stdout)
+    assert other_method["own_profiles"] == []
+    (mine / "empty").mkdir()
+    assert "--profiles empty: no memory profile" in _plan("llama3_8b_qlora", "--profiles", "empty", code=2).stderr
+
+
+def test_all_and_the_nearest_change_that_fits_have_them(mine):
+    rows = json.loads(_plan("my.yaml", "--all", "--json").stdout)
+    assert rows[-1]["profile"] == "cards/two.yaml" and rows[-1]["methods"]["qlora"]["fits"]
+    shutil.copytree(mine / "cards", mine / "other")
+    text = PROFILE.replace("gpu_memory_gib: 24", "gpu_memory_gib: 23.5").replace("{8b: [qlora]}", "{any: [qlora]}")
+    (mine / "other/two.yaml").write_text(text)
+    words = ["llama3_8b_qlora", "--gpus", "2", "--gpu-memory", "23.6", "--host-memory", "64"]
+    words += ["--set", "profile.micro_batch=4", "--set", "profile.kept_layers=32"]
+    assert "or   --profile other/two.yaml" in _plan(*words, "--profiles", "other").stdout
+    assert "other/two.yaml" not in _plan(*words).stdout
