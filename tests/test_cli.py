@@ -242,7 +242,18 @@ def test_doctor_names_every_finding_and_what_to_do(cli, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     result = cli("doctor", "--model", "./nowhere")
     lines = result.output.splitlines()
-    for name in ("python", "packages", "torch", "GPUs", "host RAM", "disk", "login", "base model", "fastest"):
+    for name in (
+        "python",
+        "packages",
+        "torch",
+        "GPUs",
+        "host RAM",
+        "disk",
+        "disk speed",
+        "login",
+        "base model",
+        "fastest",
+    ):
         assert any(line.startswith(("ok", "bad", "--")) and f" {name} " in line for line in lines), name
     assert "./nowhere: no such folder" in result.output
     assert result.exit_code in (0, 1) and "Traceback" not in result.output

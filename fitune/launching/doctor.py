@@ -8,6 +8,8 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from fitune.errors import FituneError
 GATED_RECIPE = "llama3_8b_qlora"
 GB = 10**9
 SHARED_MEMORY_GIB = 1
+WRITTEN_MIB = 64
+SLOW_GB_S = 0.1
+CHECKPOINT_GB = "0.5 GB for 8B lora and qlora, 2.5 GB for 70B; for 8B full 96 GB, with small optimizer states 32 GB"
 
 
 @dataclass
@@ -45,6 +50,7 @@ def doctor(model: str | None) -> bool:
         *_fp8(),
         _host_memory(),
         _disk(),
+        _disk_speed(),
         _login(),
         _base_model(model),
         *_fastest(),
@@ -156,6 +162,23 @@ def _disk() -> Finding:
     return Finding(
         "disk", good, f"{free_here:.0f} GB free here, {free_cache:.0f} GB free for downloads in {cache}", fix
     )
+
+
+def _disk_speed(folder: Path | None = None) -> Finding:
+    """How fast runs in the working folder can be saved. What is read back would come from memory: it is not timed."""
+    data = os.urandom(WRITTEN_MIB * 2**20)  # a disk that compresses must not look fast
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder or Path.cwd(), prefix=".fitune-doctor-") as file:
+            began = time.perf_counter()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = len(data) / (time.perf_counter() - began) / GB
+    except OSError as error:
+        return Finding("disk speed", None, f"nothing can be written here: {error.strerror}", "use --output FOLDER")
+    text = f"writes {speed:.2g} GB/s here; a checkpoint has {CHECKPOINT_GB}"
+    slow = speed < SLOW_GB_S
+    return Finding("disk speed", None if slow else True, text, "keep runs on a faster disk: --output FOLDER" * slow)
 
 
 def _existing(path: Path) -> Path:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -237,6 +238,20 @@ def test_an_unknown_gpu_has_a_typical_ones_rates_to_choose_by():
     assert unknown.bf16_tflops == gpu_model("RTX 4090").bf16_tflops
     assert likely_model(24).name == "RTX 4090" and likely_model(24).is_known
     assert Gpu("Some GPU", 24, 24).known_model is None
+
+
+def test_doctor_times_the_disk_that_runs_are_saved_on(tmp_path, monkeypatch):
+    from fitune.launching import doctor
+
+    clock = iter([0.0, 0.1, 0.0, 2.0])
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    fast = doctor._disk_speed(tmp_path)
+    assert fast.good and fast.text.startswith("writes 0.67 GB/s here; a checkpoint has 0.5 GB") and not fast.fix
+    slow = doctor._disk_speed(tmp_path)
+    assert slow.good is None and slow.text.startswith("writes 0.034 GB/s here") and "--output FOLDER" in slow.fix
+    assert not list(tmp_path.iterdir())
+    missing = doctor._disk_speed(tmp_path / "nowhere")
+    assert missing.good is None and missing.text == "nothing can be written here: No such file or directory"
 
 
 def test_doctor_sees_too_little_shared_memory(tmp_path, monkeypatch):
