@@ -73,7 +73,7 @@ def print_report(report: dict, console) -> None:
     if report["tokens"]:
         console.print(histogram_chart(report["tokens"]["histogram"]))
     for note in report["notes"]:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+        console.print(f"note: {note}", style="magenta", markup=False, highlight=False)
 
 
 def _source(source: tuple, number: int, tally: Tally, store: RowStore) -> dict:

@@ -30,7 +30,7 @@ def live_line(status: RunStatus, now: float, width: int, *, ascii_only: bool = F
 def _stage_parts(status: RunStatus, now: float, *, brief: bool) -> list[Part]:
     """Of what is done beside the steps."""
     seconds = max(0.0, now - status.began)
-    parts = [Part(ALWAYS, "bold cyan", status.doing)]
+    parts = [Part(ALWAYS, "bold", status.doing)]
     if status.total:
         share = min(1.0, status.done / status.total)
         parts.append(Part(1, "", f"{share:.0%}"))
@@ -48,7 +48,7 @@ def _training_parts(status: RunStatus, now: float, ascii_only: bool) -> list[Par
     if status.loss is not None:
         arrow, change = _trend(status.trend, ascii_only)
         parts.append(
-            Part(1, "green", f"loss {status.loss:.4f} {arrow}{change}".rstrip(), f"loss {status.loss:.2f}{arrow}")
+            Part(1, "bold", f"loss {status.loss:.4f} {arrow}{change}".rstrip(), f"loss {status.loss:.2f}{arrow}")
         )
     if status.learning_rate is not None:
         parts.append(
@@ -62,7 +62,7 @@ def _training_parts(status: RunStatus, now: float, ascii_only: bool) -> list[Par
         parts.append(Part(4, "", f"{memory} planned" if of else memory, memory))
     if status.ends_at is not None:
         left = clock(max(0.0, status.ends_at - now))
-        parts.append(Part(2, "cyan", f"{left} left", f"{left.removeprefix('0:')} left"))
+        parts.append(Part(2, "", f"{left} left", f"{left.removeprefix('0:')} left"))
     if status.checkpoint:
         parts.append(Part(6, "dim", f"checkpoint {status.checkpoint:,}", f"ckpt {status.checkpoint}"))
     return parts

@@ -9,14 +9,15 @@ from rich.text import Text
 
 from fitune.planning.async_save import how_it_saves
 from fitune.planning.memory import merge_host
-from fitune.planning.outlook import Outlook, shortfall, way_out
-from fitune.planning.plan import GPU_MEMORY, Plan, Time, needed_disk
-from fitune.planning.search import Found, best_of_each_kind, described, rounded, timed
+from fitune.planning.outlook import Outlook, way_out
+from fitune.planning.plan import GPU_COUNT, GPU_MEMORY, Plan, Time, needed_disk
+from fitune.planning.search import Found, best_of_each_kind, places, rounded, timed
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import METHODS
 
 BAR = 32  # characters
 TRIED_SHOWN = 12
+SHORT = {GPU_MEMORY: "GPU", "host RAM": "RAM"}
 LEGEND = (
     "21 + 9   fits: GiB of each GPU + GiB of each machine's RAM, rounded; what a profile has is written likewise\n"
     "no: GPU  does not fit: what there is too little of\n"
@@ -82,8 +83,8 @@ def _print_verdict(plan: Plan, outlook: Outlook, console: Console) -> None:
     answer = Text("fits", style="bold green") if plan.fits else Text("does not fit", style="bold red")
     console.print(Text.assemble((f"{name} ", "bold"), answer))
     for verdict in plan.verdicts:
-        mark = Text("fits " if verdict.fits else "no   ", style="green" if verdict.fits else "red")
-        console.print(mark + Text(str(verdict)))
+        mark = ("fits ", "green") if verdict.fits else ("no   ", "red")
+        console.print(Text.assemble(mark, str(verdict)))
     if not plan.fits:
         console.print(Text(way_out(plan, outlook.changes), style="bold"))
 
@@ -204,15 +205,34 @@ def print_choice(found: Found, console: Console) -> None:
 
 def print_tried(found: Found, own: Sequence[Plan], console: Console) -> None:
     """The best of each kind that a search tried, and what profiles of one's own come to there."""
-    table = Table(title="tried, the best of each kind first", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "a step", "GiB per GPU", "GiB of RAM"):
-        table.add_column(column, justify="left" if not column else "right")
-    shown = [(described(plan), plan) for plan in best_of_each_kind(found)[:TRIED_SHOWN]]
-    for name, plan in [*shown, *((f"--profile {plan.run.profile_name}", plan) for plan in own)]:
-        outcome = timed(plan) if plan.fits else Text(f"no: {shortfall(plan)}", style="red")
+    _print_plans("tried, the best of each kind first", best_of_each_kind(found)[:TRIED_SHOWN], console)
+    if own:
+        _print_plans("profiles of your own, there", own, console, named=True)
+
+
+def _print_plans(title: str, plans: Sequence[Plan], console: Console, *, named: bool = False) -> None:
+    """One line each, `named` by its profile; narrow enough for 80 columns."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("profile" if named else "")
+    for column in ("GPUs", "rows", "kept", "a step", "GPU GiB", "RAM GiB"):
+        table.add_column(column, justify="left" if column == "a step" else "right", no_wrap=True)
+    for plan in plans:
+        s, name = plan.setup, plan.run.profile_name if named else ", ".join(places(plan))
         gpu = f"{plan.gpu.total / GIB:.1f}" if plan.gpu else "-"
-        table.add_row(name, outcome, gpu, f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}")
+        ram = f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}"
+        kept = f"{s.kept_layers}/{s.shape.layers}"
+        table.add_row(name, str(s.ranks * s.on_gpu), str(s.micro_batch), kept, _outcome(plan), gpu, ram)
     console.print(table)
+
+
+def _outcome(plan: Plan) -> str | Text:
+    """Its seconds; of what does not fit, what there is too little of."""
+    if plan.fits:
+        return timed(plan).removesuffix(" a step")
+    worst = next(verdict for verdict in plan.verdicts if not verdict.fits)
+    if worst.resource == GPU_COUNT:
+        return Text(f"no: takes {worst.needs:.0f} GPUs", style="red")
+    return Text(f"no: {SHORT.get(worst.resource, worst.resource)}, {worst.needs - worst.has:.1f} short", style="red")
 
 
 def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
@@ -236,7 +256,7 @@ def _cell(entry: dict | None) -> Text:
     text = f"{_short(entry['peak_gpu_gib'])} + {_short(entry['peak_host_gib'])}"
     if entry["fits"]:
         return Text(f"{text}{', idle ' * bool(entry['idle_gpus'])}{entry['idle_gpus'] or ''}", style="green")
-    short = ", ".join({GPU_MEMORY: "GPU", "host RAM": "RAM"}.get(name, name) for name in entry["short_of"])
+    short = ", ".join(SHORT.get(name, name) for name in entry["short_of"])
     return Text(f"{text} no: {short}", style="red")
 
 

@@ -245,13 +245,18 @@ def described(plan: Plan) -> str:
     """A plan's choices in a few words."""
     setup = plan.setup
     ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
-    place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
-    places = [place] if setup.on_gpu else []
-    if setup.small_states:
-        places.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
-    places += ["layers' inputs in RAM"] if setup.activation_offload else []
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
-    return ", ".join([ranks, *places, rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
+    return ", ".join([ranks, *places(plan), rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
+
+
+def places(plan: Plan) -> list[str]:
+    """Where it keeps what takes memory."""
+    setup = plan.setup
+    place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
+    found = [place] if setup.on_gpu else []
+    if setup.small_states:
+        found.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
+    return found + (["layers' inputs in RAM"] if setup.activation_offload else [])
 
 
 def timed(plan: Plan) -> str:

@@ -54,7 +54,7 @@ def test_find_shows_what_they_come_to_on_that_machine(mine):
             found["estimate"]["step_seconds"]  # its cards, with rows and kept layers left to plan: what a search finds
         )
     )
-    assert "--profile cards/two.yaml" in _plan("my.yaml", "--find", *TWO_CARDS).stdout
+    assert "\ncards/two.yaml" in _plan("my.yaml", "--find", *TWO_CARDS).stdout
     one_card = json.loads(_plan("my.yaml", "--find", "--gpus", "1", "--gpu", "RTX 4090", "--json").stdout)
     assert one_card["own_profiles"][0]["why_not"] == "GPUs: needs 2, has 1"
 
