@@ -43,12 +43,24 @@ def test_weights_quantised_while_loading_equal_bitsandbytes_own(profile, tmp_pat
     assert_bit_exact(profile, random_checkpoint(tmp_path / "bf16", "--format", "bf16"), tmp_path)
 
 
-def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", ["fsdp_4x24gb", "fsdp_offload_4gpu"])
+@pytest.mark.parametrize("base", ["nf4", "bf16"])
+def test_hybrid_sharding_gathers_every_byte(profile, base, checkpoint, tmp_path):
+    """Two machines of two ranks, all on this one: NCCL gathers inside each, and adds gradients up between them."""
+    if base == "bf16":
+        checkpoint = random_checkpoint(tmp_path / "bf16", "--format", "bf16")
+    assert_bit_exact(profile, checkpoint, tmp_path, machines=2)
+
+
+def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path, machines: int = 1) -> None:
     from fitune.config import run as runs
     from fitune.planning.fill import resolve
 
     sets = (f"base.model={checkpoint}", "global_batch_size=8")
     run = resolve("llama3_70b_qlora", profile, sets, str(tmp_path))
+    hybrid = run.profile.model_copy(update={"hybrid_sharding": machines > 1})
+    several = run.accelerate.model_copy(update={"num_machines": machines})
+    run = run.model_copy(update={"profile": hybrid, "accelerate": several})
     (tmp_path / "run.yaml").write_text(runs.dump(run))
     ranks = run.accelerate.num_processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
