@@ -17,12 +17,16 @@ from fitune.planning.tiers import METHODS
 
 BAR = 32  # characters
 TRIED_SHOWN = 12
+NAME_WIDTH = 24
+"Of a shipped profile, at most: where a line is short the other cells take two."
 SHORT = {GPU_MEMORY: "GPU", "host RAM": "RAM"}
 LEGEND = (
-    "21 + 9   fits: GiB of each GPU + GiB of each machine's RAM, rounded; what a profile has is written likewise\n"
+    "21 + 9   fits: GiB of each GPU + GiB of each machine's RAM, rounded;\n"
+    "         what a profile has is written likewise\n"
     "no: GPU  does not fit: what there is too little of\n"
-    "no: full the profile keeps weights that full training changes: it is for lora and qlora\n"
-    "idle 8   as many GPUs have nothing to do in a step of global_batch_size rows"
+    "no: full the profile keeps weights in RAM that full training changes:\n"
+    "         it is for lora and qlora\n"
+    "idle 8   so many GPUs have nothing to do in a step of global_batch_size rows"
 )
 DETAILS_HINT = "--details: memory by phase, host RAM, disk, the parts of a step's time"
 FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
@@ -239,7 +243,7 @@ def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
     """Every profile against every method: GiB per GPU and of RAM, and what is short where it does not fit."""
     table = Table(title=f"the model of {recipe} on every profile", title_justify="left", box=None, pad_edge=False)
     for column in ("profile", "it has", *METHODS):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column == "profile", min_width=NAME_WIDTH * (column == "profile"))
     for row in rows:
         has = f"{row['gpus']} x {_short(row['gpu_memory_gib'])} + {_short(row['host_memory_gib'])}"
         table.add_row(row["profile"], has, *(_cell(row["methods"].get(method)) for method in METHODS))
