@@ -43,8 +43,9 @@ def plan_command(
             raise UsageError(f"{recipe} is a model's folder: leave out --profile, --set, --find and --all")
         _plan_asking(recipe, _machine(gpus, gpu_memory, host_memory, gpu), console, in_json=in_json)
         return
+    own = own_profiles(recipe, profiles)
     if all_tiers:
-        rows = matrix(recipe, sets, own_profiles(recipe, profiles))
+        rows = matrix(recipe, sets, own)
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
         return
     runs.check_paths(recipe, sets, "base.model")
@@ -63,7 +64,6 @@ def plan_command(
         run = found.plan.run if found else all_on_the_gpus(recipe, sets, machine, model, machines=machines)
         refuse_missing_fp8(run, known)
         plan = make_plan(run, limits_here(machine), model, **options)
-    own = own_profiles(recipe, profiles)
     on_own_profiles = plans_with(own, recipe, sets, plan.limits, model, **options) if found else []
     outlook, ways = look_around(plan, own), ways_to_spread(plan, model, **options)
     if in_json:

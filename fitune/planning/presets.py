@@ -40,7 +40,7 @@ def own_profiles(recipe: str, folder: Path | None) -> tuple[str, ...]:
     found = dict.fromkeys(own_files(folder).profiles if folder else ())
     if folder and not found:
         raise UsageError(f"--profiles {folder}: no memory profile (*.yaml) in it; `list {folder}` shows what there is")
-    if is_path(recipe):
+    if is_path(recipe) and Path(recipe).is_file():
         found |= dict.fromkeys(own_files(Path(recipe).parent).profiles)
     shipped = {(PROFILES / f"{name}.yaml").resolve() for name in names(PROFILES)}
     return tuple(path for path in found if Path(path).resolve() not in shipped)
