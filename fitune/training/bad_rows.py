@@ -1,14 +1,39 @@
-"""Which rows of train.jsonl a training batch was made of: found by their tokens, when a step went wrong."""
+"""A step that went wrong is refused, and the rows of train.jsonl it was made of are named: found by their tokens."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from fitune.data.token_file import TokenFile
+from fitune.errors import FituneError
 
 MOST = 8
 "Rows that are named."
+
+
+def refuse_step(
+    step: int, norm: float, batches: list[tuple[dict, torch.Tensor]], tokens: TokenFile, train_file: Path
+) -> None:
+    """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet.
+
+    `norm` of the whole gradient, `batches`: this rank's micro batches with their losses. Call on all ranks.
+    """
+    bad = [inputs for inputs, loss in batches if not math.isfinite(loss)]
+    rows = name_rows(bad or [inputs for inputs, _ in batches], tokens, train_file)
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (bool(bad), rows))
+    if any(is_bad for is_bad, _ in ranks):
+        named = [f"loss is not finite on rank {rank}: {rows}" for rank, (is_bad, rows) in enumerate(ranks) if is_bad]
+        where = "; ".join(named)
+    else:
+        where = "all losses are finite: " + ", ".join(rows for _, rows in ranks)
+    raise FituneError(
+        f"step {step}: the gradient's norm is {norm}; {where}; stopped before the weights changed: look at these rows, "
+        f"or resume from the last checkpoint with a lower learning rate"
+    )
 
 
 def name_rows(batches: list[dict[str, torch.Tensor]], tokens: TokenFile, train_file: Path) -> str:

@@ -11,14 +11,12 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from fitune.config.schema import ADAPTER, Run
 from fitune.data.dataset import TokenisedRows
-from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
@@ -26,7 +24,7 @@ from fitune.model.sharding import reshard_whole_weights, share_of
 from fitune.model.skeleton import decoder
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.arguments import own_optimizer, training_arguments
-from fitune.training.bad_rows import name_rows
+from fitune.training.bad_rows import refuse_step
 from fitune.training.best_model import BestModel
 from fitune.training.checkpoint import CheckpointSaver, Writer, disk_errors_named
 from fitune.training.distributed import is_main_process
@@ -34,6 +32,7 @@ from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity, find_damage
 from fitune.training.replicas import refuse_replicas_apart
 from fitune.training.result import gathered_result, save_result, write_result
+from fitune.training.resumed import AsOftenAsAskedNow, follow_this_runs_schedule
 from fitune.training.state import load_optimizer_state, load_trainable_weights, training_state, write_training_state
 from fitune.training.token_metrics import token_metrics
 from fitune.training.whole_steps import WholeSteps, in_whole_steps, rows_per_step
@@ -202,30 +201,13 @@ class ShardedSFTTrainer(SFTTrainer):
         over_all_ranks = torch.tensor([bad, sum(map(int, self._uncounted_tokens))], dtype=torch.float64)
         dist.all_reduce(over_all_ranks)
         if over_all_ranks[0]:
-            self._stop_before_a_bad_step(float(norm))
+            self.heartbeat.rest()  # all tokens are read
+            tokens, rows = self.train_dataset.tokens, Path(self.run.recipe.data.prepared) / "train.jsonl"
+            refuse_step(self.state.global_step + 1, float(norm), self._step, tokens, rows)
         self._total_train_tokens += int(over_all_ranks[1])
         self._uncounted_tokens.clear()
         self._step.clear()
         return norm
-
-    def _stop_before_a_bad_step(self, norm: float) -> None:
-        """Raises FituneError on all ranks, naming those with a bad loss and the rows; no weight has changed yet."""
-        self.heartbeat.rest()  # all tokens are read
-        bad = [inputs for inputs, loss in self._step if not math.isfinite(loss)]
-        batches = bad or [inputs for inputs, _ in self._step]
-        rows = name_rows(batches, self.train_dataset.tokens, Path(self.run.recipe.data.prepared) / "train.jsonl")
-        ranks = [None] * self.args.world_size
-        dist.all_gather_object(ranks, (bool(bad), rows))
-        if any(is_bad for is_bad, _ in ranks):
-            where = "; ".join(
-                f"loss is not finite on rank {r}: {rows}" for r, (is_bad, rows) in enumerate(ranks) if is_bad
-            )
-        else:
-            where = "all losses are finite: " + ", ".join(rows for _, rows in ranks)
-        raise FituneError(
-            f"step {self.state.global_step + 1}: the gradient's norm is {norm}; {where}; stopped before the weights "
-            f"changed: look at these rows, or resume from the last checkpoint with a lower learning rate"
-        )
 
     def load_best_model(self) -> None:
         """Where `load_best_model_at_end` asks for it, fills in the weights that were best when they were evaluated.
@@ -326,25 +308,7 @@ class ShardedSFTTrainer(SFTTrainer):
             load_optimizer_state(Path(checkpoint), self.model, optimizer, self.share)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         if isinstance(self.lr_scheduler, LambdaLR):
-            self._follow_this_runs_schedule()
-
-    def _follow_this_runs_schedule(self) -> None:
-        """Checkpoints hold the last learning rate and the one it came from; a resumed run may have another schedule."""
-        scheduler, rate = self.lr_scheduler, self.args.learning_rate
-        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
-        for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = rate, rate * share(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-
-
-class AsOftenAsAskedNow(TrainerCallback):
-    """A resumed run logs, evaluates and saves as often as it is told now.
-
-    Trainer reckons the steps from its arguments, then puts the checkpoint's over them (transformers 5.23).
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)
+            follow_this_runs_schedule(self.lr_scheduler, self.args.learning_rate)
 
 
 def _stand_in(rows: TokenisedRows) -> Dataset:

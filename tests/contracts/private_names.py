@@ -114,7 +114,7 @@ PRIVATE_NAMES = (
     PrivateName("torch.distributed.distributed_c10d:_get_default_store", ("training/distributed.py",),
                 "a counter of all ranks that works while collectives hang: who failed first says why",
                 "torch gives out the default group's store in public", parameters=()),
-    PrivateName("torch.optim.lr_scheduler:LRScheduler._last_lr", (TRAINER,),
+    PrivateName("torch.optim.lr_scheduler:LRScheduler._last_lr", ("training/resumed.py",),
                 "a resumed run that has another schedule logs its own rate",
                 "a scheduler can be told its step and recompute its rates"),
     # transformers
