@@ -140,7 +140,10 @@ def prepare(recipe, dataset, output, sets, **options):
     from rich.console import Console
 
     from fitune.data.prepare_command import prepare_command
+    from fitune.demo.tiny_base import make_demo_base
 
+    if recipe and not (options["no_tokens"] or options["tokenizer"]):
+        make_demo_base(recipe, sets)
     prepare_command(recipe, dataset, output, sets, console=Console(), **options)
 
 

@@ -105,9 +105,12 @@ def test_installed_commands_work_from_another_folder(installed, tmp_path):
     assert plan.returncode == 0 and "fits GPU memory" in plan.stdout.replace("  ", " "), plan.stderr
     shown = call(installed, tmp_path, "show", "tiny_qlora", "--profile", "cpu_2proc")
     assert f"dataset: {installed}/fitune/shipped/examples/instructions/short_answers.jsonl" in shown.stdout
-    prepared = call(installed, tmp_path, "prepare", "tiny_qlora", "--no-tokens")
+    prepared = call(installed, tmp_path, "prepare", "tiny_qlora", "--output", "mine")
     assert prepared.returncode == 0, prepared.stderr
-    assert (tmp_path / "data" / "tiny" / "train.jsonl").is_file()
+    assert "models/tiny-base: made, the tiny Llama base model of tiny_qlora" in prepared.stderr
+    assert (tmp_path / "mine" / "train.jsonl").is_file() and (tmp_path / "models/tiny-base/tokenizer.json").is_file()
+    again = call(installed, tmp_path, "prepare", "tiny_qlora", "--set", "base.model=./elsewhere", "--overwrite")
+    assert again.returncode == 2 and "./elsewhere: no such folder" in again.stderr
 
 
 def test_installed_doctor_knows_the_pins(installed, tmp_path):

@@ -75,7 +75,9 @@ def memorised(base: Path, merged: Path, rows: list[dict]) -> dict:
     """The share of the answers' tokens that base and merged model give back greedily, by plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(merged)
     report = {
         "prompts": [{"prompt": row["messages"][0]["content"], "answer": row["messages"][-1]["content"]} for row in rows]

@@ -14,11 +14,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fitune.config.shipped import EXAMPLES
+from fitune.config import run as runs
+from fitune.config.shipped import EXAMPLES, RECIPES
 from fitune.data.chat_template import training_template
 from fitune.errors import FituneError, UsageError
 from fitune.output_folder import new_folder, refuse_existing
 
+DEMO_BASE = Path("models/tiny-base")
+"The base of the shipped tiny recipes, in the working folder."
 TEXTS = EXAMPLES / "instructions" / "instructions.jsonl"
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -39,6 +42,15 @@ SPECIAL_TOKENS = [
     "<|python_tag|>",
 ]
 "In the order of Llama 3.1, whose special tokens also follow the learned ones."
+
+
+def make_demo_base(recipe: str, sets: tuple[str, ...]) -> None:
+    """The base of a shipped tiny recipe, where `prepare` is the first to need it; says so on stderr."""
+    if not (RECIPES / f"{recipe}.yaml").is_file() or DEMO_BASE.exists():
+        return
+    model = runs.load_recipe(recipe, runs.parse_sets(sets)[0]).base.model
+    if Path(model) == DEMO_BASE:
+        print(f"{build_tiny_base(DEMO_BASE)}: made, the tiny Llama base model of {recipe}, untrained", file=sys.stderr)
 
 
 def build_tiny_base(
