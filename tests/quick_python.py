@@ -26,17 +26,14 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-IMPORTED = [
-    "fitune.training.train", "accelerate.commands.launch", "matplotlib.backends.backend_agg", "matplotlib.figure",
-]  # fmt: skip
 WORD = 8
 "Bytes of a number in what server and clients tell each other."
 
 
 def warm_context():
-    """Of multiprocessing: its processes are forks of one that has imported the heavy libraries."""
+    """Of multiprocessing: its processes are forks of one that has imported `tests/warm_up.py`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(["tests.warm_up"])
     return context
 
 
@@ -74,18 +71,27 @@ class Child:
         return os.waitstatus_to_exitcode(status) if found else None
 
 
-class Program(Child):
-    """`python ARGUMENTS` in `folder`, in a session of its own, with `output` as stdout and stderr."""
-
-    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path, output):
-        words = json.dumps([arguments, environment, str(folder)]).encode()
+def run(arguments: list, environment: dict[str, str], folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end, and what it printed."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         with Path(os.devnull).open() as nothing:
-            streams = array.array("i", [nothing.fileno(), output.fileno(), output.fileno()])
-            self._server = socket.socket(socket.AF_UNIX)
-            self._server.connect(_server())
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
-            self._server.sendmsg([len(words).to_bytes(WORD, "big")], rights)
-            self._server.sendall(words)
+            program = Program(arguments, environment, folder, (nothing.fileno(), out.fileno(), err.fileno()))
+        code = program.wait(timeout)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
+
+
+class Program(Child):
+    """`python ARGUMENTS` in `folder`, in a session of its own, with `streams` as stdin, stdout and stderr."""
+
+    def __init__(self, arguments: list, environment: dict[str, str], folder: Path, streams: tuple[int, int, int]):
+        words = json.dumps([list(map(str, arguments)), environment, str(folder)]).encode()
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(_server())
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
+        self._server.sendmsg([len(words).to_bytes(WORD, "big")], rights)
+        self._server.sendall(words)
         self.pid = self._number()
         self._server.setblocking(False)
 
@@ -162,6 +168,9 @@ class _Start:
         gc.freeze()  # nobody who may still use a file is asked to close it
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            by_lines = name == "stderr" or "-u" in arguments or os.isatty(number)
+            setattr(sys, name, os.fdopen(number, "w", 1 if by_lines else -1, closefd=False))
         for file in _open_files() - self.open_files:
             with suppress(OSError):
                 os.close(file)

@@ -5,6 +5,7 @@ answer is what its turn adds to the prompt that the template writes for it: the 
 answer, with and without it. That is how the model will be asked later: what is trained is what it will have to write.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -35,7 +36,7 @@ class ChatRenderer:
     """
 
     def __init__(self, template: str, special_tokens: dict[str, str]):
-        self._template = _environment().from_string(template)
+        self._template = _compiled(template)
         self._special_tokens = dict(special_tokens)
         self.marks_answers = bool(_MARK.search(template))
         "Whether the template itself says where answers lie."
@@ -133,6 +134,12 @@ class _AnswerMarks(jinja2.ext.Extension):
         text = caller()
         self.spans.append((self.length, self.length + len(text)))
         return text
+
+
+@functools.lru_cache
+def _compiled(template: str) -> jinja2.Template:
+    """Made once a process: compiling takes longer than rendering many rows."""
+    return _environment().from_string(template)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -1,35 +1,27 @@
 """Merging holds one tensor at a time: its peak memory, of a process of its own."""
 
+import ctypes
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import memory_mib, run_alone
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fitune.export.merge import merge_adapter
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
-ROOT = Path(__file__).resolve().parents[2]
-MEASURE = """
-import sys
-from pathlib import Path
-from fitune.export.merge import merge_adapter
-*folders, onto = sys.argv[1:]
-merge_adapter(*map(Path, folders), onto=onto, progress=False)
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-"VmHWM, not ru_maxrss, which a child inherits from the process that started it. In KiB."
+MOST_ARENAS = -8
+"mallopt's M_ARENA_MAX: freed memory of threads that are gone is used again (malloc.h)."
 
 
-def _peak_mib(base, adapter, out, onto) -> float:
-    command = [sys.executable, "-c", MEASURE, base, adapter, out, onto]
-    steady = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=steady)
-    return int(done.stdout) / 1024
+def _peak_mib(base: Path, adapter: Path, out: Path, onto: str) -> float:
+    ctypes.CDLL(None).mallopt(MOST_ARENAS, 1)
+    memory_mib("VmHWM:", forget_peak=True)
+    merge_adapter(base, adapter, out, onto=onto, progress=False)
+    return memory_mib("VmHWM:")
 
 
 def _fill(folder, names_and_shapes, dtype, file_name="model.safetensors"):
@@ -70,7 +62,7 @@ def test_peak_memory_does_not_depend_on_the_models_size(tmp_path, onto):
     for layers in (2, 8):
         folder = tmp_path / str(layers)
         folder.mkdir()
-        peaks[layers] = _peak_mib(*_big_model(folder, layers), folder / "out", onto)
+        peaks[layers] = run_alone(_peak_mib, *_big_model(folder, layers), folder / "out", onto)
         shutil.rmtree(folder)
     assert peaks[8] - peaks[2] < 100, peaks  # half of what they differ by
     assert peaks[8] < 1280, peaks

@@ -96,9 +96,10 @@ class Running:
     def __init__(self, command: list[str], log: Path, *, slowly: bool = False, **environment: str):
         self.log = log
         environment = os.environ | environment
-        with log.open("w") as output:
+        with log.open("w") as output, Path(os.devnull).open() as nothing:
             if command[0] == sys.executable and not slowly:
-                self.process = Program(command[1:], environment, ROOT, output)
+                streams = (nothing.fileno(), output.fileno(), output.fileno())
+                self.process = Program(command[1:], environment, ROOT, streams)
             else:
                 streams = {"stdout": output, "stderr": subprocess.STDOUT}
                 self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)

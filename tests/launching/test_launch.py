@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import quick_python
 from patience import PATIENCE_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
@@ -42,15 +41,9 @@ def options(tiny_base, prepared) -> list[str]:
     return ["train", "tiny_qlora", "--profile", "cpu_2proc", *flags]
 
 
-def start(command: list, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        **options,
-    )
+def start(command: list, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of Python that finds the libraries imported already."""
+    return quick_python.run(command, os.environ | environment, ROOT, PATIENCE_SECONDS)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -60,9 +53,10 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory) -> Path:
-    """A run folder that `cli.py train` left."""
+    """A run folder that `cli.py train` left, started as a user starts it."""
     folder = tmp_path_factory.mktemp("launch") / "cli"
-    done = start(["cli.py", *options, "--output", folder])
+    command = [sys.executable, "cli.py", *options, "--output", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"result: {folder / 'adapter'}" in done.stdout
     (folder / "printed").write_text(done.stdout + "--- stderr\n" + done.stderr)
@@ -110,7 +104,8 @@ def test_on_a_terminal_each_line_is_whole_and_the_live_line_is_gone_in_the_end(o
             "training.eval_steps=2",
             "--output",
             tmp_path / "run",
-        ]
+        ],
+        quickly=True,
     )
     assert code == 0, raw[-3000:]
     seen = [line for line in left_on_screen(raw) if line]
@@ -167,32 +162,10 @@ def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_pat
         assert losses(folder) == losses(finished), name
 
 
-def test_a_killed_run_resumes_with_the_same_losses(finished, options, tmp_path):
-    folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "cli.py", *options, "--output", folder],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not [*folder.glob("checkpoints/checkpoint-[234]")]:  # two are kept
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = start(["cli.py", *options, "--output", folder, "--resume"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(folder) == losses(finished)
-    adapter = "adapter/adapter_model.safetensors"
-    assert (folder / adapter).read_bytes() == (finished / adapter).read_bytes()
-
-
 @pytest.mark.parametrize("late", ["no rank is late", "rank 0 is late"])
 def test_an_error_in_the_processes_is_one_line(finished, tmp_path, late):
     wait = "def change(rank): time.sleep(10 * (rank == 0))\n"
-    environment = os.environ | (changed(wait, tmp_path) if late == "rank 0 is late" else {})
+    environment = changed(wait, tmp_path) if late == "rank 0 is late" else {}
     text = (finished / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
     done = start(
@@ -206,7 +179,7 @@ def test_an_error_in_the_processes_is_one_line(finished, tmp_path, late):
             "fitune.training.train",
             tmp_path / "run.yaml",
         ],
-        env=environment,
+        **environment,
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "2 processes were started, the run needs 3" in lines[0]

@@ -25,9 +25,9 @@ for needed in (ROOT, HERE.parent, HERE.parent / "faults", HERE):
     sys.path.insert(0, str(needed))
 
 import conftest  # noqa: E402
+import quick_python  # noqa: E402
 from commands import accelerate_text  # noqa: E402
 from outcomes import Outcome, differences  # noqa: E402
-from quick_python import Program  # noqa: E402
 from settings_page import PAGE, OptimizerResult, Result, write_page  # noqa: E402
 from trials import BASE, Trial, fields_not_set_here, optimizers_not_used, trials  # noqa: E402
 
@@ -157,12 +157,10 @@ class Bench:
         if not file.is_file():
             started = ["cli.py", *words, *profile, *flags]
             started = [str(self.work / word) if word == "recipe.yaml" else word for word in started]
-            with tempfile.TemporaryFile("w+") as output:
-                code = Program(started, self.environment, ROOT, output).wait(LONGEST)
-                output.seek(0)
-                outcome = Outcome.of(code, output.read(), run or self.work)
+            done = quick_python.run(started, self.environment, ROOT, LONGEST)
+            outcome = Outcome.of(done.returncode, done.stdout + done.stderr, run or self.work)
             file.write_text(json.dumps(outcome.as_json()))
-            print(f"{code} {' '.join([*words[:1], *sets, place])}", flush=True)
+            print(f"{done.returncode} {' '.join([*words[:1], *sets, place])}", flush=True)
         return Outcome(**json.loads(file.read_text()))
 
 
