@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from fitune.cli import cli
+from fitune.export import gguf
 
 CONVERTER = """
 import sys, pathlib
@@ -61,6 +62,15 @@ def test_a_models_folder_is_converted_and_gets_a_modelfile(base, tmp_path, conve
     command = f"llama-quantize {output}/mine-bf16.gguf {output}/mine-Q4_K_M.gguf Q4_K_M"
     assert f"llama-quantize is not installed (it comes with llama.cpp); then: {command}" in outcome.stderr
     assert f"next: ollama create NAME -f {output}/Modelfile" in outcome.stdout
+
+
+def test_the_disk_has_room_for_the_merged_model_too(base, adapter, tmp_path, converter, monkeypatch):
+    converter()
+    asked = []
+    monkeypatch.setattr(gguf, "check_disk_space", lambda output, size: asked.append(size))
+    for number, words in enumerate(([base], [adapter, "--base", base])):
+        assert export(*words, "--gguf", "bf16", "--output", tmp_path / f"out{number}").exit_code == 0
+    assert asked[1] == 2 * asked[0], "2 bytes a weight each"
 
 
 def test_an_adapter_is_merged_first_and_the_merged_model_not_kept(base, adapter, tmp_path, converter):

@@ -77,7 +77,7 @@ def model_folder(folder: Path, end: str = "<|eot_id|>", **tokenizer_config) -> P
     files = {
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": SPECIALS | tokenizer_config,
-        "generation_config.json": {"eos_token_id": [8], "temperature": 0.6, "repetition_penalty": 1.1},
+        "generation_config.json": {"eos_token_id": [8, 7], "temperature": 0.6, "repetition_penalty": 1.1},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -94,7 +94,8 @@ def test_the_whole_file(tmp_path):
     assert modelfile(model_folder(tmp_path), "mine-bf16.gguf") == (
         "FROM ./mine-bf16.gguf\n"
         f'TEMPLATE """{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}{header.format("assistant")}"""\n'
-        'PARAMETER stop "<|eot_id|>"\nPARAMETER temperature 0.6\nPARAMETER repeat_penalty 1.1\n'
+        f'PARAMETER stop "<|eot_id|>"\nPARAMETER stop "{SPECIALS["bos_token"]}"\n'
+        "PARAMETER temperature 0.6\nPARAMETER repeat_penalty 1.1\n"
     )
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from fitune.environment import HEARTBEATS
 from fitune.errors import CRASHED, INTERRUPTED
 from fitune.launching import launch
+from fitune.launching.heartbeat import Watch
 from fitune.planning.fill import resolve
 
 SIGNALLED = 1
@@ -33,3 +35,20 @@ def test_only_a_crash_is_followed_by_another_start(ends, most, code, resumed, mo
     monkeypatch.setattr(launch, "_train_once", once)
     assert launch.train_with_restarts(run, resume=False, max_restarts=most, place={}) == code
     assert starts == resumed
+
+
+@pytest.mark.parametrize(("has_begun", "code"), [(True, INTERRUPTED), (False, launch.TOLD)])
+def test_rank_0_that_is_ended_on_its_way_out_was_interrupted(has_begun, code, monkeypatch, tmp_path):
+    """Only before the first step is there nothing that was saved."""
+    monkeypatch.setenv(HEARTBEATS, "")
+    monkeypatch.setattr(launch, "settings_to_train", lambda folder: folder)
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: launch.TOLD)
+    monkeypatch.setattr(Watch, "has_begun_to_train", lambda self: has_begun)
+    run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
+    assert launch._train_once(run, False, {}, lambda *_: None) == (code, 0)
+
+
+def test_a_crash_of_what_has_nothing_to_save_ends_with_code_1(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: CRASHED)
+    run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
+    assert launch.launch_until_stopped(run, "fitune.training.evaluate") == 1

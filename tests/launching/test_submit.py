@@ -139,6 +139,9 @@ def test_a_profile_says_how_many_gpus_each_node_has(submit):
     text = submit("slurm", "--dry-run", *sets, "--set", "method=full", "--set", "lora=null").stdout
     assert "#SBATCH --gpus-per-node=4\n" in text and "--profile fsdp_4x48gb" in text
     assert "prepare llama3_8b_qlora --set training.max_steps=9 --set method=full" in text
+    two_machines = ("--profile", "fsdp_full_16x80gb", "--nodes", "2", "--set", "method=full", "--set", "lora=null")
+    batch = ("--set", "global_batch_size=16")
+    assert "#SBATCH --gpus-per-node=8\n" in submit("slurm", "--dry-run", *two_machines, *batch).stdout
 
 
 @pytest.mark.parametrize(

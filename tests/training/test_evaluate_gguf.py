@@ -53,6 +53,15 @@ def test_every_answer_token_is_asked_about_after_those_before_it():
     assert right == sum(token % 2 == 0 for token in tokens)
 
 
+def test_no_token_between_two_answers_counts():
+    once, twice = LlamaCpp(), LlamaCpp()
+    for llama_cpp, row in ((once, ROWS[0]), (twice, ROWS[1])):
+        list(score_rows([row], llama_cpp))
+    tokens = bytes(token for _, token in once.asked)
+    assert tokens == "né 1<|im_end|>".encode()
+    assert bytes(token for _, token in twice.asked) == 2 * tokens
+
+
 def test_rows_count_by_their_tokens():
     one, two = (list(score_rows([row], LlamaCpp())) for row in ROWS)
     assert two[0][2] == 2 * one[0][2]

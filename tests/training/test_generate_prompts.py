@@ -47,6 +47,10 @@ def test_a_held_out_row_is_asked_with_its_tools(tmp_path):
     assert json.dumps(TOOLS[0]) in tokenizer.decode(model.asked)
 
 
+def test_an_answer_ends_at_any_of_the_tokens_that_end_one():
+    assert Answerer(Echo(), tiny_tokenizer(), [7, 3], "cpu", 4, 0.0).options["eos_token_id"] == [7, 3]
+
+
 def test_a_text_is_gone_on_with_as_texts_are_trained(tmp_path):
     """After the token that begins one, without a template, whatever the system message."""
     recipe = Recipe.model_construct(data=Data(dataset="none", prepared=str(tmp_path), system_message="Be brief."))
