@@ -49,8 +49,9 @@ def run_tests(tree: Path, tests: tuple[str, ...], timeout: float, *options: str)
     """(pytest's exit code, None where it took too long; what it printed) of tests in a copy of the tree."""
     fixed = ["-q", "-n", "0", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={tree.parent / 'temporary'}"]
     said = tree.parent / "said"
-    with said.open("w+") as stream:
-        process = Program(["-m", "pytest", *fixed, *options, *tests], _environment(tree), tree, stream)
+    with said.open("w") as out, Path(os.devnull).open() as nothing:
+        streams = nothing.fileno(), out.fileno(), out.fileno()
+        process = Program(["-m", "pytest", *fixed, *options, *tests], _environment(tree), tree, streams)
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired:
