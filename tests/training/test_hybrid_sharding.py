@@ -13,6 +13,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fitune.errors import FituneError
+from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import Share, local_part, local_rows, share_of
 from fitune.training.evaluate import evaluate
 from fitune.training.replicas import refuse_replicas_apart
@@ -123,7 +124,19 @@ def _layout(run) -> dict:
     parameters = dict(model.named_parameters())
     kinds = {(isinstance(p, DTensor), p.placements, tuple(p.device_mesh.shape)) for p in parameters.values()}
     rows = {name: (len(p), len(local_part(p))) for name, p in parameters.items()}
-    return {"share": share, "kinds": kinds, "rows": rows, "bytes": {n: local_part(p) for n, p in parameters.items()}}
+    bytes_ = {name: local_part(parameter) for name, parameter in parameters.items()}
+    return {"share": share, "kinds": kinds, "rows": rows, "bytes": bytes_, "scales": _scales(model)}
+
+
+def _scales(model) -> dict[str, torch.Tensor]:
+    """The offset of each packed weight's scales: their mean."""
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    return {name: module.quant_state.offset for name, module in modules}
+
+
+def _layout_alone(run) -> dict:
+    model, _ = sharded_model(run)
+    return _scales(model)
 
 
 def test_each_machine_holds_the_whole_model(uneven_base, make_run, tmp_path):
@@ -137,6 +150,12 @@ def test_each_machine_holds_the_whole_model(uneven_base, make_run, tmp_path):
             assert mine == stop - start, name
             first = found[rank % 2]["bytes"][name]
             assert torch.equal(one["bytes"][name].view(torch.uint8), first.view(torch.uint8)), name
+    (tmp_path / "one").mkdir()
+    [alone] = run_ranks(_layout_alone, 1, make_run(uneven_base, tmp_path / "one", "qlora", processes=1))
+    for one in found:
+        assert one["scales"].keys() == alone.keys() and len(alone)
+        for name, offset in alone.items():
+            torch.testing.assert_close(one["scales"][name], offset)
 
 
 def _train_and_count(run) -> list[bool]:
