@@ -102,7 +102,9 @@ def test_a_circle_is_named(write):
 
 def test_errors_name_the_file_and_the_line_that_a_value_comes_from(write):
     parent = "extends: tiny_lora\nlora:\n  r: 8\n  alpa: 3\n"
-    refused(write(mine="extends: parent.yaml\n", parent=parent), "parent.yaml:4: unknown key 'lora.alpa'", "'alpha'")
+    refused(
+        write(mine="extends: parent.yaml\n", parent=parent), "parent.yaml:4: unknown key 'lora.alpa'", "'lora.alpha'"
+    )
     refused(write(mine="extends: tiny_lora\n\nmax_length: 0\n"), "mine.yaml:3: max_length: ", "not 0")
     refused(write(mine="extends: tiny_lora\ntraining:\n  max_step: 3\n"), "mine.yaml:3: training.max_step", "max_steps")
     refused(write(mine="extends: tiny_lora\n"), "mine.yaml with --set: unknown key 'sede'", sets={"sede": 1})

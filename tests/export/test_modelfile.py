@@ -107,7 +107,7 @@ def test_the_first_token_is_left_to_llama_cpp_where_it_adds_it(tmp_path, adds):
     (folder / "chat_template.jinja").write_text(template)
     written = modelfile(folder, "x.gguf")
     assert ("TEMPLATE" in written) == adds
-    assert SPECIALS["bos_token"] not in written
+    assert SPECIALS["bos_token"] not in written.partition("PARAMETER")[0]
 
 
 INSTRUCTION = re.compile(
@@ -141,7 +141,8 @@ def test_ollama_reads_what_was_meant(tmp_path, end):
     written = as_ollama_writes_it(found[1][1], [{"role": "user", "content": "Hi"}])
     assert written == "<s>user\nHi</s>\n<s>assistant\n"
     assert found[2:] == [
-        ("SYSTEM", "Be kind.\nSay 'yes'."), ("stop", end), ("temperature", "0.6"), ("repeat_penalty", "1.1"),
+        ("SYSTEM", "Be kind.\nSay 'yes'."), ("stop", end), ("stop", SPECIALS["bos_token"]), ("temperature", "0.6"),
+        ("repeat_penalty", "1.1"),
     ]  # fmt: skip
 
 

@@ -110,7 +110,9 @@ def test_every_damage_is_named(finished, tmp_path):
     def of_two_ranks(folder):
         manifest_file = folder / "manifest.json"
         text = manifest_file.read_text().replace("rank-00000-of-00001", "rank-00000-of-00002")
-        manifest_file.write_text(text.replace('"world_size": 1', '"world_size": 2'))
+        manifest_file.write_text(
+            text.replace('"world_size": 1', '"world_size": 2').replace('"shards": 1', '"shards": 2')
+        )
 
     kinds = {
         f"{state} has 1000 bytes, not {saved.files[state].bytes}": truncate,

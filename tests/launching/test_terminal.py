@@ -68,6 +68,20 @@ def test_a_terminal_that_is_closed_does_not_end_the_run():
     assert code == 0
 
 
+def test_before_training_the_live_line_says_what_is_done_and_for_how_long():
+    program = """
+        import time
+        from fitune.launching.terminal import run_shown
+        with run_shown() as show:
+            show("starting 2 processes", lambda: None)
+            time.sleep(1.2)
+        """
+    code, raw = run_in_terminal(program)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", raw)
+    assert code == 0 and re.search(r"starting 2 processes  0:00:0\d", shown), raw
+    assert not any(left_on_screen(raw))
+
+
 def test_a_dumb_terminal_and_quiet_get_no_control_characters():
     program = """
         from fitune.launching.terminal import run_shown
