@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share few cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # with more threads than cores those that wait would keep them busy
 
 import pytest
 
