@@ -223,7 +223,7 @@ class Rows:
 def _rows_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> Rows:
     """Made once for all layers of a pass, which share `bounds`."""
     if not hasattr(bounds, "fitune_rows"):
-        bounds.fitune_rows = _rows_of(query, bounds, longest)
+        bounds.fitune_rows = Rows(len(query), bounds, longest)
     return bounds.fitune_rows
 
 

@@ -119,7 +119,8 @@ def test_pads_of_rows_change_nothing(lengths):
     expected, _ = attention.forward(*inputs, bounds, longest, 0.3)
     expected_gradients = attention.backward(gradient, *inputs, expected, (), bounds, longest, 0.3)
 
-    rows = attention.Rows(sum(lengths), bounds, longest)
+    rows = attention._rows_of(inputs[0], bounds, longest)
+    assert attention._rows_of(inputs[0], bounds, longest) is rows, "made once for all layers of a pass"
     padded = [rows.of(x).requires_grad_() for x in inputs]
     assert {x.shape for x in padded} == {(len(lengths), heads, -(-longest // 256) * 256, size)}
     output = torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=0.3)
