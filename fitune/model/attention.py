@@ -96,9 +96,10 @@ def bounds_of_rows(rows: int, length: int, device: torch.device) -> torch.Tensor
 
 def _attend(query, key, value, bounds, longest, scaling):
     """[T, heads, head_dim] of packed examples, for autograd."""
-    if not query.is_cuda:
+    kernel = kernel_of(query, bounds, longest)
+    if kernel == "examples":
         return _by_example(query, key, value, bounds, longest, scaling)
-    if takes_cudnn(query, bounds, longest):
+    if kernel == "cudnn":
         rows = _rows_of(query, bounds, longest)
         inputs = (rows.of(x) for x in (query, key, value))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
@@ -123,9 +124,10 @@ def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: floa
 
     Query [T, heads, head_dim]; key and value may have fewer heads, each shared by neighbouring query heads.
     """
-    if not query.is_cuda:
+    kernel = kernel_of(query, bounds, longest)
+    if kernel == "examples":
         return _by_example(query, key, value, bounds, longest, scaling), ()
-    if takes_cudnn(query, bounds, longest):
+    if kernel == "cudnn":
         rows = _rows_of(query, bounds, longest)
         inputs = (rows.of(x) for x in (query, key, value))
         output, log_sums, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -140,12 +142,13 @@ def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: floa
 
 def backward(gradient, query, key, value, output, statistics, bounds, longest: int, scaling: float):
     """The gradients of query, key and value from that of the output."""
-    if not query.is_cuda:
+    kernel = kernel_of(query, bounds, longest)
+    if kernel == "examples":
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (query, key, value)]
             return list(torch.autograd.grad(_by_example(*inputs, bounds, longest, scaling), inputs, gradient))
     log_sums, *random_state = statistics
-    if takes_cudnn(query, bounds, longest):
+    if kernel == "cudnn":
         rows = _rows_of(query, bounds, longest)
         inputs = (rows.of(x) for x in (query, key, value, output))
         length = rows.shape[1]
@@ -162,20 +165,24 @@ def backward(gradient, query, key, value, output, statistics, bounds, longest: i
     )  # fmt: skip
 
 
-def takes_cudnn(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> bool:
-    """Whether cuDNN's kernel computes these examples: long, and about of one length. Known without asking the GPU.
+def kernel_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> str:
+    """What computes these examples, known without asking the GPU: `cudnn`, `flash`, or one after the other, `examples`.
 
-    It is about twice as fast as FlashAttention on the GPUs that PyTorch itself prefers it on. It is given rows of one
-    length: its own way for packed examples plans anew in every call, for about 40 ms.
+    cuDNN's kernel computes long examples of about one length. It is about twice as fast as FlashAttention on the GPUs
+    that PyTorch itself prefers it on. It is given rows of one length: its own way for packed examples plans anew in
+    every call, for about 40 ms.
     """
+    capability = _capability(query.device)
+    if capability is None:
+        return "examples"
     tokens, examples = query.shape[0], len(bounds) - 1
     few_pads = examples * _padded(longest) <= CUDNN_PADS * tokens
-    return longest >= CUDNN_FROM and few_pads and _capability(query.device) in CUDNN_CAPABILITIES
+    return "cudnn" if capability in CUDNN_CAPABILITIES and longest >= CUDNN_FROM and few_pads else "flash"
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _padded(length: int) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_kernels import kernels_on_the_cpu
 from rounding import additions_to_logits, assert_equal_but_for_rounding
 from transformers import LlamaForCausalLM, masking_utils
 
@@ -91,39 +92,60 @@ def test_padding_in_a_packed_row_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "capability", "taken"),
+    ("lengths", "capability", "kernel"),
     [
-        ([2100, 2100], (9, 0), True),
-        ([3000], (10, 0), True),
-        ([2900, 3000, 3072], (9, 0), True),
-        ([2100, 1800], (9, 0), False),  # many pads
-        ([1024] * 4, (9, 0), False),  # short
-        ([3000], (8, 9), False),
-        ([3000], (12, 0), False),  # a desktop's Blackwell
+        ([2100, 2100], (9, 0), "cudnn"),
+        ([3000], (10, 0), "cudnn"),
+        ([2900, 3000, 3072], (9, 0), "cudnn"),
+        ([2100, 1800], (9, 0), "flash"),  # many pads
+        ([1024] * 4, (9, 0), "flash"),  # short
+        ([3000], (8, 9), "flash"),
+        ([3000], (12, 0), "flash"),  # a desktop's Blackwell
+        ([3000], None, "examples"),  # no GPU
     ],
     ids=str,
 )
-def test_cudnn_computes_examples_of_one_length_where_it_is_faster(lengths, capability, taken, monkeypatch):
+def test_cudnn_computes_examples_of_one_length_where_it_is_faster(lengths, capability, kernel, monkeypatch):
     monkeypatch.setattr(attention, "_capability", lambda device: capability)
     query, bounds = torch.empty(sum(lengths), 4, 8), torch.tensor([0, *lengths]).cumsum(0)
-    assert attention.takes_cudnn(query, bounds, max(lengths)) == taken
+    assert attention.kernel_of(query, bounds, max(lengths)) == kernel
 
 
-@pytest.mark.parametrize("lengths", [[1, 1], [255, 255], [256, 256], [300, 17, 1, 299]], ids=str)
-def test_pads_of_rows_change_nothing(lengths):
-    """Forward and backward as cuDNN's kernel is called, by sdpa in float64: as of one example after the other."""
-    heads, size, longest = 4, 8, max(lengths)
-    tokens = [torch.randn(sum(lengths), heads, size, dtype=torch.float64) for _ in range(4)]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    *inputs, gradient = tokens
-    expected, _ = attention.forward(*inputs, bounds, longest, 0.3)
-    expected_gradients = attention.backward(gradient, *inputs, expected, (), bounds, longest, 0.3)
+GPU_LENGTHS = {"cudnn": [[256, 256], [255, 250], [300, 290, 1]], "flash": [[300, 17, 1, 299]]}
 
-    rows = attention._rows_of(inputs[0], bounds, longest)
-    assert attention._rows_of(inputs[0], bounds, longest) is rows, "made once for all layers of a pass"
-    padded = [rows.of(x).requires_grad_() for x in inputs]
-    assert {x.shape for x in padded} == {(len(lengths), heads, -(-longest // 256) * 256, size)}
-    output = torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=True, scale=0.3)
-    gradients = torch.autograd.grad(output, padded, rows.of_gradient(gradient))
-    for ours, exact in zip([output, *gradients], [expected, *expected_gradients], strict=True):
-        torch.testing.assert_close(rows.examples(ours), exact, rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize(
+    ("kernel", "lengths"), [(kernel, lengths) for kernel, rows in GPU_LENGTHS.items() for lengths in rows], ids=str
+)
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_what_a_gpu_does_with_a_packed_row(kernel, lengths, key_heads, monkeypatch):
+    """Forward and backward up to the kernels' own call, in float64: as of one example after the other."""
+    longest, bounds = max(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    query, gradient = torch.randn(2, sum(lengths), 4, 8, dtype=torch.float64)
+    inputs = (query, *torch.randn(2, sum(lengths), key_heads, 8, dtype=torch.float64))
+    exact, _ = attention.forward(*inputs, bounds, longest, 0.3)
+    exact_gradients = attention.backward(gradient, *inputs, exact, (), bounds, longest, 0.3)
+
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "CUDNN_FROM", 200)
+    monkeypatch.setattr(attention, "CUDNN_PADS", 3.0 if kernel == "cudnn" else 0.0)
+    with kernels_on_the_cpu() as calls:
+        output, statistics = attention.forward(*inputs, bounds, longest, 0.3)
+        gradients = attention.backward(gradient, *inputs, output, statistics, bounds, longest, 0.3)
+    assert len(calls) == 2 and all(kernel in call for call in calls)
+    for ours, theirs in zip([output, *gradients], [exact, *exact_gradients], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert (kernel == "cudnn") == hasattr(bounds, "fitune_rows"), "made once for all layers of a pass"
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_a_whole_model_calls_the_gpus_kernels_as_they_demand(model, kernel, monkeypatch):
+    """As `eval` calls it, through transformers."""
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    expected = model(**_packed_row(), use_cache=False).logits
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "CUDNN_FROM", 1)
+    monkeypatch.setattr(attention, "CUDNN_PADS", 1e9 if kernel == "cudnn" else 0.0)
+    with kernels_on_the_cpu(), torch.no_grad():
+        packed = model(**_packed_row(), use_cache=False).logits
+    assert_equal_but_for_rounding(packed, expected, additions_to_logits(model.config, sum(LENGTHS)))
