@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tables import with_table
 from fitune.errors import UsageError
 from fitune.planning.limits import given_machine
-from fitune.planning.search import find, rounded
+from fitune.planning.search import find
+from fitune.planning.words import rounded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "machines.md"
 GPUS, MEMORIES = (1, 2, 3, 4, 5, 8), (8, 12, 24, 48, 80)

@@ -113,7 +113,9 @@ def _gpus() -> list[Finding]:
     except FituneError as error:
         found.append(Finding("bf16", False, *str(error).rsplit("; ", 1)))
     if machine.uneven:
-        found.append(Finding("GPU sizes", None, *machine.uneven.split("; ", 1)))
+        found.append(
+            Finding("uneven GPUs", None, machine.uneven, f"without it: {machine.without_the_weakest.in_variable}")
+        )
     if len(machine.gpus) > 1:
         found += _shared_memory()
     return found
@@ -141,7 +143,7 @@ def _fp8() -> list[Finding]:
     from fitune.planning.hardware import this_machine
 
     gpu = this_machine().known_model
-    if gpu is None:
+    if gpu is None or not gpu.has_bf16:
         return []
     if has_fp8(gpu):
         return [Finding("fp8", True, f"{gpu.name} has it: --set profile.compute=fp8 (see docs/fp8.md)")]
@@ -210,10 +212,12 @@ def _fastest() -> list[Finding]:
     from fitune.planning.hardware import this_machine
     from fitune.planning.search import find
 
-    findings = []
+    machine, findings = this_machine(), []
+    if machine.gpus and not machine.model.has_bf16:
+        return []  # which has been said
     for recipe in ("llama3_8b_qlora", "llama3_70b_qlora"):
         try:
-            found = Finding("fastest", True, f"{recipe}: {find(recipe, (), this_machine()).in_one_line()}")
+            found = Finding("fastest", True, f"{recipe}: {find(recipe, (), machine).in_one_line()}")
         except FituneError as error:
             found = Finding("fastest", None, str(error))
         findings.append(found)

@@ -7,7 +7,7 @@ import click
 from fitune.config.schema import Run
 from fitune.launching.run_folder import found_before
 from fitune.planning.hardware import this_machine
-from fitune.planning.search import find
+from fitune.planning.search import find, part_alone
 
 
 def fastest_here(
@@ -19,7 +19,8 @@ def fastest_here(
     if resume and output and (run := found_before(recipe, sets, Path(output), len(machine.gpus))):
         return run
     found = find(recipe, sets, machine, output=output, machines=machines)
-    for line in (found.in_one_line(), found.why_idle(), machine.uneven):
-        if line and not quiet:
+    if not quiet:
+        uneven = part_alone(recipe, sets, machine, machines=machines)
+        for line in filter(None, (found.in_one_line(), found.why_idle(), uneven)):
             click.echo(line, err=True)
     return found.plan.run

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fitune.config.model_shapes import ModelShape
 from fitune.errors import UsageError
-from fitune.planning.hardware import Machine
 from fitune.planning.limits import limits_here
+from fitune.planning.machine import Machine
 from fitune.planning.memory import MEASURED, host_moments, resident
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 

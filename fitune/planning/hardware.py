@@ -4,12 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fitune.config.host_limits import host_memory_gib
-from fitune.errors import UsageError
-from fitune.planning.gpu_models import GpuModel, likely_model, look_up
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.sizes import GIB
 
 PCIE_GB_S_PER_LANE = {1: 0.25, 2: 0.5, 3: 1.0, 4: 2.0, 5: 4.0, 6: 8.0}
@@ -17,102 +16,9 @@ PCIE_GB_S_PER_LANE = {1: 0.25, 2: 0.5, 3: 1.0, 4: 2.0, 5: 4.0, 6: 8.0}
 FIELDS = ("uuid", "name", "memory.total", "memory.free")
 MORE_FIELDS = ("compute_cap", "pcie.link.gen.max", "pcie.link.width.current", "mig.mode.current")
 "What older drivers don't tell. The link's generation falls while a GPU idles, so the highest counts; its width stays."
+SLICES, FEWER_SLICES = 7, {"A30": 4, "RTX PRO": 4}
+"Into how many parts of its cores a GPU can be divided (MIG user guide, supported profiles)."
 _MIG = re.compile(r"^\s+MIG (?:\d+c\.)?(\d+)g\.(\d+)gb\S*\s+Device\s+\d+: \(UUID: (MIG-[^)]+)\)")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    total_gib: float
-    free_gib: float
-    "What other processes leave."
-    capability: float | None = None
-    link_gb_s: float | None = None
-    "Of its PCI Express lanes, per direction; None where nvidia-smi does not tell."
-    unified: bool = False
-    "Its memory is the machine's RAM."
-    share: float = 1.0
-    "Of a whole GPU's cores: below 1 for an instance of a GPU that was divided (MIG)."
-    identity: str = ""
-    "UUID."
-
-    @property
-    def known_model(self) -> GpuModel | None:
-        """What it can do through the link it has; None if the table does not have it."""
-        model = look_up(self.name)
-        return None if model is None else self._here(model)
-
-    @property
-    def model(self) -> GpuModel:
-        """The same; a GPU that the table does not have gets rates to choose by, and is not timed."""
-        return self._here(likely_model(self.total_gib, self.name or None))
-
-    def _here(self, model: GpuModel) -> GpuModel:
-        if self.capability:
-            model = replace(model, capability=self.capability)
-        if self.share < 1:
-            model = replace(
-                model, name=self.name, bf16_tflops=model.bf16_tflops * self.share,
-                memory_gb_s=model.memory_gb_s * self.share,
-            )  # fmt: skip
-        if self.link_gb_s and self.link_gb_s < model.host_link_gb_s and not self.unified:
-            peer = model.peer_link_gb_s if model.has_nvlink else self.link_gb_s / 2
-            model = replace(model, host_link_gb_s=self.link_gb_s, peer_link_gb_s=peer)
-        return model
-
-
-@dataclass(frozen=True)
-class Machine:
-    gpus: tuple[Gpu, ...]
-    host_total_gib: float
-    host_available_gib: float
-    "What new processes can take without swapping."
-
-    @property
-    def gpu_memory_gib(self) -> float:
-        """Free memory of the fullest GPU: every rank needs as much."""
-        return min((gpu.free_gib for gpu in self.gpus), default=0.0)
-
-    @property
-    def unified(self) -> bool:
-        """GPU and RAM are one memory: what one takes the other lacks."""
-        return any(gpu.unified for gpu in self.gpus)
-
-    @property
-    def model(self) -> GpuModel | None:
-        """What its slowest GPU can do: the others wait for it. None without one."""
-        return min((gpu.model for gpu in self.gpus), key=lambda model: model.bf16_tflops, default=None)
-
-    @property
-    def known_model(self) -> GpuModel | None:
-        """The same; None also where the table does not have one of them."""
-        models = [gpu.known_model for gpu in self.gpus]
-        return None if None in models else min(models, key=lambda model: model.bf16_tflops, default=None)
-
-    @property
-    def uneven(self) -> str | None:
-        """What to know about cards of different sizes, in one line."""
-        sizes = [round(gpu.free_gib, 1) for gpu in self.gpus]
-        if len(sizes) < 2 or max(sizes) < 1.2 * min(sizes):
-            return None
-        large = ",".join(str(n) for n, size in enumerate(sizes) if size >= 1.2 * min(sizes))
-        return (
-            f"the GPUs have {', '.join(f'{size:g}' for size in sizes)} GiB free: the smallest counts for all; without "
-            f"it: CUDA_VISIBLE_DEVICES={large}"
-        )
-
-    def refuse_missing_bf16(self) -> None:
-        """Raises UsageError if one of its GPUs cannot compute in bf16."""
-        lacking = [n for n, gpu in enumerate(self.gpus) if not gpu.model.has_bf16]
-        if not lacking:
-            return
-        name, capability = self.gpus[lacking[0]].name, self.gpus[lacking[0]].model.capability
-        others = ",".join(str(n) for n in range(len(self.gpus)) if n not in lacking)
-        instead = f"leave it out: CUDA_VISIBLE_DEVICES={others}" if others else "use a newer GPU"
-        raise UsageError(
-            f"{name} has compute capability {capability:.1f} and no bf16, in which fitune trains (8.0 and later: "
-            f"RTX 30, A10, A100, L4 and newer); {instead}"
-        )
 
 
 def this_machine() -> Machine:
@@ -140,7 +46,7 @@ def _nvidia_smi(host_total: float, host_available: float) -> list[Gpu]:
             break
     else:
         return []
-    gpus = [_gpu(row, host_total, host_available) for row in rows]
+    gpus = [_gpu(row, str(number), host_total, host_available) for number, row in enumerate(rows)]
     divided = {row["uuid"] for row in rows if row.get("mig.mode.current") == "Enabled"}
     return _with_instances([gpu for gpu in gpus if gpu], divided) if divided else [gpu for gpu in gpus if gpu]
 
@@ -153,7 +59,7 @@ def _answer(*flags: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-def _gpu(row: dict[str, str], host_total: float, host_available: float) -> Gpu | None:
+def _gpu(row: dict[str, str], number: str, host_total: float, host_available: float) -> Gpu | None:
     """From one answer; None if it makes no sense. A GPU without memory of its own shares the machine's."""
     total, free = _number(row["memory.total"]), _number(row["memory.free"])
     generation, width = _number(row.get("pcie.link.gen.max")), _number(row.get("pcie.link.width.current"))
@@ -168,6 +74,7 @@ def _gpu(row: dict[str, str], host_total: float, host_available: float) -> Gpu |
         link_gb_s=PCIE_GB_S_PER_LANE.get(int(generation), 2.0) * width if generation and width else None,
         unified=unified,
         identity=row["uuid"],
+        shown_as=number,
     )
 
 
@@ -181,8 +88,9 @@ def _with_instances(gpus: list[Gpu], divided: set[str]) -> list[Gpu]:
             if whole:
                 gib = min(float(gigabytes) * 1e9 / GIB, whole.total_gib)
                 name = f"{whole.name} MIG {slices}g.{gigabytes}gb"
-                found.append(replace(whole, name=name, total_gib=gib, free_gib=gib, share=int(slices) / 7,
-                                     identity=identity))  # fmt: skip
+                share = int(slices) / next((n for name, n in FEWER_SLICES.items() if name in whole.name), SLICES)
+                found.append(replace(whole, name=name, total_gib=gib, free_gib=gib, share=share,
+                                     identity=identity, shown_as=identity))  # fmt: skip
         elif identity := re.search(r"UUID: (GPU-[^)]+)\)", line):
             whole = by_identity.get(identity[1])
             if whole and whole.identity not in divided:
@@ -202,7 +110,7 @@ def _visible(gpus: list[Gpu]) -> tuple[Gpu, ...]:
     """Those that CUDA shows a process: named in CUDA_VISIBLE_DEVICES, and of instances (MIG) one at most."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = gpus if chosen is None else _named(gpus, [name.strip() for name in chosen.split(",")])
-    instances = [gpu for gpu in shown if gpu.share < 1]
+    instances = [gpu for gpu in shown if gpu.identity.startswith("MIG-")]
     return tuple(instances[:1] or shown)
 
 

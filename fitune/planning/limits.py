@@ -7,7 +7,8 @@ from fitune.config.model_shapes import hub_cache
 from fitune.config.schema import Run
 from fitune.environment import GPU_CAP, number
 from fitune.errors import UsageError
-from fitune.planning.hardware import Gpu, Machine, free_disk_gib, this_machine
+from fitune.planning.hardware import free_disk_gib, this_machine
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import MEASURED
 from fitune.planning.sizes import GIB
 

@@ -9,7 +9,7 @@ from fitune.planning.fill import filled
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.outlook import shortfall
 from fitune.planning.plan import Plan, make_plan
-from fitune.planning.search import rounded
+from fitune.planning.words import rounded
 
 HYBRID = "profile.hybrid_sharding"
 

@@ -16,18 +16,20 @@ from fitune.planning.asking import as_rows, is_model_folder
 from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
-from fitune.planning.hardware import Gpu, Machine, this_machine
+from fitune.planning.hardware import this_machine
 from fitune.planning.limits import Limits, given_machine, limits_here, limits_of
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import merge_host
 from fitune.planning.network import network_lines, ways_to_spread
 from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
 from fitune.planning.presets import own_profiles, preset_run
 from fitune.planning.report import DETAILS_HINT, print_asking, print_choice, print_matrix, print_plan, print_tried
-from fitune.planning.search import Found, all_on_the_gpus, described
+from fitune.planning.search import Found, all_on_the_gpus, part_alone
 from fitune.planning.search import find as find_fastest
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import matrix
+from fitune.planning.words import described
 
 
 def plan_command(
@@ -72,7 +74,7 @@ def plan_command(
         print(json.dumps(as_json(plan, outlook) | more, indent=2))
         return
     if found:
-        print_choice(found, console)
+        print_choice(found, part_alone(recipe, sets, machine, gpu=named, machines=machines), console)
     print_plan(plan, outlook, console, details=details, network=network_lines(ways))
     if found:
         print_tried(found, on_own_profiles, console)

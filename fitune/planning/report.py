@@ -11,9 +11,10 @@ from fitune.planning.async_save import how_it_saves
 from fitune.planning.memory import merge_host
 from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import GPU_COUNT, GPU_MEMORY, Plan, Time, needed_disk
-from fitune.planning.search import Found, best_of_each_kind, places, rounded, timed
+from fitune.planning.search import Found, best_of_each_kind
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import METHODS
+from fitune.planning.words import places, rounded, timed
 
 BAR = 32  # characters
 TRIED_SHOWN = 12
@@ -200,11 +201,11 @@ def _bar(value: float, most: float, style: str) -> Text:
     return Text("█" * int(width) + ("▌" if width % 1 >= 0.5 else ""), style=style)
 
 
-def print_choice(found: Found, console: Console) -> None:
-    """What a search chose, and what it leaves idle."""
+def print_choice(found: Found, uneven: str | None, console: Console) -> None:
+    """What a search chose, what it leaves idle, and what `uneven` GPUs come to in part."""
     console.print(found.in_one_line())
-    if why_idle := found.why_idle():
-        console.print(Text(why_idle, style="magenta"))
+    for line in filter(None, (found.why_idle(), uneven)):
+        console.print(Text(line, style="magenta"))
 
 
 def print_tried(found: Found, own: Sequence[Plan], console: Console) -> None:

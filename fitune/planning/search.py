@@ -8,6 +8,7 @@ wins.
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,14 +23,21 @@ from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
 from fitune.planning.fill import filled, fits, with_room_for_error
 from fitune.planning.gpu_models import GpuModel
-from fitune.planning.hardware import Machine
 from fitune.planning.limits import Limits, limits_here
+from fitune.planning.machine import Machine
 from fitune.planning.outlook import NO_GPU, shortfall
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import preset_runs
+from fitune.planning.words import (
+    ALL_IN_RAM,
+    EMBEDDING_IN_RAM,
+    ON_GPUS,
+    STATES_IN_RAM,
+    described,
+    machine_in_words,
+    timed,
+)  # fmt: skip
 
-ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
-STATES_IN_RAM = "gradients and optimizer states in RAM"
 PLACES = (ON_GPUS, STATES_IN_RAM, EMBEDDING_IN_RAM, ALL_IN_RAM)
 MOVING_INPUTS = 0.12
 "Of a step, for layers' inputs in RAM: measured where `plan` takes their copies to be hidden (docs/memory.md)."
@@ -76,8 +84,13 @@ class Found:
         most = next(plan for plan in more if plan.setup.ranks == max(one.setup.ranks for one in more))
         if not most.fits:
             return f"{is_idle}: {described(most)} do not fit: {shortfall(most)}"
-        rows = self.plan.run.recipe.global_batch_size
-        return f"{is_idle}: a step of {rows} rows (global_batch_size) takes as long with {more[0].setup.ranks}"
+        other, rows = more[0], self.plan.run.recipe.global_batch_size
+        ratio = other.time.parts["total"] / self.plan.time.parts["total"]
+        if ratio > 1 + NO_GAIN:
+            return f"{is_idle}: with {described(other)} it is slower, {timed(other)}"
+        if ratio < 1 - NO_GAIN:
+            return f"{is_idle}: {described(other)} are faster by less than the prediction may be off, {timed(other)}"
+        return f"{is_idle}: a step of {rows} rows (global_batch_size) takes as long with {other.setup.ranks}"
 
 
 def find(
@@ -87,7 +100,7 @@ def find(
     """The fastest way to train a recipe on `machine`, or on as many like it.
 
     What `sets` gives of a profile is as given. `gpu` is the model whose speed counts. Raises UsageError if nothing
-    fits, naming what comes closest.
+    fits, naming what comes closest, or the GPUs that hold the others back.
     """
     recipe_overrides, profile_overrides = runs.parse_sets(sets)
     recipe, stem = runs.load_recipe(recipe_name, recipe_overrides), name_of(recipe_name)
@@ -104,11 +117,29 @@ def find(
         raise UsageError(f"{stem}: {NO_GPU}")
     best = _fewest_ranks(plans)
     if not best.fits:
+        there = machine_in_words(machine)
+        if part := part_alone(recipe_name, sets, machine, output=output, machines=machines):
+            raise UsageError(f"{stem} does not fit {there}; {part}")
         instead = f"; {NO_GPU}" if not machine.gpus else ""
-        raise UsageError(
-            f"{stem} does not fit {_in_words(machine)}; nearest: {described(best)}: {shortfall(best)}{instead}"
-        )
+        raise UsageError(f"{stem} does not fit {there}; nearest: {described(best)}: {shortfall(best)}{instead}")
     return Found(best, [plan for plan in plans if plan is not best], len(machine.gpus) * machines)
+
+
+def part_alone(recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str | None:
+    """What the fastest part of uneven GPUs comes to alone, in one line; None where all count alike or no part fits.
+
+    `options` are those of `find`.
+    """
+    if machine.uneven is None:
+        return None
+    found = []
+    for part in machine.parts():
+        with suppress(UsageError):
+            found.append((find(recipe_name, sets, part, **options).plan, part))
+    if not found:
+        return None
+    plan, part = min(found, key=lambda one: (*_rank(one[0]), one[0].setup.ranks))
+    return f"{machine.uneven}; {part.in_variable} alone: {described(plan)}, {timed(plan)}"
 
 
 def _candidates(
@@ -239,44 +270,3 @@ def _distance(plan: Plan) -> tuple[float, float]:
     short = [verdict for verdict in plan.verdicts if not verdict.fits]
     missing = sum(verdict.needs - verdict.has for verdict in short if verdict.resource == GPU_COUNT)
     return missing, max((v.needs / max(v.has, 1e-9) for v in short if v.resource != GPU_COUNT), default=0.0)
-
-
-def described(plan: Plan) -> str:
-    """A plan's choices in a few words."""
-    setup = plan.setup
-    ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
-    rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
-    return ", ".join([ranks, *places(plan), rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
-
-
-def places(plan: Plan) -> list[str]:
-    """Where it keeps what takes memory."""
-    setup = plan.setup
-    place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
-    found = [place] if setup.on_gpu else []
-    if setup.small_states:
-        found.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
-    return found + (["layers' inputs in RAM"] if setup.activation_offload else [])
-
-
-def timed(plan: Plan) -> str:
-    """Its predicted step."""
-    if plan.time is None or not plan.time.is_known:
-        return "time not predicted"
-    return f"{rounded(plan.time.parts['total'])} s a step"
-
-
-def rounded(number: float) -> str:
-    """To two digits, which is more than an estimate can promise."""
-    return f"{float(f'{number:.2g}'):,g}"
-
-
-def _in_words(machine: Machine) -> str:
-    count = len(machine.gpus)
-    gpus = (
-        f"{count} GPU{'s' * (count > 1)} with {machine.gpu_memory_gib:.1f} GiB free"
-        if count
-        else "a machine without GPUs"
-    )
-    host = "" if math.isinf(machine.host_available_gib) else f" and {machine.host_available_gib:.1f} GiB of free RAM"
-    return gpus + host

@@ -3,7 +3,7 @@
 benchmarks/README.md has it beside every run that was timed with a GPU for each rank.
 """
 
-from fitune.planning.hardware import GpuModel
+from fitune.planning.gpu_models import GpuModel
 from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 
 COMPUTE_EFFICIENCY = 0.66

@@ -10,7 +10,7 @@ from pathlib import Path
 from fitune.config import run as runs
 from fitune.config.schema import Run
 from fitune.errors import FituneError
-from fitune.planning.hardware import likely_model
+from fitune.planning.gpu_models import likely_model
 from fitune.planning.limits import limits_of
 from fitune.planning.plan import Plan, make_plan, steps_of
 from fitune.report.origin import ORIGIN

@@ -14,7 +14,7 @@ from fitune.launching import doctor, preflight
 from fitune.planning import compute, hardware
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
-from fitune.planning.hardware import Gpu, Machine
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.plan import setup_of
 from fitune.planning.step_time import step_seconds
 

@@ -10,8 +10,8 @@ from fitune.config.model_shapes import find_shape
 from fitune.planning import limits
 from fitune.planning.fill import filled, filled_here, fits, resolve
 from fitune.planning.gpu_models import likely_model
-from fitune.planning.hardware import Gpu, Machine
 from fitune.planning.limits import Limits, limits_of
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.plan import ERROR, setup_of
 from fitune.planning.step_time import step_seconds
 

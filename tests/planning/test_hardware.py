@@ -13,8 +13,9 @@ from fitune.cli import cli
 from fitune.errors import UsageError
 from fitune.planning import hardware
 from fitune.planning.gpu_models import GPU_MODELS, gpu_model, likely_model, look_up, memory_of
-from fitune.planning.hardware import FIELDS, MORE_FIELDS, Gpu, Machine, this_machine
+from fitune.planning.hardware import FIELDS, MORE_FIELDS, this_machine
 from fitune.planning.limits import limits_here
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.search import find
 
 CARD = ("GPU-{n}", "NVIDIA GeForce RTX 4090", "24564", "24100", "8.9", "4", "16", "[N/A]")
@@ -57,14 +58,25 @@ def test_every_card_is_read_with_what_others_leave_free_and_its_link(nvidia_smi)
 
 
 def test_a_link_of_four_lanes_decides_against_weights_in_ram(nvidia_smi):
-    seconds = {}
+    seconds, placed = {}, {}
     for lanes in ("16", "4"):
         nvidia_smi([card(1, **{"pcie__link__width__current": lanes})])
-        machine = this_machine()
-        machine = Machine(machine.gpus, 64, 60)
-        found = find("llama3_70b_qlora", (), machine)
-        seconds[lanes] = found.plan.time.parts["host link"]
+        machine = Machine(this_machine().gpus, 128, 120)
+        seconds[lanes] = find("llama3_70b_qlora", (), machine).plan.time.parts["host link"]
+        placed[lanes] = find("llama3_8b_lora", (), machine).plan.setup.offload
     assert seconds["4"] == pytest.approx(4 * seconds["16"])
+    assert placed == {"16": True, "4": False}
+
+
+def test_a_link_of_one_lane_decides_against_weights_that_are_gathered(nvidia_smi):
+    used = {}
+    for lanes in ("16", "1"):
+        nvidia_smi([card(n, **{"pcie__link__width__current": lanes}) for n in (1, 2)])
+        found = find("llama3_8b_lora", (), Machine(this_machine().gpus, 128, 120))
+        used[lanes] = found.plan.setup.ranks
+    assert used == {"16": 2, "1": 1}
+    assert found.why_idle().startswith("1 of 2 GPUs stays idle: with 2 GPUs, weights on the GPUs, ")
+    assert found.why_idle().endswith(" s a step") and "it is slower" in found.why_idle()
 
 
 def test_old_drivers_are_asked_for_less(nvidia_smi):
@@ -111,14 +123,39 @@ def test_of_instances_of_a_divided_gpu_one_counts(visible, gib, share, nvidia_sm
     assert gpu.model.bf16_tflops == pytest.approx(312 * share)
 
 
+def test_an_instance_that_is_all_of_its_gpu_is_one_all_the_same(nvidia_smi):
+    """CUDA shows a process one instance, however large; an A30 and an RTX PRO are divided into four parts at most."""
+    whole = "GPU {0}: {1} (UUID: GPU-{0}{0}{0}{0})\n  MIG {2}     Device  0: (UUID: MIG-{0})"
+    a100 = {"name": "NVIDIA A100-SXM4-80GB", "memory__total": "81920", "memory__free": "81920", "compute_cap": "8.0"}
+    rows = [card(n, **a100, mig__mode__current="Enabled") for n in (1, 2)]
+    nvidia_smi(rows, "\n".join(whole.format(n, a100["name"], "7g.80gb") for n in (1, 2)))
+    [gpu] = this_machine().gpus
+    assert (gpu.share, gpu.identity, gpu.shown_as) == (1, "MIG-1", "MIG-1")
+    a30 = a100 | {"name": "NVIDIA A30", "memory__total": "24576", "memory__free": "24576"}
+    nvidia_smi([card(1, **a30, mig__mode__current="Enabled")], whole.format(1, "NVIDIA A30", "2g.12gb"))
+    [gpu] = this_machine().gpus
+    assert gpu.share == 0.5 and gpu.model.bf16_tflops == 165 / 2
+
+
 def test_of_cards_of_different_sizes_the_smallest_counts_and_a_line_says_so(nvidia_smi):
     small = {"name": "NVIDIA GeForce RTX 3060", "memory__total": "12288", "memory__free": "12000", "compute_cap": "8.6"}
     nvidia_smi([card(1), card(2, **small), card(3)])
     machine = this_machine()
     assert machine.gpu_memory_gib == pytest.approx(12000 / 1024) and machine.model.name == "RTX 3060"
-    assert machine.uneven.endswith("CUDA_VISIBLE_DEVICES=0,2")
+    assert machine.uneven == "the GPUs have 23.5, 11.7, 23.5 GiB free: the smallest counts for all"
+    assert machine.without_the_weakest.in_variable == "CUDA_VISIBLE_DEVICES=0,2"
     nvidia_smi([card(1), card(2)])
     assert this_machine().uneven is None
+
+
+def test_gpus_are_named_as_cuda_names_them_where_some_are_hidden_already(nvidia_smi, monkeypatch):
+    nvidia_smi([card(1), card(2), card(3, memory__free="9000"), card(4)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,2,1")
+    assert this_machine().without_the_weakest.in_variable == "CUDA_VISIBLE_DEVICES=3,1"
+    nvidia_smi([card(1), card(2), card(3, name="Tesla T4", compute_cap="7.5"), card(4)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,2,1")
+    with pytest.raises(UsageError, match=r"leave it out: CUDA_VISIBLE_DEVICES=3,1$"):
+        this_machine().refuse_missing_bf16()
 
 
 SPARK = {"name": "NVIDIA GB10", "memory__total": "[N/A]", "memory__free": "[N/A]", "compute_cap": "12.1",

@@ -18,8 +18,8 @@ from fitune.config.model_shapes import LLAMA_3_FAMILY, find_shape
 from fitune.config.shipped import PROFILES, RECIPES, names
 from fitune.errors import UsageError
 from fitune.planning.fill import fits, resolve
-from fitune.planning.hardware import Gpu, Machine
 from fitune.planning.limits import Limits, limits_of
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import disk, gpu_moments, gpu_peak, host_moments
 from fitune.planning.outlook import (
     largest_micro_batch,

@@ -12,8 +12,8 @@ from fitune.config.accelerate_config import read_accelerate_config, written_out
 from fitune.errors import UsageError
 from fitune.planning.fill import filled, fits
 from fitune.planning.gpu_models import likely_model
-from fitune.planning.hardware import Gpu, Machine
 from fitune.planning.limits import given_machine, limits_of
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.plan import Verdict, make_plan
 from fitune.planning.presets import as_typed, preset_runs
 from fitune.planning.search import find

@@ -1,0 +1,161 @@
+"""A machine that trains: its GPUs, what each can do here, its RAM; and what of uneven GPUs counts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from fitune.errors import UsageError
+from fitune.planning.gpu_models import BF16_CAPABILITY, GpuModel, likely_model, look_up
+
+UNEVEN = 1.2
+"GPUs that differ by less count as alike."
+TINY = 1e-3
+"Less is none: of a GPU that others have filled."
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    total_gib: float
+    free_gib: float
+    "What other processes leave."
+    capability: float | None = None
+    link_gb_s: float | None = None
+    "Of its PCI Express lanes, per direction; None where nvidia-smi does not tell."
+    unified: bool = False
+    "Its memory is the machine's RAM."
+    share: float = 1.0
+    "Of a whole GPU's cores: below 1 for a part of a GPU that was divided (MIG)."
+    identity: str = ""
+    "UUID."
+    shown_as: str = ""
+    "In CUDA_VISIBLE_DEVICES."
+
+    @property
+    def known_model(self) -> GpuModel | None:
+        """What it can do through the link it has; None if the table does not have it."""
+        model = look_up(self.name)
+        return None if model is None else self._here(model)
+
+    @property
+    def model(self) -> GpuModel:
+        """The same; a GPU that the table does not have gets rates to choose by, and is not timed."""
+        return self._here(likely_model(self.total_gib, self.name or None))
+
+    def _here(self, model: GpuModel) -> GpuModel:
+        if self.capability:
+            model = replace(model, capability=self.capability)
+        if self.share < 1:
+            model = replace(
+                model, name=self.name, bf16_tflops=model.bf16_tflops * self.share,
+                memory_gb_s=model.memory_gb_s * self.share,
+            )  # fmt: skip
+        if self.link_gb_s and self.link_gb_s < model.host_link_gb_s and not self.unified:
+            peer = model.peer_link_gb_s if model.has_nvlink else self.link_gb_s / 2
+            model = replace(model, host_link_gb_s=self.link_gb_s, peer_link_gb_s=peer)
+        return model
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: tuple[Gpu, ...]
+    host_total_gib: float
+    host_available_gib: float
+    "What new processes can take without swapping."
+
+    @property
+    def gpu_memory_gib(self) -> float:
+        """Free memory of the fullest GPU: every rank needs as much."""
+        return min((gpu.free_gib for gpu in self.gpus), default=0.0)
+
+    @property
+    def unified(self) -> bool:
+        """GPU and RAM are one memory: what one takes the other lacks."""
+        return any(gpu.unified for gpu in self.gpus)
+
+    @property
+    def model(self) -> GpuModel | None:
+        """What its GPUs can do together: at each step they wait for the slowest, at each link. None without one."""
+        return _slowest([gpu.model for gpu in self.gpus])
+
+    @property
+    def known_model(self) -> GpuModel | None:
+        """The same; None also where the table does not have one of them."""
+        models = [gpu.known_model for gpu in self.gpus]
+        return None if None in models else _slowest(models)
+
+    @property
+    def uneven(self) -> str | None:
+        """What its GPUs hold each other back by, in one line; None where they are alike."""
+        said, _ = self._unevenness()
+        return said
+
+    @property
+    def without_the_weakest(self) -> "Machine":
+        """The GPUs that have clearly more of what they differ in."""
+        return self._unevenness()[1]
+
+    def _unevenness(self) -> tuple[str | None, "Machine"]:
+        for said, measure in MEASURES.items():
+            sizes = [measure(gpu) for gpu in self.gpus]
+            least = max(UNEVEN * min(sizes, default=0), TINY)
+            if least <= max(sizes, default=0):
+                return said.format(", ".join(f"{size:.3g}" for size in sizes)), self._with_at_least(least, measure)
+        return None, self
+
+    @property
+    def in_variable(self) -> str:
+        """As CUDA is told to show these GPUs alone."""
+        return "CUDA_VISIBLE_DEVICES=" + ",".join(gpu.shown_as or str(n) for n, gpu in enumerate(self.gpus))
+
+    def parts(self) -> Iterator["Machine"]:
+        """Itself without GPUs that hold the others back: those that have clearly more of one measure or of several."""
+        seen = {self.gpus, ()}
+        for least in product(*(_steps([measure(gpu) for gpu in self.gpus]) for measure in MEASURES.values())):
+            part = self
+            for size, measure in zip(least, MEASURES.values(), strict=True):
+                part = part._with_at_least(size, measure)
+            if part.gpus not in seen:
+                seen.add(part.gpus)
+                yield part
+
+    def _with_at_least(self, size: float, measure: Callable[[Gpu], float]) -> "Machine":
+        return replace(self, gpus=tuple(gpu for gpu in self.gpus if measure(gpu) >= size))
+
+    def refuse_missing_bf16(self) -> None:
+        """Raises UsageError if one of its GPUs cannot compute in bf16."""
+        lacking = [gpu for gpu in self.gpus if not gpu.model.has_bf16]
+        if not lacking:
+            return
+        others = self._with_at_least(BF16_CAPABILITY, lambda gpu: gpu.model.capability)
+        instead = f"leave it out: {others.in_variable}" if others.gpus else "use a newer GPU"
+        raise UsageError(
+            f"{lacking[0].name} has compute capability {lacking[0].model.capability:.1f} and no bf16, in which fitune "
+            f"trains (8.0 and later: RTX 30, A10, A100, L4 and newer); {instead}"
+        )
+
+
+MEASURES = {
+    "the GPUs have {} GiB free: the smallest counts for all": lambda gpu: gpu.free_gib,
+    "the GPUs do {} TFLOP/s: all wait for the slowest": lambda gpu: gpu.model.bf16_tflops,
+    "the GPUs have links of {} GB/s: all wait for the slowest": lambda gpu: gpu.model.host_link_gb_s,
+}
+"What GPUs hold the others back by, and how that is said."
+
+
+def _steps(sizes: list[float]) -> list[float]:
+    """Sizes that are clearly different, the smallest first."""
+    steps = []
+    for size in sorted(sizes):
+        if not steps or size >= max(UNEVEN * steps[-1], TINY):
+            steps.append(size)
+    return steps
+
+
+def _slowest(models: list[GpuModel]) -> GpuModel | None:
+    """The model with the slowest products, its other rates those of the slowest too."""
+    if not models:
+        return None
+    slowest = min(models, key=lambda model: model.bf16_tflops)
+    rates = ("memory_gb_s", "host_link_gb_s", "peer_link_gb_s", "capability")
+    return replace(slowest, **{rate: min(getattr(model, rate) for model in models) for rate in rates})

@@ -1,0 +1,50 @@
+"""Plans and machines in a few words, as `plan`, `train` and `doctor` say them."""
+
+import math
+
+from fitune.planning.machine import Machine
+from fitune.planning.plan import Plan
+
+ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
+STATES_IN_RAM = "gradients and optimizer states in RAM"
+
+
+def described(plan: Plan) -> str:
+    """A plan's choices in a few words."""
+    setup = plan.setup
+    ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
+    rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
+    return ", ".join([ranks, *places(plan), rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
+
+
+def places(plan: Plan) -> list[str]:
+    """Where it keeps what takes memory."""
+    setup = plan.setup
+    place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
+    found = [place] if setup.on_gpu else []
+    if setup.small_states:
+        found.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
+    return found + (["layers' inputs in RAM"] if setup.activation_offload else [])
+
+
+def timed(plan: Plan) -> str:
+    """Its predicted step."""
+    if plan.time is None or not plan.time.is_known:
+        return "time not predicted"
+    return f"{rounded(plan.time.parts['total'])} s a step"
+
+
+def rounded(number: float) -> str:
+    """To two digits, which is more than an estimate can promise."""
+    return f"{float(f'{number:.2g}'):,g}"
+
+
+def machine_in_words(machine: Machine) -> str:
+    count = len(machine.gpus)
+    gpus = (
+        f"{count} GPU{'s' * (count > 1)} with {machine.gpu_memory_gib:.1f} GiB free"
+        if count
+        else "a machine without GPUs"
+    )
+    host = "" if math.isinf(machine.host_available_gib) else f" and {machine.host_available_gib:.1f} GiB of free RAM"
+    return gpus + host
