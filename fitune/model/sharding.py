@@ -51,12 +51,14 @@ def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[SHARD] if mesh.ndim > 1 else mesh
 
 
+def ranks_of_a_copy(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that hold one copy of the model between them, this one among them."""
+    return shard_mesh(mesh).get_group() if mesh.ndim > 1 else dist.group.WORLD
+
+
 def shard_group(parameter: torch.Tensor) -> dist.ProcessGroup | None:
     """The ranks that hold the parameter between them; None where nothing is sharded."""
-    if not isinstance(parameter, DTensor):
-        return None
-    mesh = parameter.device_mesh
-    return shard_mesh(mesh).get_group() if mesh.ndim > 1 else dist.group.WORLD
+    return ranks_of_a_copy(parameter.device_mesh) if isinstance(parameter, DTensor) else None
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PrinterCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PrinterCallback
 from transformers.utils import logging
 
 from fitune import progress
@@ -28,21 +27,18 @@ from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared, folder_with_tokens, map_rows, rows_beyond
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, is_out_of_memory, say_while_training
 from fitune.launching.heartbeat import Heartbeat
-from fitune.launching.run_folder import begin_to_train, finish, steps_asked
+from fitune.launching.run_folder import begin_to_train, finish
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
 from fitune.model.layer import use_fp8_products
-from fitune.model.sharding import kept_in_host_ram, shard, shard_mesh, share_of, trained_dtype
+from fitune.model.sharding import kept_in_host_ram, ranks_of_a_copy, shard, share_of, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
-from fitune.output_folder import checkpoints
 from fitune.planning.compute import FP8_CAPABILITY
 from fitune.planning.memory import gpu_peak
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
 from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
-from fitune.training.best_model import BestModel
-from fitune.training.checkpoint import set_aside
 from fitune.training.distributed import (
     compute_device,
     end_with_launcher,
@@ -54,10 +50,11 @@ from fitune.training.distributed import (
     wait_for_rank_0,
 )
 from fitune.training.interruption import Interruption
-from fitune.training.manifest import Identity, find_damage, identify, refuse_another_identity
+from fitune.training.manifest import Identity, identify
 from fitune.training.measure import Loading, Measurements
 from fitune.training.metrics_file import MetricsFile
 from fitune.training.out_of_memory import explain_out_of_memory
+from fitune.training.resume_point import checkpoint_to_resume, state_of, steps_left_after
 from fitune.training.run_report import RunReport
 from fitune.training.same_on_all import is_first_of_its_machine, refuse_differences
 from fitune.training.state import load_trainable_weights
@@ -87,8 +84,8 @@ def train(run: Run) -> None:
     report.begin("checking the base and the rows")
     with heartbeat.using_files():
         base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
-        checkpoint = _checkpoint_to_resume(run, identity, heartbeat)
-        steps_left = _steps_left(run, checkpoint)
+        checkpoint = checkpoint_to_resume(run, identity, heartbeat)
+        steps_left = steps_left_after(run, checkpoint)
         with Loading() as loading:
             fp8 = run.profile.compute == "fp8"
             model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8, bar=report.bar)
@@ -115,7 +112,7 @@ def train(run: Run) -> None:
     if steps_left == 0:  # interrupted while it saved the result
         with heartbeat.using_files():
             load_trainable_weights(checkpoint, model, share_of(run, mesh.get_rank()))
-        trainer.state = _state_of(checkpoint)
+        trainer.state = state_of(checkpoint)
     else:
         dist.barrier()  # machines may have read for longer than a first step may take
         if is_main_process():
@@ -149,8 +146,8 @@ def load_sharded_model(
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)
-    share, group = share_of(run, mesh.get_rank()), shard_mesh(mesh).get_group() if run.replicas > 1 else None
-    placement = Placement(share.shard, share.shards, device, frozenset(kept_in_host_ram(model, run)), group)
+    share, in_host_ram = share_of(run, mesh.get_rank()), frozenset(kept_in_host_ram(model, run))
+    placement = Placement(share.shard, share.shards, device, in_host_ram, ranks_of_a_copy(mesh))
     bar = bar or partial(progress.bar, show=is_main_process())
     with Checkpoint(base_folder) as checkpoint, bar("reading the base", checkpoint.nbytes, in_bytes=True) as advance:
         load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)
@@ -225,57 +222,6 @@ def _eval_dataset(run: Run, tokenizer, heartbeat: Heartbeat) -> TokenisedRows | 
     if run.recipe.training.get("eval_strategy", "no") == "no":
         return None
     return rows_on_all_ranks(run, "test", tokenizer, heartbeat)
-
-
-def _checkpoint_to_resume(run: Run, identity: Identity, heartbeat: Heartbeat) -> Path | None:
-    """The newest whole checkpoint of a run that is resumed, None if it was ended before the first was written.
-
-    Says which it skipped and why, and sets those aside. Call on all ranks.
-    """
-    found = checkpoints(run.folder / "checkpoints") if run.resume else []
-    with heartbeat.waiting():
-        found = from_rank_0(found)
-    if not found:
-        return None
-    skipped = []
-    for checkpoint in reversed(found):
-        damage = find_damage(checkpoint, heartbeat.waiting)
-        if not damage:
-            refuse_another_identity(checkpoint, identity)
-            if is_main_process():
-                set_aside(checkpoint.parent, skipped)
-            return checkpoint
-        skipped.append(checkpoint)
-        if is_main_process():
-            print(f"{checkpoint}: skipped: {damage}", file=sys.stderr)
-    raise UsageError(f"{run.folder / 'checkpoints'}: no whole checkpoint to resume from; train into another --output")
-
-
-def _steps_left(run: Run, checkpoint: Path | None) -> int | None:
-    """What is asked for beyond the checkpoint, None without one; the main process says where the run goes on.
-
-    Raises UsageError if less is asked for than the checkpoint has.
-    """
-    if checkpoint is None:
-        if run.resume and is_main_process():
-            print(f"{run.folder}: no checkpoint was written: training begins at the first step", file=sys.stderr)
-        return None
-    state = _state_of(checkpoint)
-    if BestModel(run.recipe).stops_early(state.log_history):
-        return 0
-    asked = steps_asked(run.recipe.training, state.global_step, state.epoch)
-    if asked < state.global_step:
-        raise UsageError(
-            f"{checkpoint} is {state.global_step} steps long, {asked} are asked for: ask for at least as many, or "
-            f"remove the checkpoints beyond them"
-        )
-    if is_main_process():
-        print(f"{run.folder}: goes on after step {state.global_step} of {asked}: {checkpoint.name}", file=sys.stderr)
-    return asked - state.global_step
-
-
-def _state_of(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def main(arguments: list[str] | None = None) -> None:

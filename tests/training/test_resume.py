@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fitune.errors import FituneError, UsageError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.sharding import Share, local_part
+from fitune.training.resume_point import checkpoint_to_resume
 from fitune.training.state import load_optimizer_state, load_trainable_weights, training_state, write_training_state
-from fitune.training.train import _checkpoint_to_resume
 from fitune.weights.safetensors_files import Checkpoint
 
 STEPS, SAVED = 8, 5
@@ -96,10 +96,10 @@ def test_resumed_run_equals_the_uninterrupted_one(method, base, make_run, tmp_pa
             assert_curve_equal_but_for_rounding(found, expected, additions_to_a_step(alone), of=key)
     if method == "full":
         elsewhere = resumed.model_copy(update={"output_dir": str(tmp_path / "elsewhere")})
-        assert _checkpoint_to_resume(elsewhere, None, Heartbeat()) is None
+        assert checkpoint_to_resume(elsewhere, None, Heartbeat()) is None
         (elsewhere.folder / "checkpoints/checkpoint-3").mkdir(parents=True)
         with pytest.raises(UsageError, match="no whole checkpoint to resume from"):
-            _checkpoint_to_resume(elsewhere, None, Heartbeat())
+            checkpoint_to_resume(elsewhere, None, Heartbeat())
 
 
 def _optimizer(model, lr: float) -> torch.optim.Optimizer:
