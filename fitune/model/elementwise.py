@@ -113,7 +113,7 @@ def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor
 def swiglu_backward_(
     gradient: torch.Tensor, dropped: torch.Tensor | None, gate_up: torch.Tensor, dropout: Dropout | None
 ) -> torch.Tensor:
-    """Writes the gradient of gate_up [T, 2 i] over it; returns silu(gate) * up with dropout, [T, i].
+    """Writes the gradient of gate_up [T, 2 i] over it; returns silu(gate) * up with dropout, [T, i], as `swiglu`.
 
     `gradient` and `dropped` as in `rms_norm_backward`.
     """
@@ -121,12 +121,12 @@ def swiglu_backward_(
         return _kernels().swiglu_backward_(gradient, dropped, gate_up, dropout)
     if dropped is not None:
         gradient = gradient + drop(dropped, dropout)
+    product = swiglu(gate_up, dropout)[1]
     gate, up = (wide(part) for part in gate_up.chunk(2, -1))
     sigmoid, d = torch.sigmoid(gate), wide(gradient)
     silu = gate * sigmoid
-    product = (silu.to(gate_up.dtype) * up).to(gate_up.dtype)
     gate_up.copy_(torch.cat([d * up * (sigmoid + silu * (1 - sigmoid)), d * silu], -1))
-    return drop(product, dropout)
+    return product
 
 
 def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool = False) -> None:

@@ -15,6 +15,8 @@ Triton kernels round (`fitune.model.fp8_triton`); elsewhere the same numbers are
 A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
 """
 
+from functools import cache
+
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import nn
@@ -48,15 +50,20 @@ def multiply(
 ) -> torch.Tensor:
     """out = x W^T (+ residual), the weights of `bases` stacked; x [T, in], out [T, all their outputs], contiguous."""
     values, scales = quantise_rows([x])
-    return _product(values, scales, _stacked(bases), _row_scales(bases), out, residual)
+    return _product(values, scales, _stacked(bases), row_scales(bases), out, residual)
 
 
 def multiply_backward(dys: list[torch.Tensor], bases: list[nn.Linear]) -> torch.Tensor:
     """sum_n dys[n] W_n, [T, in]; dys[n] [T, outputs of bases[n]]."""
     transposed = _stacked(bases, transposed=True)
-    values, scales = quantise_rows(dys, _row_scales(bases))
+    values, scales = quantise_rows(dys, row_scales(bases))
     out = dys[0].new_empty(dys[0].shape[0], bases[0].in_features)
-    return _product(values, scales, transposed, scales.new_ones(bases[0].in_features), out)
+    return _product(values, scales, transposed, _ones(bases[0].in_features, scales.device), out)
+
+
+@cache
+def _ones(size: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(size, device=device)
 
 
 def quantise_rows(parts: list[torch.Tensor], factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,16 +80,11 @@ def quantise_rows(parts: list[torch.Tensor], factors: torch.Tensor | None = None
     return (x * scales.reciprocal().unsqueeze(1)).to(E4M3), scales
 
 
-def row_scales(base: nn.Linear) -> torch.Tensor:
-    """s, float32 [out]. Found at the first use and kept: a frozen weight does not change."""
-    if getattr(base, "fp8_scales", None) is None:
-        base.fp8_scales = scales_for(_largest_by_row(base))
-    return base.fp8_scales
-
-
-def _row_scales(bases: list[nn.Linear]) -> torch.Tensor:
-    scales = [row_scales(base) for base in bases]
-    return scales[0] if len(scales) == 1 else torch.cat(scales)
+def row_scales(bases: list[nn.Linear]) -> torch.Tensor:
+    """s of the stacked weights, float32 [all outputs]. Found at the first use and kept: they do not change."""
+    if getattr(bases[0], "fp8_scales", None) is None:
+        bases[0].fp8_scales = torch.cat([scales_for(_largest_by_row(base)) for base in bases])
+    return bases[0].fp8_scales
 
 
 def _largest_by_row(base: nn.Linear) -> torch.Tensor:
@@ -105,14 +107,14 @@ def _stacked(bases: list[nn.Linear], *, transposed: bool = False) -> torch.Tenso
     device = bases[0].weight.device
     whole = torch.empty((columns, rows) if transposed else (rows, columns), dtype=E4M3, device=device)
     by_output = whole.t() if transposed else whole
-    for base, part in zip(bases, by_output.split([base.out_features for base in bases]), strict=True):
-        _round_weight(base, part)
+    rows_of = [base.out_features for base in bases]
+    for base, part, scales in zip(bases, by_output.split(rows_of), row_scales(bases).split(rows_of), strict=True):
+        _round_weight(base, scales, part)
     return whole
 
 
-def _round_weight(base: nn.Linear, out: torch.Tensor) -> None:
+def _round_weight(base: nn.Linear, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out (e4m3 [out, in], any strides) with V."""
-    scales = row_scales(base)
     if not out.is_cuda:
         out.copy_(weight(base, torch.float32).float() * scales.reciprocal().unsqueeze(1))
     elif _is_doubly_quantised(base):

@@ -10,10 +10,11 @@
 Mistral's layer is the same. Those of Qwen2 and some Llamas add a frozen bias to products; Qwen3 norms each head of q
 and k before it is rotated.
 
-A kept layer saves x, q, k, v, o, mid, gate and up: (4 h + 2 k + 2 i) values a token. A recomputed one saves x. What is
-cheap is computed again in both: norms, the activation, dropout. A frozen weight has no gradient; NF4 weights are
-dequantised just before each product (`fitune.model.products`, or in e4m3 `fitune.model.fp8`). The MLP goes through
-`MLP_TILE` tokens at a time, so its working memory does not grow with the batch.
+A kept layer saves x, q, k, v, o, mid, gate and up, (4 h + 2 k + 2 i) values a token, and s x A' of each adapter, r
+values. A recomputed one saves x. What is cheap is computed again in both: norms, the activation, dropout. A frozen
+weight has no gradient; NF4 weights are dequantised just before each product (`fitune.model.products`, or in e4m3
+`fitune.model.fp8`). The MLP goes through `MLP_TILE` tokens at a time, so that its working memory does not grow with the
+batch.
 
 Parameters stay where PEFT put them, under PEFT's names, and FSDP gathers and frees them as before: this module only
 replaces what is computed.
@@ -73,6 +74,10 @@ class DecoderLayer(nn.Module):
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if self.offload else nullcontext():
             return _Function.apply(hidden_states, self, batch, *parameters)
 
+    def train(self, mode: bool = True) -> "DecoderLayer":
+        """Trainer asks for it in every pass; only a change goes through the layer's many modules."""
+        return self if self.training == mode else super().train(mode)
+
     def head_norms(self) -> list[nn.Module]:
         """Of the heads of q and k, [] where there are none."""
         a = self.self_attn
@@ -92,24 +97,22 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer: DecoderLayer, batch: Batch, *parameters):
         """x [rows, length, h] -> the same. `parameters` are those of `adapter_of`, linear by linear."""
-        work, y = LayerPass(layer, batch, parameters, x.dtype), torch.empty_like(x)
-        x = x.flatten(0, 1)
+        y, x = torch.empty_like(x), x.flatten(0, 1)
+        work = LayerPass(layer, batch, parameters, x)
         mid, attended = work.attend(x)
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, parameters  # weights: FSDP brings them back where they were
-        ctx.save_for_backward(x, *((*attended, mid, gate_up) if layer.keep else ()))
+        ctx.save_for_backward(x, *((*attended, mid, gate_up, work.linears.lows) if layer.keep else ()))
         return y
 
     @staticmethod
     def backward(ctx, dy):
         layer, batch, parameters = ctx.work_of
         x, *kept = ctx.saved_tensors
-        work = LayerPass(layer, batch, parameters, x.dtype)
-        if kept:
-            *attended, mid, gate_up = kept
-        else:
+        *attended, mid, gate_up, lows = kept or [None] * 3
+        work = LayerPass(layer, batch, parameters, x, lows)
+        if not kept:
             mid, attended = work.attend(x)
-            gate_up = None
         dmid = work.mlp_backward(dy.flatten(0, 1).contiguous(), mid, gate_up)
         del kept, mid, gate_up
         dx = work.attend_backward(dmid, x, attended, need_dx=ctx.needs_input_grad[0])

@@ -29,12 +29,23 @@ class Batch:
 
 
 class LayerPass:
-    """One pass through one layer, a `fitune.model.layer.DecoderLayer`."""
+    """One pass through one layer, a `fitune.model.layer.DecoderLayer`, of tokens x [T, h].
 
-    def __init__(self, layer: nn.Module, batch: Batch, parameters: tuple[torch.Tensor, ...], dtype: torch.dtype):
+    `lows` are those of the forward pass (`LoraLinears.lows`), if they were kept.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        batch: Batch,
+        parameters: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        lows: torch.Tensor | None = None,
+    ):
         self.layer, self.batch = layer, batch
         multiplication = fp8 if layer.fp8 and layer.training else products
-        self.linears = LoraLinears(layer.linears(), layer.bases(), parameters, dtype, multiplication)
+        self.linears = LoraLinears(layer.linears(), layer.bases(), parameters, x.dtype, multiplication)
+        self.linears.lows = self.linears.new_lows(x) if lows is None else lows
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """(mid, what the backward pass needs beside x) of the attention half."""
@@ -82,9 +93,9 @@ class LayerPass:
         gate_up = mid.new_empty(mid.shape[0], self.linears.width(GATE_UP)) if keep else None
         for start, stop in _tiles(mid.shape[0]):
             rows = slice(start, stop)
-            tile, _ = self._gate_up(mid[rows], start, out=gate_up[rows] if keep else None)
-            product, dropped = elementwise.swiglu(tile, self._dropout_of_rows(DOWN, start, stop))
-            self.linears.multiply(DOWN, product, dropped, residual=mid[rows], out=y[rows])
+            tile, _ = self._gate_up(mid[rows], rows, out=gate_up[rows] if keep else None)
+            product, dropped = elementwise.swiglu(tile, self._dropout_of_rows(DOWN, rows))
+            self.linears.multiply(DOWN, product, dropped, rows, residual=mid[rows], out=y[rows])
         return gate_up
 
     def mlp_backward(self, dy: torch.Tensor, mid: torch.Tensor, gate_up: torch.Tensor | None) -> torch.Tensor:
@@ -93,31 +104,33 @@ class LayerPass:
         for start, stop in _tiles(mid.shape[0]):
             rows = slice(start, stop)
             if gate_up is None:
-                tile, dropped = self._gate_up(mid[rows], start)
+                tile, dropped = self._gate_up(mid[rows], rows)
             else:
                 tile = gate_up[rows]
-                dropped = self._norm_of_mid(mid[rows], start)[1] if GATE_UP in self.linears.adapters else None
-            down, width = self._dropout_of_rows(DOWN, start, stop), self.linears.width(GATE_UP) // 2
+                dropped = self._norm_of_mid(mid[rows], rows)[1] if GATE_UP in self.linears.adapters else None
+            down, width = self._dropout_of_rows(DOWN, rows), self.linears.width(GATE_UP) // 2
             dproduct, more = self.linears.multiply_backward(DOWN, [dy[rows]], None, down)
             product = elementwise.swiglu_backward_(dproduct, more, tile, down)
             del dproduct, more
-            self.linears.add_adapter_gradients(DOWN, [dy[rows]], product)
+            if gate_up is None and DOWN in self.linears.adapters:
+                self.linears.fill_low(DOWN, product, rows)
+            self.linears.add_adapter_gradients(DOWN, [dy[rows]], product, rows)
             del product
-            first = self._dropout_of_rows(GATE_UP, start, stop)
+            first = self._dropout_of_rows(GATE_UP, rows)
             halves = [tile[:, :width], tile[:, width:]]
-            dnormed, more = self.linears.multiply_backward(GATE_UP, halves, dropped, first)
+            dnormed, more = self.linears.multiply_backward(GATE_UP, halves, dropped, first, rows)
             dmid[rows] = elementwise.rms_norm_backward(
                 dnormed, more, mid[rows], norm.weight, norm.variance_epsilon, first, dy[rows]
             )
         return dmid
 
-    def _gate_up(self, mid, start: int, out=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gate_up(self, mid, rows: slice, out=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate and up, the dropped norm that their adapter reads)"""
-        normed, dropped = self._norm_of_mid(mid, start)
-        return self.linears.multiply(GATE_UP, normed, dropped, out=out), dropped
+        normed, dropped = self._norm_of_mid(mid, rows)
+        return self.linears.multiply(GATE_UP, normed, dropped, rows, out=out), dropped
 
-    def _norm_of_mid(self, mid, start: int):
-        norm, dropout = self.layer.post_attention_layernorm, self._dropout_of_rows(GATE_UP, start, start + mid.shape[0])
+    def _norm_of_mid(self, mid, rows: slice):
+        norm, dropout = self.layer.post_attention_layernorm, self._dropout_of_rows(GATE_UP, rows)
         return elementwise.rms_norm(mid, norm.weight, norm.variance_epsilon, dropout)
 
     def _dropout(self, group: int) -> Dropout | None:
@@ -129,9 +142,9 @@ class LayerPass:
             raise ValueError("lora.dropout needs dropout_keys beside the batch: see fitune.model.dropout_keys")
         return Dropout(p, self.batch.dropout_keys, self.layer.self_attn.layer_idx * len(GROUPS) + group + 1)
 
-    def _dropout_of_rows(self, group: int, start: int, stop: int) -> Dropout | None:
+    def _dropout_of_rows(self, group: int, rows: slice) -> Dropout | None:
         dropout = self._dropout(group)
-        return dropout.rows(start, stop) if dropout else None
+        return dropout.rows(rows.start, rows.stop) if dropout else None
 
     def _heads(self, qkv: torch.Tensor) -> list[torch.Tensor]:
         """q, k, v as views [T, heads, head_dim]."""

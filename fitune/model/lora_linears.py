@@ -11,6 +11,7 @@ from fitune.model import elementwise
 from fitune.model.dropout import Dropout
 
 QKV, OUT, GATE_UP, DOWN = range(4)  # the four inputs of linears, each with an adapter product and a dropout of its own
+ALL = slice(None)
 GROUPS = {QKV: (0, 1, 2), OUT: (3,), GATE_UP: (4, 5), DOWN: (6,)}
 "The linears of each shared input, by their place in `DecoderLayer.linears`."
 
@@ -24,6 +25,30 @@ class Adapter:
     ups: list[tuple[int, torch.Tensor, slice]]
     "(which of the linears, its B [out, r], its rows of A)"
     scaling: float
+    columns: slice
+    "Of a, among those of all groups."
+
+
+class Stacked:
+    """The adapters of a layer, or their gradients, in one tensor: by shared input A of its linears, then their B."""
+
+    def __init__(self, flat: torch.Tensor, parameters: tuple[torch.Tensor, ...], groups: dict[int, list[int]]):
+        """`groups`: the places of each group's A among the parameters, in which B follows its A."""
+        self.flat = flat
+        self.parts: dict[int, torch.Tensor] = {}
+        "By place among the parameters."
+        self.downs: dict[int, torch.Tensor] = {}
+        "By group: its A [sum of ranks, in]."
+        start = 0
+        for group, places in groups.items():
+            first = start
+            for place in [*places, *(place + 1 for place in places)]:
+                stop = start + parameters[place].numel()
+                self.parts[place] = flat[start:stop].view(parameters[place].shape)
+                start = stop
+            width = parameters[places[0]].shape[1]
+            ranks = sum(parameters[place].shape[0] for place in places)
+            self.downs[group] = flat[first : first + ranks * width].view(ranks, width)
 
 
 def adapter_of(linear: nn.Module) -> list[nn.Parameter]:
@@ -38,7 +63,8 @@ class LoraLinears:
     """The seven linears of a layer for one pass: weights as they are now, adapters in the activations' dtype.
 
     `parameters` are those of `adapter_of`, linear by linear; `products` multiplies with frozen weights, in bf16
-    (`fitune.model.products`) or in e4m3 (`fitune.model.fp8`).
+    (`fitune.model.products`) or in e4m3 (`fitune.model.fp8`). `lows` [T, sum of all ranks] holds s x A^T of each group:
+    forward fills it, the gradients read it.
     """
 
     def __init__(
@@ -51,27 +77,42 @@ class LoraLinears:
     ):
         self.linears, self.bases, self.parameters, self.products = linears, bases, parameters, products
         with_adapter = [index for index, linear in enumerate(linears) if adapter_of(linear)]
-        self.places = {index: 2 * n for n, index in enumerate(with_adapter)}  # linear -> its A among the parameters
-        self.adapters = self._stack_adapters(dtype)
-        self.found: dict[int, torch.Tensor] = {}
+        places = {index: 2 * n for n, index in enumerate(with_adapter)}  # linear -> its A among the parameters
+        of_groups = {group: [places[m] for m in members if m in places] for group, members in GROUPS.items()}
+        self.groups = {group: places for group, places in of_groups.items() if places}
+        self.adapters = self._adapters(places, self._stack(dtype)) if parameters else {}
+        self.gradient: Stacked | None = None
+        self.filled: set[int] = set()
+        "The groups whose gradients hold some tokens'."
+        self.lows: torch.Tensor | None = None
 
-    def _stack_adapters(self, dtype: torch.dtype) -> dict[int, Adapter]:
+    def _stack(self, dtype: torch.dtype) -> Stacked:
+        """The parameters in `dtype`, by one copy."""
+        size = sum(parameter.numel() for parameter in self.parameters)
+        flat = torch.empty(size, dtype=dtype, device=self.parameters[0].device)
+        stacked = Stacked(flat, self.parameters, self.groups)
+        torch._foreach_copy_([stacked.parts[place] for place in range(len(self.parameters))], list(self.parameters))
+        return stacked
+
+    def _adapters(self, places: dict[int, int], stacked: Stacked) -> dict[int, Adapter]:
         """By shared input; those without one are left out."""
-        cast = _cast(self.parameters, dtype)
-        adapters = {}
-        for group, members in GROUPS.items():
-            present = [index for index in members if index in self.places]
-            if not present:
-                continue
-            downs = [cast[self.places[index]] for index in present]
+        adapters, width = {}, 0
+        for group, down in stacked.downs.items():
+            present = [index for index in GROUPS[group] if index in places]
             ups, start = [], 0
-            for index, down in zip(present, downs, strict=True):
-                ups.append((index, cast[self.places[index] + 1], slice(start, start + down.shape[0])))
-                start += down.shape[0]
+            for index in present:
+                up = stacked.parts[places[index] + 1]
+                ups.append((index, up, slice(start, start + up.shape[1])))
+                start += up.shape[1]
             linear = self.linears[present[0]]
             scaling = linear.scaling[linear.active_adapters[0]]
-            adapters[group] = Adapter(torch.cat(downs) if len(downs) > 1 else downs[0], ups, scaling)
+            adapters[group] = Adapter(down, ups, scaling, slice(width, width + start))
+            width += start
         return adapters
+
+    def new_lows(self, x: torch.Tensor) -> torch.Tensor:
+        """Room for those of the tokens of x [T, .]."""
+        return x.new_empty(x.shape[0], sum(adapter.down.shape[0] for adapter in self.adapters.values()))
 
     def dropout_of(self, group: int) -> float:
         """The probability that an element of the group's input is dropped for its adapter; 0 without one."""
@@ -92,8 +133,11 @@ class LoraLinears:
             start = columns[index].stop
         return columns
 
-    def multiply(self, group: int, x, dropped, *, residual=None, out=None) -> torch.Tensor:
-        """x W'^T for the linears that read x, side by side; `dropped` is what their adapter reads."""
+    def multiply(self, group: int, x, dropped, rows: slice = ALL, *, residual=None, out=None) -> torch.Tensor:
+        """x W'^T for the linears that read x, side by side; `dropped` is what their adapter reads.
+
+        `rows`: which of the batch's tokens these are, here and below.
+        """
         out = x.new_empty(x.shape[0], self.width(group)) if out is None else out
         self.products.multiply(x, self._bases(group), out, residual)
         columns = self.columns(group)
@@ -101,13 +145,14 @@ class LoraLinears:
             if self.bases[index].bias is not None:
                 out[:, columns[index]] += self.bases[index].bias
         if group in self.adapters:
-            adapter = self.adapters[group]
-            low = dropped @ adapter.down.t()
-            for index, up, rows in adapter.ups:
-                out[:, columns[index]].addmm_(low[:, rows], up.t(), alpha=adapter.scaling)
+            low = self.fill_low(group, dropped, rows)
+            for index, up, ranks in self.adapters[group].ups:
+                out[:, columns[index]].addmm_(low[:, ranks], up.t())
         return out
 
-    def multiply_backward(self, group: int, dys, dropped, dropout: Dropout | None, *, need_dx: bool = True):
+    def multiply_backward(
+        self, group: int, dys, dropped, dropout: Dropout | None, rows: slice = ALL, *, need_dx: bool = True
+    ):
         """(gradient of x, gradient of its dropped copy or None); the adapter's own if `dropped` is there.
 
         Without dropout the first holds both.
@@ -117,48 +162,67 @@ class LoraLinears:
             return dx, None
         low = self._low_gradient(group, dys)
         if dropped is not None:
-            self.add_adapter_gradients(group, dys, dropped, low)
+            self.add_adapter_gradients(group, dys, dropped, rows, low)
         if not need_dx:
             return None, None
         if dropout is not None:
             return dx, low @ self.adapters[group].down
         return dx.addmm_(low, self.adapters[group].down), None
 
-    def add_adapter_gradients(self, group: int, dys, dropped: torch.Tensor, low: torch.Tensor | None = None) -> None:
+    def add_adapter_gradients(self, group: int, dys, dropped, rows: slice = ALL, low_gradient=None) -> None:
         """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads."""
         if group not in self.adapters:
             return
-        adapter = self.adapters[group]
-        low = self._low_gradient(group, dys) if low is None else low
-        forward_low = dropped @ adapter.down.t()
-        downs = low.t() @ dropped
-        for index, _, rows in adapter.ups:
-            up = (dys[index - GROUPS[group][0]].t() @ forward_low[:, rows]).mul_(adapter.scaling)
-            for number, gradient in ((self.places[index], downs[rows]), (self.places[index] + 1, up)):
-                before = self.found.get(number)
-                self.found[number] = gradient if before is None else elementwise.wide(before).add_(gradient)
+        if low_gradient is None:
+            low_gradient = self._low_gradient(group, dys)
+        adapter, low = self.adapters[group], self._low(group, rows)
+        gradient = self._gradient(group, dropped)
+        self._put(gradient.downs[group], low_gradient.t(), dropped, group)
+        for (index, _, ranks), place in zip(adapter.ups, self.groups[group], strict=True):
+            self._put(gradient.parts[place + 1], dys[index - GROUPS[group][0]].t(), low[:, ranks], group)
+        self.filled.add(group)
 
     def gradients(self) -> list[torch.Tensor]:
         """Of the parameters, in their order and dtype."""
-        return [self.found[n].to(parameter.dtype) for n, parameter in enumerate(self.parameters)]
+        if not self.parameters:
+            return []
+        flat = self.gradient.flat.to(self.parameters[0].dtype)
+        parts = Stacked(flat, self.parameters, self.groups).parts
+        return [parts[place] for place in range(len(self.parameters))]
 
-    def _bases(self, group: int) -> list[nn.Linear]:
-        return [self.bases[index] for index in GROUPS[group]]
+    def fill_low(self, group: int, dropped: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
+        """s x A^T of these tokens, [T, sum of the group's ranks]."""
+        adapter, low = self.adapters[group], self._low(group, rows)
+        return low.addmm_(dropped, adapter.down.t(), beta=0, alpha=adapter.scaling)
+
+    def _low(self, group: int, rows: slice) -> torch.Tensor:
+        return self.lows[rows, self.adapters[group].columns]
 
     def _low_gradient(self, group: int, dys) -> torch.Tensor:
         """The gradient of x A^T, [T, sum of ranks]."""
         adapter = self.adapters[group]
         low = dys[0].new_empty(dys[0].shape[0], adapter.down.shape[0])
-        for index, up, rows in adapter.ups:
-            torch.mm(dys[index - GROUPS[group][0]], up, out=low[:, rows])
-        return low.mul_(adapter.scaling)
+        for index, up, ranks in adapter.ups:
+            low[:, ranks].addmm_(dys[index - GROUPS[group][0]], up, beta=0, alpha=adapter.scaling)
+        return low
 
+    def _gradient(self, group: int, like: torch.Tensor) -> Stacked:
+        """Where the group's is added up: in the dtype of products, or of sums once a second tile of tokens comes."""
+        if self.gradient is None:
+            size = sum(parameter.numel() for parameter in self.parameters)
+            self.gradient = Stacked(like.new_empty(size), self.parameters, self.groups)
+        elif group in self.filled:
+            self.gradient = Stacked(elementwise.wide(self.gradient.flat), self.parameters, self.groups)
+        return self.gradient
 
-def _cast(parameters, dtype: torch.dtype) -> list[torch.Tensor]:
-    """All in `dtype`, by one copy."""
-    if not parameters or parameters[0].dtype == dtype:
-        return list(parameters)
-    flat = torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
-    cast = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
-    torch._foreach_copy_(cast, list(parameters))
-    return cast
+    def _put(self, target: torch.Tensor, a: torch.Tensor, b: torch.Tensor, group: int) -> None:
+        """target (+)= a b."""
+        if group in self.filled:
+            target.add_(a @ b)
+        elif target.dtype == a.dtype:
+            torch.mm(a, b, out=target)
+        else:
+            target.copy_(a @ b)
+
+    def _bases(self, group: int) -> list[nn.Linear]:
+        return [self.bases[index] for index in GROUPS[group]]

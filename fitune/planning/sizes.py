@@ -247,8 +247,9 @@ class Setup:
         """What one layer keeps for its backward pass, its input left out."""
         h, q, i = self.hidden_state, self.query_heads, self.inner_state
         softmax_sums = self.tokens * self.shape.heads * FP32
-        if not self.full:  # fitune.model.layer: q, k, v; attention's output; the MLP's input; gate and up
-            return h + 2 * q + 2 * self.shared_heads + softmax_sums + 2 * i
+        if not self.full:  # fitune.model.layer: q, k, v; attention's output; the MLP's input; gate and up; LoRA's x A'
+            lows = self.tokens * self.lora_r * len(self.lora_targets) * self.compute
+            return h + 2 * q + 2 * self.shared_heads + softmax_sums + 2 * i + lows
         # a masked sdpa wants keys and values repeated for all heads
         attention = 4 * q if self.mask_positions else 2 * q + 2 * self.shared_heads + softmax_sums
         bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype

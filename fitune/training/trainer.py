@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -160,6 +160,14 @@ class ShardedSFTTrainer(SFTTrainer):
         self._uncounted_tokens.append(counted)
         loss = sums.loss / num_items_in_batch.clamp(min=1)
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As transformers estimates them, whose count of the parameters goes through all modules: here once."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    @cached_property
+    def _parameters(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._unlogged and self.model.training:

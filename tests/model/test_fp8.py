@@ -237,7 +237,7 @@ def test_nf4_is_rounded_as_the_weights_that_it_stands_for(double):
     packed_.weight.data, packed_.quant_state = bytes_.view(-1).view(STORAGE).unsqueeze(1), state
     unpacked.weight.data = dequantize_4bit(bytes_, state)
     x, dy = torch.randn(5, 192), torch.randn(5, 48)
-    assert torch.equal(fp8.row_scales(packed_), fp8.row_scales(unpacked))
+    assert torch.equal(fp8.row_scales([packed_]), fp8.row_scales([unpacked]))
     forward = [fp8.multiply(x, [base], torch.empty(5, 48)) for base in (packed_, unpacked)]
     backward = [fp8.multiply_backward([dy], [base]) for base in (packed_, unpacked)]
     assert torch.equal(*forward)
