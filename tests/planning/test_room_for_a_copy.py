@@ -7,10 +7,11 @@ import pytest
 
 from fitune.config import run as runs
 from fitune.planning.async_save import how_it_saves, waits_for_the_disk, with_async_save
-from fitune.planning.fill import resolve
+from fitune.planning.fill import filled, resolve
 from fitune.planning.limits import limits_of
 from fitune.planning.memory import host_peak
 from fitune.planning.plan import HOST_ERROR, make_plan
+from fitune.planning.presets import preset_runs
 from fitune.planning.sizes import GIB
 
 FULL = ("llama3_70b_full", "fsdp_full_16x80gb")
@@ -55,3 +56,14 @@ def test_it_is_said():
     setup = make_plan(in_background, limits_of(in_background)).setup
     assert "copied to each machine's RAM (394.2 GiB), written while training goes on" in how_it_saves(setup)
     assert how_it_saves(replace(setup, saves=False)) is None
+
+
+def test_training_waits_for_the_disk_only_where_a_shipped_profile_keeps_the_model_in_ram():
+    """What a profile states of RAM is what such machines have: 64 GiB beside eight cards made each save wait."""
+    waits = set()
+    for recipe in (f"llama3_{size}_{method}" for size in ("8b", "70b") for method in ("qlora", "lora", "full")):
+        for run in preset_runs(recipe, runs.load_recipe(recipe)):
+            if run.profile.num_gpus and not filled(run, limits_of(run)).profile.saves_async:
+                waits.add((recipe, run.profile_name))
+                assert run.accelerate.offload_params or run.profile.optimizer_offload, (recipe, run.profile_name)
+    assert ("llama3_8b_full", "full_1x24gb") in waits and len(waits) <= 4
