@@ -69,7 +69,7 @@ def _train_once(run: Run, resume: bool, place: Place, show: Show) -> tuple[int, 
     arguments = ["--resume"] if resume else []
     with tempfile.TemporaryDirectory(prefix="fitune-") as folder:
         os.environ[HEARTBEATS] = folder
-        processes = run.accelerate.num_processes
+        processes = run.accelerate.num_processes // run.accelerate.num_machines
         show(f"starting {processes} process{'es' * (processes > 1)}", lambda: read_status(Path(folder)))
         watch = Watch(Path(folder), run.accelerate.num_machines)
         watch.start()

@@ -50,9 +50,9 @@ def _check_gpus(run: Run) -> None:
 def check_fits(run: Run) -> None:
     """Raises UsageError if the run needs more than this machine has free, in the words of `plan`."""
     from fitune.planning.limits import limits_for_training
-    from fitune.planning.outlook import refusal
+    from fitune.planning.outlook import lacks_gpus, refusal
     from fitune.planning.plan import make_plan
 
-    reason = refusal(make_plan(run, limits_for_training(run)))
-    if reason:
-        raise UsageError(f"{reason}; --force trains anyway")
+    plan = make_plan(run, limits_for_training(run))
+    if reason := refusal(plan):
+        raise UsageError(reason if lacks_gpus(plan) else f"{reason}; --force trains anyway")

@@ -8,7 +8,7 @@ from itertools import combinations
 from fitune.config import run as runs
 from fitune.planning.fill import filled, fits, largest
 from fitune.planning.limits import Limits
-from fitune.planning.plan import TIME_ERROR, Plan, make_plan
+from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import as_typed, preset_runs
 from fitune.planning.sizes import ADAM_STATE, EIGHT_BIT_STATE, Setup
 
@@ -135,6 +135,11 @@ def shortfall(plan: Plan) -> str:
     return "; ".join(str(verdict) for verdict in plan.verdicts if not verdict.fits)
 
 
+def lacks_gpus(plan: Plan) -> bool:
+    """Whether it takes more GPUs than there are, which no one can force."""
+    return any(verdict.resource == GPU_COUNT and not verdict.fits for verdict in plan.verdicts)
+
+
 def way_out(plan: Plan, changes: list[str]) -> str:
     """What to do about a plan that does not fit; `changes` are the nearest that do."""
     if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
@@ -143,4 +148,6 @@ def way_out(plan: Plan, changes: list[str]) -> str:
         return NO_GPU
     if changes:
         return f"nearest change that fits: {'   or   '.join(changes)}"
+    if lacks_gpus(plan):
+        return "without --profile, `train` and `plan` find what is fastest on the GPUs that are there"
     return "no change of one or two settings makes it fit, nor does another profile"

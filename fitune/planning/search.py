@@ -150,7 +150,10 @@ def _candidates(
     if "num_gpus" in overrides:
         counts = [count for count in counts if count * machines == overrides["num_gpus"]]
         if not counts:
-            raise UsageError(f"--set profile.num_gpus={overrides['num_gpus']}: there are {len(machine.gpus)} GPUs here")
+            each = f", and each of {machines} machines takes as many" if machines > 1 else ""
+            raise UsageError(
+                f"--set profile.num_gpus={overrides['num_gpus']}: this machine has {len(machine.gpus)}{each}"
+            )
     for count in counts:
         for place in PLACES[:1] if machine.unified else PLACES:
             if place == EMBEDDING_IN_RAM and recipe.method == "full":

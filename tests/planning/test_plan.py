@@ -17,6 +17,7 @@ from fitune.config import run as runs
 from fitune.config.model_shapes import LLAMA_3_FAMILY, find_shape
 from fitune.config.shipped import PROFILES, RECIPES, names
 from fitune.errors import UsageError
+from fitune.launching.preflight import check_fits
 from fitune.planning.fill import fits, resolve
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
@@ -225,6 +226,24 @@ def test_two_settings_are_combined_where_one_is_not_enough():
 def test_what_nothing_can_fit_is_said():
     plan = plan_of(limits=Limits(gpu=3, host=8, gpus=4))
     assert look_around(plan).changes == [] and "no change of one or two settings" in refusal(plan)
+
+
+def test_gpus_that_are_missing_cannot_be_forced(monkeypatch):
+    here = Limits(gpu=24, host=64, gpus=2)
+    assert "GPUs: needs 4, has 2; nearest change that fits: --profile fsdp_offload_2x24gb" in refusal(
+        plan_of(limits=here)
+    )
+    large = Limits(gpu=80, host=512, gpus=7)
+    found = (
+        "GPUs: needs 8, has 7; without --profile, `train` and `plan` find what is fastest on the GPUs that are there"
+    )
+    assert found in refusal(plan_of("llama3_70b_full", "fsdp_full_8x80gb", limits=large))
+    run = resolve("llama3_70b_qlora", "fsdp_4x24gb")
+    for limits, can_be_forced in ((here, False), (Limits(gpu=3, host=8, gpus=4), True)):
+        monkeypatch.setattr("fitune.planning.limits.limits_for_training", lambda _, limits=limits: limits)
+        with pytest.raises(UsageError) as refused:
+            check_fits(run)
+        assert str(refused.value).endswith("--force trains anyway") == can_be_forced
 
 
 def test_largest_batch_and_longest_sequence_are_the_largest():

@@ -57,8 +57,10 @@ def test_what_is_given_of_the_profile_stays():
     rows = find("llama3_8b_qlora", ("profile.micro_batch=1", "profile.kept_layers=5"), machine).plan.setup
     assert (rows.micro_batch, rows.kept_layers) == (1, 5)
     assert find("llama3_70b_qlora", ("profile.activation_offload=true",), machine).plan.setup.activation_offload
-    with pytest.raises(UsageError, match=r"--set profile.num_gpus=5: there are 4 GPUs here"):
+    with pytest.raises(UsageError, match=r"--set profile.num_gpus=5: this machine has 4$"):
         find("llama3_8b_qlora", ("profile.num_gpus=5",), machine)
+    with pytest.raises(UsageError, match="num_gpus=5: this machine has 4, and each of 2 machines takes as many"):
+        find("llama3_8b_qlora", ("profile.num_gpus=5",), machine, machines=2)
     with pytest.raises(UsageError, match="give --profile too"):
         find("llama3_8b_qlora", ("profile.accelerate_config=single_gpu",), machine)
 
