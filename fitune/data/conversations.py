@@ -147,9 +147,15 @@ NAMED_TEXTS = ("name", "tool_call_id", REASONING[0])
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+_CALL_IN_TEXT = re.compile(r"<tool_call|<function|\[TOOL_CALLS\]|<\|python_tag\|>|\"name\"\s*:")
+"How models write a call; some data have it in the text of the answer."
+
+
 def _may_follow(previous: str | None, message: dict) -> tuple[str, ...]:
     if previous == "assistant":
-        return ("tool",) if message.get("tool_calls") else ("user",)
+        if message.get("tool_calls"):
+            return ("tool",)
+        return ("user", "tool") if _CALL_IN_TEXT.search(message["content"]) else ("user",)
     return {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[
         previous
     ]
@@ -179,6 +185,12 @@ def json_value(value, where: str):
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError):
         raise RowError("wrong_type", f"{where}: expected a list or its JSON text, found {quote(value)}") from None
+
+
+def kind_of(value) -> str:
+    """In words, of a value that stands where it should not."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
 def quote(text: str, limit: int = 60) -> str:

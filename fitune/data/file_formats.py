@@ -112,7 +112,14 @@ def chunks_of_lines(source: Path | BinaryIO) -> Iterator[Lines]:
 
 
 def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]:
-    """Rows of a CSV table with a header, as dicts of text; a row is numbered by the line it starts at."""
+    """Rows of a CSV table with a header, as dicts of text; a row is numbered by the line it starts at.
+
+    A header without `delimiter` but with semicolons is one of a spreadsheet that writes them in its place.
+    """
+    stream = io.BufferedReader(stream)
+    header = stream.peek(1 << 16).partition(b"\n")[0]
+    if delimiter.encode() not in header and b";" in header:
+        delimiter = ";"
     csv.field_size_limit(MAX_ROW_BYTES)
     bad_lines: list[int] = []
     reader = csv.reader(_csv_lines(stream, bad_lines), delimiter=delimiter, strict=True)

@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from fitune.data import file_formats
@@ -32,12 +33,26 @@ def chunks_of_json(stream: BinaryIO, name: str, key: str | None = None) -> Itera
         yield Rows(numbers, rows)
 
 
-def lists_in_object(stream: BinaryIO, name: str) -> dict[str, object]:
-    """Each key of one JSON object whose value is a list with elements: its first element.
+@dataclass(frozen=True)
+class Member:
+    """What stands under a key of an object, without its bulk."""
+
+    kind: type
+    "list, dict, or object for all else"
+    first: object = None
+    "the first element of a list, or the keys of an object; None where it is empty"
+
+
+class SeveralValues(UsageError):
+    """A file that goes on after its first JSON value."""
+
+
+def members_of_object(stream: BinaryIO, name: str) -> dict[str, Member]:
+    """Each key of one JSON object, and what stands under it.
 
     Reads the file to its end. Raises UsageError where it is not one JSON object.
     """
-    return dict(_JsonWalker(stream, name).lists())
+    return dict(_JsonWalker(stream, name).members())
 
 
 class _JsonWalker:
@@ -60,18 +75,20 @@ class _JsonWalker:
             else:
                 self._skip_value()
 
-    def lists(self) -> Iterator[tuple[str, object]]:
-        """`(key, first element)` of each list that has one."""
+    def members(self) -> Iterator[tuple[str, Member]]:
         for key in self._keys():
-            if self._next_character() != "[":
-                self._skip_value()
-                continue
-            elements = self._elements()
-            _, first = next(elements, (0, None))
-            if isinstance(first, str):
-                yield key, json.loads(first)
-            for _ in elements:
-                pass
+            opening = self._next_character()
+            if opening == "[":
+                elements = self._elements()
+                _, first = next(elements, (0, None))
+                for _ in elements:
+                    pass
+                yield key, Member(list, json.loads(first) if isinstance(first, str) else None)
+            elif opening == "{":
+                yield key, Member(dict, list(json.loads(self._value_text())) or None)
+            else:
+                self._value_text()
+                yield key, Member(object)
 
     def _keys(self) -> Iterator[str]:
         """Each key of the object; whoever asks for the next has read its value by then."""
@@ -140,7 +157,8 @@ class _JsonWalker:
 
     def _expect_end(self, of: str) -> None:
         if self._next_character():
-            self._fail(f"text after the end of the {of}: {self._buffer[self._position : self._position + 20]!r}")
+            after = self._buffer[self._position : self._position + 20]
+            self._fail(f"text after the end of the {of}: {after!r}", SeveralValues)
 
     def _next_character(self) -> str:
         """The next one that is not white space; empty at the end of the file."""
@@ -172,5 +190,5 @@ class _JsonWalker:
         self._buffer, self._position = self._buffer[self._position :] + text, 0
         return bool(block)
 
-    def _fail(self, reason: str):
-        raise UsageError(f"{self._name}:{self._line}: invalid JSON: {reason}; nothing after it can be read")
+    def _fail(self, reason: str, kind: type[UsageError] = UsageError):
+        raise kind(f"{self._name}:{self._line}: invalid JSON: {reason}; nothing after it can be read")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 from fitune.data import row_formats
+from fitune.data.column_hints import hint_for
 from fitune.data.conversations import RowError
 from fitune.data.row_checks import (
     EXAMPLES_PER_REASON,
@@ -23,7 +24,6 @@ from fitune.data.row_checks import (
     parse_record,
     start_worker,
 )
-from fitune.data.row_formats import FORMATS
 from fitune.data.row_store import RowStore
 from fitune.data.rules import Rules
 from fitune.data.source_file import SourceFile, file_sha256
@@ -184,11 +184,8 @@ def _find_format(chunk, source, name: str) -> str:
         first = first or (number, row)
     if first is None or text:
         return text or "messages"
-    formats = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
-    raise UsageError(
-        f"{name}:{first[0]}: no known format has the columns {', '.join(map(repr, first[1])) or '(none)'}; "
-        f"formats: {formats}; map names in the recipe, such as data.columns: {{output: response}}"
-    )
+    columns = ", ".join(map(repr, first[1])) or "(none)"
+    raise UsageError(f"{name}:{first[0]}: no known format has the columns {columns}; {hint_for(first[1])}")
 
 
 @contextmanager

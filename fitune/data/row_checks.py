@@ -23,7 +23,12 @@ from fitune.data.rendering import render_row
 from fitune.data.row_filter import is_kept
 from fitune.data.rules import Rules
 from fitune.data.token_encoder import Encoded
-from fitune.data.training_flags import check_something_is_trained, refuse_flags_of_the_row, trained_answers
+from fitune.data.training_flags import (
+    check_something_is_trained,
+    refuse_flags_of_the_row,
+    refuse_template_arguments,
+    trained_answers,
+)
 
 EXAMPLES_PER_REASON = 20
 ROWS_PER_BATCH = 256
@@ -175,6 +180,7 @@ class Checker:
             format = row_formats.format_of_row(row, format)
         if not row.keys() <= row_formats.READ_COLUMNS[format]:
             refuse_flags_of_the_row(row, row_formats.READ_COLUMNS[format].union(shape.keep))
+            refuse_template_arguments(row)
         return row_formats.to_conversation(row, format, shape.system_message, shape.ignored_keys)
 
     def _rendered(self, row: Row) -> Row:
@@ -305,8 +311,10 @@ def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _ends_exchange(messages: list[dict], number: int) -> bool:
-    message = messages[number]
-    return message["role"] == "assistant" and not message.get("tool_calls")
+    """Whether it is an answer that asks for no tool, by a call or in its text."""
+    message, after = messages[number], messages[number + 1 : number + 2]
+    asks = message.get("tool_calls") or any(turn["role"] == "tool" for turn in after)
+    return message["role"] == "assistant" and not asks
 
 
 def _json_line(conversation: dict) -> bytes:

@@ -1,11 +1,12 @@
 """One row of any usual format as a conversation."""
 
-import json
 from collections.abc import Collection
 
 from fitune.data.content_parts import unpacked
-from fitune.data.conversations import REASONING, Message, RowError, json_value, quote
-from fitune.data.reasoning import reasoning_of
+from fitune.data.conversations import REASONING, Message, RowError, json_value, kind_of
+from fitune.data.reasoning import add_reasoning_of_the_row, reasoning_of
+from fitune.data.roles import is_answer, role_of
+from fitune.data.tool_calls import calls_of, tools_of, with_calls_joined
 from fitune.data.training_flags import is_trained
 
 FORMATS = {
@@ -18,29 +19,15 @@ FORMATS = {
 "Each format with the columns a row must have; see docs/data.md for an example of each."
 
 OPTIONAL_COLUMNS = {
-    "messages": ("tools",),
-    "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system", "history"),
-    "prompt_completion": ("system",),
+    "messages": ("tools", *REASONING),
+    "sharegpt": ("system", "tools", *REASONING),
+    "alpaca": ("input", "system", "history", *REASONING),
+    "prompt_completion": ("system", *REASONING),
     "text": (),
 }
 READ_COLUMNS = {name: {*FORMATS[name], *OPTIONAL_COLUMNS[name]} for name in FORMATS}
 "Of each format all columns that are read."
 MEDIA_COLUMNS = ("images", "videos", "audios")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "function_call": "function_call",
-}
 
 
 def detect_format(row: dict) -> str | None:
@@ -89,19 +76,22 @@ def to_conversation(
             raise RowError("wrong_type", f"only text can be trained on, '{column}' holds {len(row[column])}")
     if format == "text":
         return {"text": _document(row["text"])}
-    messages = [Message(_message(turn, where, ignored_keys), where) for where, turn in _CONVERTERS[format](row)]
-    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    turns = [_turn(turn, where, ignored_keys) for where, turn in _CONVERTERS[format](row)]
+    messages = [
+        message for message in with_calls_joined(turns) if message["role"] != "system" or message["content"].strip()
+    ]
+    add_reasoning_of_the_row(row, messages)
     if system_message and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, Message({"role": "system", "content": system_message}, "system_message"))
     conversation = {"messages": messages}
-    if tools := _tools_as_text(row.get("tools") or (_old_functions(row) if format == "messages" else None)):
+    if tools := tools_of(row, format):
         conversation["tools"] = tools
     return conversation
 
 
 def _document(text) -> str:
     if not isinstance(text, str):
-        raise RowError("wrong_type", f"'text': expected text, found {_kind(text)}")
+        raise RowError("wrong_type", f"'text': expected text, found {kind_of(text)}")
     if not text.strip():
         raise RowError("empty_text", "'text' is empty")
     return text
@@ -122,13 +112,13 @@ def _from_alpaca(row):
         yield "system", {"role": "system", "content": row["system"]}
     for number, pair in enumerate(json_value(row.get("history"), "history") or ()):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("wrong_type", f"history[{number}]: expected [question, answer], found {_kind(pair)}")
+            raise RowError("wrong_type", f"history[{number}]: expected [question, answer], found {kind_of(pair)}")
         yield f"history[{number}][0]", {"role": "user", "content": pair[0]}
         yield f"history[{number}][1]", {"role": "assistant", "content": pair[1]}
     question = [row["instruction"], row.get("input")]
     for column, text in zip(("instruction", "input"), question, strict=True):
         if text is not None and not isinstance(text, str):
-            raise RowError("wrong_type", f"'{column}': expected text, found {_kind(text)}")
+            raise RowError("wrong_type", f"'{column}': expected text, found {kind_of(text)}")
     yield "instruction", {"role": "user", "content": "\n\n".join(text for text in question if text and text.strip())}
     yield "output", {"role": "assistant", "content": row["output"]}
 
@@ -139,7 +129,7 @@ def _from_prompt_completion(row):
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row[column], list):
             for where, turn in _turns(row, column):
-                yield where, turn | {"train": False} if _is_answer_in_prompt(column, turn) else turn
+                yield where, turn | {"train": False} if column == "prompt" and is_answer(turn) else turn
         else:
             yield column, {"role": role, "content": row[column]}
 
@@ -152,58 +142,42 @@ _CONVERTERS = {
 }
 
 
-def _is_answer_in_prompt(column: str, turn) -> bool:
-    """Only the completion is trained."""
-    if column != "prompt" or not isinstance(turn, dict):
-        return False
-    return ROLES.get(str(turn.get("role", turn.get("from")))) in ("assistant", "function_call")
-
-
 def _turns(row: dict, column: str):
     turns = json_value(row[column], column)
     if not isinstance(turns, list):
-        raise RowError("wrong_type", f"'{column}': expected a list of turns, found {_kind(turns)}")
+        raise RowError("wrong_type", f"'{column}': expected a list of turns, found {kind_of(turns)}")
     for number, turn in enumerate(turns):
         yield f"{column}[{number}]", turn
 
 
-def _message(turn, where: str, ignored_keys: Collection[str]) -> dict:
-    """One turn as `role`, `content` and, where it has them, `tool_calls`, `tool_call_id`, `name`, thinking, `train`."""
+def _turn(turn, where: str, ignored_keys: Collection[str]) -> tuple[bool, Message]:
+    """Whether it is a call that is a turn of its own, and the turn as it is kept.
+
+    That is `role`, `content` and, where it has them, `tool_calls`, `tool_call_id`, `name`, thinking, `train`.
+    """
     if not isinstance(turn, dict):
-        raise RowError("wrong_type", f"{where}: expected an object with 'role' and 'content', found {_kind(turn)}")
+        raise RowError("wrong_type", f"{where}: expected an object with 'role' and 'content', found {kind_of(turn)}")
     if ignored_keys:
         turn = {key: value for key, value in turn.items() if key not in ignored_keys}
-    role = _role(turn, where)
-    is_answer = role in ("assistant", "function_call")
-    turn = unpacked(turn, where, is_answer=is_answer)
-    trained = is_trained(turn, "assistant" if is_answer else role, where)
-    thinking = reasoning_of(turn, where) if is_answer else None
-    if role == "function_call":
-        turn = {"role": "assistant", "content": "", "tool_calls": json_value(_content(turn, where, False), where)}
-        turn["tool_calls"] = turn["tool_calls"] if isinstance(turn["tool_calls"], list) else [turn["tool_calls"]]
-        role = "assistant"
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    message = {"role": role, "content": _content(turn, where, optional=bool(calls))}
+    role, answers = role_of(turn, where), is_answer(turn)
+    turn = unpacked(turn, where, is_answer=answers)
+    trained = is_trained(turn, "assistant" if answers else role, where)
+    thinking = reasoning_of(turn, where) if answers else None
+    if is_call := role == "function_call":
+        calls = json_value(_content(turn, where, False), where)
+        turn, role = {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}, "assistant"
+    calls = calls_of(turn, where)
+    message = Message({"role": role, "content": _content(turn, where, optional=bool(calls))}, where)
     if calls:
-        message["tool_calls"] = [_tool_call(call, where) for call in _list(calls, where)]
+        message["tool_calls"] = calls
     for key in ("name", "tool_call_id") if role == "tool" else ():
         if isinstance(turn.get(key), str):
             message[key] = turn[key]
     if thinking is not None:
         message[REASONING[0]] = thinking
-    if is_answer and not trained:
+    if answers and not trained:
         message["train"] = False
-    return message
-
-
-def _role(turn: dict, where: str) -> str:
-    given = turn.get("role", turn.get("from"))
-    if given is None:
-        raise RowError("missing_field", f"{where}: no 'role'")
-    if not isinstance(given, str) or given not in ROLES:
-        allowed = "system, user, assistant, tool"
-        raise RowError("unknown_role", f"{where}: unknown role {quote(str(given))}; allowed: {allowed}")
-    return ROLES[given]
+    return is_call, message
 
 
 def _content(turn: dict, where: str, optional: bool) -> str:
@@ -216,61 +190,5 @@ def _content(turn: dict, where: str, optional: bool) -> str:
             return ""
         raise RowError("null_content", f"{where}: '{key}' is null")
     if not isinstance(content, str):
-        raise RowError("wrong_type", f"{where}: '{key}': expected text, found {_kind(content)}")
+        raise RowError("wrong_type", f"{where}: '{key}': expected text, found {kind_of(content)}")
     return content
-
-
-def _tool_call(call, where: str) -> dict:
-    """OpenAI's shape, the arguments as JSON text: columns of a table cannot hold objects that differ by row."""
-    call = json_value(call, where)
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError("wrong_type", f"{where}: a tool call needs a function with a 'name'")
-    given = next((function[key] for key in ("arguments", "parameters") if function.get(key) not in (None, "")), {})
-    arguments = json_value(given, f"{where}: arguments of '{function['name']}'")
-    if not isinstance(arguments, dict):
-        raise RowError("wrong_type", f"{where}: arguments of '{function['name']}' are not a JSON object")
-    text = _as_json(arguments, f"{where}: arguments of '{function['name']}'")
-    kept = {"type": "function", "function": {"name": function["name"], "arguments": text}}
-    return {"id": call["id"], **kept} if isinstance(call.get("id"), str) else kept
-
-
-def _tools_as_text(tools) -> str | None:
-    tools = json_value(tools, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("wrong_type", f"'tools': expected a list of objects, found {_kind(tools)}")
-    return _as_json(tools, "'tools'")
-
-
-def _as_json(value, where: str) -> str:
-    """As a template will write it, without escapes that hide a token."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        raise RowError(
-            "wrong_type", f"{where}: a number is infinite or not a number, which JSON has no word for"
-        ) from None
-
-
-def _old_functions(row: dict) -> list | None:
-    """OpenAI's `functions`, as tools were called before; a column of that name with other contents is ignored."""
-    try:
-        functions = json_value(row.get("functions"), "functions")
-    except RowError:
-        return None
-    if isinstance(functions, list) and all(isinstance(function, dict) for function in functions):
-        return [{"type": "function", "function": function} for function in functions]
-    return None
-
-
-def _list(value, where: str) -> list:
-    if not isinstance(value, list):
-        raise RowError("wrong_type", f"{where}: 'tool_calls': expected a list, found {_kind(value)}")
-    return value
-
-
-def _kind(value) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

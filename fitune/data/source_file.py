@@ -19,7 +19,7 @@ from fitune.data.file_formats import (
     chunks_of_lines,
     first_line,
 )
-from fitune.data.json_stream import chunks_of_json, lists_in_object
+from fitune.data.json_stream import Member, SeveralValues, chunks_of_json, members_of_object
 from fitune.errors import UsageError
 
 SUFFIXES = {
@@ -45,6 +45,7 @@ _IS_INSTEAD = {
     ".txt": 'plain text; write one {"text": ...} for each document as JSONL',
     ".md": 'plain text; write one {"text": ...} for each document as JSONL',
 }
+_PLAIN_TEXT = (".txt", ".md")
 _FIRST_BYTES = ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow"))
 _TURN_KEYS = ("role", "from")
 
@@ -107,6 +108,8 @@ def _kind(path: Path, start: bytes) -> str:
     last = suffixes[-1] if suffixes else ""
     if last in SUFFIXES:
         return SUFFIXES[last]
+    if last in _PLAIN_TEXT and start.lstrip()[:1] == b"{":
+        return "jsonl"
     if last in _IS_INSTEAD:
         raise UsageError(f"{path}: {_IS_INSTEAD[last]}")
     if start.lstrip()[:1] in (b"{", b"["):
@@ -140,25 +143,47 @@ def _first_line(file: SourceFile) -> tuple[bytes, bool]:
 def _as_object(file: SourceFile, first_line_of_it: bytes) -> SourceFile:
     """One object: a row on a line of its own, or lists of rows under keys."""
     is_one_line = _is_json(first_line_of_it)
+    advice = f"write one row per line: jq -c . {file.path.name}"
     try:
         with _open_plain(file) as stream:
-            lists = lists_in_object(stream, file.name)
+            members = members_of_object(stream, file.name)
+    except SeveralValues:
+        raise UsageError(f"{file.name}: rows over several lines each; {advice}") from None
     except UsageError:
         if file.kind == "jsonl" or first_line_of_it != b"{":
             return replace(file, kind="jsonl")  # lines, of which the first is broken
         raise
-    is_row = any(isinstance(first, dict) and not first.keys().isdisjoint(_TURN_KEYS) for first in lists.values())
-    rows = tuple(key for key, first in lists.items() if isinstance(first, dict))
+    firsts = [member.first for member in members.values() if member.kind is list and isinstance(member.first, dict)]
+    is_row = any(not first.keys().isdisjoint(_TURN_KEYS) for first in firsts)
+    if not is_row and (found := _what_else(members, file.path.name, is_one_line)):
+        raise UsageError(f"{file.name}: {found}")
+    rows = tuple(key for key, member in members.items() if member.kind is list and isinstance(member.first, dict))
     if is_one_line and (is_row or not rows):
         return replace(file, kind="jsonl")
-    if is_row or not lists:
-        raise UsageError(f"{file.name}: one row over several lines; write one row per line: jq -c . {file.path.name}")
-    if not rows:
-        raise UsageError(
-            f"{file.name}: one object with the lists {_named(lists)}, the columns of a table; write one object per row "
-            f"(pandas: to_json(orient='records', lines=True))"
-        )
+    if is_row or not rows:
+        raise UsageError(f"{file.name}: one row over several lines; {advice}")
     return replace(file, kind="json", lists=rows, key=rows[0] if len(rows) == 1 else None)
+
+
+def _what_else(members: dict[str, Member], name: str, is_one_line: bool) -> str | None:
+    """Of an object all of whose values are lists or objects: what it is, if not rows under a key; how to make rows.
+
+    On one line, lists of numbers may be a row's tokens.
+    """
+    records = "write one object per row (pandas: to_json(orient='records', lines=True))"
+    lists = {key: member.first for key, member in members.items() if member.kind is list}
+    kinds = {type(first) for first in lists.values()}
+    if lists and len(lists) == len(members) and dict not in kinds and (str in kinds or not is_one_line):
+        return f"one object with the lists {_named(lists)}, the columns of a table; {records}"
+    objects = [member.first or () for member in members.values() if member.kind is dict]
+    if not objects or len(objects) < len(members):
+        return None
+    if all(key.isdecimal() for keys in objects for key in keys):
+        return f"one object with the objects {_named(members)}, the columns of a table; {records}"
+    inner = next(iter(members))
+    if len(objects) > 1:
+        return f"rows under a name each, such as {inner!r}; write one row per line: jq -c '.[]' {name} > rows.jsonl"
+    return f"an object inside {inner!r}; take what is inside: jq '.{inner}' {name} > {inner}.json"
 
 
 def _is_json(line: bytes) -> bool:

@@ -25,9 +25,13 @@ MASKS = ("mask", "masked", "ignore", "ignore_loss", "no_loss")
 "Keys of a turn that say whether it is not."
 _MEANS_BOTH = {"mask": (int, float), "loss_mask": (bool,)}
 "Whether mask: 1 is trained, or loss_mask: true, depends on the tool that wrote it."
-_WORDS = {"train", "trained", "training", "trainable", "loss", "mask", "masked", "masking", "weight", "learn"}
+_WORDS = {
+    *("train", "trained", "training", "trainable", "learn"),
+    *("loss", "losses", "mask", "masks", "masked", "masking", "weight", "weights"),
+}
 _SAY_NOTHING = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id"}
 "The usual keys of a turn: most turns have no others."
+TEMPLATE_ARGUMENTS = ("chat_template_kwargs", "chat_template")
 _USERS = ("user", "human")
 ADVICE = "if it says nothing about training, name it in data.ignored_keys"
 
@@ -63,11 +67,32 @@ def refuse_flags_of_the_row(row: dict, known: Collection[str]) -> None:
     for key, value in row.items():
         if key in known or value is None or not _looks_like_a_flag(key, value) or _is_done_anyway(key, value):
             continue
-        raise RowError(
-            "row_flag",
-            f"'{key}: {quote(str(value))}' looks like a flag of the whole row; keep the rows to train on, such as "
-            f"data.keep={{{key}: {'false' if key in MASKS else 'true'}}}; {ADVICE}",
-        )
+        keep = f"keep the rows to train on, such as data.keep={{{key}: {_value_that_trains(key, value)}}}"
+        if isinstance(value, list):
+            keep = "write for each turn whether it is trained: 'train', true or false"
+        raise RowError("row_flag", f"'{key}: {quote(str(value))}' looks like a flag of the whole row; {keep}; {ADVICE}")
+
+
+def refuse_template_arguments(row: dict) -> None:
+    """Raises RowError for a row that brings its own chat template, or arguments for it, as TRL's rows may."""
+    for key in TEMPLATE_ARGUMENTS:
+        value = row.get(key)
+        if isinstance(value, dict):
+            value = {name: argument for name, argument in value.items() if argument is not None}
+        if value:
+            raise RowError(
+                "row_template",
+                f"'{key}: {quote(str(value))}' asks for another template text in this row; all rows have the recipe's "
+                f"template: name it in data.ignored_keys, or keep rows of one kind (data.keep)",
+            )
+
+
+def _value_that_trains(key: str, value) -> str:
+    """In the words that the column's values have."""
+    yes, no = {"yes": ("'yes'", "'no'"), "no": ("'yes'", "'no'")}.get(str(value).lower(), ("true", "false"))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yes, no = '">= 1"', "0"
+    return no if key in MASKS else yes
 
 
 def trained_answers(messages: list[dict], train_on: str) -> list[bool]:
@@ -107,8 +132,8 @@ def _looks_like_a_flag(key: str, value) -> bool:
 def _is_done_anyway(key: str, value) -> bool:
     """Rows are trained, with a weight of 1, their answers alone."""
     if key in MASKS or _words(key)[:2] == ("train", "on"):
-        return value in (False, 0) or str(value).lower() in (*_USERS, "false", "0")
-    return value in (True, 1) or str(value).lower() in ("true", "1")
+        return value in (False, 0) or str(value).lower() in (*_USERS, "false", "0", "no")
+    return value in (True, 1) or str(value).lower() in ("true", "1", "yes")
 
 
 def _as_bool(key: str, value, where: str) -> bool:

@@ -142,6 +142,8 @@ def test_a_question_cannot_be_trained(tmp_path):
         ({"loss": 0.31}, True),
         ({"mask": "assistant"}, True),
         ({"train_on_inputs": True}, True),
+        ({"used_in_training": "no"}, True),
+        ({"used_in_training": "yes"}, False),
         ({"weight": 1}, False),
         ({"train": True}, False),
         ({"mask": "User"}, False),
@@ -160,6 +162,23 @@ def test_flags_of_a_row_are_named_unless_they_say_what_is_done_anyway(flag, is_n
     else:
         run(path, tmp_path)
     assert len(everything(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("key", ["weights", "assistant_masks", "loss_weights", "completion_mask"])
+def test_a_list_of_flags_belongs_into_the_turns(key, tmp_path):
+    """OpenAI's name in the plural, and TRL's masks over tokens."""
+    message = refused(write(tmp_path / "a.jsonl", chat(1), chat(2) | {key: [0, 1]}), tmp_path)
+    assert f"a.jsonl:2: '{key}: '[0, 1]'' looks like a flag of the whole row; write for each turn whether" in message
+
+
+def test_a_row_that_asks_for_another_template_is_refused(tmp_path):
+    """TRL hands such columns to the template."""
+    rows_of_trl = [chat(1), chat(2) | {"chat_template_kwargs": {"enable_thinking": False}}]
+    path = write(tmp_path / "a.jsonl", *rows_of_trl, chat(3) | {"chat_template_kwargs": {"enable_thinking": None}})
+    message = refused(path, tmp_path)
+    assert "1 of 3 rows" in message and "a.jsonl:2: 'chat_template_kwargs: " in message
+    run(path, tmp_path, {"ignored_keys": ["chat_template_kwargs"]})
+    assert len(everything(tmp_path)) == 3
 
 
 def test_prompt_and_completion_train_the_completion_alone(tmp_path):
@@ -277,6 +296,33 @@ def test_thinking_is_refused_or_left_out_with_a_count_where_the_template_does_no
     assert "Hm." not in json.dumps(everything(tmp_path))
 
 
+ALPACA = {"instruction": "Why?", "output": "Good."}
+
+
+@pytest.mark.parametrize("row", [ALPACA, {"prompt": "Why?", "completion": "Good."}, {"messages": [QUESTION, YES]}])
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_in_a_column_beside_them_belongs_to_the_answer(row, name, tmp_path):
+    path = write(tmp_path / "a.jsonl", row | {name: "Hm, well."}, row | {"reasoning": "on"})
+    message = refused(path, tmp_path, tokenizer=tiny_tokenizer())
+    assert "reasoning_not_written: 1\n" in message and "a.jsonl:1: " in message
+    report = run(path, tmp_path, {"reasoning": "drop"}, tokenizer=tiny_tokenizer())
+    assert report["reasoning_dropped"] == 1
+    (tmp_path / "own.jinja").write_text(THINKING.replace("KEY", name))
+    tokenizer, data = tiny_tokenizer(), {"chat_template": str(tmp_path / "own.jinja")}
+    path = write(tmp_path / "b.jsonl", row | {name: "Hm, well."})
+    run(path, tmp_path, data, tokenizer=tokenizer, max_length=999, overwrite=True)
+    assert "<think>Hm, well.</think>Good." in trained_text(tmp_path, tokenizer, **data)
+
+
+def test_thinking_in_a_column_may_have_any_name_and_needs_one_answer(tmp_path):
+    path = write(tmp_path / "a.jsonl", ALPACA | {"Complex_CoT": "Hm."})
+    run(path, tmp_path, {"columns": {"reasoning_content": "Complex_CoT"}})
+    assert everything(tmp_path)[0]["messages"][-1]["reasoning_content"] == "Hm."
+    two = write(tmp_path / "b.jsonl", {"messages": [QUESTION, YES, QUESTION, YES], "thinking": "Hm, well."})
+    message = refused(two, tmp_path / "two")
+    assert "'thinking' of the whole row does not say which of its 2 answers it belongs to" in message
+
+
 def test_two_kinds_of_thinking_and_other_values_are_refused(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
@@ -285,7 +331,7 @@ def test_two_kinds_of_thinking_and_other_values_are_refused(tmp_path):
     )
     message = refused(path, tmp_path)
     assert "a.jsonl:1: messages[1]: 'thinking' and 'reasoning' differ; keep one" in message
-    assert "a.jsonl:2: messages[1]: 'thinking': expected text, found list" in message
+    assert "a.jsonl:2: messages[1]: 'thinking': expected text, found a list" in message
 
 
 def test_tool_calls_read_from_tables_lose_the_keys_that_the_table_filled_in(tmp_path):
