@@ -230,14 +230,11 @@ def test_what_nothing_can_fit_is_said():
 
 def test_gpus_that_are_missing_cannot_be_forced(monkeypatch):
     here = Limits(gpu=24, host=64, gpus=2)
-    assert "GPUs: needs 4, has 2; nearest change that fits: --profile fsdp_offload_2x24gb" in refusal(
-        plan_of(limits=here)
-    )
-    large = Limits(gpu=80, host=512, gpus=7)
-    found = (
-        "GPUs: needs 8, has 7; without --profile, `train` and `plan` find what is fastest on the GPUs that are there"
-    )
-    assert found in refusal(plan_of("llama3_70b_full", "fsdp_full_8x80gb", limits=large))
+    instead = "nearest change that fits: --profile fsdp_offload_2x24gb"
+    assert f"GPUs: needs 4, has 2; {instead}" in refusal(plan_of(limits=here))
+    waits = "profile.async_save=false"
+    seven = plan_of("llama3_70b_full", "fsdp_full_8x80gb", waits, limits=Limits(gpu=80, host=256, gpus=7))
+    assert "GPUs: needs 8, has 7; without --profile, `train` and `plan` find what is fastest on" in refusal(seven)
     run = resolve("llama3_70b_qlora", "fsdp_4x24gb")
     for limits, can_be_forced in ((here, False), (Limits(gpu=3, host=8, gpus=4), True)):
         monkeypatch.setattr("fitune.planning.limits.limits_for_training", lambda _, limits=limits: limits)
