@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fitune.config.schema import Recipe
+from fitune.config.stored_weights import ADVICE, check_stored_weights
 from fitune.config.tiles import NF4_BLOCK
 from fitune.errors import UsageError
 
@@ -21,12 +22,13 @@ ACTIVATION = "silu"
 def check_base_model(folder: Path, recipe: Recipe | None = None) -> dict:
     """The contents of config.json. Raises UsageError for a base that `recipe`, or any, could not be trained on.
 
-    Another architecture; weights quantised otherwise than in bitsandbytes' 4 bits; a tokenizer with more tokens than
-    the model has rows; sizes that the recipe's method or length does not go with.
+    Another architecture; weights quantised otherwise than in bitsandbytes' 4 bits; a head that is nowhere; a tokenizer
+    with more tokens than the model has rows; sizes that the recipe's method or length does not go with.
     """
     where = folder / "config.json"
     config = _read(where) or {}
     check_config(config, where)
+    check_stored_weights(folder, tied=bool(config.get("tie_word_embeddings")))
     check_vocabulary(folder)
     if recipe is not None:
         _check_method(config, where, recipe)
@@ -56,10 +58,7 @@ def check_precision(config: Mapping, where: Path) -> None:
     if not quantised or in_four_bits(config):
         return
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    raise UsageError(
-        f"{where}: its weights are quantised by {method}; fitune reads bf16, fp16, fp32 and bitsandbytes' 4 bits: give "
-        f"the model that it was made from, and method qlora quantises that one"
-    )
+    raise UsageError(f"{where}: its weights are quantised by {method}; {ADVICE}")
 
 
 def in_four_bits(config: Mapping) -> bool:

@@ -4,10 +4,10 @@ import math
 
 import torch
 
+from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, Lora
 from fitune.weights.base_weights import BaseWeights
-from fitune.weights.model_files import EMBEDDING, HEAD
 
 
 class TunedWeights:

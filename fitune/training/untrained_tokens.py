@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fitune.config.schema import Recipe
+from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.data.chat_template import control_tokens_of_template
 from fitune.errors import UsageError
-from fitune.weights.model_files import EMBEDDING, HEAD
 from fitune.weights.safetensors_files import Checkpoint
 
 SAMPLES = 256

@@ -18,11 +18,11 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from fitune.config.read_buffers import CHUNK_BYTES
+from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import FituneError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.model.sharding import fsdp_parameters, local_part, local_rows, pad
 from fitune.model.skeleton import decoder, is_tied
-from fitune.weights.model_files import EMBEDDING, HEAD
 from fitune.weights.safetensors_files import Checkpoint
 from fitune.weights.streaming import PIN_FROM_BYTES, Read, Step, pin_in_place, stream
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"The names of these two tensors; where the head is the embedding, the second is missing."
 COPY_BYTES = 16 * 2**20
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.*"]
 LICENCE_FILES = ["LICENSE*", "USE_POLICY*", "NOTICE*"]

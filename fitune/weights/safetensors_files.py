@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from fitune.config.stored_weights import ADVICE, INDEX_NAME, MAX_HEADER_BYTES
 from fitune.errors import FituneError
 
 DTYPES = {
@@ -24,9 +25,9 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+NOT_READ = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4")
+"Of quantised models."
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     data_start, tensors = 8 + length, {}
     for name, entry in header.items():
+        if isinstance(entry, dict) and entry.get("dtype") in NOT_READ:
+            raise FituneError(f"{file}: tensor {name} is stored as {entry['dtype']}; {ADVICE}")
         try:
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
             if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fitune.config.base_model import check_base_model, check_vocabulary
 from fitune.config.schema import Data
@@ -67,6 +69,55 @@ def test_bitsandbytes_4_bits_are_not(tmp_path):
     check_base_model(base(tmp_path, quantization_config=NF4))
     with pytest.raises(UsageError, match="quantised by bitsandbytes"):
         check_base_model(base(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (
+            {"a_proj.weight": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+            r"tensor a_proj.weight \(F8_E4M3\) is quantised",
+        ),
+        ({"a_proj.qweight": torch.zeros(2, dtype=torch.int32)}, r"tensor a_proj.qweight \(I32\) is quantised"),
+        ({"a_proj.weight_packed": torch.zeros(2, dtype=torch.int32)}, "tensor a_proj.weight_packed .* is quantised"),
+        ({"a_proj.SCB": torch.zeros(2)}, "tensor a_proj.SCB .* is quantised"),
+        (
+            {"model.embed_tokens.weight": torch.zeros(2)},
+            "its weights have no lm_head.weight, and config.json does not say",
+        ),
+    ],
+)
+@pytest.mark.parametrize("in_index", [False, True])
+def test_what_only_the_weights_say_is_refused_before_processes_start(tensors, said, in_index, make_run, tmp_path):
+    """Old GPTQ and AWQ models, ModelOpt's, and heads that were left out: config.json says nothing of them."""
+    folder = base(tmp_path / "base")
+    name = "model-00001-of-00001.safetensors" if in_index else "model.safetensors"
+    save_file(tensors, folder / name)
+    if in_index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+    with pytest.raises(UsageError, match=said):
+        check_before_training(make_run(folder, tmp_path / "run", "lora"), force=True)
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_small_files_beside_the_weights_say_that_they_are_quantised(file, tmp_path):
+    folder = base(tmp_path)
+    (folder / file).write_text("{}")
+    with pytest.raises(UsageError, match=f"{file}: weights that are quantised by .*; fitune reads bf16, fp16, fp32"):
+        check_base_model(folder)
+
+
+def test_weights_that_are_read_are_not_refused(tmp_path):
+    """A head of its own, a head that is the embedding, none yet, a damaged file: that one is named by its reader."""
+    weights = {"model.embed_tokens.weight": torch.zeros(2), "model.layers.0.mlp.up_proj.weight": torch.zeros(2)}
+    folder = base(tmp_path / "own")
+    save_file(weights | {"lm_head.weight": torch.zeros(2)}, folder / "model.safetensors")
+    check_base_model(folder)
+    folder = base(tmp_path / "tied", tie_word_embeddings=True)
+    save_file(weights, folder / "model.safetensors")
+    check_base_model(folder)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 20)
+    check_base_model(folder)
 
 
 QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128, "num_hidden_layers": 2}

@@ -10,9 +10,9 @@ from ranks import run_ranks, sharded_model, train_here, whole
 from rounding import additions_to_gradients, additions_to_logits, assert_equal_but_for_rounding
 from transformers import AutoConfig
 
+from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.export.merge import merge_adapter, merge_run
 from fitune.model.sharding import local_part, local_rows
-from fitune.weights.model_files import EMBEDDING, HEAD
 from fitune.weights.quantize import quantize
 from fitune.weights.safetensors_files import Checkpoint
 

@@ -8,10 +8,10 @@ from rounding import additions_to_logits, assert_equal_but_for_rounding
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
+from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.data.dataset import load_tokenizer
 from fitune.errors import UsageError
 from fitune.model.skeleton import build_skeleton
-from fitune.weights.model_files import EMBEDDING, HEAD
 
 TRAINED = ["<|eot_id|>", "<|start_header_id|>"]
 
