@@ -30,6 +30,7 @@ from fitune.training.checkpoint import CheckpointSaver, Writer, disk_errors_name
 from fitune.training.distributed import is_main_process
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity, find_damage
+from fitune.training.read_ahead import ReadAhead
 from fitune.training.replicas import refuse_replicas_apart
 from fitune.training.result import gathered_result, save_result, write_result
 from fitune.training.resumed import AsOftenAsAskedNow, follow_this_runs_schedule
@@ -64,6 +65,7 @@ class ShardedSFTTrainer(SFTTrainer):
         self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
+        self.read_ahead = ReadAhead(self._read_batches)
         self.also_logged = dict  # returns what a log line of training has beside the loss
         arguments = arguments or training_arguments(run)
         if eval_dataset is None:  # `eval` trains nothing, whenever training evaluates
@@ -138,11 +140,20 @@ class ShardedSFTTrainer(SFTTrainer):
             self.noise.prepare(keys, lengths_of_examples(*batch))
         return inputs
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return self.read_ahead.take(epoch_iterator, num_batches, device)
+
+    def _read_batches(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             batch[ANSWERS] = find_answers(batch["labels"])
         return batches, items
+
+    def _read_next_batches(self) -> None:
+        """Those of the next step, if it is in this epoch and will be trained."""
+        is_last = self.state.global_step + 1 >= self.state.max_steps
+        if not (is_last or self.accelerator.gradient_state.end_of_dataloader):
+            self.read_ahead.read_next()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of training, without asking the GPU for numbers: Python goes on while it computes.
@@ -201,6 +212,7 @@ class ShardedSFTTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
+        self._read_next_batches()
         if grad_norm is None and isinstance(self.optimizer.optimizer, AdamW8bit):
             grad_norm = self.optimizer.optimizer.clip(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
