@@ -51,11 +51,11 @@ class ChatRenderer:
         text, marked = self._render(messages, tools, add_generation_prompt=False)
         if not self.marks_answers:
             return text, self._found_by_rendering(text, messages, tools, wanted)
-        if wanted is None or all(wanted):
-            return text, marked
-        if len(marked) != len(wanted):
-            raise AnswerNotFound(f"it marks {len(marked)} of {len(wanted)} answers")
-        return text, list(itertools.compress(marked, wanted))
+        answers = sum(message["role"] == "assistant" for message in messages)
+        is_whole = wanted is None or all(wanted)
+        if len(marked) < answers or (len(marked) > answers and not is_whole):
+            raise AnswerNotFound(f"it marks {len(marked)} of {answers} answers")
+        return text, marked if is_whole else list(itertools.compress(marked, wanted))
 
     def text(self, messages, tools=None, add_generation_prompt=False) -> str:
         """The text alone. Raises jinja2.TemplateError where the template refuses the conversation."""

@@ -101,20 +101,38 @@ def control_tokens_of_template(tokenizer) -> list[str]:
     return sorted(used, key=text.index)
 
 
-def training_template(choice: str, tokenizers_own: str | None = None) -> str:
-    """The template's text. Raises UsageError for an unknown choice, a missing file or a tokenizer without one."""
+def training_template(choice: str, tokenizers_own: str | dict[str, str] | None = None) -> str:
+    """The template's text. Raises UsageError for an unknown choice, a missing file or a tokenizer without one.
+
+    `tokenizers_own` may be several, by name.
+    """
     if choice in SHIPPED:
         return (TEMPLATE_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
     if choice == "tokenizer":
-        if not isinstance(tokenizers_own, str):
-            raise UsageError(f"chat_template: tokenizer: this tokenizer has no chat template; use {', '.join(SHIPPED)}")
-        return tokenizers_own
+        own = as_one(tokenizers_own) if isinstance(tokenizers_own, dict) else tokenizers_own
+        if own is None:
+            found = f"none called default, but {', '.join(tokenizers_own)}" if tokenizers_own else "no chat template"
+            raise UsageError(f"chat_template: tokenizer: this tokenizer has {found}; use {', '.join(SHIPPED)}")
+        return own
     if not choice.endswith(".jinja"):
         raise UsageError(f"chat_template: {choice}: allowed are {CHOICES}")
     try:
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"chat_template: {choice}: cannot be read: {error}") from None
+
+
+def as_one(templates: dict[str, str]) -> str | None:
+    """Templates by name as one: `tool_use` where there are tools, else `default`, as transformers chooses.
+
+    White space is kept: an expression of nothing stands before each tag, and the newline after a tag is trimmed, as
+    the one that ends a template is.
+    """
+    default, with_tools = (templates.get(name) for name in ("default", "tool_use"))
+    if default is None or with_tools in (None, default):
+        return default
+    with_tools, default = with_tools.removesuffix("\n"), default.removesuffix("\n")
+    return f"{{% if tools %}}\n{with_tools}{{{{ '' }}}}{{% else %}}\n{default}{{{{ '' }}}}{{% endif %}}"
 
 
 def find_answers(template: str, special_tokens: dict[str, str], choice: str) -> tuple[str, list[tuple[int, int]]]:

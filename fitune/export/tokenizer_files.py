@@ -1,11 +1,11 @@
 """The tokenizer's files of what is written: the base's, with the chat template that was trained."""
 
-import json
 import re
 from pathlib import Path
 
 from fitune.config.json_file import read_json, write_json
-from fitune.weights.model_files import TOKENIZER_FILES, copy_file, matching
+from fitune.data.chat_template import as_one
+from fitune.weights.model_files import TEMPLATES_BY_NAME, TOKENIZER_FILES, copy_file, copy_templates_by_name, matching
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 NAME_SINCE_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -22,6 +22,8 @@ def copy_tokenizer(source: Path, folder: Path, *, template: str | None = None, p
     """
     for file in matching(source, TOKENIZER_FILES):
         copy_file(file, folder)
+    if template is None:
+        copy_templates_by_name(source, folder)
     if not (folder / CONFIG).exists():
         return
     config = read_json(folder / CONFIG, "write it again")
@@ -48,11 +50,13 @@ def without_marks(template: str) -> str:
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template of a model's folder."""
+    """The chat template of a model's folder, as one where there are several by name."""
+    own = read_json(folder / CONFIG, "").get("chat_template") if (folder / CONFIG).exists() else None
+    named = {one["name"]: one["template"] for one in own} if isinstance(own, list) else {"default": own}
     if (folder / TEMPLATE).exists():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
-    text = read_json(folder / CONFIG, "").get("chat_template") if (folder / CONFIG).exists() else None
-    return text if isinstance(text, str) or text is None else json.dumps(text)
+        named["default"] = (folder / TEMPLATE).read_text(encoding="utf-8")
+    named |= {file.stem: file.read_text(encoding="utf-8") for file in (folder / TEMPLATES_BY_NAME).glob("*.jinja")}
+    return as_one(named)
 
 
 def _for_loaders(config: dict) -> dict:

@@ -16,7 +16,7 @@ from fitune.output_folder import check_disk_space, new_folder
 from fitune.progress import bar
 from fitune.weights.base_weights import read_base_config
 from fitune.weights.load import QUANT_STATE, is_nf4
-from fitune.weights.model_files import LICENCE_FILES, TOKENIZER_FILES, copy_file, matching
+from fitune.weights.model_files import LICENCE_FILES, TOKENIZER_FILES, copy_file, copy_templates_by_name, matching
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorInfo, TensorSpec
 
 QUANT_STATE_BYTES = 256
@@ -53,6 +53,7 @@ def quantize(model: Path, output: Path, device: torch.device) -> Path:
             model, [*TOKENIZER_FILES, *LICENCE_FILES, "chat_template.jinja", "generation_config.json"]
         ):
             copy_file(file, folder)
+        copy_templates_by_name(model, folder)
         config["quantization_config"] = QUANTIZATION_CONFIG
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return output

@@ -11,8 +11,9 @@ from test_chat_template import CHATML_TOKENS, CONVERSATIONS, TOOL_CONVERSATION, 
 from tiny_tokenizer import tiny_tokenizer
 
 from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
-from fitune.data.chat_template import end_of_turn_ids
+from fitune.data.chat_template import end_of_turn_ids, training_template
 from fitune.data.conversations import for_template
+from fitune.errors import UsageError
 
 TEMPLATES = files("trl") / "chat_templates"
 NEMOTRON = ("nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")
@@ -183,3 +184,48 @@ def test_rows_whose_answers_a_template_hides_are_named(tmp_path, instruct_tokeni
     said = refused(source, tmp_path, tokenizer=instruct_tokenizer, template_choice="tokenizer")
     assert "rows.jsonl:2: the chat template hides what is to be trained: it writes messages[1] otherwise" in said
     assert "answer_not_found" in said
+
+
+DEFAULT = """  {% for m in messages %}
+<{{ m.role }}>{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}
+"""
+WITH_TOOLS = "\n{%- set n = tools | length %}tools: {{ n }}\n" + DEFAULT + "  "
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("templates", [{"default": DEFAULT, "tool_use": WITH_TOOLS, "rag": "x"}, {"default": DEFAULT}])
+def test_templates_by_name_are_one_that_writes_what_transformers_does(templates, tools):
+    """As Hermes' tokenizers have them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = templates
+    asked = {"tools": tools, "tokenize": False}
+    expected = [
+        tokenizer.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=prompt, **asked)
+        for prompt in (False, True)
+    ]
+    tokenizer.chat_template = training_template("tokenizer", templates)
+    found = [
+        tokenizer.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=prompt, **asked)
+        for prompt in (False, True)
+    ]
+    assert found == expected
+    renderer = ChatRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
+    assert [renderer.text(CONVERSATIONS[0], tools, prompt) for prompt in (False, True)] == expected
+
+
+def test_templates_of_which_none_is_the_default_are_named():
+    with pytest.raises(UsageError, match="this tokenizer has none called default, but rag, cot; use llama3"):
+        training_template("tokenizer", {"rag": DEFAULT, "cot": DEFAULT})
+
+
+def test_marks_that_leave_an_answer_out_are_refused():
+    """Such as one that calls a tool: it would not be trained, and nothing would say so."""
+    marked = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and not m.tool_calls %}\
+{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"""
+    messages = for_template({"messages": TOOL_CONVERSATION})[0]
+    answers = sum(message["role"] == "assistant" for message in messages)
+    calls = sum("tool_calls" in message for message in messages)
+    assert calls
+    with pytest.raises(AnswerNotFound, match=f"it marks {answers - calls} of {answers} answers"):
+        ChatRenderer(marked, TOKENS).render(messages, TOOLS)

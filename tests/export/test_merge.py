@@ -172,6 +172,28 @@ def test_config_and_tokenizer_come_from_the_right_folder(own_base, own_adapter, 
     assert not list(out.glob("adapter*")) and not (out / BASE_RECORD).exists()
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("of", ["adapter", "base"])
+def test_templates_by_name_are_kept(of, beside, own_base, own_adapter, tmp_path):
+    """In tokenizer_config.json, as they were written before, or in a folder of their own. An adapter's become one."""
+    named = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools | length }}{{ messages[0].content }}"}
+    tokenizer = AutoTokenizer.from_pretrained(own_base)
+    (own_base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.chat_template = named
+    owner = own_adapter if of == "adapter" else own_base
+    tokenizer.save_pretrained(owner)
+    if not beside:
+        shutil.rmtree(owner / "additional_chat_templates")
+        (owner / "chat_template.jinja").unlink()
+        file = owner / "tokenizer_config.json"
+        listed = [{"name": name, "template": text} for name, text in named.items()]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": listed}))
+    merged = AutoTokenizer.from_pretrained(merge_adapter(own_base, own_adapter, tmp_path / "out", progress=False))
+    asked = [{"role": "user", "content": "Hi"}]
+    found = [merged.apply_chat_template(asked, tools=tools, tokenize=False) for tools in (None, [{}, {}])]
+    assert found == ["Hi", "2Hi"]
+
+
 @pytest.mark.parametrize("in_adapter", [False, True])
 def test_the_chat_template_is_the_adapters_or_else_the_bases(in_adapter, own_base, own_adapter, tmp_path):
     """An adapter from elsewhere may bring a template without a tokenizer, or neither."""
