@@ -153,10 +153,12 @@ def prepare(recipe, dataset, output, sets, **options):
 @set_option
 @output_option
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_FOLDER, or in --output, from its checkpoints.")
-@click.option("--max-restarts", type=click.IntRange(min=0), default=0, help="Resume by itself after so many crashes.")
+@click.option(
+    "--max-restarts", metavar="N", type=click.IntRange(min=0), default=0, help="Resume after so many crashes."
+)
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
-@click.option("--machines", type=click.IntRange(min=1), help="Number of machines like this one, without --profile.")
+@click.option("--machines", metavar="N", type=click.IntRange(min=1), help="Machines like this one, without --profile.")
 @click.option("--quiet", is_flag=True, help="Print the result, warnings and errors only.")
 @machine_options
 def train(recipe, profile, sets, output, **options):

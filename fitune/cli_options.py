@@ -68,9 +68,14 @@ def machine_options(command):
     """The flags by which each of several machines is told its place, which the command gets as one dict."""
 
     @several(
-        click.option("--machine-rank", type=click.IntRange(min=0), help="This machine's number, for several machines."),
-        click.option("--main-process-ip", help="Address of machine 0."),
-        click.option("--main-process-port", type=click.IntRange(1, 65535), help="A port on machine 0."),
+        click.option(
+            "--machine-rank",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="This one among several machines.",
+        ),
+        click.option("--main-process-ip", metavar="ADDRESS", help="Address of machine 0."),
+        click.option("--main-process-port", type=click.IntRange(1, 65535), metavar="PORT", help="A port on machine 0."),
     )
     @wraps(command)
     def with_place(*, machine_rank, main_process_ip, main_process_port, **options):

@@ -74,8 +74,9 @@ def print_asking(folder: str, rows: list[dict], console: Console) -> None:
 
 def _print_details(plan: Plan, console: Console) -> None:
     if plan.gpu:
-        console.print(_phase_table(plan))
-        console.print(_host_table(plan))
+        for table in (_phase_table(plan), _host_table(plan)):
+            console.print(table)
+            console.print()
     console.print(_disk_line(plan))
     if saving := how_it_saves(plan.setup):
         console.print(saving)
@@ -102,7 +103,7 @@ def _print_estimate(plan: Plan, console: Console) -> None:
             f"products by the data sheet"
         )
         return
-    run = "steps not known before `prepare`"
+    run = "steps known after `prepare`"
     if time.steps:
         run = f"{time.steps:,} steps, {rounded(time.hours)} hours"
     console.print(
@@ -110,9 +111,7 @@ def _print_estimate(plan: Plan, console: Console) -> None:
         f"{rounded(time.tokens_per_second)} tokens/s; {run}"
     )
     if time.price_per_hour is not None:
-        of_run = (
-            "the run's once `prepare` has counted the rows" if time.cost is None else f"{time.cost:,.2f} for the run"
-        )
+        of_run = "the run's known after `prepare`" if time.cost is None else f"{time.cost:,.2f} for the run"
         per_million = f"{time.cost_per_million_tokens:,.2f} per million tokens"
         console.print(f"cost at {time.price_per_hour:g} an hour: {per_million}, {of_run}")
 
@@ -153,7 +152,7 @@ def _phase_table(plan: Plan) -> Table:
     table = _table("in torch's allocator, by phase")
     most = plan.gpu.allocated
     for phase, size in plan.gpu.phases.items():
-        style = "magenta" if phase == plan.gpu.phase else "blue"
+        style = "magenta" if phase == plan.gpu.phase else "cyan"
         table.add_row(phase, f"{size / GIB:.2f}", _bar(size, most, style))
     return table
 

@@ -189,6 +189,9 @@ def _flat(value: dict, prefix: str = ""):
 
 
 def _text(value, most: int = 500) -> str:
+    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
+        value = ", ".join(map(str, value))
     text = {None: NOTHING, True: "true", False: "false"}.get(value) if value in (None, True, False) else str(value)
     text = str(value) if is_number(value) else text
+    text = NOTHING if text in ("", "{}") else text
     return text if len(text) <= most else f"{text[:most]} … {len(text) - most:,} more characters"

@@ -28,6 +28,8 @@ SPARE_BYTES = 1_000
 "For the line that says how many answers are shown."
 MOST_CHARACTERS = 4_000
 "Of one answer or prompt."
+NOTHING_SAID = Markup("<i>nothing: it ended at once</i>")
+"For an answer without a word."
 MOST_NAMED = 50
 "Rows of a list that data make as long as they like: reasons, examples, starts."
 
@@ -186,7 +188,8 @@ def _answer(row: dict) -> Markup:
     base, tuned = marked(*(_clipped(row.get(name)) or "" for name in ("base", "tuned")))
     turns = [(str(turn.get("role")), _clipped(turn.get("content"))) for turn in row.get("messages") or []]
     expected = _clipped(row.get("expected"))
-    return Markup(_template("answer.html.jinja").render(turns=turns, base=base, tuned=tuned, expected=expected))
+    sides = {"base": base, "tuned": tuned, "nothing": NOTHING_SAID}
+    return Markup(_template("answer.html.jinja").render(turns=turns, expected=expected, **sides))
 
 
 def _clipped(value) -> str | None:

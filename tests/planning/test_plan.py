@@ -298,7 +298,7 @@ def test_the_verdict_comes_first_and_details_when_asked(cli):
 def test_a_price_always_has_a_cost_per_million_tokens(cli):
     flags = ("llama3_70b_qlora", "--profile", "fsdp_4x24gb", "--price-per-hour", "2")
     unknown = next(line for line in cli(*flags).output.splitlines() if line.startswith("cost"))
-    assert unknown.endswith(" per million tokens, the run's once `prepare` has counted the rows")
+    assert unknown.endswith(" per million tokens, the run's known after `prepare`")
     known = next(
         line for line in cli(*flags, "--set", "training.max_steps=100").output.splitlines() if line.startswith("cost")
     )

@@ -226,6 +226,13 @@ def test_half_a_character_in_an_answer_is_replaced(tmp_path):
     assert "half ? here" in Page(write_page(run)).text()
 
 
+def test_an_answer_without_a_word_says_so(tmp_path):
+    run = finished_run(tmp_path / "first")
+    (run / "answers.json").write_text('{"rows": [{"messages": [], "base": "here", "tuned": ""}]}')
+    text = Page(write_page(run)).text()
+    assert text.count("nothing: it ended at once") == 1 and "full, lora, qlora" in text
+
+
 def test_answers_that_repeat_themselves_are_compared_in_seconds():
     began = time.process_time()
     base, tuned = marked("a " * 2000, "a b " * 1000)
