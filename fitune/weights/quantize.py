@@ -14,8 +14,8 @@ from fitune.errors import UsageError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK
 from fitune.output_folder import check_disk_space, new_folder
 from fitune.progress import bar
+from fitune.weights.accounting import QUANT_STATE, is_nf4
 from fitune.weights.base_weights import read_base_config
-from fitune.weights.load import QUANT_STATE, is_nf4
 from fitune.weights.model_files import LICENCE_FILES, TOKENIZER_FILES, copy_file, copy_templates_by_name, matching
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorInfo, TensorSpec
 

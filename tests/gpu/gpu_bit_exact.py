@@ -18,7 +18,7 @@ from fitune.model.nf4 import NF4Linear
 from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, join, leave
 from fitune.training.train import load_sharded_model
-from fitune.weights.load import STATISTICS, is_nf4
+from fitune.weights.accounting import STATISTICS, is_nf4
 from fitune.weights.safetensors_files import Checkpoint
 
 

@@ -15,7 +15,8 @@ from fitune.data.dataset import load_tokenizer
 from fitune.errors import FituneError, UsageError
 from fitune.model.skeleton import build_skeleton
 from fitune.training.distributed import join
-from fitune.weights.load import Placement, account_for_every_tensor, load_weights
+from fitune.weights.accounting import account_for_every_tensor
+from fitune.weights.load import Placement, load_weights
 from fitune.weights.safetensors_files import Checkpoint
 
 
