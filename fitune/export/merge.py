@@ -1,7 +1,7 @@
 """Merges an adapter into its base: one standard Hugging Face checkpoint, whatever the size of the model.
 
 Tensors stream from the base's safetensors to the output's, one at a time, the arithmetic in fp32 on a few rows at a
-time; memory holds the largest tensor plus about half a GiB. They are rounded at random, each tensor by its name: the
+time; memory holds the largest tensor plus less than a GiB. They are rounded at random, each tensor by its name: the
 same merge writes the same bytes. The output appears under its name only when it is whole.
 """
 

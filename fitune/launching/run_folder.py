@@ -73,10 +73,17 @@ def settings_to_train(folder: Path) -> Path:
 
 
 def launch_config(run: Run, settings: Path | None) -> Path:
-    """The accelerate config that the processes of a run are started with: the folder's own, where it has one."""
+    """The accelerate config that the processes of a run are started with: the folder's own, where it has one.
+
+    Raises UsageError for one that is gone or damaged, before a process starts.
+    """
     asked = settings is not None and settings.name == ASKED
     own = run.folder / (ASKED_LAUNCH if asked else LAUNCH)
-    return own if own.is_file() else Path(run.accelerate.path)
+    file = own if own.is_file() else Path(run.accelerate.path)
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file; it says how the run's processes start: put it, or a copy, at {own}")
+    read_accelerate_config(file)
+    return file
 
 
 def found_before(recipe_name: str, sets: tuple[str, ...], folder: Path, gpus: int) -> Run | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import quick_python
+from click.testing import CliRunner
 from patience import PATIENCE_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commands import changed
 from terminals import in_terminal, left_on_screen
 
+from fitune.cli import cli
+from fitune.config import run as runs
 from fitune.launching import launch
 from fitune.launching.launch import TOLD, _first_failure
 from fitune.planning.fill import resolve
@@ -144,6 +147,36 @@ def test_ranks_with_gpus_get_segments_that_can_grow(monkeypatch):
         monkeypatch.setattr(os, "environ", {})
         launch._set_environment(resolve(recipe, profile))
         assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "Hi"]], ids=["eval", "generate"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "mine.yaml: no such file; it says how the run's processes start: put it, or a copy, at {own}"),
+        ("num_processes: [2", "{own}:1: not valid YAML"),
+        (
+            "distributed_type: FSDP\nnum_proceses: 2\n",
+            "{own}: unknown key 'num_proceses'; did you mean 'num_processes'?",
+        ),
+    ],
+    ids=["gone", "no yaml", "typo"],
+)
+def test_an_accelerate_config_that_is_gone_or_damaged_is_one_line(
+    tiny_base, make_run, tmp_path, monkeypatch, command, text, said
+):
+    """Before a process starts."""
+    run = make_run(tiny_base, tmp_path / "run", "lora")
+    run = run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"path": str(tmp_path / "mine.yaml")})})
+    run.result_folder.mkdir(parents=True)
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    own = run.folder / "accelerate.yaml"
+    if text is not None:
+        own.write_text(text)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda parsed: pytest.fail("started"))
+    outcome = CliRunner().invoke(cli, [command[0], str(run.folder), *command[1:]])
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stderr.count("\n") == 1 and said.format(own=own) in outcome.stderr
 
 
 def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_path):
