@@ -99,7 +99,7 @@ def show(recipe, profile, sets, output):
 def plan(recipe, profile, sets, **options):
     """Does it fit, where do the bytes go, how long will it take; loads nothing.
 
-    For a model's folder instead of a recipe: the ways in which `generate` and `eval` can hold it, and which they take.
+    For a model's or an adapter's folder instead of a recipe: the ways in which `generate` and `eval` can hold it.
     """
     from fitune.planning.plan_command import plan_command
 
@@ -245,8 +245,8 @@ def evaluate(given, data, **options):
 def generate(given, **options):
     """Answers from base and tuned model side by side, or from a merged model.
 
-    RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N. A model that is larger than a GPU goes over
-    several, into 4 bits or into host RAM: `plan RUN_OR_MODEL` says how.
+    RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N, or an adapter's folder. A model that is larger
+    than a GPU goes over several, into 4 bits or into host RAM: `plan MODEL` says how.
     """
     from fitune.training.generate_command import generate_command
 

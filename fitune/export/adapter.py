@@ -9,11 +9,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fitune.config.json_file import read_json
+from fitune.config.adapter_folder import ADAPTER_CONFIG, read_adapter_config
 from fitune.errors import UsageError
 from fitune.weights.safetensors_files import Checkpoint
 
-CONFIG = "adapter_config.json"
 NEUTRAL_KEYS = {
     "task_type",
     "base_model_name_or_path",
@@ -53,25 +52,12 @@ def saved_name(parameter: str) -> str:
     return parameter.replace(".default", "")
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-GIVE_BASE = "give it with --base MODEL"
-
-
 class AdapterFile(Checkpoint):
     """The tensors of a PEFT folder, with its adapter_config.json as `config`."""
 
     def __init__(self, folder: Path):
-        self.config = read_json(folder / CONFIG, "give the folder of a PEFT LoRA adapter")
+        self.config = read_adapter_config(folder)
         super().__init__(folder)
-
-    def named_base(self, hint: str) -> tuple[str, str | None]:
-        """The base that it was trained on, and its revision. UsageError with `hint` where none is named."""
-        if not (base := self.config.get("base_model_name_or_path")):
-            raise UsageError(f"{self.folder}: adapter_config.json names no base; {hint}")
-        return base, self.config.get("revision")
 
     def _files(self):
         return {self.folder / "adapter_model.safetensors": None}
@@ -174,12 +160,12 @@ def _magnitude(file: AdapterFile, prefix: str) -> str | None:
         return None
     name = next((prefix + part for part in MAGNITUDES if prefix + part in file), None)
     if name is None:
-        raise UsageError(f"{file.folder / CONFIG}: use_dora, but {prefix}lora_magnitude_vector is missing")
+        raise UsageError(f"{file.folder / ADAPTER_CONFIG}: use_dora, but {prefix}lora_magnitude_vector is missing")
     return name
 
 
 def _refuse_unsupported(file: AdapterFile) -> None:
-    config, where = file.config, file.folder / CONFIG
+    config, where = file.config, file.folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; merge reads LORA")
     initial = config.get("init_lora_weights", True)
@@ -195,7 +181,7 @@ def _refuse_unsupported(file: AdapterFile) -> None:
 
 def _scale(file: AdapterFile, module: str, a_name: str, b_name: str) -> float:
     """alpha / r as PEFT finds it: per-module patterns first, then the adapter's own values."""
-    where = file.folder / CONFIG
+    where = file.folder / ADAPTER_CONFIG
     try:
         r = _by_pattern(file.config.get("rank_pattern"), module, file.config["r"])
         alpha = _by_pattern(file.config.get("alpha_pattern"), module, file.config["lora_alpha"])
@@ -221,5 +207,5 @@ def _token_rows(file: AdapterFile, module: str, name: str) -> list[int]:
         indices = next((ids for key, ids in indices.items() if f".{module}".endswith(f".{key}")), None)
     is_list = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
     if not is_list or (len(indices),) != file[name].shape[:1]:
-        raise UsageError(f"{file.folder / CONFIG}: trainable_token_indices does not match tensor {name}")
+        raise UsageError(f"{file.folder / ADAPTER_CONFIG}: trainable_token_indices does not match tensor {name}")
     return indices

@@ -13,11 +13,12 @@ from typing import Literal
 
 import torch
 
+from fitune.config.adapter_folder import named_base
 from fitune.config.base_model import ARCHITECTURES
 from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
-from fitune.export.adapter import GIVE_BASE, AdapterFile, Lora, read_adapter
+from fitune.export.adapter import AdapterFile, Lora, read_adapter
 from fitune.export.check import Comparison, check_written, refuse_another_architecture
 from fitune.export.merge_record import MergeRecord, write_merge_record
 from fitune.export.model_card import write_model_card
@@ -41,6 +42,7 @@ from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, Tenso
 Onto = Literal["trained", "original"]
 """The base's weights that the adapter is added to: `trained` as training computed with them, through NF4 for QLoRA;
 `original` as the base stores them."""
+GIVE_BASE = "give it with --base MODEL"
 
 
 def merge_run(
@@ -72,9 +74,8 @@ def merge_folder(
 ) -> Path:
     """Merges a PEFT `adapter` from anywhere into `base`, by default the one that its adapter_config.json names."""
     refuse_existing(output)
-    with AdapterFile(adapter) as file:
-        named, revision = (base, None) if base else file.named_base(GIVE_BASE)
-    return merge_adapter(local_folder(named, revision), adapter, output, onto=onto, force=force, check=check)
+    named = (base, None) if base else named_base(adapter, GIVE_BASE)
+    return merge_adapter(local_folder(*named), adapter, output, onto=onto, force=force, check=check)
 
 
 def merge_adapter(

@@ -6,9 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from fitune.config.adapter_folder import is_adapter
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.export.adapter import AdapterFile, is_adapter
+from fitune.export.adapter import AdapterFile
 
 INSTALL = {"vllm": "pip install vllm", "llama-server": "it comes with llama.cpp"}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

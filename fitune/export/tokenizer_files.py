@@ -15,6 +15,11 @@ HOW_IT_WAS_LOADED = ("backend", "is_local", "local_files_only", "name_or_path")
 "Keys that transformers 5 adds, and that say nothing about the tokenizer."
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """An adapter's folder may have none: PEFT alone saves none."""
+    return (folder / "tokenizer.json").exists() or (folder / CONFIG).exists()
+
+
 def copy_tokenizer(source: Path, folder: Path, *, template: str | None = None, pad_token: str | None = None) -> None:
     """The tokenizer of `source`, as transformers 4.x and 5.x both read it.
 

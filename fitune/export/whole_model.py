@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitune.config.adapter_folder import is_adapter, named_base
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.export.adapter import GIVE_BASE, AdapterFile, is_adapter
-from fitune.export.merge import merge_folder, merge_run
+from fitune.export.merge import GIVE_BASE, merge_folder, merge_run
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ def whole_model(
             local_folder(named, None if base else run.recipe.base.revision),
             lambda folder: merge_run(run, folder, **options),
         )
-    with AdapterFile(given) as file:
-        named, revision = (base, None) if base else file.named_base(GIVE_BASE)
-    return WholeModel(local_folder(named, revision), lambda folder: merge_folder(given, folder, **options))
+    named = (base, None) if base else named_base(given, GIVE_BASE)
+    return WholeModel(local_folder(*named), lambda folder: merge_folder(given, folder, **options))
 
 
 def _as_it_is(model: Path, given: Path, base: str | None, onto) -> WholeModel:

@@ -1,16 +1,15 @@
 """How a model is held while `generate` and `eval` ask it: on one GPU or several, in host RAM; as stored or in NF4.
 
-Nothing is trained, so weights, one or two gathered layers, the head and the keys and values of a conversation are all
-that takes memory.
+Nothing is trained, so weights, an adapter, one or two gathered layers, the head and the keys and values of a
+conversation are all that takes memory.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from fitune.config.model_shapes import ModelShape
 from fitune.errors import UsageError
+from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.limits import limits_here
 from fitune.planning.machine import Machine
 from fitune.planning.memory import MEASURED, host_moments, resident
@@ -52,28 +51,31 @@ class Holding:
         return f"{weights}, on {self.ranks} GPU{'s' * (self.ranks > 1)}{place}"
 
 
-def holdings(shape: ModelShape, gpus: int, tokens: int = TOKENS) -> Iterator[Holding]:
+def holdings(asked: AskedFolder, gpus: int, tokens: int = TOKENS) -> Iterator[Holding]:
     """All ways, those that answer fastest first: whole on one GPU, then over several, then out of host RAM."""
-    loads = (NF4_BITS,) if shape.nf4_on_disk else (STORED, NF4_BITS)
+    loads = (NF4_BITS,) if asked.shape.nf4_on_disk else (STORED, NF4_BITS)
     if not gpus:
-        yield from (_on_cpu(shape, load) for load in loads)
+        yield from (_on_cpu(asked, load) for load in loads)
         return
     for load in loads:
-        yield _on_gpus(shape, load, 1, False, tokens)
+        yield _on_gpus(asked, load, 1, False, tokens)
     for load in loads:
         for ranks in range(2, gpus + 1):
-            yield _on_gpus(shape, load, ranks, False, tokens)
+            yield _on_gpus(asked, load, ranks, False, tokens)
     for load in reversed(loads):  # a quarter of the bytes travels
         for ranks in range(1, gpus + 1):
-            yield _on_gpus(shape, load, ranks, True, tokens)
+            yield _on_gpus(asked, load, ranks, True, tokens)
 
 
-def choose(shape: ModelShape, machine: Machine, load: str = "auto", *, exact: bool = False, name: str = "") -> Holding:
+def choose(asked: AskedFolder, machine: Machine, load: str = "auto", *, exact: bool = False, name: str = "") -> Holding:
     """The first way that fits what is free on a machine. UsageError where none does, with what comes nearest.
 
-    `load` allows only one kind of weights. Without it, `exact` prefers weights as stored, however slow.
+    `load` allows only one kind of weights. Without it an adapter is asked beside those that it was trained beside,
+    where that is known; of the others `exact` prefers weights as stored, however slow.
     """
-    ways = [way for way in holdings(shape, len(machine.gpus)) if load in ("auto", way.load)]
+    if load == "auto" and asked.in_nf4:
+        load = NF4_BITS
+    ways = [way for way in holdings(asked, len(machine.gpus)) if load in ("auto", way.load)]
     if not ways:
         raise UsageError(f"{name}: its weights are in 4 bits already: leave out --load {load}")
     if exact and load == "auto":
@@ -99,12 +101,13 @@ def why_not(way: Holding, machine: Machine) -> str:
     return ""
 
 
-def _on_gpus(shape: ModelShape, load: str, ranks: int, offload: bool, tokens: int) -> Holding:
-    setup = _setup(shape, load, ranks, offload, tokens)
+def _on_gpus(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: int) -> Holding:
+    setup = _setup(asked, load, ranks, offload, tokens)
     inside = asking_moment(setup)
     slack = MEASURED.fragmentation * sum(inside.values()) + setup.unsharded_layer
     total = sum(inside.values()) + slack + MEASURED.outside_allocator
-    return Holding(load, ranks, offload, total / GIB, sum(host_moments(setup)["load"].values()) / GIB)
+    host = sum(host_moments(setup)["load"].values()) + setup.trainable * FP32 * offload
+    return Holding(load, ranks, offload, total / GIB, host / GIB)
 
 
 def asking_moment(s: Setup) -> dict[str, float]:
@@ -124,14 +127,16 @@ def asking_moment(s: Setup) -> dict[str, float]:
     }
 
 
-def _setup(shape: ModelShape, load: str, ranks: int, offload: bool, tokens: int) -> Setup:
+def _setup(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: int) -> Setup:
     return Setup(
-        shape=shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=1,
-        max_length=min(tokens, shape.max_positions), accumulation=1, packing=False, offload=offload, saves=False,
+        shape=asked.shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=1,
+        max_length=min(tokens, asked.shape.max_positions), accumulation=1, packing=False,
+        lora_r=asked.lora_r, lora_targets=asked.lora_targets, offload=offload, saves=False,
     )  # fmt: skip
 
 
-def _on_cpu(shape: ModelShape, load: str) -> Holding:
+def _on_cpu(asked: AskedFolder, load: str) -> Holding:
+    shape = asked.shape
     linears = shape.layers * shape.layer_linear_weights
     others = shape.layers * shape.layer_vector_weights + 2 * shape.embedding_weights
     # NF4's other weights are computed with in float32, and each product's own for a moment
@@ -139,17 +144,12 @@ def _on_cpu(shape: ModelShape, load: str) -> Holding:
     weights = (
         (linears + others) * BF16 if load == STORED else linears * (NF4 + NF4_STATISTICS) + others * FP32 + largest
     )
-    return Holding(load, 0, False, 0.0, (weights + MEASURED.cpu_process) / GIB)
+    adapter = _setup(asked, load, 1, False, TOKENS).trainable * FP32
+    return Holding(load, 0, False, 0.0, (weights + adapter + MEASURED.cpu_process) / GIB)
 
 
-def is_model_folder(given: str | Path) -> bool:
-    """Whether it is a model's folder: no recipe, no run."""
-    folder = Path(given)
-    return (folder / "config.json").is_file() and not (folder / "run.yaml").exists()
-
-
-def as_rows(shape: ModelShape, machine: Machine) -> list[dict]:
-    """Each way with its GiB and whether it fits, for `plan`."""
+def as_rows(asked: AskedFolder, machine: Machine) -> list[dict]:
+    """Each way with its GiB and whether it fits, for `plan`. An adapter that was trained beside NF4 has those alone."""
     return [
         {
             "way": str(way),
@@ -158,5 +158,6 @@ def as_rows(shape: ModelShape, machine: Machine) -> list[dict]:
             "fits": fits(way, machine),
             "why_not": why_not(way, machine) or None,
         }
-        for way in holdings(shape, len(machine.gpus))
+        for way in holdings(asked, len(machine.gpus))
+        if way.load == NF4_BITS or not asked.in_nf4
     ]

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from fitune.config import run as runs
-from fitune.config.model_shapes import find_shape
 from fitune.config.shipped import name_of
 from fitune.errors import UsageError
-from fitune.planning.asking import as_rows, is_model_folder
+from fitune.planning.asked_folder import asked_folder, is_asked_as_folder
+from fitune.planning.asking import as_rows
 from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
@@ -40,9 +40,11 @@ def plan_command(
     """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers)
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
-    if is_model_folder(recipe):
+    if is_asked_as_folder(recipe):
         if profile or sets or find or all_tiers:
-            raise UsageError(f"{recipe} is a model's folder: leave out --profile, --set, --find and --all")
+            raise UsageError(
+                f"{recipe} is a model's folder, or an adapter's: leave out --profile, --set, --find and --all"
+            )
         _plan_asking(recipe, _machine(gpus, gpu_memory, host_memory, gpu), console, in_json=in_json)
         return
     own = own_profiles(recipe, profiles)
@@ -83,7 +85,7 @@ def plan_command(
 
 
 def _plan_asking(folder: str, machine: Machine, console: Console, *, in_json: bool) -> None:
-    rows = as_rows(find_shape(folder), machine)
+    rows = as_rows(asked_folder(Path(folder)), machine)
     print(json.dumps({"model": folder, "asking": rows}, indent=2)) if in_json else print_asking(folder, rows, console)
 
 

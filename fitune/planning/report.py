@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fitune.planning.asking import STORED
 from fitune.planning.async_save import how_it_saves
 from fitune.planning.memory import merge_host
 from fitune.planning.outlook import Outlook, way_out
@@ -67,9 +68,10 @@ def print_asking(folder: str, rows: list[dict], console: Console) -> None:
         mark = Text("fits" if row["fits"] else "no", style="green" if row["fits"] else "red")
         table.add_row(mark, f"{row['gpu_gib']:.1f}", f"{row['host_gib']:.1f}", row["way"])
     console.print(table)
-    console.print(
-        "eval takes the first way with weights as stored that fits; --load nf4 or stored chooses", style="dim"
-    )
+    if any(STORED in row["way"] for row in rows):  # not beside an adapter that was trained beside NF4
+        console.print(
+            "eval takes the first way with weights as stored that fits; --load nf4 or stored chooses", style="dim"
+        )
 
 
 def _print_details(plan: Plan, console: Console) -> None:

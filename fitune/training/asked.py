@@ -13,7 +13,7 @@ Asked = tuple[list[dict] | str, list | None]
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fitune.training.generate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder, or a merged model's folder")
+    parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--text", action="append", default=[], help="go on with this text, without a template")
     parser.add_argument("--test", type=int, default=0, help="ask the first N held-out prompts")

@@ -1,4 +1,4 @@
-"""What `fitune eval` does: a run is measured on all its ranks, anything else on one device."""
+"""What `fitune eval` does: a run is measured on all its ranks, a folder where it fits, a GGUF by llama.cpp."""
 
 import tempfile
 from pathlib import Path
@@ -27,7 +27,7 @@ def eval_command(
             raise UsageError(f"{given}: no run, so it knows no held-out rows: give --data FOLDER, which prepare wrote")
         return _evaluate_folder(given, data, load, force)
     if load != "auto":
-        raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for a model's folder")
+        raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for folders of models")
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=data is None)
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
@@ -38,19 +38,17 @@ def eval_command(
 
 
 def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
-    from fitune.export.adapter import is_adapter
     from fitune.training.evaluate_folder import print_evaluation, rows_file
+    from fitune.training.given_model import given_model
     from fitune.training.model_run import how_to_hold, run_to_ask
 
     rows = rows_file(data)  # looked for before anything starts
-    if is_adapter(given):
-        if load != "auto":
-            raise UsageError(f"--load {load}: an adapter is measured on its base as it was trained; merge it first")
-    elif way := how_to_hold(given, load, exact=True):
+    model = given_model(given, force=force)
+    if way := how_to_hold(model, load, exact=True):
         with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
-            run = run_to_ask(given, way, Path(scratch))
+            run = run_to_ask(model, way, Path(scratch))
             return launch_until_stopped(run, "fitune.training.evaluate_model", str(rows.absolute()))
-    print_evaluation(given, data, force=force)
+    print_evaluation(model, data)
     return 0
 
 

@@ -3,7 +3,6 @@
 Nothing of a run is needed: the rows are tokenised with the folder's own tokenizer and chat template.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,19 +11,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fitune.config.hub import local_folder
 from fitune.config.schema import Data
-from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
-from fitune.data.file_formats import first_line
+from fitune.data.chat_template import apply_chat_template_choice
 from fitune.data.token_file import IGNORED, TokenFile
 from fitune.data.tokenise import tokenise_lines
 from fitune.errors import UsageError
-from fitune.export.adapter import AdapterFile, is_adapter
-from fitune.export.chat_record import read_chat_record
 from fitune.progress import bar
 from fitune.training.evaluate import evaluation_table
-from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
-from fitune.weights.safetensors_files import Checkpoint
+from fitune.training.given_model import GivenModel
+from fitune.training.load_given import load_plain
 
 Row = tuple[list[int], list[int]]
 "Token ids, and the same as labels: IGNORED where nothing is answered."
@@ -32,22 +27,12 @@ Scored = tuple[float, int, int]
 "Of a row's answer tokens: the sum of their losses in nats, how many were the likeliest, how many there are."
 
 
-def evaluate_folder(given: Path, data: Path, *, force: bool = False) -> dict:
-    """{"model": metrics, "rows": N} of `given` on `data`, a prepared folder or a .jsonl file of the same schema."""
-    file = rows_file(data)
-    rows = read_rows(file, folder_tokenizer(given), given)
-    score = load_scorer(given, force)
+def evaluate_folder(given: GivenModel, data: Path) -> dict:
+    """{"model": metrics, "rows": N} on `data`, a prepared folder or a .jsonl file of the same schema."""
+    rows = read_rows(rows_file(data), given)
+    score = load_scorer(given)
     with bar("evaluating", len(rows)) as advance:
         return {"model": metrics(score(row) for row in _counting(rows, advance)), "rows": len(rows)}
-
-
-def folder_tokenizer(given: Path):
-    """Of a model's or an adapter's folder, with its own template. UsageError where it has none."""
-    tokenizer = read_tokenizer(given)
-    if not tokenizer.chat_template:
-        raise UsageError(f"{given}: has no chat template, so answers cannot be told from questions")
-    apply_chat_template_choice(tokenizer, "tokenizer")
-    return tokenizer
 
 
 def rows_file(data: Path) -> Path:
@@ -58,26 +43,29 @@ def rows_file(data: Path) -> Path:
     return file
 
 
-def print_evaluation(given: Path, data: Path, *, force: bool) -> None:
+def print_evaluation(given: GivenModel, data: Path) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    print_report(evaluate_folder(given, data, force=force))
+    print_report(evaluate_folder(given, data))
 
 
 def print_report(report: dict) -> None:
     Console().print(evaluation_table(report))
 
 
-def read_rows(file: Path, tokenizer, given: Path) -> list[Row]:
-    """Every bad row is named by its line, in a UsageError."""
-    record = read_chat_record(given)
+def read_rows(file: Path, given: GivenModel) -> list[Row]:
+    """By the model's tokenizer and template. UsageError where it has none; every bad row is named by its line."""
+    tokenizer = given.tokenizer()
+    if not tokenizer.chat_template:
+        raise UsageError(f"{given.folder}: has no chat template, so answers cannot be told from questions")
+    apply_chat_template_choice(tokenizer, "tokenizer")
     settings = Data(
         dataset=str(file),
         prepared=str(file.parent),
         chat_template="tokenizer",
-        system_message=record.system_message if record else None,
+        system_message=given.system_message,
     )
     with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
         target = Path(scratch) / "tokens"
@@ -102,9 +90,9 @@ def metrics(scored) -> dict[str, float]:
     return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": right / count, "tokens": count}
 
 
-def load_scorer(given: Path, force: bool) -> Callable[[Row], Scored]:
-    """The model of a folder, by transformers and PEFT; a QLoRA adapter over its base in NF4, as it was trained."""
-    model = _load(given, force)
+def load_scorer(given: GivenModel) -> Callable[[Row], Scored]:
+    """The model of a folder, by transformers and PEFT, with weights as they are stored."""
+    model = load_plain(given)
     device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -117,50 +105,3 @@ def load_scorer(given: Path, force: bool) -> Callable[[Row], Scored]:
         return losses.item(), int((logits.argmax(-1) == targets).sum()), len(targets)
 
     return score
-
-
-def _load(given: Path, force: bool):
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": "auto", "use_safetensors": True}
-    options["device_map"] = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = given
-    if is_adapter(given):
-        folder, record = _base_of(given, force), read_base_record(given)
-        if record is not None and record.computed_in == "nf4" and not _is_quantised(folder):
-            options["quantization_config"] = _nf4()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: cannot be loaded: {first_line(error)}") from None
-    if folder != given:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, given)
-    return model.eval()
-
-
-def _base_of(adapter: Path, force: bool) -> Path:
-    with AdapterFile(adapter) as file:
-        folder = local_folder(*file.named_base("merge it with --base MODEL and give that folder"))
-    record, doubt = read_base_record(adapter), None
-    if record is not None:
-        with Checkpoint(folder) as checkpoint:
-            doubt = base_mismatch(record, base_fingerprint(checkpoint))
-    settle_doubt(folder, adapter, doubt, recorded=record is not None, force=force)
-    return folder
-
-
-def _is_quantised(folder: Path) -> bool:
-    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def _nf4():
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-    )

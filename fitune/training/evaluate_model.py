@@ -1,4 +1,4 @@
-"""Loss, perplexity and token accuracy of a model's folder that several processes hold.
+"""Loss, perplexity and token accuracy of a model's folder, or an adapter's, that several processes hold.
 
     accelerate launch --config_file X.yaml -m fitune.training.evaluate_model RUN ROWS
 
@@ -18,18 +18,19 @@ from fitune.config.schema import Run
 from fitune.model.skeleton import decoder
 from fitune.progress import bar
 from fitune.training.distributed import compute_device, is_main_process, join, leave
-from fitune.training.evaluate_folder import Row, folder_tokenizer, metrics, print_report, read_rows
+from fitune.training.evaluate_folder import Row, metrics, print_report, read_rows
+from fitune.training.given_model import model_of
+from fitune.training.load_given import load_over_processes
 from fitune.training.loss import add_answer_loss, find_answers
 from fitune.training.out_of_memory import explain_in_eval
-from fitune.training.train import load_sharded_model, run_stage
+from fitune.training.train import run_stage
 
 
 def evaluate_model(run: Run, rows_file: Path) -> dict:
-    """{"model": metrics, "rows": N} of the run's base, without an adapter; printed. Call on all ranks."""
-    mesh, folder = join(run), Path(run.recipe.base.model)
-    tokenizer = folder_tokenizer(folder)
-    rows = read_rows(rows_file, tokenizer, folder)
-    model = load_sharded_model(run, folder, tokenizer, mesh, adapter=False).eval()
+    """{"model": metrics, "rows": N} of what `run_to_ask` made `run` for; printed. Call on all ranks."""
+    mesh, given = join(run), model_of(run)
+    rows = read_rows(rows_file, given)
+    model = load_over_processes(run, given, mesh)
     add_answer_loss(decoder(model))
     with bar("evaluating", math.ceil(len(rows) / mesh.size()), show=is_main_process()) as advance:
         totals = _totals(model, rows, mesh.get_rank(), mesh.size(), compute_device(mesh), advance)

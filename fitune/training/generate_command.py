@@ -1,4 +1,4 @@
-"""What `fitune generate` does: answers of a run on all its ranks, of a model's folder, or a server's."""
+"""What `fitune generate` does: answers of a run on all its ranks, of a folder where it fits, or a server's."""
 
 import tempfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags
+from fitune.planning.asked_folder import is_asked_as_folder
 from fitune.report.page import show_page_after_a_command
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run, finished_run_or_none
 
@@ -25,10 +26,10 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
     load = asked.pop("load")
     if not asks:
         raise UsageError('nothing to ask: give --prompt "...", --text "...", --test N or --chat')
-    if not (given / "run.yaml").is_file() and (given / "config.json").is_file():
+    if is_asked_as_folder(given):
         return _ask_model(given, asked, load)
     if load != "auto":
-        raise UsageError(f"--load {load}: a run is asked as it was trained; --load is for a model's folder")
+        raise UsageError(f"--load {load}: a run is asked as it was trained; --load is for folders of models")
     return _ask_run(given, asked, place)
 
 
@@ -42,18 +43,20 @@ def _serve(given: Path, port: int) -> int:
 
 def _ask_model(folder: Path, asked: dict, load: str) -> int:
     if asked["test"]:
-        raise UsageError(f"{folder} is a model folder: --test needs a run folder, which knows the test split")
+        raise UsageError(f"{folder} is no run's folder: --test needs a run, which knows its held-out rows")
+    from fitune.training.given_model import given_model
     from fitune.training.model_run import how_to_hold, run_to_ask
 
-    if way := how_to_hold(folder, load):
+    given = given_model(folder, force=asked["force"])
+    if way := how_to_hold(given, load):
         with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
-            run, chats = run_to_ask(folder, way, Path(scratch)), bool(asked["chat"])
+            run, chats = run_to_ask(given, way, Path(scratch)), bool(asked["chat"])
             module = "fitune.training.generate_model"
             return launch_until_stopped(run, module, *_as_typed(asked), interrupts_go_on=chats)
     from fitune.training.asked import parse_options
     from fitune.training.generate_model import generate_from_model
 
-    generate_from_model(folder, parse_options([str(folder), *_as_typed(asked)]))
+    generate_from_model(given, parse_options([str(folder), *_as_typed(asked)]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A model's folder, or a run's result, as a run of this machine that only asks: held as `planning.asking` says."""
+"""A given model, or an adapter on its base, as a run of this machine that only asks: held as `planning.asking` says."""
 
 import sys
 from pathlib import Path
@@ -6,43 +6,67 @@ from pathlib import Path
 from fitune import __version__
 from fitune.config import run as runs
 from fitune.config.accelerate_config import written_out
-from fitune.config.model_shapes import find_shape
 from fitune.config.run import FOUND
-from fitune.config.schema import AccelerateConfig, Base, Data, Lora, Profile, Recipe, Run
+from fitune.config.schema import ADAPTER, AccelerateConfig, Base, Data, Lora, Profile, Recipe, Run
 from fitune.errors import UsageError
+from fitune.planning.asked_folder import asked_folder
 from fitune.planning.asking import METHOD, NF4_BITS, STORED, Holding, choose
 from fitune.planning.hardware import this_machine
+from fitune.training.given_model import GivenModel
 
 
-def how_to_hold(model: Path, load: str, *, exact: bool = False) -> Holding | None:
+def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding | None:
     """None where plain transformers hold it as it is, on one device. UsageError where it fits nowhere here.
 
     It is said on stderr. `load` is what --load gave, `exact` as in `choose`.
     """
     try:
-        shape = find_shape(str(model))
+        asked = asked_folder(given.folder)
     except UsageError:  # another architecture: transformers may know it
         if load == "auto":
             return None
         raise
-    way = choose(shape, this_machine(), load, exact=exact, name=str(model))
-    if not way.gathers and way.load == (NF4_BITS if shape.nf4_on_disk else STORED):
+    machine = this_machine()
+    way = choose(asked, machine, load, exact=exact, name=str(given.folder))
+    as_it_is = NF4_BITS if asked.shape.nf4_on_disk else STORED
+    if given.is_adapter and (why_not := _cannot_be_held(given.folder)):
+        way = choose(asked, machine, as_it_is, name=str(given.folder))
+        if way.gathers or load not in ("auto", as_it_is):
+            raise why_not
+    if not way.gathers and way.load == as_it_is:
         return None
-    print(f"{model}: {way}: {_needs(way)}", file=sys.stderr)
+    print(f"{given.folder}: {way}: {_needs(way)}", file=sys.stderr)
     return way
+
+
+def _cannot_be_held(adapter: Path) -> UsageError | None:
+    """Why an adapter cannot be held by processes of fitune's own, which plain PEFT may know."""
+    from fitune.export.adapter import AdapterFile
+    from fitune.training.held_adapter import hold
+
+    try:
+        with AdapterFile(adapter) as file:
+            hold(file)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _needs(way: Holding) -> str:
     return f"{way.gpu:.1f} GiB of each GPU, {way.host:.1f} of RAM" if way.ranks else f"{way.host:.1f} GiB of RAM"
 
 
-def run_to_ask(model: Path, way: Holding, folder: Path) -> Run:
-    """run.yaml and accelerate.yaml in `folder`, which start the processes that hold the model."""
-    lora = Lora(r=1)  # the schema's: without an adapter there is none
+def run_to_ask(given: GivenModel, way: Holding, folder: Path) -> Run:
+    """run.yaml and accelerate.yaml in `folder`, which start the processes that hold the model.
+
+    An adapter is linked to where ranks look for the result of their run.
+    """
+    if given.is_adapter:
+        (folder / ADAPTER).symlink_to(given.folder.absolute())
     recipe = Recipe(
-        description="Made by generate and eval.", base=Base(model=str(model.absolute())),
+        description="Made by generate and eval.", base=Base(model=str(given.base.absolute())),
         data=Data(dataset="none", prepared=str(folder), chat_template="tokenizer"),
-        method=METHOD[way.load], lora=lora, max_length=1, packing=False, global_batch_size=max(1, way.ranks),
+        method=METHOD[way.load], lora=_lora(given), max_length=1, packing=False, global_batch_size=max(1, way.ranks),
     )  # fmt: skip
     profile = Profile(
         description="Made by generate and eval.", accelerate_config=FOUND, num_gpus=way.ranks,
@@ -50,10 +74,24 @@ def run_to_ask(model: Path, way: Holding, folder: Path) -> Run:
     )  # fmt: skip
     return _written(
         Run(
-            fitune=__version__, recipe_name=model.name, profile_name="asked", output_dir=str(folder), recipe=recipe,
-            profile=profile, accelerate=_processes(way, folder), gradient_accumulation_steps=1,
+            fitune=__version__, recipe_name=given.folder.name, profile_name="asked", output_dir=str(folder),
+            recipe=recipe, profile=profile, accelerate=_processes(way, folder), gradient_accumulation_steps=1,
         ),
     )  # fmt: skip
+
+
+def _lora(given: GivenModel) -> Lora:
+    """The shape in which an adapter is held. The schema wants one without an adapter too, which nobody makes then."""
+    if not given.is_adapter:
+        return Lora(r=1)
+    from fitune.export.adapter import AdapterFile
+    from fitune.training.held_adapter import hold
+
+    with AdapterFile(given.folder) as file:
+        held = hold(file)
+    tokens = given.tokenizer().convert_ids_to_tokens(held.token_ids) if held.token_ids else []
+    alpha = held.scale * held.rank
+    return Lora(r=held.rank, alpha=alpha, dropout=0, target_modules=held.modules, trainable_tokens=tokens)
 
 
 def _processes(way: Holding, folder: Path) -> AccelerateConfig:

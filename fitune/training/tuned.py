@@ -12,6 +12,7 @@ from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import local_part, local_rows, share_of
 from fitune.training.distributed import is_main_process
+from fitune.training.held_adapter import hold
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -26,11 +27,12 @@ def tuned_base_folder(run: Run, base_folder: Path, force: bool = False) -> Path:
         raise UsageError(f"{result}: no such folder; the run has not finished: `train {run.recipe_name} ... --resume`")
     if run.recipe.method == "full":
         return result
-    _check_base(result, base_folder, force)
+    refuse_another_base(result, base_folder, force)
     return base_folder
 
 
-def _check_base(adapter: Path, base_folder: Path, force: bool) -> None:
+def refuse_another_base(adapter: Path, base_folder: Path, force: bool) -> None:
+    """UsageError for a base that is not the adapter's own, as far as its record tells, unless `force`."""
     record, doubt = read_base_record(adapter), None
     if record is not None:
         with Checkpoint(base_folder) as checkpoint:
@@ -41,12 +43,17 @@ def _check_base(adapter: Path, base_folder: Path, force: bool) -> None:
 
 
 def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
-    """Fills the adapter of the sharded `model` from the run's result, each rank its own rows; method full has none."""
+    """Fills the adapter of the sharded `model` from the run's result, each rank its own rows; method full has none.
+
+    The result may be an adapter from elsewhere, if `model` was made with the shape that `hold` gives it.
+    """
     if run.recipe.method == "full":
         return
     share = share_of(run, mesh.get_rank())
     with AdapterFile(run.result_folder) as adapter, torch.no_grad():
+        held = hold(adapter)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                start, stop = local_rows(parameter.shape[0], share.shard, share.shards)
-                local_part(parameter).copy_(adapter.read_rows(saved_name(name), start, stop))
+                rows, columns = parameter.shape
+                mine = local_rows(rows, share.shard, share.shards)
+                local_part(parameter).copy_(held.rows(adapter, saved_name(name), columns, *mine))

@@ -5,13 +5,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fitune.config.adapter_folder import BASE_RECORD
 from fitune.config.hub import resolved_commit
 from fitune.config.schema import Base
 from fitune.errors import UsageError
 from fitune.weights.base_weights import unpacked_shapes
 from fitune.weights.safetensors_files import Checkpoint
 
-BASE_RECORD = "fitune_base.json"
 SAMPLE_BYTES = 1024
 "Read at the start, middle and end of every tensor: about 2 MB of a 70B model."
 

@@ -15,6 +15,7 @@ from fitune.errors import UsageError
 from fitune.export.merge import merge_run
 from fitune.training.evaluate import evaluate
 from fitune.training.evaluate_folder import evaluate_folder
+from fitune.training.given_model import given_model
 
 
 def train_and_evaluate(run, other: Path) -> None:
@@ -51,7 +52,7 @@ def assert_same(found: dict, expected: dict, rounded: float) -> None:
 
 
 def test_a_results_folder_is_measured_as_its_run_was(run, tiny_base, prepared):
-    found = evaluate_folder(run.result_folder, prepared)
+    found = evaluate_folder(given_model(run.result_folder), prepared)
     rounded = rounding(additions_to_logits(LlamaConfig.from_pretrained(tiny_base), 256))
     assert found["rows"] == reported(run)["rows"] == 8
     assert_same(found["model"], reported(run)["tuned"], rounded)
@@ -59,12 +60,12 @@ def test_a_results_folder_is_measured_as_its_run_was(run, tiny_base, prepared):
 
 
 def test_a_merged_model_is_too_up_to_its_rounding(run, prepared, tmp_path):
-    found = evaluate_folder(merge_run(run, tmp_path / "merged"), prepared)
+    found = evaluate_folder(given_model(merge_run(run, tmp_path / "merged")), prepared)
     assert_same(found["model"], reported(run)["tuned"], 0.01)
 
 
 def test_other_rows_are_measured_and_reported_by_name(run, tiny_base, other_rows):
-    found = evaluate_folder(run.result_folder, other_rows / "test.jsonl")
+    found = evaluate_folder(given_model(run.result_folder), other_rows / "test.jsonl")
     report = reported(run, "eval-others.json")
     assert found["rows"] == report["rows"] == 5
     rounded = rounding(additions_to_logits(LlamaConfig.from_pretrained(tiny_base), 256))
@@ -81,12 +82,12 @@ def test_what_cannot_be_measured_is_refused(run, prepared, tmp_path):
     assert outcome.exit_code == 2
     assert "no run, so it knows no held-out rows: give --data FOLDER" in outcome.stderr
     with pytest.raises(UsageError, match=r"test.jsonl: no such file; give a folder that prepare wrote"):
-        evaluate_folder(run.result_folder, tmp_path)
+        evaluate_folder(given_model(run.result_folder), tmp_path)
     bare = Path(shutil.copytree(run.result_folder, tmp_path / "bare"))
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(UsageError, match="bare: has no chat template"):
-        evaluate_folder(bare, prepared)
+        evaluate_folder(given_model(bare), prepared)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n')
     with pytest.raises(UsageError, match=r"bad.jsonl:1"):
-        evaluate_folder(run.result_folder, bad)
+        evaluate_folder(given_model(run.result_folder), bad)

@@ -17,6 +17,7 @@ from fitune.training import generate_model as generating
 from fitune.training.answerer import Answerer
 from fitune.training.generate import _conversations
 from fitune.training.generate_model import generate_from_model
+from fitune.training.given_model import given_model
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
@@ -70,22 +71,22 @@ def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_train
     options = Namespace(prompt=["Hi"], text=[], chat=False, max_new_tokens=1, temperature=0.0, seed=None, json=None)
     tokenizer = tiny_tokenizer()
     apply_chat_template_choice(tokenizer, "llama3")
-    monkeypatch.setattr(generating, "read_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr("fitune.data.chat_template.read_tokenizer", lambda _: tokenizer)
     question = {"role": "user", "content": "Hi"}
-    generate_from_model(folder, options)
+    generate_from_model(given_model(folder), options)
     assert asked[0][0] == [question]
     write_chat_record(folder, ChatRecord("-", "Be brief."))
-    generate_from_model(folder, options)
+    generate_from_model(given_model(folder), options)
     assert asked[0][0] == [{"role": "system", "content": "Be brief."}, question]
 
 
 @pytest.mark.parametrize(("prompt", "chat"), [(["Hi"], False), ([], True)])
 def test_a_model_without_a_chat_template_is_asked_with_text_only(prompt, chat, tmp_path, monkeypatch):
     """Said before a weight is loaded: the folder holds none."""
-    monkeypatch.setattr(generating, "read_tokenizer", lambda _: tiny_tokenizer())
+    monkeypatch.setattr("fitune.data.chat_template.read_tokenizer", lambda _: tiny_tokenizer())
     monkeypatch.setattr(generating, "Interrupts", lambda: None)
     with pytest.raises(UsageError, match=r"has no chat template, .*; give it --text to go on with"):
-        generate_from_model(tmp_path, Namespace(prompt=prompt, chat=chat))
+        generate_from_model(given_model(tmp_path), Namespace(prompt=prompt, chat=chat))
 
 
 def test_another_template_or_system_message_than_was_trained_is_refused(tmp_path):

@@ -24,7 +24,8 @@ from fitune.training import model_run
 from fitune.training.distributed import is_main_process
 from fitune.training.evaluate_folder import evaluate_folder
 from fitune.training.evaluate_model import evaluate_model
-from fitune.training.generate_model import generate_from_shards
+from fitune.training.generate_model import generate_over_processes
+from fitune.training.given_model import given_model
 from fitune.training.model_run import how_to_hold, run_to_ask
 
 PROMPTS = ["River stone letter.", "Winter garden", "Name three colours of the sky at night, please."]
@@ -46,7 +47,7 @@ def model(uneven_base, tmp_path_factory) -> Path:
 def held(model: Path, folder: Path, load: str, ranks: int, offload: bool) -> Run:
     """As on GPUs, on CPU processes."""
     folder.mkdir()
-    run = run_to_ask(model, Holding(load, ranks, offload, 1.0, 1.0), folder)
+    run = run_to_ask(given_model(model), Holding(load, ranks, offload, 1.0, 1.0), folder)
     accelerate = run.accelerate.model_copy(update={"use_cpu": True, "mixed_precision": "no"})
     return run.model_copy(update={"accelerate": accelerate})
 
@@ -54,7 +55,7 @@ def held(model: Path, folder: Path, load: str, ranks: int, offload: bool) -> Run
 def ask(run: Run, temperature: float = 0.0, seed: int | None = None) -> list[str]:
     file = run.folder / "answers.json"
     options = {"prompt": PROMPTS, "text": ["Once upon"], "chat": False, "max_new_tokens": 8, "json": file}
-    generate_from_shards(run, Namespace(**options, temperature=temperature, seed=seed))
+    generate_over_processes(run, Namespace(**options, temperature=temperature, seed=seed))
     return [row["model"] for row in json.loads(file.read_text())] if is_main_process() else []
 
 
@@ -123,7 +124,7 @@ def test_rows_are_measured_as_on_one_device(model, prepared, tmp_path, load, ran
     else:
         plain_model(model).save_pretrained(as_held)
     AutoTokenizer.from_pretrained(model).save_pretrained(as_held)
-    expected = evaluate_folder(as_held, rows)["model"]
+    expected = evaluate_folder(given_model(as_held), rows)["model"]
     assert found[0]["model"]["tokens"] == expected["tokens"]
     error = rounding(additions_to_logits(LlamaConfig.from_pretrained(model), 256))
     assert found[0]["model"]["loss"] == pytest.approx(expected["loss"], rel=error)
@@ -150,11 +151,12 @@ def test_a_folder_goes_where_it_fits_and_that_is_said(tmp_path, monkeypatch, cap
     config = sizes | {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     monkeypatch.setattr(model_run, "this_machine", lambda: given_machine(gpus, gib, 64))
-    way = how_to_hold(tmp_path, "auto", exact=exact)
+    given = given_model(tmp_path)
+    way = how_to_hold(given, "auto", exact=exact)
     said = capsys.readouterr().err
     assert (str(way) if way else None) == taken
     assert said == (f"{tmp_path}: {way}: {way.gpu:.1f} GiB of each GPU, {way.host:.1f} of RAM\n" if way else "")
-    run = run_to_ask(tmp_path, replace(way, ranks=2), tmp_path) if way else None
+    run = run_to_ask(given, replace(way, ranks=2), tmp_path) if way else None
     assert run is None or (run.accelerate.num_processes, run.accelerate.offload_params) == (2, way.offload)
 
 
@@ -178,4 +180,4 @@ def test_load_is_for_a_models_folder(make_run, tiny_base, tmp_path, command):
     (run.folder / "run.yaml").write_text(runs.dump(run))
     flags = ["--prompt", "Hi"] if command == "generate" else []
     result = CliRunner().invoke(cli, [command, str(run.folder), "--load", "nf4", *flags])
-    assert result.exit_code == 2 and "--load is for a model's folder" in result.output
+    assert result.exit_code == 2 and "--load is for folders of models" in result.output

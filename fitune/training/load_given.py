@@ -1,0 +1,40 @@
+"""A given model, or an adapter on its base, in memory: by plain transformers on one device, or over processes."""
+
+import warnings
+
+import torch
+
+from fitune.config.schema import Run
+from fitune.data.file_formats import first_line
+from fitune.errors import UsageError
+from fitune.training.given_model import GivenModel
+from fitune.training.train import load_sharded_model
+from fitune.training.tuned import load_tuned_weights
+
+
+def load_plain(given: GivenModel) -> torch.nn.Module:
+    """By transformers and PEFT, on one device, weights as they are stored. UsageError where that cannot be."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            given.base, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
+        raise UsageError(f"{given.base}: cannot be loaded: {first_line(error)}") from None
+    if given.is_adapter:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, not ours to mend
+            model = PeftModel.from_pretrained(model, given.folder)
+    return model.eval()
+
+
+def load_over_processes(run: Run, given: GivenModel, mesh) -> torch.nn.Module:
+    """As `run`, which `model_run.run_to_ask` wrote, says. Call on all ranks."""
+    model = load_sharded_model(run, given.base, given.tokenizer(), mesh, adapter=given.is_adapter)
+    if given.is_adapter:
+        load_tuned_weights(run, model, mesh)
+    return model.eval()
