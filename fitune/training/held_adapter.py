@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import UsageError
 from fitune.export.adapter import LINEAR, TOKEN_ROWS, AdapterFile, Lora, read_adapter
-from fitune.weights.model_files import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
