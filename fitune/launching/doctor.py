@@ -20,10 +20,10 @@ from fitune.config.host_limits import host_memory_gib, usable_cores
 from fitune.config.run import load_recipe
 from fitune.config.shipped import how_to_install, pinned_versions
 from fitune.errors import FituneError
+from fitune.launching.shared_memory import short_of_shared_memory
 
 GATED_RECIPE = "llama3_8b_qlora"
 GB = 10**9
-SHARED_MEMORY_GIB = 1
 WRITTEN_MIB = 64
 SLOW_GB_S = 0.1
 CHECKPOINT_GB = "0.5 GB for 8B lora and qlora, 2.5 GB for 70B; for 8B full 96 GB, with small optimizer states 32 GB"
@@ -128,13 +128,9 @@ def _described(gpu) -> str:
     return f"{gpu.name}, {gpu.total_gib:.1f} GiB ({gpu.free_gib:.1f} free){link}"
 
 
-def _shared_memory(place: Path = Path("/dev/shm")) -> list[Finding]:
-    """NCCL's ranks of one machine meet there; Docker gives a container 64 MiB."""
-    free = shutil.disk_usage(place).free if place.is_dir() else 0
-    if free >= SHARED_MEMORY_GIB * 2**30:
-        return []
-    text = f"{place} has {free / 2**20:.0f} MiB free; ranks of one machine exchange data there"
-    return [Finding("shared memory", False, text, f"start the container with --shm-size={SHARED_MEMORY_GIB}g")]
+def _shared_memory() -> list[Finding]:
+    short = short_of_shared_memory()
+    return [Finding("shared memory", False, *short)] if short else []
 
 
 def _fp8() -> list[Finding]:

@@ -1,5 +1,6 @@
 """What can be checked before a process is started."""
 
+import sys
 from pathlib import Path
 
 from fitune.config.base_model import check_base_model
@@ -8,6 +9,7 @@ from fitune.config.evaluation import is_evaluated
 from fitune.config.hub import local_config, local_folder
 from fitune.config.schema import Run
 from fitune.errors import UsageError
+from fitune.launching.shared_memory import short_of_shared_memory
 
 
 def check_before_training(run: Run, *, force: bool = False) -> None:
@@ -43,6 +45,8 @@ def _check_gpus(run: Run) -> None:
     machine = this_machine()
     if not run.accelerate.use_cpu:
         machine.refuse_missing_bf16()
+        if run.accelerate.num_processes > run.accelerate.num_machines and (short := short_of_shared_memory()):
+            print(f"note: {'; '.join(short)}", file=sys.stderr)
     if gpu := machine.known_model:
         refuse_missing_fp8(run, gpu)
 

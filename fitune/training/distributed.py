@@ -132,13 +132,14 @@ def wait_for_rank_0(event: str, waiting=nullcontext) -> None:
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other rank has asked before: what one rank or all of them met is told once, by the first."""
+    """Whether no other rank of this machine has asked before: what several met is told once on each machine."""
     if not dist.is_initialized():
         if not is_main_process():
             _wait_for_rank_0_to_tell()
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("fitune/failures", 1) == 1
+        key = f"fitune/failures/{os.environ.get('GROUP_RANK', 0)}"  # the machine's number, from torch's launcher
+        return dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except dist.DistNetworkError:
         return True
 

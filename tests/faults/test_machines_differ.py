@@ -32,5 +32,6 @@ def test_different_bases_are_refused_before_the_first_step_with_machines_and_val
     said = "".join(machine.log.read_text() for machine in machines)
     assert codes == [2, 2], said[-3000:]
     assert f" on {host} (rank 0) and " in said and f" on {host} (rank 1); copy the same model to all machines" in said
-    assert said.count("error: the machines differ: base.sample is ") == 1, said[-3000:]
+    for machine in machines:
+        assert machine.log.read_text().count("error: the machines differ: base.sample is ") == 1, said[-3000:]
     assert not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoints/*"))

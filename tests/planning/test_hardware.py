@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -291,11 +290,22 @@ def test_doctor_times_the_disk_that_runs_are_saved_on(tmp_path, monkeypatch):
     assert missing.good is None and missing.text == "nothing can be written here: No such file or directory"
 
 
-def test_doctor_sees_too_little_shared_memory(tmp_path, monkeypatch):
-    from fitune.launching import doctor
+def test_too_little_shared_memory_is_seen_by_doctor_and_told_before_ranks_of_one_machine_start(
+    nvidia_smi, monkeypatch, capsys
+):
+    from fitune.launching import doctor, preflight, shared_memory
+    from fitune.planning.fill import resolve
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 64 * 2**20}))
-    [finding] = doctor._shared_memory(tmp_path)
-    assert finding.good is False and "64 MiB" in finding.text and "--shm-size=1g" in finding.fix
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**32}))
-    assert doctor._shared_memory(Path(tmp_path)) == []
+    nvidia_smi([card(1), card(2)])
+    one, two = resolve("llama3_8b_qlora", "single_gpu"), resolve("llama3_8b_lora", "fsdp_2x40gb")
+    for free, is_short in ((64 * 2**20, True), (2**32, False)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _, usage=usage: usage)
+        found = doctor._shared_memory()
+        assert bool(found) == is_short
+        if found:
+            assert found[0].good is False and "64 MiB" in found[0].text and "--shm-size=1g" in found[0].fix
+        preflight._check_gpus(one)
+        assert capsys.readouterr().err == ""
+        preflight._check_gpus(two)
+        assert ("note: /dev/shm has 64 MiB free" in capsys.readouterr().err) == is_short
