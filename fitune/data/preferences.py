@@ -17,7 +17,7 @@ PAIRS = (
 VERDICTS = ("label", "kto_tag", "thumbs_up", "is_good", "is_chosen", "is_preferred")
 "Columns of true and false."
 RATINGS = ("rating", "ratings", "score", "scores", "reward", "stars", "helpfulness", "quality", "overall_score")
-QUESTIONS = ("prompt", "question", "instruction", "input")
+QUESTIONS = ("prompt", "question", "instruction", "input", "messages", "conversations")
 ANSWERS = ("completion", "output", "response", "answer", "messages", "conversations")
 
 
@@ -70,6 +70,9 @@ def _how_to_take(good: str, row: dict) -> str:
         return "there are none in this row"
     if good.endswith(("_a", "_j")):
         return "write the better of the two into a column of its own, and name that in data.columns"
+    asked = row.get("input")
+    if isinstance(asked, dict) and isinstance(asked.get("messages"), list):
+        return f"jq -c '{{prompt: .input.messages, completion: .{good}}}' writes them"
     question = next((name for name in QUESTIONS if isinstance(row.get(name), (str, list))), None)
     is_whole = isinstance(row[good], list) and (len(row[good]) > 1 or question is None)
     if is_whole and isinstance(row[good][0], dict):

@@ -127,7 +127,7 @@ def _from_prompt_completion(row):
     if row.get("system"):
         yield "system", {"role": "system", "content": row["system"]}
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row[column], list):
+        if isinstance(row[column], (list, dict)):
             for where, turn in _turns(row, column):
                 yield where, turn | {"train": False} if column == "prompt" and is_answer(turn) else turn
         else:
@@ -144,6 +144,7 @@ _CONVERTERS = {
 
 def _turns(row: dict, column: str):
     turns = json_value(row[column], column)
+    turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"'{column}': expected a list of turns, found {kind_of(turns)}")
     for number, turn in enumerate(turns):

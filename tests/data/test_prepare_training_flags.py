@@ -210,6 +210,15 @@ PAIRS = {
         {"columns": {"messages": "chosen_messages"}, "format": "messages"},
         "--set 'data.columns={messages: chosen_messages}' --format messages",
     ),
+    "a turn after a conversation, as LLaMA-Factory's first version": (
+        {
+            "conversations": [{"from": "human", "value": "Why?"}],
+            "chosen": {"from": "gpt", "value": "Good."},
+            "rejected": {"from": "gpt", "value": "Bad."},
+        },
+        {"columns": {"prompt": "conversations", "completion": "chosen"}, "format": "prompt_completion"},
+        "--set 'data.columns={prompt: conversations, completion: chosen}' --format prompt_completion",
+    ),
     "OpenAI": (
         {"input": "Why?", "preferred_output": [YES], "non_preferred_output": [NO]},
         {"columns": {"prompt": "input", "completion": "preferred_output"}, "format": "prompt_completion"},
@@ -226,6 +235,18 @@ def test_pairs_of_answers_are_named_in_one_line_whose_flags_train_the_good_one(k
     assert message.splitlines()[0].startswith(f"{path}:1: preference data, ") and flags in message.splitlines()[0]
     assert "rows cannot be used" not in message
     run(path, tmp_path, data)
+    assert [turn["content"] for turn in rows(tmp_path)[0]["messages"]] == ["Why?", "Good."]
+
+
+def test_a_pair_after_messages_inside_an_object_is_taken_out_of_it(tmp_path):
+    """As OpenAI's preference data has them."""
+    row = {"input": {"messages": [QUESTION]}, "preferred_output": [YES], "non_preferred_output": [NO]}
+    message = refused(write(tmp_path / "a.jsonl", row), tmp_path)
+    assert "jq -c '{prompt: .input.messages, completion: .preferred_output}' writes them" in message
+    run(
+        write(tmp_path / "b.jsonl", {"prompt": row["input"]["messages"], "completion": row["preferred_output"]}),
+        tmp_path,
+    )
     assert [turn["content"] for turn in rows(tmp_path)[0]["messages"]] == ["Why?", "Good."]
 
 
