@@ -110,6 +110,7 @@ GPU_MODELS = [
     _card("RTX 5070 Laptop", 12.0, 43, 384, 8, _LAPTOP, 32),
     _card("RTX 5060 Laptop", 12.0, 33, 384, 8, _LAPTOP, 32),
     _card("RTX 5050 Laptop", 12.0, 26, 384, 8, _LAPTOP, 32),
+    _card("RTX 5090 D", 12.0, 148, 1792, 32, "GeForce RTX 5090 D specifications: the RTX 5090 by AI TOPS", 64),
     _card("RTX 5090", 12.0, 209, 1792, 32, _BLACKWELL, 64),
     _card("RTX 5080", 12.0, 113, 960, 16, _BLACKWELL, 64),
     _card("RTX 5070 Ti", 12.0, 88, 896, 16, _BLACKWELL, 64),
@@ -123,6 +124,7 @@ GPU_MODELS = [
     _card("RTX 4070 Laptop", 8.9, 40, 256, 8, _LAPTOP, 16),
     _card("RTX 4060 Laptop", 8.9, 29, 256, 8, _LAPTOP, 16),
     _card("RTX 4050 Laptop", 8.9, 24, 192, 6, _LAPTOP, 16),
+    _card("RTX 4090 D", 8.9, 147, 1008, 24, _ADA_CLOCK),
     _card("RTX 4090", 8.9, 165, 1008, 24, _ADA),
     _card("RTX 4080 SUPER", 8.9, 104, 736, 16, _ADA_CLOCK),
     _card("RTX 4080", 8.9, 97, 717, 16, _ADA),
@@ -166,6 +168,9 @@ GPU_MODELS = [
     _card("P100", 6.0, 0, 732, 16, "NVIDIA P100 data sheet: no bf16", 16),
 ]  # fmt: skip
 """More specific names before their beginnings."""
+
+VARIANTS = {"ti", "super", "d", "laptop"}
+"""Words that make a card another one: an RTX 5080 SUPER is no RTX 5080, also where the table has only the latter."""
 
 TYPICAL_BY_MEMORY_GIB = [
     (14, "RTX 3060"), (30, "RTX 4090"), (34, "RTX 5090"), (44, "A100"), (60, "A6000"), (90, "H100"),
@@ -225,6 +230,7 @@ def look_up(name: str) -> GpuModel | None:
 
 
 def _is_named(model: GpuModel, words: str) -> bool:
-    """Whether a GPU's name has the model's in it. A laptop's GPU is not the card it is called after."""
+    """Whether a GPU's name has the model's in it, and no further word that makes it another card."""
     own = model.name.lower().replace("-", " ")
-    return re.search(rf"\b{own}g?\b", words) is not None and ("laptop" in own) == ("laptop" in words)
+    alike = VARIANTS & set(own.split()) == VARIANTS & set(words.split())
+    return alike and re.search(rf"\b{own}g?\b", words) is not None

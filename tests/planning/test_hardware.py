@@ -247,7 +247,10 @@ def test_a_name_alone_knows_its_memory():
      ("NVIDIA A10G", "A10"), ("NVIDIA RTX A6000", "A6000"), ("h200", "H200"), ("NVIDIA L4", "L4"),
      ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
      ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER"),
-     ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+     ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"), ("NVIDIA GeForce RTX 4090 D", "RTX 4090 D"),
+     ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("RTX-5090-D", "RTX 5090 D"),
+     ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+     ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
      ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"), ("NVIDIA GB200", "GB200"),
      ("NVIDIA B200", "B200"), ("NVIDIA B300", "B300"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA GB10", "GB10"),
      ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA A40", "A40"), ("NVIDIA L40", "L40"), ("Tesla T4", "T4")],
@@ -256,7 +259,18 @@ def test_gpu_names_are_recognised(name, model):
     assert gpu_model(name).name == model
 
 
-@pytest.mark.parametrize("name", ["NVIDIA RTX A2000 Laptop GPU", "NVIDIA GeForce GTX 1650", "NVIDIA RTX 9999"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A2000 Laptop GPU",
+        "NVIDIA GeForce GTX 1650",
+        "NVIDIA RTX 9999",
+        "NVIDIA GeForce RTX 5080 SUPER",
+        "NVIDIA GeForce RTX 5060 Ti Laptop GPU",
+        "NVIDIA GeForce RTX 4080 D",
+        "NVIDIA RTX PRO 6000D",
+    ],
+)
 def test_a_gpu_is_never_taken_for_another(name):
     assert look_up(name) is None
 
