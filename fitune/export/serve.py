@@ -6,14 +6,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from fitune.config.adapter_folder import is_adapter
+from fitune.config.adapter_folder import is_adapter, named_base
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.export.adapter import AdapterFile
+from fitune.export.adapter import AdapterFile, read_adapter
 
 INSTALL = {"vllm": "pip install vllm", "llama-server": "it comes with llama.cpp"}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 "Of adapters, that vLLM takes as --max-lora-rank."
+NOT_IN_VLLM = ("trainable_token_indices", "modules_to_save", "use_dora", "rank_pattern", "alpha_pattern")
+"Keys of adapter_config.json. vLLM 0.33 reads patterns; others scale all modules by one alpha / r, without a word."
 NAME = "tuned"
 "Of an adapter, in requests; the base has its own."
 
@@ -43,22 +45,32 @@ def serve(command: list[str]) -> None:
 
 
 def _with_adapter(folder: Path, port: int) -> list[str]:
-    """vLLM adds plain LoRA on linear layers while it serves; all else must be merged."""
+    """vLLM adds plain LoRA while it serves; all else must be merged."""
     with AdapterFile(folder) as file:
         config = file.config
-    # it scales all modules by one alpha / r, and would not say that it leaves the patterns out
-    parts = ("trainable_token_indices", "modules_to_save", "use_dora", "rank_pattern", "alpha_pattern")
-    if part := next((part for part in parts if config.get(part)), None):
-        raise UsageError(f"{folder}: vLLM takes no adapter with {part}: merge it, and serve the merged model's folder")
+        _refuse_what_vllm_lacks(file)
     rank = config.get("r") or 0
     largest = next((size for size in RANKS if size >= rank), None)
     if largest is None:
         raise UsageError(f"{folder}: vLLM takes adapters up to rank {RANKS[-1]}, this has {rank}: merge it")
-    revision = ["--revision", config["revision"]] if config.get("revision") else []
+    base, at = named_base(folder, "merge it with --base MODEL, and serve the merged model's folder")
+    revision = ["--revision", at] if at else []
     lora = ["--enable-lora", "--lora-modules", f"{NAME}={folder}", "--max-lora-rank", str(largest)]
     template = folder / "chat_template.jinja"
     return [
-        *("vllm", "serve", str(config.get("base_model_name_or_path")), *revision, *lora),
+        *("vllm", "serve", base, *revision, *lora),
         *(["--chat-template", str(template)] if template.exists() else []),
         *("--port", str(port)),
     ]
+
+
+def _refuse_what_vllm_lacks(file: AdapterFile) -> None:
+    """UsageError for what vLLM refuses, and for what it, or an older one, leaves out without a word."""
+    part = next((key for key in NOT_IN_VLLM if file.config.get(key)), None)
+    lora = None if part else read_adapter(file)  # refuses biases and starts that change the base
+    if lora and (lora.tokens or lora.replaced):
+        part = "whole modules or trained tokens"
+    if part:
+        raise UsageError(
+            f"{file.folder}: vLLM takes no adapter with {part}: merge it, and serve the merged model's folder"
+        )

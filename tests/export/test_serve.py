@@ -4,6 +4,7 @@ import os
 
 import pytest
 from adapters import set_values
+from bases import make_adapter
 from click.testing import CliRunner
 
 from fitune.cli import cli
@@ -22,9 +23,9 @@ def test_a_models_folder_is_served_by_vllm_and_a_gguf_by_llama_cpp(base, tmp_pat
         server_command(tmp_path / "nothing", None, 80)
 
 
-def test_a_plain_adapter_is_added_by_vllm_to_its_base(own_adapter):
-    file = own_adapter / "adapter_config.json"
-    set_values(file, trainable_token_indices=None, r=20, base_model_name_or_path="org/base", revision="abc")
+def test_a_plain_adapter_is_added_by_vllm_to_its_base(base, tmp_path):
+    own_adapter = make_adapter(base, tmp_path / "plain", r=20)
+    set_values(own_adapter / "adapter_config.json", base_model_name_or_path="org/base", revision="abc")
     (own_adapter / "chat_template.jinja").write_text("x")
     expected = (
         f"vllm serve org/base --revision abc --enable-lora --lora-modules tuned={own_adapter} --max-lora-rank 32 "
@@ -36,18 +37,27 @@ def test_a_plain_adapter_is_added_by_vllm_to_its_base(own_adapter):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({}, "trainable_token_indices: merge it"),
-        ({"trainable_token_indices": None, "use_dora": True}, "use_dora: merge it"),
-        ({"trainable_token_indices": None, "rank_pattern": {"q_proj": 6}}, "rank_pattern: merge it"),
-        ({"trainable_token_indices": None, "alpha_pattern": {"q_proj": 6}}, "alpha_pattern: merge it"),
-        ({"trainable_token_indices": None, "r": 600}, "up to rank 512, this has 600"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices: merge it"),
+        ({"use_dora": True}, "use_dora: merge it"),
+        ({"rank_pattern": {"q_proj": 6}}, "rank_pattern: merge it"),
+        ({"alpha_pattern": {"q_proj": 6}}, "alpha_pattern: merge it"),
+        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base; convert it"),
+        ({"base_model_name_or_path": None}, "names no base; merge it with --base MODEL"),
     ],
-    ids=["tokens", "dora", "ranks", "alphas", "rank"],
+    ids=["tokens", "dora", "ranks", "alphas", "bias", "biases", "pissa", "base"],
 )
-def test_what_vllm_does_not_add_must_be_merged(own_adapter, changed, said):
+def test_what_vllm_does_not_add_must_be_merged(base, tmp_path, changed, said):
+    own_adapter = make_adapter(base, tmp_path / "plain")
     set_values(own_adapter / "adapter_config.json", **changed)
     with pytest.raises(UsageError, match=said):
         server_command(own_adapter, None, 8000)
+
+
+def test_an_adapter_of_a_rank_beyond_vllms_must_be_merged(base, tmp_path):
+    with pytest.raises(UsageError, match="up to rank 512, this has 513: merge it"):
+        server_command(make_adapter(base, tmp_path / "plain", r=513, target_modules=["q_proj"]), None, 8000)
 
 
 def test_it_is_started_where_it_is_installed_and_else_said(base, tmp_path, monkeypatch, capsys):
