@@ -21,6 +21,19 @@ SMALLEST = {"micro_batch": 1, "kept_layers": 0}
 "The keys that a profile may leave to `plan`, with the value that takes least memory."
 Rows = PositiveInt | Literal["auto"]
 ModelSize = Annotated[str, AfterValidator(checked_size)]
+CHAT_TEMPLATES = ("llama3", "chatml", "plain")
+"Those that are shipped."
+TEMPLATE_CHOICES = f"{', '.join(CHAT_TEMPLATES)}, tokenizer or the path of a .jinja file"
+
+
+def _checked_template(choice: str) -> str:
+    """The recipe's choice. Raises ValueError for what is none."""
+    if choice in (*CHAT_TEMPLATES, "tokenizer") or choice.endswith(".jinja"):
+        return choice
+    raise ValueError(f"allowed are {TEMPLATE_CHOICES}")
+
+
+ChatTemplate = Annotated[str, AfterValidator(_checked_template)]
 ADAPTER = "adapter"
 "The folder of a trained adapter, in a run and in its checkpoints."
 
@@ -78,7 +91,7 @@ class Data(Strict):
     "Share of the training rows that is held out where there is no test split."
     system_message: str | None = None
     "Put first in conversations that have no system message."
-    chat_template: str = "llama3"
+    chat_template: ChatTemplate = "llama3"
     "`llama3`, `chatml`, `plain` (no tokens but BOS and EOS), `tokenizer` (its own), or the path of a .jinja file."
     train_on: Literal["all", "last", "completion"] = "all"
     "Which answers are trained: all of a row, its last, or those after the user's last turn."

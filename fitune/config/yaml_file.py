@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -141,6 +141,8 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
     source = place_of(source, keys)
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], str) and _takes_a_list(model, keys):
+        if word := next((word for word in _words(model, keys) if word.startswith(first["input"])), None):
+            return f"{source}: {key}: unknown value '{first['input']}'; did you mean '{word}'?{more}"
         listed = ", ".join(part.strip() for part in first["input"].split(","))
         return f"{source}: {key}: a list needs brackets: [{listed}]{more}"
     if first["type"] == "model_type" and (block := _model_at(model, keys)):
@@ -159,6 +161,12 @@ def _takes_a_list(model: type[BaseModel], keys: list[str | int]) -> bool:
     return field is not None and any(
         get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation))
     )
+
+
+def _words(model: type[BaseModel], keys: list[str | int]) -> list[str]:
+    """That may stand in a list's place, such as `all-linear`."""
+    kinds = get_args(_model_at(model, keys[:-1]).model_fields[str(keys[-1])].annotation)
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _keys(entry: dict, data) -> list[str | int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from fitune.config.schema import CHAT_TEMPLATES, TEMPLATE_CHOICES
 from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
 from fitune.data.conversations import arguments_as_objects
 from fitune.data.file_formats import first_line
@@ -15,8 +16,6 @@ from fitune.data.token_encoder import trained_tokens
 from fitune.errors import UsageError
 
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
-SHIPPED = ("llama3", "chatml", "plain")
-CHOICES = f"{', '.join(SHIPPED)}, tokenizer or the path of a .jinja file"
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<|reserved_special_token_0|>")
 NEEDED_TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -106,16 +105,16 @@ def training_template(choice: str, tokenizers_own: str | dict[str, str] | None =
 
     `tokenizers_own` may be several, by name.
     """
-    if choice in SHIPPED:
+    if choice in CHAT_TEMPLATES:
         return (TEMPLATE_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
     if choice == "tokenizer":
         own = as_one(tokenizers_own) if isinstance(tokenizers_own, dict) else tokenizers_own
         if own is None:
             found = f"none called default, but {', '.join(tokenizers_own)}" if tokenizers_own else "no chat template"
-            raise UsageError(f"chat_template: tokenizer: this tokenizer has {found}; use {', '.join(SHIPPED)}")
+            raise UsageError(f"chat_template: tokenizer: this tokenizer has {found}; use {', '.join(CHAT_TEMPLATES)}")
         return own
     if not choice.endswith(".jinja"):
-        raise UsageError(f"chat_template: {choice}: allowed are {CHOICES}")
+        raise UsageError(f"chat_template: {choice}: allowed are {TEMPLATE_CHOICES}")
     try:
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -142,7 +141,7 @@ def find_answers(template: str, special_tokens: dict[str, str], choice: str) -> 
     """
     advice = (
         "put {% generation %} before what the assistant says and {% endgeneration %} after its end-of-turn token, "
-        f"or use chat_template: {' or '.join(SHIPPED)}"
+        f"or use chat_template: {' or '.join(CHAT_TEMPLATES)}"
     )
     try:
         renderer = ChatRenderer(template, special_tokens)

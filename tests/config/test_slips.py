@@ -42,6 +42,9 @@ SLIPS = {
     "lora=8": "lora is a block of keys, not 8; set one of lora.r, lora.alpha, lora.dropout, lora.target_modules, "
     "lora.trainable_tokens",
     "lora.target_modules=q_proj,v_proj": "a list needs brackets: [q_proj, v_proj]",
+    "lora.target_modules=all": "did you mean 'all-linear'?",
+    "data.chat_template=llama-3": "data.chat_template: allowed are llama3, chatml, plain, tokenizer or the path of a "
+    ".jinja file, not 'llama-3'",
     "lora.target_modules=q_proj": "a list needs brackets: [q_proj]",
     "method=QLoRA": "did you mean 'qlora'?",
     "load_in_4bit=true": "set method=qlora",
