@@ -86,10 +86,11 @@ def set_up(commands: Commands, model: Path, work: Path, size: Size, *, untied: b
 
 def _untie(model: Path, output: Path) -> None:
     """A copy whose head is a tensor of its own, beside the embedding."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     copy = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    copy.lm_head.weight.data = copy.lm_head.weight.data.clone()
+    copy.lm_head.weight = torch.nn.Parameter(copy.lm_head.weight.detach().clone())
     copy.config.tie_word_embeddings = False
     copy.save_pretrained(output)
     AutoTokenizer.from_pretrained(model).save_pretrained(output)

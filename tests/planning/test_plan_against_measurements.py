@@ -55,19 +55,25 @@ def test_time_is_predicted(entry):
     assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
 
 
-FULL_8B = json.loads((accuracy.ROOT / "benchmarks/results/full-8b-cards-h200-2026-11-27.json").read_text("utf-8"))
+SMALL_STATES = {
+    name: run
+    for file in ("full-8b-cards-h200-2026-11-27.json", "full-70b-4xh200-2026-11-27.json")
+    for name, run in json.loads((accuracy.ROOT / "benchmarks" / "results" / file).read_text("utf-8"))["runs"].items()
+}
+"All on H200s."
 
 
-@pytest.mark.parametrize("run", FULL_8B["runs"].values(), ids=list(FULL_8B["runs"]))
+@pytest.mark.parametrize("run", SMALL_STATES.values(), ids=list(SMALL_STATES))
 def test_full_training_with_small_states_is_predicted(run):
     sets = (
         run["set"] | {f"profile.{key}": run[key] for key in ("micro_batch", "kept_layers")} | {"global_batch_size": 16}
     )
-    resolved = resolve("llama3_8b_full", run["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
+    recipe = run.get("recipe", "llama3_8b_full")
+    resolved = resolve(recipe, run["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
     setup = setup_of(resolved, find_shape(resolved.recipe.base.model))
     assert gpu_peak(setup).allocated / GIB == pytest.approx(run["peak_allocated_gib"], rel=ERROR)
-    total = step_seconds(setup, gpu_model(FULL_8B["gpu_name"]))["total"]
-    assert total == pytest.approx(median(run["step_seconds"]), rel=TIME_ERROR)
+    total, tolerance = step_seconds(setup, gpu_model("NVIDIA H200"))["total"], TIME_ERROR if setup.ranks == 1 else 0.25
+    assert total == pytest.approx(median(run["step_seconds"]), rel=tolerance)
 
 
 def test_the_published_errors_are_these():
