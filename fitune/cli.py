@@ -320,7 +320,7 @@ def export(given, kind, smaller, output, **merging):
     from fitune.export.whole_model import whole_model
     from fitune.training.given_run import finished_run_or_none
 
-    output = output or given.absolute().with_name(f"{given.absolute().name}-gguf-{kind}")
+    output = output or given.absolute().parent / f"{given.absolute().name}-gguf-{kind}"
     refuse_impossible(kind, smaller, output)
     model = whole_model(given, finished_run_or_none(given), **merging)
     files = export_gguf(model, output, kind, smaller)

