@@ -1,0 +1,96 @@
+"""What the docs' prose says that `plan` says, it says today. (Tables between marks are written by scripts.)"""
+
+from pathlib import Path
+
+import pytest
+
+from fitune.planning.fill import resolve
+from fitune.planning.gpu_models import gpu_model
+from fitune.planning.limits import given_machine, limits_of
+from fitune.planning.machine import Gpu, Machine
+from fitune.planning.network import ways_to_spread
+from fitune.planning.plan import Plan, make_plan
+from fitune.planning.search import find
+from fitune.planning.words import rounded
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+SMALL = ("profile.optimizer_state=bf16_8bit",)
+
+
+def planned(recipe: str, profile: str, sets: tuple[str, ...] = ()) -> Plan:
+    run = resolve(recipe, profile, sets)
+    return make_plan(run, limits_of(run))
+
+
+def gpu_gib(plan: Plan) -> str:
+    return f"{plan.gpu.total / 2**30:.1f}"
+
+
+def host_gib(plan: Plan) -> str:
+    return f"{sum(plan.host[plan.host_phase].values()) / 2**30:.1f}"
+
+
+def step(plan: Plan) -> str:
+    return f"{rounded(plan.time.parts['total'])} s"
+
+
+def one_line(page: str) -> str:
+    return " ".join((DOCS / page).read_text(encoding="utf-8").split())
+
+
+def test_the_tutorial():
+    page, two = one_line("tutorial.md"), planned("llama3.3_70b_qlora", "fsdp_offload_2x24gb")
+    assert f"`plan` says {gpu_gib(two)} GiB on each GPU and {host_gib(two)} GiB of RAM" in page
+    assert f"for RTX 4090s it estimates {step(two)} a step" in page
+    one = find("llama3.1_8b_qlora", (), given_machine(1, 24, 32), gpu_model("RTX 4090")).plan
+    assert f"On an RTX 4090 it estimates {one.time.parts['total']:.0f} s a step" in page
+
+
+def test_full_fine_tuning_in_memory_md():
+    page = one_line("memory.md")
+    eight, four = (planned("llama3_70b_full", name) for name in ("fsdp_full_8x80gb", "fsdp_full_4x141gb"))
+    assert f"expects {gpu_gib(eight)} GiB on each of eight 80 GB cards" in page
+    assert f"and {gpu_gib(four)} on each of four H200s" in page
+    for recipe, profile in (
+        ("llama3_8b_full", "full_1x24gb"),
+        ("llama3_8b_full", "full_1x48gb"),
+        ("llama3_70b_full", "fsdp_offload_full_4x80gb"),
+    ):
+        plan = planned(recipe, profile)
+        assert f"| `{recipe}` | `{profile}` | {gpu_gib(plan)} | {host_gib(plan)} | estimate |" in page
+
+
+def test_how_tight_the_largest_profile_is():
+    page = one_line("clusters.md")
+    exact, small = (planned("llama3_70b_full", "fsdp_full_16x80gb", sets) for sets in ((), SMALL))
+    assert f"fills {gpu_gib(exact)} of the {exact.limits.gpu} GiB" in page
+    assert f"`bf16_8bit` leaves {small.limits.gpu - small.gpu.total / 2**30:.1f} GiB" in page
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe", "sets"),
+    [
+        ("70B qlora, 8 rows a step", "llama3_70b_qlora", ()),
+        ("70B full, float32 states", "llama3_70b_full", ("profile.optimizer_state=fp32",)),
+        ("70B full, `profile.optimizer_state=bf16_8bit`", "llama3_70b_full", SMALL),
+    ],
+)
+def test_what_the_network_costs(row, recipe, sets):
+    sets = (*sets, "profile.num_gpus=16")
+    ways = ways_to_spread(find(recipe, sets, given_machine(8, 79.6, 512), machines=2).plan, None)
+    by_kind = {way.plan.setup.replicas > 1: way.plan for way in ways[:2]}
+    seconds = {
+        kind: f"{rounded(plan.time.parts['network'])} s" if plan.fits else "does not fit"
+        for kind, plan in by_kind.items()
+    }
+    computing = rounded(ways[0].plan.time.parts["compute"])
+    assert f"| {row} | {seconds[False]} | {seconds[True]} | {computing} s |" in one_line("clusters.md")
+
+
+def test_the_faster_part_of_uneven_gpus():
+    large, small = Gpu("NVIDIA GeForce RTX 4090", 24, 23.5), Gpu("NVIDIA GeForce RTX 3060", 12, 11.7)
+    two, three = (
+        find("llama3_8b_qlora", (), Machine(gpus, 128, 120)).plan for gpus in ((large, large), (large, small, large))
+    )
+    said = f"two RTX 4090 beside an RTX 3060 take {step(two)} a step, all three {step(three)}."
+    assert said in one_line("machines.md")
