@@ -83,7 +83,10 @@ def choose(asked: AskedFolder, machine: Machine, load: str = "auto", *, exact: b
     if found := next((way for way in ways if fits(way, machine)), None):
         return found
     least = min(ways, key=lambda way: max(way.gpu - machine.gpu_memory_gib, way.host - machine.host_available_gib))
-    raise UsageError(f"{name}: too large to ask here: {why_not(least, machine)} even with {least}")
+    raise UsageError(
+        f"{name}: too large to ask here: {why_not(least, machine)}, with what takes least ({least}); end what else uses "
+        f"that memory, or see `plan {name}`"
+    )
 
 
 def fits(way: Holding, machine: Machine) -> bool:
