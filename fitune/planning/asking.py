@@ -84,8 +84,8 @@ def choose(asked: AskedFolder, machine: Machine, load: str = "auto", *, exact: b
         return found
     least = min(ways, key=lambda way: max(way.gpu - machine.gpu_memory_gib, way.host - machine.host_available_gib))
     raise UsageError(
-        f"{name}: too large to ask here: {why_not(least, machine)}, with what takes least ({least}); end what else uses "
-        f"that memory, or see `plan {name}`"
+        f"{name}: too large to ask here: {why_not(least, machine)}, with what takes least ({least}); end what else "
+        f"uses that memory, or see `plan {name}`"
     )
 
 

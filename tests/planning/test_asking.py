@@ -63,7 +63,7 @@ def test_load_allows_one_kind_of_weights():
 def test_what_fits_nowhere_is_refused_with_what_comes_nearest():
     with pytest.raises(UsageError, match=r"models/mine: too large to ask here: 39\.\d GiB of RAM are needed, 16"):
         choose(MODEL_70B, given_machine(1, 11.6, 16), name="models/mine")
-    with pytest.raises(UsageError, match=r"GiB of each GPU are needed, 3\.0 are free, with what takes least \(weights in NF4"):
+    with pytest.raises(UsageError, match=r"each GPU are needed, 3\.0 are free, with what takes least \(weights in NF4"):
         choose(MODEL_70B, given_machine(1, 3, 512), name="models/mine")
 
 
