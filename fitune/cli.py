@@ -18,6 +18,7 @@ from fitune.cli_completion import (
 from fitune.cli_group import Cli
 from fitune.cli_options import (
     force_option,
+    json_option,
     load_option,
     machine_options,
     merge_options,
@@ -211,7 +212,7 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
 @click.option("--tasks", metavar="NAME,…", help="lm-eval's tasks instead, on the merged model, such as hellaswag.")
 @click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own, for --tasks.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many rows of each task.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the tasks' figures to this file.")
+@json_option("file", help="Also write the tasks' figures to this file.")
 @load_option
 @force_option
 @machine_options
@@ -238,7 +239,7 @@ def evaluate(given, data, **options):
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
 @click.option("--seed", type=click.IntRange(min=0), help="Draw the same answers again. [default: other ones each time]")
-@click.option("--json", type=click.Path(path_type=Path), help="Also write the answers to this file.")
+@json_option(help="Also write the answers to this file.")
 @load_option
 @force_option
 @machine_options

@@ -1,10 +1,12 @@
 """Arguments and options that several commands share."""
 
 from functools import wraps
+from pathlib import Path
 
 import click
 
 from fitune.cli_completion import complete_key, complete_profile, complete_recipe
+from fitune.errors import UsageError
 
 recipe_argument = click.argument("recipe", shell_complete=complete_recipe)
 profile_option = click.option(
@@ -30,6 +32,19 @@ load_option = click.option(
     show_default=True,
     help="A model folder's weights: as stored, or in 4 bits. `auto`: what fits, as `plan FOLDER` says.",
 )
+
+
+def json_option(*names: str, help: str):
+    """A file that is written at the end: what makes that impossible is said at the start."""
+
+    def can_be_written(context, parameter, file: Path | None) -> Path | None:
+        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise UsageError(
+                f"--json {file}: {'a folder' if file.is_dir() else f'no folder {file.parent}'}; name a file"
+            )
+        return file
+
+    return click.option("--json", *names, type=click.Path(path_type=Path), callback=can_be_written, help=help)
 
 
 def several(*options):

@@ -257,3 +257,12 @@ def test_doctor_names_every_finding_and_what_to_do(cli, monkeypatch):
         assert any(line.startswith(("ok", "bad", "--")) and f" {name} " in line for line in lines), name
     assert "./nowhere: no such folder" in result.output
     assert result.exit_code in (0, 1) and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [["eval", "--tasks", "hellaswag"], ["generate", "--prompt", "Hi"]])
+@pytest.mark.parametrize(("file", "said"), [("gone/a.json", "there is no folder {0}/gone"), ("", "is a folder")])
+def test_a_json_file_that_cannot_be_written_is_said_at_the_start(cli, tmp_path, command, file, said):
+    """Not after hours, when it would be written: nothing of the model is looked at."""
+    result = cli(*command, "--json", tmp_path / file, tmp_path / "model")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: --json {tmp_path / file}: {said.format(tmp_path)}; name a file\n"
