@@ -39,9 +39,8 @@ def json_option(*names: str, help: str):
 
     def can_be_written(context, parameter, file: Path | None) -> Path | None:
         if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise UsageError(
-                f"--json {file}: {'a folder' if file.is_dir() else f'no folder {file.parent}'}; name a file"
-            )
+            wrong = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+            raise UsageError(f"--json {file}: {wrong}; name a file")
         return file
 
     return click.option("--json", *names, type=click.Path(path_type=Path), callback=can_be_written, help=help)
