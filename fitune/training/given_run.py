@@ -64,3 +64,26 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
         refuse_another_chat(run, tokenizer)
     if reads_rows:
         check_prepared(run.recipe, tokenizer)
+        if asked_as_trained and not quiet:
+            _say_if_other_rows_were_trained(run)
+
+
+def _say_if_other_rows_were_trained(run: Run) -> None:
+    """Data may be prepared anew in the same folder; then what is held out now may have been trained before.
+
+    A run without a whole checkpoint does not know its rows.
+    """
+    from fitune.data.prepared import sha256_of_rows
+    from fitune.training.manifest import read_manifest
+
+    kept = (run.folder / "checkpoints").glob("checkpoint-*")
+    for checkpoint in [run.checkpoint] if run.checkpoint else sorted(kept, key=lambda path: path.stat().st_mtime)[-1:]:
+        try:
+            before = read_manifest(Path(checkpoint)).identity.data
+        except ValueError:
+            return
+        if before != sha256_of_rows(Path(run.recipe.data.prepared), "train"):
+            click.echo(
+                f"note: {run.recipe.data.prepared}/train.jsonl holds other rows than {run.folder} was trained on; "
+                f"rows that are held out now may have been trained"
+            )

@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from preparing import chat, write
 
 from fitune.config import run as runs
+from fitune.data.prepared import sha256_of_rows
 from fitune.export.chat_record import ChatRecord, write_chat_record
+from fitune.training.manifest import Identity, write_manifest
 
 RECIPE = {
     "description": "A recipe for a dataset of its own.",
@@ -159,6 +161,25 @@ def test_eval_and_generate_find_it_before_a_process_starts(fitune, tmp_path):
     write_chat_record(tmp_path / "run" / "adapter", ChatRecord("0" * 64, "Be brief."))
     assert "trained with another chat template" in refused(fitune("generate", "run", "--prompt", "Why?"))
     assert len(fitune.started) == 3
+
+
+def test_eval_says_where_other_rows_were_trained(fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl")
+    run = runs.resolve("recipe.yaml", "cpu_2proc", output="run")
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "run.yaml").write_text(runs.dump(run))
+    assert "note: " not in fitune("eval", "run").output, "it has no checkpoint that knows"
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    known = {"base": "base", "revision": None, "base_fingerprint": {}, "template": "t", "tokenizer": "k", "seed": 42}
+    identity = Identity(data=sha256_of_rows(tmp_path / "data/theirs", "train"), **known)
+    write_manifest(checkpoint, 1, run, identity, {})
+    assert "note: " not in fitune("eval", "run").output
+    write(tmp_path / "mine.jsonl", *map(chat, range(9)))
+    fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", "--overwrite")
+    said = "note: data/theirs/train.jsonl holds other rows than "
+    assert said in fitune("eval", "run").output and said in fitune("generate", "run", "--test", "1").output
 
 
 def test_rows_for_no_recipe_need_a_folder(fitune, tmp_path):
