@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 REDRAW_SECONDS = 0.1
@@ -26,11 +27,16 @@ class Labelled(ProgressColumn):
     """A time with the word that says which it is."""
 
     def __init__(self, column: ProgressColumn, word: str):
-        super().__init__()
+        super().__init__(table_column=one_line())
         self.column, self.word = column, word
 
     def render(self, task) -> Text:
         return Text.assemble(self.column.render(task), f" {self.word}")
+
+
+def one_line() -> Column:
+    """A cell that is not broken: where the terminal is narrow the bar gets shorter."""
+    return Column(no_wrap=True)
 
 
 @contextmanager
@@ -44,9 +50,10 @@ def bar(description: str, total: float, *, in_bytes: bool = False, show: bool = 
         with _plain_lines(description, total, in_bytes) if show else _nothing() as advance:
             yield advance
         return
-    size = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    sizes = (DownloadColumn, TransferSpeedColumn) if in_bytes else (MofNCompleteColumn,)
+    size = [column(table_column=one_line()) for column in sizes]
     times = Labelled(TimeElapsedColumn(), "elapsed"), Labelled(TimeRemainingColumn(), "left")
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), *size, *times
+    columns = TextColumn("{task.description}", table_column=one_line()), BarColumn(bar_width=None), *size, *times
     # drawn by the caller alone: a thread that draws on would look like progress to who watches for ranks that hang
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task, drawn = progress.add_task(description, total=total), 0.0
