@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it: `--help`, `list` and `show`
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -258,7 +259,12 @@ def generate(given, **options):
 @click.argument("model", type=click.Path())
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-def quantize(model, revision, output):
+@click.option(
+    "--check/--no-check",
+    default=True,
+    help="Compare what was written with the model in NF4 on a few prompts. [default: check]",
+)
+def quantize(model, revision, output, check):
     """A bf16 model in bitsandbytes' NF4 format, written once; then train with --set base.model=OUTPUT."""
     from fitune.config.hub import local_folder
     from fitune.output_folder import refuse_existing
@@ -267,9 +273,12 @@ def quantize(model, revision, output):
     folder = local_folder(model, revision)
     import torch
 
+    from fitune.export.check_nf4 import check_nf4
     from fitune.weights.quantize import quantize as write_nf4
 
-    write_nf4(folder, output, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checks = {"check": partial(check_nf4, base=folder, device=device)} if check else {}
+    write_nf4(folder, output, device, **checks)
     click.echo(f"{output}: train on it with --set base.model={output}")
 
 

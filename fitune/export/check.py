@@ -42,11 +42,19 @@ class Comparison:
     "Tokens after which both models would go on with the same one."
 
     def __str__(self) -> str:
+        return self.said()
+
+    def said(self, compared_with: str = "base plus adapter") -> str:
         return (
-            f"check: {self.prompts} prompts, {self.tokens} tokens: logits of what was written differ from base plus "
-            f"adapter by at most {self.largest_difference:.2g} (bound {self.bound:.2g}); next token the same after "
-            f"{self.same_next_token} of {self.tokens}"
+            f"check: {self.prompts} prompts, {self.tokens} tokens: logits of what was written differ from "
+            f"{compared_with} by at most {self.largest_difference:.2g} (bound {self.bound:.2g}); next token the same "
+            f"after {self.same_next_token} of {self.tokens}"
         )
+
+    @property
+    def within_bound(self) -> bool:
+        """Not where something is NaN."""
+        return self.largest_difference <= self.bound
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -54,11 +62,15 @@ class Comparison:
 
 def check_written(written: Path, tuned: TunedWeights, dtype: torch.dtype, prompts: list[list[int]]) -> Comparison:
     """Compares the model folder `written` with `tuned` on token ids. FituneError if it differs beyond the bound."""
-    with Checkpoint(written) as checkpoint:
-        comparison = _compare(written, tuned, BaseWeights(checkpoint), dtype, prompts)
-    if not comparison.largest_difference <= comparison.bound:
+    comparison = compare_written(written, tuned, dtype, prompts)
+    if not comparison.within_bound:
         raise FituneError(f"{comparison}: not the model that was trained, so nothing is left of it")
     return comparison
+
+
+def compare_written(written: Path, tuned: TunedWeights, dtype: torch.dtype, prompts: list[list[int]]) -> Comparison:
+    with Checkpoint(written) as checkpoint:
+        return _compare(written, tuned, BaseWeights(checkpoint), dtype, prompts)
 
 
 def refuse_another_architecture(written: Path, base: Path, changed: set[str]) -> None:

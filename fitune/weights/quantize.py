@@ -5,6 +5,7 @@ reads those can read it. Linears of the decoder layers are quantised, everything
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,8 +32,13 @@ QUANTIZATION_CONFIG = {
 }
 
 
-def quantize(model: Path, output: Path, device: torch.device) -> Path:
-    """Writes the NF4 version of `model` to `output`, one tensor in memory at a time. UsageError if it is quantised."""
+def quantize(
+    model: Path, output: Path, device: torch.device, check: Callable[[Path], object] = lambda written: None
+) -> Path:
+    """Writes the NF4 version of `model` to `output`, one tensor in memory at a time. UsageError if it is quantised.
+
+    `check` is called with what was written, before it gets its name; where it raises an error, nothing is left.
+    """
     config = read_base_config(model)
     with Checkpoint(model) as source, new_folder(output) as folder:
         already = next((name for name in source.tensors if is_nf4(source, name)), None)
@@ -56,6 +62,7 @@ def quantize(model: Path, output: Path, device: torch.device) -> Path:
         copy_templates_by_name(model, folder)
         config["quantization_config"] = QUANTIZATION_CONFIG
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        check(folder)
     return output
 
 

@@ -15,8 +15,10 @@ class WeightsThroughNF4(BaseWeights):
     Memory holds one matrix in 4 bits beside the rows that are asked for. What is stored in 4 bits is left as it is.
     """
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint, device: torch.device | None = None):
+        """`device` quantises, by default the CPU: others may round a weight halfway between two values otherwise."""
         super().__init__(checkpoint)
+        self._device = device or torch.device("cpu")
         self._packed_name, self._packed = None, None
 
     def _is_packed(self, name: str) -> bool:
@@ -38,14 +40,15 @@ class WeightsThroughNF4(BaseWeights):
         """(packed bytes, state with its absmax in fp32): blocks are independent, so whole blocks at a time."""
         info = self.checkpoint[name]
         packed = torch.empty(-(-info.numel // 2), dtype=torch.uint8)
-        absmax = torch.empty(-(-info.numel // BLOCK), dtype=torch.float32)
+        absmax = torch.empty(-(-info.numel // BLOCK), dtype=torch.float32, device=self._device)
         step, size = CHUNK_WEIGHTS // BLOCK * BLOCK or BLOCK, info.dtype.itemsize
         for start in range(0, info.numel, step):
             stop = min(start + step, info.numel)
             weights = self.checkpoint.read_bytes(name, start * size, stop * size).view(info.dtype)
-            part, state = quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
+            part, state = quantize_4bit(weights.to(self._device), blocksize=BLOCK, quant_type="nf4")
             packed[start // 2 : -(-stop // 2)] = part.view(-1)
             absmax[start // BLOCK : -(-stop // BLOCK)] = state.absmax
         state = double_quantised(absmax, info.shape, info.dtype)
-        state.absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).cpu()
+        state.code = state.code.cpu()
         return packed, state
