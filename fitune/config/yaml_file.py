@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -84,7 +85,7 @@ def read_yaml(path: Path) -> dict:
 
 def line_of(path: Path, keys: Sequence) -> int:
     """The line, from 1 on, where a YAML file gives what is at `keys`; the nearest key above it where it doesn't."""
-    node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader), 1
+    node, line = _composed(path.read_text(encoding="utf-8")), 1
     for key in keys:
         if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
@@ -96,6 +97,12 @@ def line_of(path: Path, keys: Sequence) -> int:
             break
         line, node = found[0].start_mark.line + 1, found[1]
     return line
+
+
+@lru_cache(maxsize=16)
+def _composed(text: str) -> yaml.Node:
+    """Kept, as the place of each key is asked for."""
+    return yaml.compose(text, Loader=_Loader)
 
 
 def parse(
