@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from fitune.errors import FituneError, UsageError, nearest
+from fitune.export.check_gguf import check_gguf
 from fitune.export.model_card import CARD
 from fitune.export.modelfile import MODELFILE, modelfile
 from fitune.export.whole_model import WholeModel
@@ -42,8 +43,9 @@ def export_gguf(model: WholeModel, output: Path, kind: str, smaller: str | None 
     """Writes the new folder `output`: NAME-KIND.gguf, a Modelfile, licences, the card. Returns the GGUF files.
 
     A model that needs merging is merged in a temporary folder beside the files. With `smaller`, `llama-quantize` makes
-    a second file, where it is installed; else its command is printed. UsageError and FituneError before anything is
-    written if it cannot be done.
+    a second file, where it is installed; else its command is printed. Each file is checked if `model.check`, where
+    llama.cpp is installed: FituneError for one that answers otherwise than the model. UsageError and FituneError before
+    anything is written if it cannot be done.
     """
     refuse_impossible(kind, smaller, output)
     bytes_a_weight = BYTES_A_WEIGHT[kind] * (2 if smaller else 1) + (2 if model.needs_merging else 0)
@@ -57,6 +59,8 @@ def export_gguf(model: WholeModel, output: Path, kind: str, smaller: str | None 
             copy_file(file, unfinished)
         if smaller:
             files += _quantised(files[0], output, smaller.upper())
+        if model.check:
+            check_gguf(dict(zip(files, (kind, (smaller or "").lower()), strict=False)), folder, model.run)
         (unfinished / MODELFILE).write_text(modelfile(folder, files[-1].name), encoding="utf-8")
         shutil.rmtree(temporary, ignore_errors=True)
     return [output / file.name for file in files]

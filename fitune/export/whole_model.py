@@ -15,12 +15,15 @@ from fitune.export.merge import GIVE_BASE, merge_folder, merge_run
 class WholeModel:
     """`weights` is a folder whose tensors have the model's sizes; `make(folder)` returns the model's own folder.
 
-    That is the given one where it is whole already, else `folder`, which it writes as `merge` does.
+    That is the given one where it is whole already, else `folder`, which it writes as `merge` does. `run` is whose
+    result it is, if that is known; `check` says whether what is made of it is checked too.
     """
 
     weights: Path
     make: Callable[[Path], Path]
     needs_merging: bool = True
+    run: Run | None = None
+    check: bool = True
 
 
 def whole_model(
@@ -31,20 +34,22 @@ def whole_model(
     if run is None and not is_adapter(given):
         if not (given / "config.json").is_file():
             raise UsageError(f"{given}: neither a run, an adapter nor a model's folder")
-        return _as_it_is(given, given, base, onto)
+        return _as_it_is(given, given, base, onto, check=check)
     if run is not None and run.recipe.method == "full":
-        return _as_it_is(run.result_folder, given, base, onto)
+        return _as_it_is(run.result_folder, given, base, onto, run=run, check=check)
     if run is not None:
         named = base or run.recipe.base.model
         return WholeModel(
             local_folder(named, None if base else run.recipe.base.revision),
             lambda folder: merge_run(run, folder, **options),
+            run=run,
+            check=check,
         )
     named = (base, None) if base else named_base(given, GIVE_BASE)
-    return WholeModel(local_folder(*named), lambda folder: merge_folder(given, folder, **options))
+    return WholeModel(local_folder(*named), lambda folder: merge_folder(given, folder, **options), check=check)
 
 
-def _as_it_is(model: Path, given: Path, base: str | None, onto) -> WholeModel:
+def _as_it_is(model: Path, given: Path, base: str | None, onto, **of_check) -> WholeModel:
     if base or onto:
         raise UsageError(f"{given}: a whole model, nothing to merge: leave out {'--base' if base else '--onto'}")
-    return WholeModel(model, lambda folder: model, needs_merging=False)
+    return WholeModel(model, lambda folder: model, needs_merging=False, **of_check)

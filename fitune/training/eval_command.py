@@ -55,8 +55,9 @@ def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
 def _evaluate_gguf(file: Path, data: Path | None) -> None:
     if data is None:
         raise UsageError(f"{file}: knows no held-out rows: give --data FOLDER, which prepare wrote")
+    from fitune.export.llama_cpp import leave
     from fitune.training.evaluate_folder import print_report
-    from fitune.training.evaluate_gguf import evaluate_gguf, leave
+    from fitune.training.evaluate_gguf import evaluate_gguf
 
     print_report(evaluate_gguf(file, data))
     leave()

@@ -5,12 +5,8 @@ token llama.cpp is asked for its probability after the tokens before it: it is m
 logit, and reports the probability that it had without.
 """
 
-import importlib.util
 import json
 import math
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +14,11 @@ import jinja2
 
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.conversations import for_template
-from fitune.data.file_formats import first_line
 from fitune.errors import FituneError, UsageError
+from fitune.export.llama_cpp import INSTALL, Post, is_installed, start_llama_cpp
 from fitune.progress import bar
 from fitune.training.evaluate_folder import Scored, metrics, rows_file
 
-Post = Callable[[str, dict], dict]
-"What llama.cpp's server answers to a path and a request; an empty request is a GET."
 CHOSEN = 10_000
 "Added to a logit, so that its token is chosen."
 LONGEST = 8192
@@ -34,37 +28,11 @@ LONGEST = 8192
 def evaluate_gguf(file: Path, data: Path) -> dict:
     """{"model": metrics, "rows": N}. UsageError for missing rows, and where llama.cpp is not installed."""
     rows = rows_file(data).read_text(encoding="utf-8").splitlines()
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise UsageError("eval of a GGUF uses llama.cpp: pip install xllamacpp")
-    post = start_llama_cpp(file)
+    if not is_installed():
+        raise UsageError(f"eval of a GGUF uses llama.cpp: {INSTALL}")
+    post = start_llama_cpp(file, LONGEST)
     with bar("evaluating", len(rows)) as advance:
         return {"model": metrics(score_rows(rows, post, advance)), "rows": len(rows)}
-
-
-def start_llama_cpp(file: Path) -> Post:
-    """Its server in this process, on a port of its choice of this machine alone."""
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(file), LONGEST, 1
-    parameters.verbosity, parameters.warmup = -1, False
-    try:
-        server = xllamacpp.Server(parameters)
-    except RuntimeError as error:
-        raise UsageError(f"{file}: llama.cpp cannot load it: {first_line(error)}") from None
-    address = server.listening_address
-
-    def post(path: str, request: dict) -> dict:
-        body = json.dumps(request).encode() if request else None
-        asked = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(asked) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise FituneError(f"{file}: llama.cpp answers {error.code} to {path}: {first_line(error.read())}") from None
-
-    post.server = server  # lives as long as who asks it
-    return post
 
 
 def score_rows(rows: list[str], post: Post, advance: Callable[[], None] = lambda: None) -> Iterator[Scored]:
@@ -107,8 +75,3 @@ def _score(ids: list[int], places: list[int], post: Post) -> Scored:
         loss -= chosen["logprob"]
         right += chosen["top_logprobs"][0]["id"] == ids[place]
     return loss, right, len(places)
-
-
-def leave() -> None:
-    """The end of a process in which llama.cpp ran: its threads do not end by themselves."""
-    os._exit(0)

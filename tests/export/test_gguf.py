@@ -3,16 +3,21 @@
 `make loaders` runs the real one.
 """
 
+import json
 import shutil
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from fitune.cli import cli
-from fitune.export import gguf
+from fitune.export import gguf, llama_cpp
+from fitune.export.prompts import prompts_for
 
 CONVERTER = """
 import sys, pathlib
@@ -24,10 +29,63 @@ weights = sum(file.stat().st_size for file in pathlib.Path(words[0]).glob("*.saf
 file.write_text(f"{{words[words.index('--outtype') + 1]}} of {{weights > 1000}}")
 """
 
+NEVER_ENDING_SECONDS = 60
+LLAMA_CPP = """
+import http.server, json, pathlib, threading, time
+from types import SimpleNamespace
+answers = json.loads(pathlib.Path(__file__).with_name("answers.json").read_text())
+
+class CommonParams(SimpleNamespace):
+    def __init__(self):
+        super().__init__(model=SimpleNamespace())
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+        body = json.dumps({{"completion_probabilities": [{{"top_logprobs": answers[str(prompt)]}}]}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+class Server:
+    def __init__(self, parameters):
+        print("its log", flush=True)
+        if "{failing}":
+            raise RuntimeError("{failing}")
+        threading.Thread(target=time.sleep, args=({seconds},)).start()
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.listening_address = f"http://127.0.0.1:{{server.server_port}}"
+"""
+"Its threads do not end by themselves either."
+
+
+@pytest.fixture
+def llama_cpp_installed(tmp_path, monkeypatch, converter):
+    """`install(model)` installs one beside the converter that answers as `model` does, with logits times `factor`."""
+
+    def install(model: Path, factor: float = 1.0, failing: str = "") -> None:
+        converter()
+        answering, answers = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), {}
+        for prompt in prompts_for(model, None, 2048):
+            with torch.no_grad():
+                found = (answering(torch.tensor([prompt])).logits[0] * factor).log_softmax(-1).topk(20)
+            for place, (values, tokens) in enumerate(zip(found.values.tolist(), found.indices.tolist(), strict=True)):
+                of_place = [{"id": id, "logprob": value} for id, value in zip(tokens, values, strict=True)]
+                answers[str(prompt[: place + 1])] = of_place
+        site = tmp_path / "site"
+        (site / "answers.json").write_text(json.dumps(answers))
+        (site / "xllamacpp.py").write_text(LLAMA_CPP.format(failing=failing, seconds=NEVER_ENDING_SECONDS))
+        monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: name)
+
+    return install
+
 
 @pytest.fixture
 def converter(tmp_path, monkeypatch):
-    """`converter("")` installs one that works, other texts are what it fails with."""
+    """`converter("")` installs one that works, other texts are what it fails with. There is no llama.cpp."""
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
 
     def install(failing: str = "") -> None:
         (tmp_path / "site").mkdir(exist_ok=True)
@@ -83,16 +141,71 @@ def test_an_adapter_is_merged_first_and_the_merged_model_not_kept(base, adapter,
     assert [file.name for file in output.parent.iterdir()] == ["mine"]
 
 
-def test_llama_quantize_is_run_where_it_is_installed(base, tmp_path, converter, monkeypatch):
-    converter()
+@pytest.fixture
+def quantizer(tmp_path, monkeypatch):
     program = tmp_path / "bin" / "llama-quantize"
     program.parent.mkdir()
     program.write_text(f'#!{sys.executable}\nimport sys\nopen(sys.argv[2], "w").write(sys.argv[3])\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
+
+
+def test_llama_quantize_is_run_where_it_is_installed(base, tmp_path, converter, quantizer):
+    converter()
     assert export(base, "--gguf", "f16", "--quantize", "Q5_K_M", "--output", tmp_path / "mine").exit_code == 0
     assert (tmp_path / "mine" / "mine-Q5_K_M.gguf").read_text() == "Q5_K_M"
     assert (tmp_path / "mine" / "Modelfile").read_text().startswith("FROM ./mine-Q5_K_M.gguf\n")
+
+
+def test_the_file_is_checked_and_the_command_ends(base, tmp_path, llama_cpp_installed):
+    llama_cpp_installed(base)
+    started = time.monotonic()
+    outcome = export(base, "--gguf", "f16", "--output", tmp_path / "mine")
+    assert outcome.exit_code == 0, outcome.output
+    [line] = [line for line in outcome.stderr.splitlines() if line.startswith("check: ")]
+    assert line.startswith("check: mine-f16.gguf: 4 prompts: log-probabilities of next tokens by llama.cpp differ from")
+    assert (tmp_path / "mine" / "mine-f16.gguf").is_file()
+    assert time.monotonic() - started < NEVER_ENDING_SECONDS
+
+
+def test_what_llama_quantize_made_is_checked_too(base, tmp_path, llama_cpp_installed, quantizer):
+    llama_cpp_installed(base)
+    outcome = export(base, "--gguf", "f16", "--quantize", "Q6_K", "--output", tmp_path / "mine")
+    assert outcome.exit_code == 0, outcome.output
+    checked = [line.split(": ")[1] for line in outcome.stderr.splitlines() if line.startswith("check: ")]
+    assert checked == ["mine-f16.gguf", "mine-Q6_K.gguf"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_file_that_answers_otherwise_is_refused_and_nothing_left(
+    base, adapter, tmp_path, llama_cpp_installed, adapted
+):
+    llama_cpp_installed(base, factor=1.0 if adapted else 1.1)
+    given = [adapter, "--base", base] if adapted else [base]
+    said = refused(1, *given, "--gguf", "f16", "--output", tmp_path / "mine")
+    assert "not the model that was converted, so nothing is left of it" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_refused(base, tmp_path, llama_cpp_installed):
+    llama_cpp_installed(base, failing="no such thing")
+    said = refused(1, base, "--gguf", "f16", "--output", tmp_path / "mine")
+    assert "llama.cpp cannot load it: no such thing; --no-check skips it" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_without_llama_cpp_it_says_that_the_file_was_not_checked(base, tmp_path, converter):
+    converter()
+    outcome = export(base, "--gguf", "f16", "--output", tmp_path / "mine")
+    said = "check: mine-f16.gguf: not checked, as llama.cpp is not installed: pip install xllamacpp"
+    assert outcome.exit_code == 0 and said in outcome.stderr.splitlines()
+
+
+def test_no_check_leaves_it_out(base, adapter, tmp_path, llama_cpp_installed):
+    llama_cpp_installed(base, failing="not asked")
+    for number, given in enumerate(([base], [adapter, "--base", base])):
+        outcome = export(*given, "--gguf", "f16", "--no-check", "--output", tmp_path / f"out{number}")
+        assert outcome.exit_code == 0 and "check" not in outcome.stderr, outcome.output
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_written(base, adapter, tmp_path, converter, monkeypatch):

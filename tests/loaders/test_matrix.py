@@ -8,6 +8,7 @@ from base plus adapter by its rounding: `merge` has measured that on logits, and
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ from statistics import mean, pstdev
 import pytest
 from asking import MESSAGES, NEW_TOKENS, Trained, ask
 from rounding import additions_to_logits, rounding
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from fitune.config.json_file import read_json, write_json
+from fitune.errors import FituneError
+from fitune.export import gguf
 from fitune.export.configs import config_for_loaders
 from fitune.export.gguf import export_gguf
 from fitune.export.merge_record import read_merge_record
@@ -93,8 +97,9 @@ def config_json(folder: Path, config: dict):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0"])
-def test_llama_cpp_answers_as_transformers_does(trained, other_python, tmp_path, kind):
+def test_llama_cpp_answers_as_transformers_does(trained, other_python, tmp_path, kind, capsys):
     [file] = export_gguf(whole_model(trained.merged, None), tmp_path / "mine", kind)
+    assert f"check: {file.name}: 4 prompts: log-probabilities" in capsys.readouterr().err
     question = {"messages": MESSAGES, "ids": trained.now["ids"], "new_tokens": NEW_TOKENS}
     found = ask(other_python, "ask_llama_cpp.py", file, **question)
     # q8_0 rounds weights to 1/127 of the largest of 32, four times as much as bf16 rounds what it multiplies
@@ -105,6 +110,36 @@ def test_llama_cpp_answers_as_transformers_does(trained, other_python, tmp_path,
     if found["text"] == trained.now["text"]:
         stops = trained.now["answer"][-1] in as_list(trained.now["stop"])
         assert found["finish"] == ("stop" if stops else "length")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+@pytest.mark.parametrize("damage", ["another rope base", "two layers exchanged"])
+def test_a_damaged_gguf_is_refused(trained, tmp_path, monkeypatch, kind, damage):
+    if (trained.base_name, trained.run.recipe.method) != ("real", "lora"):
+        pytest.skip("one model is enough")
+    damaged = _damaged(trained.merged, tmp_path / "damaged", damage)
+    convert = gguf._convert
+    monkeypatch.setattr(gguf, "_convert", lambda model, file, kind: convert(damaged, file, kind))
+    with pytest.raises(FituneError, match="not the model that was converted"):
+        export_gguf(whole_model(trained.merged, None), tmp_path / "mine", kind)
+    assert not (tmp_path / "mine").exists()
+
+
+def _damaged(model: Path, folder: Path, damage: str) -> Path:
+    shutil.copytree(model, folder)
+    if damage == "another rope base":
+        config = read_json(folder / "config.json", "")
+        rope = config["rope_parameters"] | {"rope_theta": 10000.0}
+        write_json(folder / "config.json", config | {"rope_parameters": rope, "rope_theta": 10000.0})
+        return folder
+    [file] = folder.glob("*.safetensors")
+    exchanged = {"14": "15", "15": "14"}
+    renamed = {
+        re.sub(r"(?<=layers\.)(14|15)(?=\.)", lambda found: exchanged[found[0]], name): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(renamed, file, metadata={"format": "pt"})
+    return folder
 
 
 def test_eval_of_a_gguf_is_evals_of_its_model(trained, prepared, tmp_path):
