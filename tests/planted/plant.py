@@ -125,7 +125,10 @@ def _file(test: str) -> str:
 
 def say(outcome: Outcome) -> None:
     fault = outcome.fault
-    print(f"{'PROBLEM' if outcome.problem else 'noticed'}  {outcome.seconds:5.1f} s  {fault.wing}: {fault.name}")
+    print(
+        f"{'PROBLEM' if outcome.problem else 'noticed'}  {outcome.seconds:5.1f} s  {fault.wing}: {fault.name}",
+        flush=True,
+    )
     if outcome.problem:
         print(f"    {outcome.problem}\n    {fault.file}: {fault.text!r} -> {fault.becomes!r}")
         print(f"    {' '.join(fault.tests)}\n{outcome.output[-1500:]}")
