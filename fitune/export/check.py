@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from fitune.config.base_model import ARCHITECTURES
 from fitune.errors import FituneError
 from fitune.export.rounding import StochasticRounding
-from fitune.export.streamed_model import streamed_model
+from fitune.export.streamed_model import logits_side_by_side
 from fitune.export.tuned_weights import TunedWeights
-from fitune.progress import bar
-from fitune.weights.base_weights import BaseWeights
+from fitune.weights.base_weights import BaseWeights, read_base_config
 from fitune.weights.safetensors_files import Checkpoint
 
 TIMES_ROUNDING = 4
@@ -60,6 +60,12 @@ class Comparison:
         return asdict(self)
 
 
+def not_computed(model: Path) -> str | None:
+    """Why the logits of a folder's model cannot be computed here; None where they can."""
+    kind = read_base_config(model).get("model_type")
+    return None if kind in ARCHITECTURES else f"a {kind} model, the check computes {', '.join(ARCHITECTURES)}"
+
+
 def check_written(written: Path, tuned: TunedWeights, dtype: torch.dtype, prompts: list[list[int]]) -> Comparison:
     """Compares the model folder `written` with `tuned` on token ids. FituneError if it differs beyond the bound."""
     comparison = compare_written(written, tuned, dtype, prompts)
@@ -87,18 +93,13 @@ def refuse_another_architecture(written: Path, base: Path, changed: set[str]) ->
             )
 
 
-@torch.no_grad()
 def _compare(folder: Path, tuned: TunedWeights, written: BaseWeights, dtype, prompts) -> Comparison:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    longest = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # what follows is not seen
-    matrices = sum(1 for shape in tuned.shapes.values() if len(shape) == 2)
-    with bar("checking", matrices - (not tuned.ties_head)) as advance:
-        weights = _SideBySide(tuned, written, dtype, device)
-        model = streamed_model(folder, weights, len(prompts), tied=tuned.ties_head, on_layer=advance)
-        logits = model(input_ids=ids.repeat(PARTS, 1), use_cache=False).logits
+    weights = _SideBySide(tuned, written, dtype, device)
+    logits = logits_side_by_side(folder, weights, tuned.shapes, prompts, PARTS, tied=tuned.ties_head)
+    longest = logits[0].shape[1]
     real = torch.arange(longest) < torch.tensor([[len(prompt)] for prompt in prompts])
-    reference, rounded, found = (part[real] for part in logits.chunk(PARTS))
+    reference, rounded, found = (part[real] for part in logits)
     size = reference.square().mean().sqrt().item()
     return Comparison(
         prompts=len(prompts),

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import torch
 
-from fitune.config.base_model import ARCHITECTURES
 from fitune.config.schema import Run
 from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import FituneError
+from fitune.export.check import not_computed
 from fitune.export.gguf_answers import Answers, ask_gguf
 from fitune.export.llama_cpp import INSTALL, is_installed
 from fitune.export.prompts import prompts_for
-from fitune.export.streamed_model import streamed_model
-from fitune.progress import bar
-from fitune.weights.base_weights import BaseWeights, read_base_config, unpacked_shapes
+from fitune.export.streamed_model import logits_side_by_side
+from fitune.weights.base_weights import BaseWeights, unpacked_shapes
 from fitune.weights.safetensors_files import Checkpoint
 
 TIMES_ROUNDING = 2
@@ -62,10 +61,9 @@ def check_gguf(files: dict[Path, str], model: Path, run: Run | None = None) -> N
     It asks what the check of a merge asks, of `run` if there is one. FituneError for a file that differs beyond the
     bound, or that llama.cpp cannot load.
     """
-    names, kind = ", ".join(file.name for file in files), read_base_config(model).get("model_type")
-    if kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        print(f"check: {names}: not checked: a {kind} model, the check computes {known}", file=sys.stderr)
+    names = ", ".join(file.name for file in files)
+    if reason := not_computed(model):
+        print(f"check: {names}: not checked: {reason}", file=sys.stderr)
     elif not is_installed():
         print(f"check: {names}: not checked, as llama.cpp is not installed: {INSTALL}", file=sys.stderr)
     else:
@@ -117,22 +115,15 @@ def _mean(difference: torch.Tensor) -> float:
     return difference.abs().mean().item()
 
 
-@torch.no_grad()
 def _log_probabilities(model: Path, kind: str, prompts, places) -> torch.Tensor:
     """Of each next token at each place [PARTS, places, vocabulary], on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    longest = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # what follows is not seen
     with Checkpoint(model) as checkpoint:
         stored = BaseWeights(checkpoint)
-        matrices = sum(1 for shape in stored.shapes.values() if len(shape) == 2)
-        tied = HEAD not in stored.shapes
-        with bar("checking", matrices - (not tied)) as advance:
-            weights = _SideBySide(stored, kind, device)
-            computed = streamed_model(model, weights, len(prompts), tied=tied, on_layer=advance)
-            logits = computed(input_ids=ids.repeat(PARTS, 1), use_cache=False).logits
+        weights, tied = _SideBySide(stored, kind, device), HEAD not in stored.shapes
+        logits = logits_side_by_side(model, weights, stored.shapes, prompts, PARTS, tied=tied)
     rows, ends = (torch.tensor(column) for column in zip(*places, strict=True))
-    return torch.stack([part[rows, ends - 1].log_softmax(-1) for part in logits.chunk(PARTS)])
+    return torch.stack([part[rows, ends - 1].log_softmax(-1) for part in logits])
 
 
 class _SideBySide:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from fitune.config.base_model import ARCHITECTURES
+from fitune.config.stored_weights import EMBEDDING
 from fitune.errors import FituneError
 from fitune.export.adapter import Lora
-from fitune.export.check import compare_written, refuse_another_architecture
+from fitune.export.check import compare_written, not_computed, refuse_another_architecture
 from fitune.export.prompts import prompts_for
 from fitune.export.tuned_weights import TunedWeights
 from fitune.weights.base_weights import read_base_config
@@ -21,15 +21,14 @@ def check_nf4(written: Path, base: Path, device: torch.device) -> None:
 
     Both hold the same numbers, so only the order of float32 sums may differ. FituneError beyond that.
     """
-    config = read_base_config(base)
-    if (kind := config.get("model_type")) not in ARCHITECTURES:
-        print(f"check: not checked: a {kind} model, the check computes {', '.join(ARCHITECTURES)}", file=sys.stderr)
+    if reason := not_computed(base):
+        print(f"check: not checked: {reason}", file=sys.stderr)
         return
     refuse_another_architecture(written, base, changed=set())
     with Checkpoint(base) as checkpoint:
         through_nf4 = WeightsThroughNF4(checkpoint, device)
-        expected = TunedWeights(through_nf4, Lora(), None, tied=bool(config.get("tie_word_embeddings")))
-        prompts = prompts_for(written, None, expected.shapes["model.embed_tokens.weight"][0])
+        expected = TunedWeights(through_nf4, Lora(), None, tied=bool(read_base_config(base).get("tie_word_embeddings")))
+        prompts = prompts_for(written, None, expected.shapes[EMBEDDING][0])
         compared = compare_written(written, expected, torch.float32, prompts)
     said = compared.said("the base in NF4")
     if not compared.within_bound:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fitune.errors import FituneError
+from fitune.progress import bar
 
 
 class Weights(Protocol):
@@ -56,6 +57,28 @@ def streamed_model(folder: Path, weights: Weights, rows: int, *, tied: bool, on_
     if left := next((name for name, buffer in model.named_buffers() if buffer.is_meta), None):
         raise FituneError(f"{folder}: {config.model_type}: {left} cannot be streamed")
     return model
+
+
+@torch.no_grad()
+def logits_side_by_side(
+    folder: Path,
+    weights: Weights,
+    shapes: dict[str, tuple[int, ...]],
+    prompts: list[list[int]],
+    variants: int,
+    *,
+    tied: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Of each variant [prompts, tokens of the longest, vocabulary], under a bar; what follows a prompt means nothing.
+
+    `shapes` are those of the weights, by name.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # what follows is not seen
+    matrices = sum(1 for shape in shapes.values() if len(shape) == 2)
+    with bar("checking", matrices - (not tied)) as advance:
+        model = streamed_model(folder, weights, len(prompts), tied=tied, on_layer=advance)
+        return model(input_ids=ids.repeat(variants, 1), use_cache=False).logits.chunk(variants)
 
 
 def _exchange_vectors(module: nn.Module, name: str, weights: Weights, rows: int, size: int, of_heads: bool) -> None:
