@@ -44,8 +44,7 @@ class LayerPass:
     ):
         self.layer, self.batch = layer, batch
         multiplication = fp8 if layer.fp8 and layer.training else products
-        self.linears = LoraLinears(layer.linears(), layer.bases(), parameters, x.dtype, multiplication)
-        self.linears.lows = self.linears.new_lows(x) if lows is None else lows
+        self.linears = LoraLinears(layer.linears(), layer.bases(), parameters, x, multiplication, lows)
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """(mid, what the backward pass needs beside x) of the attention half."""

@@ -63,8 +63,8 @@ class LoraLinears:
     """The seven linears of a layer for one pass: weights as they are now, adapters in the activations' dtype.
 
     `parameters` are those of `adapter_of`, linear by linear; `products` multiplies with frozen weights, in bf16
-    (`fitune.model.products`) or in e4m3 (`fitune.model.fp8`). `lows` [T, sum of all ranks] holds s x A^T of each group:
-    forward fills it, the gradients read it.
+    (`fitune.model.products`) or in e4m3 (`fitune.model.fp8`). x [T, .] is the layer's input. `lows` [T, sum of all
+    ranks] holds s x A^T of each group: forward fills it, the gradients read it.
     """
 
     def __init__(
@@ -72,19 +72,21 @@ class LoraLinears:
         linears: list[nn.Module],
         bases: list[nn.Linear],
         parameters: tuple[torch.Tensor, ...],
-        dtype: torch.dtype,
+        x: torch.Tensor,
         products: ModuleType,
+        lows: torch.Tensor | None = None,
     ):
         self.linears, self.bases, self.parameters, self.products = linears, bases, parameters, products
         with_adapter = [index for index, linear in enumerate(linears) if adapter_of(linear)]
         places = {index: 2 * n for n, index in enumerate(with_adapter)}  # linear -> its A among the parameters
         of_groups = {group: [places[m] for m in members if m in places] for group, members in GROUPS.items()}
         self.groups = {group: places for group, places in of_groups.items() if places}
-        self.adapters = self._adapters(places, self._stack(dtype)) if parameters else {}
+        self.adapters = self._adapters(places, self._stack(x.dtype)) if parameters else {}
         self.gradient: Stacked | None = None
         self.filled: set[int] = set()
         "The groups whose gradients hold some tokens'."
-        self.lows: torch.Tensor | None = None
+        ranks = sum(adapter.down.shape[0] for adapter in self.adapters.values())
+        self.lows = x.new_empty(x.shape[0], ranks) if lows is None else lows
 
     def _stack(self, dtype: torch.dtype) -> Stacked:
         """The parameters in `dtype`, by one copy."""
@@ -109,10 +111,6 @@ class LoraLinears:
             adapters[group] = Adapter(down, ups, scaling, slice(width, width + start))
             width += start
         return adapters
-
-    def new_lows(self, x: torch.Tensor) -> torch.Tensor:
-        """Room for those of the tokens of x [T, .]."""
-        return x.new_empty(x.shape[0], sum(adapter.down.shape[0] for adapter in self.adapters.values()))
 
     def dropout_of(self, group: int) -> float:
         """The probability that an element of the group's input is dropped for its adapter; 0 without one."""
