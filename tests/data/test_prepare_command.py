@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from preparing import chat, write
 
 from fitune.config import run as runs
+from fitune.config.schema import Run
 from fitune.data.prepared import sha256_of_rows
 from fitune.export.chat_record import ChatRecord, write_chat_record
 from fitune.training.manifest import Identity, write_manifest
@@ -146,12 +147,18 @@ def test_what_differs_is_found_before_a_process_starts(prepared_with, trained_wi
     assert not fitune.started and not Path("runs").exists()
 
 
-def test_eval_and_generate_find_it_before_a_process_starts(fitune, tmp_path):
+def prepare_and_write_a_run(fitune, tmp_path) -> Run:
+    """As if it had been trained: `run`, with an adapter's folder."""
     write(tmp_path / "mine.jsonl", *map(chat, range(8)))
     fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl")
     run = runs.resolve("recipe.yaml", "cpu_2proc", output="run")
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "run.yaml").write_text(runs.dump(run))
+    return run
+
+
+def test_eval_and_generate_find_it_before_a_process_starts(fitune, tmp_path):
+    prepare_and_write_a_run(fitune, tmp_path)
     assert fitune("eval", "run").exit_code == fitune("generate", "run", "--test", "1").exit_code == 0
     assert len(fitune.started) == 2
     fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", "--overwrite", "--set", "data.system_message=Hi.")
@@ -164,11 +171,7 @@ def test_eval_and_generate_find_it_before_a_process_starts(fitune, tmp_path):
 
 
 def test_eval_says_where_other_rows_were_trained(fitune, tmp_path):
-    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
-    fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl")
-    run = runs.resolve("recipe.yaml", "cpu_2proc", output="run")
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    (tmp_path / "run" / "run.yaml").write_text(runs.dump(run))
+    run = prepare_and_write_a_run(fitune, tmp_path)
     assert "note: " not in fitune("eval", "run").output, "it has no checkpoint that knows"
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
