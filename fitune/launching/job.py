@@ -55,6 +55,13 @@ class Job:
         words = ["fitune", "prepare", self.recipe, *_flags(s for s in self.sets if not s.startswith("profile."))]
         return f"[ -f {shlex.quote(self.prepared)}/train.jsonl ] || {shlex.join(words)}"
 
+    @property
+    def set_up(self) -> list[str]:
+        """Shell lines that end the job, and say why in its log, unless `fitune` can be called after them."""
+        failed, missing = f"the set-up failed: {self.setup}", "no command fitune here: --setup puts it in PATH"
+        lines = ["{", self.setup, f"}} || {_end(failed)}"] if self.setup else []
+        return [*lines, f"command -v fitune > /dev/null || {_end(missing)}"]
+
     def arguments(self, output: str) -> list[str]:
         """Shell lines that set $@ to what `fitune train` is given: the run, or where it was begun, its folder."""
         begin = [self.recipe, *(["--profile", self.profile] if self.profile else []), *_flags(self.sets)]
@@ -76,6 +83,11 @@ def _flags(sets) -> list[str]:
     return [part for text in sets for part in ("--set", text)]
 
 
+def _end(said: str) -> str:
+    """A shell command: one line of what went wrong in the job's log, and code 1."""
+    return f"{{ echo {shlex.quote(f'error: {said}')} >&2; exit 1; }}"
+
+
 def sbatch_script(job: Job) -> str:
     """A Slurm job. Preempted, out of time or told so by `scancel --signal=TERM`, it saves and is requeued."""
     minutes = round(job.hours * 60)
@@ -89,8 +101,8 @@ def sbatch_script(job: Job) -> str:
         *(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
         "#SBATCH --requeue",
         "",
-        f"cd {shlex.quote(str(Path.cwd()))}",
-        *([job.setup] if job.setup else []),
+        f"cd {shlex.quote(str(Path.cwd()))} || {_end('this node does not see the folder of the job')}",
+        *job.set_up,
         f"{{ {job.prepare}; }} || exit",
         *job.arguments(job.output),
         "",
@@ -150,7 +162,7 @@ def kubernetes_jobset(job: Job) -> dict:
     """A JobSet of one indexed job, a pod on each node. Exit code 75 starts it again and counts as no failure."""
     place = job.place("$JOB_COMPLETION_INDEX", f"{job.name}-nodes-0-0.{job.name}")
     prepare = f"flock {shlex.quote(job.prepared.rstrip('/') + '.lock')} bash -c {shlex.quote(job.prepare)}"
-    lines = ["set -e", *([job.setup] if job.setup else []), f"mkdir -p {shlex.quote(str(Path(job.prepared).parent))}"]
+    lines = ["set -e", *job.set_up, f"mkdir -p {shlex.quote(str(Path(job.prepared).parent))}"]
     lines += [prepare, *job.arguments(job.output), f'exec fitune train "$@"{place}']
     token = {"secretKeyRef": {"name": "hf-token", "key": "token", "optional": True}}
     container = {

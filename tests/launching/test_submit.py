@@ -103,18 +103,55 @@ def test_a_slurm_job_is_not_started_again_where_a_node_failed(submit, tmp_path):
         assert ("scontrol requeue 7" in (tmp_path / "log").read_text()) == requeued
 
 
+@pytest.mark.parametrize("scheduler", ["slurm", "kubernetes"])
+@pytest.mark.parametrize(
+    ("setup", "said"),
+    [
+        ("source nowhere/activate", "error: the set-up failed: source nowhere/activate"),
+        ("true && false; # two lines'\nA=$(false)", "error: the set-up failed: true && false; # two lines'"),
+        ("export A=1;", "error: no command fitune here: --setup puts it in PATH"),
+        ("", "error: no command fitune here: --setup puts it in PATH"),
+    ],
+    ids=["fails", "two lines", "without fitune", "none"],
+)
+def test_a_set_up_that_fails_ends_the_job_and_says_so(scheduler, setup, said, submit, tmp_path):
+    text = submit(scheduler, "--dry-run", "--gpus", "1", "--setup", setup, *WANTED[scheduler]).stdout
+    script = script_of(scheduler, text.partition("job file: ")[0])
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and said in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1
+
+
+def test_a_set_up_puts_fitune_in_path(submit, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("fitune", "srun"):
+        (tmp_path / "bin" / name).write_text(FAKE)
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = submit("slurm", "--dry-run", "--gpus", "1", "--setup", "export PATH=$PWD/bin:$PATH").stdout
+    environment = {"PATH": "/usr/bin:/bin", "LOG": str(tmp_path / "log")}
+    assert subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=False).returncode == 0
+    assert "fitune train llama3_8b_qlora --output runs/job" in (tmp_path / "log").read_text()
+
+
+def test_a_job_ends_where_its_folder_is_not_seen(submit, tmp_path):
+    script = submit("slurm", "--dry-run", "--gpus", "1").stdout.replace(f"cd {tmp_path}", "cd /nowhere")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "error: this node does not see the folder of the job" in done.stderr
+
+
 def test_slurm_lets_all_nodes_save_when_the_first_has_ended(submit):
     text = submit("slurm", "--dry-run", "--gpus", "8", "--nodes", "2").stdout
     assert "srun --wait=120 " in text and "kill-on-bad-exit" not in text
 
 
 def test_slurm_is_asked_for_nodes_gpus_time_and_a_signal_in_time(submit):
-    flags = ("--nodes", "2", "--gpus", "4", "--hours", "1.5", "--partition", "gpu", "--setup", "source x/activate")
+    flags = ("--nodes", "2", "--gpus", "4", "--hours", "1.5", "--partition", "gpu")
     text = submit("slurm", "--dry-run", *flags).stdout
     for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=1:30:00", "--signal=TERM@600",
                  "--requeue", "--partition=gpu", "--open-mode=append"):  # fmt: skip
         assert f"#SBATCH {line}\n" in text
-    assert "\nsource x/activate\n" in text
 
 
 def test_skypilot_keeps_checkpoints_where_they_outlive_the_machine(submit):

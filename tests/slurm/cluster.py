@@ -120,6 +120,7 @@ class Cluster:
             return state["JobState"] == "PENDING"
 
         self.wait_for(is_pending, f"job {job} is requeued")
+        time.sleep(2)  # slurmd tells a job's starts apart by whole seconds, and refuses one within the same
         self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait_for_restart(self, job: str) -> None:

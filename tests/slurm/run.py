@@ -2,7 +2,7 @@
 
 A tiny model is trained by two ranks over gloo, one on each node: undisturbed; told to stop in the middle by `scancel
 --signal=TERM`; and with either node killed in the middle. All are requeued, resumed, and end with the same adapter
-bytes.
+bytes. A job whose set-up fails ends at once and is not requeued.
 """
 
 import shlex
@@ -50,8 +50,8 @@ class Jobs:
         command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "cli.py"))} "$@"\n')
         command.chmod(0o755)
 
-    def submit(self, name: str, base: Path, prepared: Path) -> tuple[str, Path]:
-        """(job number, run folder)."""
+    def submit(self, name: str, base: Path, prepared: Path, then: str = "") -> tuple[str, Path]:
+        """(job number, run folder). `then` ends the set-up command."""
         run = self.folder / name
         sets = {
             "base.model": base, "data.prepared": prepared, "training.max_steps": STEPS, "training.save_steps": 1,
@@ -60,7 +60,7 @@ class Jobs:
         flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
         profile, path = self.folder / "two_machines.yaml", self.folder / "bin"
         words = ["submit", "tiny_qlora", "--on", "slurm", "--nodes", "2", "--profile", str(profile), "--hours", "1"]
-        words += ["--setup", f"export PATH={path}:$PATH GLOO_SOCKET_IFNAME=lo"]
+        words += ["--setup", f"export PATH={path}:$PATH GLOO_SOCKET_IFNAME=lo{then}"]
         done = subprocess.run(
             [sys.executable, "cli.py", *words, "--output", str(run), *flags],
             cwd=ROOT, env=self.cluster.environment, capture_output=True, text=True, check=False,
@@ -77,11 +77,16 @@ class Jobs:
         )
         assert not self._over(job), self.log(run)
 
-    def finish(self, job: str, run: Path) -> bytes:
-        """The adapter's bytes once the job is done."""
+    def finish(self, job: str, run: Path, state: str = "COMPLETED") -> dict[str, str]:
+        """The job's fields once it is over, in that state."""
         self.cluster.wait_for(lambda: self._over(job), f"{run.name} is over")
-        state = self.cluster.job_state(job)
-        assert state["JobState"] == "COMPLETED", f"{state}\n{self.log(run)}"
+        fields = self.cluster.job_state(job)
+        assert fields["JobState"] == state, f"{fields}\n{self.log(run)}"
+        return fields
+
+    def adapter(self, job: str, run: Path) -> bytes:
+        """Its bytes once the job is done."""
+        self.finish(job, run)
         return (run / ADAPTER).read_bytes()
 
     def _over(self, job: str) -> bool:
@@ -107,23 +112,33 @@ def main() -> None:
             write_split(prepared, split, count, seed)
         with Cluster(folder / "slurm") as cluster:
             try:
-                _disturb(Jobs(folder, cluster), cluster, base, prepared)
+                jobs = Jobs(folder, cluster)
+                _fail(jobs, base, prepared)
+                _disturb(jobs, cluster, base, prepared)
             except AssertionError:
                 for log in sorted((folder / "slurm").glob("*.log")):
                     print(f"--- {log.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
                 raise
 
 
+def _fail(jobs: Jobs, base: Path, prepared: Path) -> None:
+    job, run = jobs.submit("failed-set-up", base, prepared, then=" && source nowhere/activate")
+    restarts = jobs.finish(job, run, "FAILED")["Restarts"]
+    said = next(line for line in jobs.log(run).splitlines() if line.startswith("error: the set-up failed: "))
+    assert restarts == "0" and not run.exists(), jobs.log(run)
+    print(f"set-up that fails: job {job} ended, not requeued: {said[:24]}")
+
+
 def _disturb(jobs: Jobs, cluster: Cluster, base: Path, prepared: Path) -> None:
     job, run = jobs.submit("undisturbed", base, prepared)
-    expected = jobs.finish(job, run)
+    expected = jobs.adapter(job, run)
     print(f"undisturbed: job {job} trained {STEPS} steps on {cluster.job_state(job)['NodeList']}")
 
     job, run = jobs.submit("told-to-stop", base, prepared)
     jobs.wait_for_step(job, run, 3)
     cluster.command("scancel", "--signal=TERM", job)
     cluster.begin_now(job)
-    found = jobs.finish(job, run)
+    found = jobs.adapter(job, run)
     _check(
         "told to stop by scancel --signal=TERM", jobs, job, run, found == expected, "stopped: interrupted after step"
     )
@@ -134,7 +149,7 @@ def _disturb(jobs: Jobs, cluster: Cluster, base: Path, prepared: Path) -> None:
         cluster.kill_node(node)
         cluster.wait_for_restart(job)
         cluster.start_node(node)
-        found = jobs.finish(job, run)
+        found = jobs.adapter(job, run)
         _check(f"{node} killed", jobs, job, run, found == expected, "goes on after step")
 
 
