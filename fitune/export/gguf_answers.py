@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from fitune.errors import FituneError
-from fitune.export.llama_cpp import Post, leave, start_llama_cpp
+from fitune.export.llama_cpp import Post, leave, likeliest_tokens, start_llama_cpp
 
 LIKELIEST = 20
 "Tokens that are asked for after each beginning."
@@ -37,13 +37,10 @@ def ask_gguf(file: Path, beginnings: list[list[int]]) -> Answers:
 
 
 def likeliest(beginnings: list[list[int]], post: Post) -> Answers:
-    request = {"n_predict": 1, "temperature": 0, "n_probs": LIKELIEST, "cache_prompt": True}
-    answers = []
-    for beginning in beginnings:
-        answer = post("/completion", request | {"prompt": beginning})
-        [first] = answer["completion_probabilities"]
-        answers.append([(token["id"], _number(token["logprob"])) for token in first["top_logprobs"]])
-    return answers
+    return [
+        [(token["id"], _number(token["logprob"])) for token in likeliest_tokens(post, beginning, LIKELIEST)]
+        for beginning in beginnings
+    ]
 
 
 def _number(value: float | None) -> float:

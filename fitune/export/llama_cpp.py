@@ -14,6 +14,8 @@ from fitune.errors import FituneError, UsageError
 Post = Callable[[str, dict], dict]
 "What llama.cpp's server answers to a path and a request; an empty request is a GET."
 INSTALL = "pip install xllamacpp"
+CHOSEN = 10_000
+"Added to a logit, so that its token is chosen."
 
 
 def is_installed() -> bool:
@@ -49,6 +51,26 @@ def start_llama_cpp(file: Path, longest: int, *, on_cpu: bool = False) -> Post:
 
     post.server = server  # lives as long as who asks it
     return post
+
+
+def next_token(post: Post, beginning: list[int], likeliest: int, chosen: int | None = None) -> dict | None:
+    """The token that comes after `beginning`, or is `chosen`: {"id", "logprob", "top_logprobs"}, these of so many.
+
+    Log-probabilities are those without the choice. None where that token begins a character and does not end it: the
+    server then waits for the rest, and says nothing of it.
+    """
+    request = {"prompt": beginning, "n_predict": 1, "temperature": 0, "n_probs": likeliest, "cache_prompt": True}
+    bias = {} if chosen is None else {"logit_bias": [[chosen, CHOSEN]]}
+    return next(iter(post("/completion", request | bias).get("completion_probabilities", [])), None)
+
+
+def likeliest_tokens(post: Post, beginning: list[int], count: int) -> list[dict]:
+    """{"id", "logprob"} of tokens that may come after `beginning`, the likeliest first, whatever their bytes are."""
+    told = next_token(post, beginning, count)
+    if told is None:
+        [letter] = post("/tokenize", {"content": "a", "add_special": False})["tokens"][-1:]
+        told = next_token(post, beginning, count, chosen=letter)
+    return told["top_logprobs"]
 
 
 def leave(code: int = 0) -> None:

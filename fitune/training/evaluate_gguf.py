@@ -15,12 +15,12 @@ import jinja2
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.conversations import for_template
 from fitune.errors import FituneError, UsageError
-from fitune.export.llama_cpp import INSTALL, Post, is_installed, start_llama_cpp
+from fitune.export.llama_cpp import INSTALL, Post, is_installed, likeliest_tokens, next_token, start_llama_cpp
 from fitune.progress import bar
 from fitune.training.evaluate_folder import Scored, metrics, rows_file
 
-CHOSEN = 10_000
-"Added to a logit, so that its token is chosen."
+EVERY_TOKEN = 10_000_000
+"More than any vocabulary has."
 LONGEST = 8192
 "Tokens of a row, at most as many as the model was made for."
 
@@ -67,11 +67,19 @@ def _tokens(text: str, spans: list[tuple[int, int]], post: Post) -> tuple[list[i
 def _score(ids: list[int], places: list[int], post: Post) -> Scored:
     loss = right = 0
     for place in places:
-        request = {"prompt": ids[:place], "n_predict": 1, "temperature": 0, "n_probs": 1, "cache_prompt": True}
-        answer = post("/completion", request | {"logit_bias": [[ids[place], CHOSEN]]})
-        [chosen] = answer["completion_probabilities"]
-        if chosen["id"] != ids[place] or not math.isfinite(chosen["logprob"]):
-            raise FituneError(f"llama.cpp gave token {chosen['id']} for {ids[place]}: its API has changed")
-        loss -= chosen["logprob"]
-        right += chosen["top_logprobs"][0]["id"] == ids[place]
+        found, likeliest = _log_probability(ids[place], ids[:place], post)
+        if found is None or not math.isfinite(found):
+            raise FituneError(f"llama.cpp gave no probability for token {ids[place]}: its API has changed")
+        loss -= found
+        right += likeliest == ids[place]
     return loss, right, len(places)
+
+
+def _log_probability(token: int, before: list[int], post: Post) -> tuple[float | None, int]:
+    """Of a token, and the id of the likeliest one."""
+    told = next_token(post, before, 1, chosen=token)
+    if told is None:  # only its first bytes of a character: it is looked up among all tokens, which takes a second
+        all_tokens = likeliest_tokens(post, before, EVERY_TOKEN)
+        found = next((other["logprob"] for other in all_tokens if other["id"] == token), None)
+        return found, all_tokens[0]["id"]
+    return told["logprob"] if told["id"] == token else None, told["top_logprobs"][0]["id"]

@@ -121,6 +121,20 @@ def test_a_number_that_is_none_counts_as_none():
     assert token == 3 and math.isnan(probability)
 
 
+def test_where_a_character_is_likeliest_to_begin_a_letter_is_chosen_instead():
+    """llama.cpp says nothing of a token that begins a character and does not end it."""
+
+    def post(path, request):
+        if path == "/tokenize":
+            return {"tokens": [7]}
+        if "logit_bias" not in request:
+            return {"content": "\ufffd"}
+        assert request["logit_bias"][0][0] == 7
+        return {"completion_probabilities": [{"id": 7, "top_logprobs": [{"id": 3, "logprob": -0.5}]}]}
+
+    assert likeliest([[1, 2]], post) == [[(3, -0.5)]]
+
+
 def test_another_architecture_is_not_checked_and_this_is_said(model, tmp_path, capsys):
     folder = Path(shutil.copytree(model, tmp_path / "other"))
     set_values(folder / "config.json", model_type="gpt2")

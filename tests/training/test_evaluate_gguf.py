@@ -20,7 +20,10 @@ ROWS = [json.dumps({"messages": MESSAGES}), json.dumps({"messages": [*MESSAGES, 
 
 
 class LlamaCpp:
-    """Every byte is a token; a token is as likely as 1 / (its id + 1), and likeliest if even."""
+    """Every byte is a token; a token is as likely as 1 / (its id + 1), and likeliest if even.
+
+    Like the real one, it says nothing of a token that begins a character and does not end it.
+    """
 
     def __init__(self, template="chatml", **answers):
         self.asked, self.answers = [], answers
@@ -30,11 +33,16 @@ class LlamaCpp:
         if path == "/props":
             return {"chat_template": self.template, "bos_token": "<s>", "eos_token": "</s>"}
         if path == "/tokenize":
-            assert request["parse_special"] and not request["add_special"]
+            assert not request["add_special"]
             pieces = [bytes([byte]) for byte in request["content"].encode()]
             return {"tokens": [{"id": p[0], "piece": p.decode() if p[0] < 128 else list(p)} for p in pieces]}
+        if request["n_probs"] > 256:
+            every = [{"id": byte, "logprob": -math.log(byte + 1)} for byte in range(256)]
+            return {"completion_probabilities": [{"id": 0, "top_logprobs": every}]}
         [[token, _]] = request["logit_bias"]
         self.asked.append((bytes(request["prompt"]), token))
+        if token >= 0xC0:
+            return {"content": "\ufffd"}
         best = token if token % 2 == 0 else token - 1
         chosen = {"id": token, "logprob": -math.log(token + 1), "top_logprobs": [{"id": best}]} | self.answers
         return {"completion_probabilities": [chosen]}
@@ -66,6 +74,15 @@ def test_rows_count_by_their_tokens():
     one, two = (list(score_rows([row], LlamaCpp())) for row in ROWS)
     assert two[0][2] == 2 * one[0][2]
     assert metrics(score_rows(ROWS, LlamaCpp())) == pytest.approx(metrics(one) | {"tokens": 3 * one[0][2]})
+
+
+def test_a_token_that_only_begins_a_character_is_looked_up_among_all():
+    [(loss, right, count)] = score_rows(
+        [json.dumps({"messages": [MESSAGES[0], MESSAGES[1] | {"content": "é"}]})], LlamaCpp()
+    )
+    answer = "é<|im_end|>".encode()
+    assert count == len(answer) and right == sum(token % 2 == 0 for token in answer)
+    assert loss == pytest.approx(sum(math.log(token + 1) for token in answer))
 
 
 def test_an_answer_about_another_token_is_refused():
