@@ -7,6 +7,14 @@ import textwrap
 NARROW = 40
 "On less than this there is no use in columns."
 
+IN_A_PIPE = 120
+"Of what has columns, in a pipe or a file."
+
+
+def columns() -> int:
+    """Of the terminal that stdout is."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else IN_A_PIPE
+
 
 def beside(name: str, text: str) -> str:
     """`text` begins behind `name`; on a terminal its further lines begin there too. A pipe gets one line."""

@@ -252,7 +252,6 @@ def test_doctor_names_every_finding_and_what_to_do(cli, monkeypatch):
         "disk speed",
         "login",
         "base model",
-        "fastest",
     ):
         assert any(line.startswith(("ok", "bad", "--")) and f" {name} " in line for line in lines), name
     assert "./nowhere: no such folder" in result.output

@@ -34,8 +34,8 @@ def test_the_picture_shows_what_plan_prints_now():
     planned = CliRunner().invoke(cli, module.PLAN).output
     seen = " ".join(shown(picture).split())
     for line in planned.splitlines():
-        words = " ".join(re.sub(r"[█▌▶]", "", line).split())
-        assert words in re.sub(r" ?[█▌▶]+", "", seen), f"{words}: run python docs/terminal.py"
+        words = " ".join(re.sub(r"[█▌▶░]", "", line).split())
+        assert words in re.sub(r" ?[█▌▶░]+", "", seen), f"{words}: run python docs/terminal.py"
     assert "accelerate launch --config_file accelerate_configs/cpu_2proc.yaml" in seen
     assert re.search(r"step 6\d/100 loss \d\.\d{4} ↓\d\.\d{3} lr .* tokens/s .* left checkpoint 50", seen)
 

@@ -32,15 +32,17 @@ class Catalogue:
 
 
 def print_catalogue(folder: Path | None) -> None:
-    """Recipes, profiles and accelerate configs, one line each, then which profiles go with which recipe."""
+    """Recipes and profiles, one line each, accelerate configs, then which profiles go with which recipe."""
     own = shipped = _shipped()
     if folder:
         own = own_files(folder)
         if own == Catalogue():
             raise UsageError(f"{folder}: no recipe, memory profile or accelerate config (*.yaml) in it")
-    _section("recipes", {name: f"{recipe.method:6}{recipe.description}" for name, recipe in own.recipes.items()})
+    width = max(map(len, own.recipes), default=0)
+    recipes = {f"{name:{width}}  {recipe.method:5}": recipe.description for name, recipe in own.recipes.items()}
+    _section("recipes", recipes)
     _section("memory profiles", {name: profile.description for name, profile in own.profiles.items()})
-    _section("accelerate configs", {name: _launch_words(path) for name, path in own.accelerate_configs.items()})
+    _section("accelerate configs", _by_what_they_start(own.accelerate_configs))
     _section("cannot be read", own.broken)
     profiles = own.profiles if own is shipped else own.profiles | shipped.profiles
     pairs = {name: _profiles_for(recipe, profiles) for name, recipe in own.recipes.items()}
@@ -100,8 +102,16 @@ def _profiles_for(recipe: Recipe, profiles: dict[str, Profile]) -> str:
     try:
         find_shape(recipe.base.model, recipe.base.revision)
     except UsageError:
-        return f"{found} (size not known: {recipe.base.model} is not there yet)"
+        return f"{found} ({recipe.base.model} is not there yet)"
     return found
+
+
+def _by_what_they_start(configs: dict[str, Path]) -> dict[str, str]:
+    """In words -> the names of those that do so, the fewest processes first."""
+    found: dict[str, list[str]] = {}
+    for name, path in sorted(configs.items(), key=lambda item: read_accelerate_config(item[1]).num_processes):
+        found.setdefault(_launch_words(path), []).append(name)
+    return {words: ", ".join(alike) for words, alike in found.items()}
 
 
 def _launch_words(path: Path) -> str:
@@ -110,7 +120,7 @@ def _launch_words(path: Path) -> str:
     words = [f"{config.num_processes} {'CPU' if config.use_cpu else 'GPU'} process{'' if one else 'es'}"]
     words += [config.mixed_precision if config.mixed_precision != "no" else "float32"]
     words += [f"{config.num_machines} machines"] if config.num_machines > 1 else []
-    words += ["weights offloaded to host RAM"] if config.offload_params else []
+    words += ["offloaded to RAM"] if config.offload_params else []
     return ", ".join(words)
 
 

@@ -251,10 +251,15 @@ def _gradient_accumulation(recipe: Recipe, profile: Profile, accelerate: Acceler
 def dump(run: Run) -> str:
     """run.yaml's text."""
     header = (
-        f"# One resolved run. Start it with:  python -m accelerate.commands.launch --config_file "
+        f"# One resolved run. Start it with:\n# python -m accelerate.commands.launch --config_file "
         f"{run.accelerate.path} -m fitune.training.train run.yaml\n"
     )
-    return header + yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return header + in_yaml(run)
+
+
+def in_yaml(run: Run, width: int = 120) -> str:
+    """Lines of at most `width` columns, where a space lets a longer one be parted."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=width)
 
 
 def load(path: Path) -> Run:

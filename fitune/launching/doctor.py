@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from fitune.columns import beside
+from fitune.config.command_name import command
 from fitune.config.host_limits import host_memory_gib, usable_cores
 from fitune.config.run import load_recipe
 from fitune.config.shipped import how_to_install, pinned_versions
@@ -60,7 +61,7 @@ def doctor(model: str | None) -> bool:
         line = beside(f"     {finding.name:14} ", finding.text).removeprefix("     ")
         click.echo(f"{marks[finding.good]} {line}")
         if finding.fix:
-            click.echo(f"{'':20}-> {finding.fix}")
+            click.echo(beside(f"{'':20}-> ", finding.fix))
     return all(finding.good is not False for finding in findings)
 
 
@@ -101,7 +102,8 @@ def _gpus() -> list[Finding]:
     from fitune.planning.hardware import this_machine
 
     if not shutil.which("nvidia-smi"):
-        return [Finding("GPUs", None, "none found; the tiny recipes train on the CPU (profile cpu_2proc)")]
+        ask = f'ask about a machine with one: {command()} plan llama3_8b_qlora --gpu "RTX 4090"'
+        return [Finding("GPUs", None, "none found; the tiny recipes train on the CPU (profile cpu_2proc)", ask)]
     machine = this_machine()
     if not machine.gpus:
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ
@@ -209,7 +211,7 @@ def _fastest() -> list[Finding]:
     from fitune.planning.search import find
 
     machine, findings = this_machine(), []
-    if machine.gpus and not machine.model.has_bf16:
+    if not machine.gpus or not machine.model.has_bf16:
         return []  # which has been said
     for recipe in ("llama3_8b_qlora", "llama3_70b_qlora"):
         try:

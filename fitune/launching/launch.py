@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+from fitune.columns import columns
 from fitune.config import run as runs
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
@@ -36,8 +37,9 @@ def launch_line(run: Run, module: str, *arguments: str) -> str:
 
 
 def dry_run_text(run: Run) -> str:
-    """run.yaml, and the line that starts its training."""
-    return f"{runs.dump(run)}\n# {launch_line(run, TRAINING)}"
+    """run.yaml, in lines as wide as the terminal, and the line that starts its training. All of it is YAML."""
+    file, settings = _short(str(run.folder / "run.yaml")), runs.in_yaml(run, columns())
+    return f"# {file}\n{settings}\n# It is started with:\n# {launch_line(run, TRAINING)}"
 
 
 def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, place: Place, quiet: bool = False) -> int:

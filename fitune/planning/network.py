@@ -65,10 +65,10 @@ def network_lines(ways: list[Way]) -> list[str]:
     planned, others = ways[0], ways[1:]
     is_hybrid = planned.plan.setup.replicas > 1
     how = "each machine holds the model, gradients travel" if is_hybrid else "one copy over all GPUs, weights travel"
-    lines = [f"network between {planned.plan.setup.machines} machines ({how}): {_seconds(planned)}"]
+    lines = [f"between {planned.plan.setup.machines} machines ({how}): {_seconds(planned)}"]
     for other in others:
         outcome = _seconds(other) if other.plan.fits else f"does not fit: {shortfall(other.plan)}"
-        lines.append(f"  with {other.typed}: {outcome}")
+        lines.append(f"with {other.typed}: {outcome}")
     return lines
 
 

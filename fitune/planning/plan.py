@@ -39,13 +39,18 @@ class Verdict:
         return self.needs <= self.has
 
     def __str__(self) -> str:
+        return f"{self.resource}: {self.in_words}"
+
+    @property
+    def in_words(self) -> str:
+        """Without the resource. Rounded so that a no never looks like a yes."""
         if self.resource == GPU_COUNT:
-            return f"{self.resource}: needs {self.needs:.0f}, has {self.has:.0f}"
+            return f"needs {self.needs:.0f}, has {self.has:.0f}"
         if math.isinf(self.has):
-            return f"{self.resource}: needs {self.needs:.1f} GiB"
+            return f"needs {self.needs:.1f} GiB"
         digits = next(n for n in range(1, 9) if n == 8 or (round(self.needs, n) <= round(self.has, n)) == self.fits)
         needs, has = round(self.needs, digits), round(self.has, digits)
-        text, difference = f"{self.resource}: needs {needs:.{digits}f} GiB of {has:.{digits}f}", abs(has - needs)
+        text, difference = f"needs {needs:.{digits}f} GiB of {has:.{digits}f}", abs(has - needs)
         if not self.fits:
             return f"{text}, {difference:.{digits}f} too little"
         tight = self.resource in (GPU_MEMORY, ONE_MEMORY) and self.has - self.needs < ERROR * self.needs

@@ -2,12 +2,12 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from fitune.columns import columns
 from fitune.config import run as runs
 from fitune.config.shipped import name_of
 from fitune.errors import UsageError
@@ -17,14 +17,15 @@ from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
 from fitune.planning.hardware import this_machine
+from fitune.planning.head import head_lines
 from fitune.planning.limits import Limits, given_machine, limits_here, limits_of
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import merge_host
-from fitune.planning.network import network_lines, ways_to_spread
+from fitune.planning.network import ways_to_spread
 from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
 from fitune.planning.presets import own_profiles, preset_run
-from fitune.planning.report import DETAILS_HINT, print_asking, print_choice, print_matrix, print_plan, print_tried
+from fitune.planning.report import DETAILS_HINT, print_asking, print_matrix, print_plan, print_tried
 from fitune.planning.search import Found, all_on_the_gpus, part_alone
 from fitune.planning.search import find as find_fastest
 from fitune.planning.sizes import GIB
@@ -39,7 +40,7 @@ def plan_command(
 ) -> None:  # fmt: skip
     """What `fitune plan` does with its flags."""
     _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers)
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(soft_wrap=True, highlight=False, width=columns())
     if is_asked_as_folder(recipe):
         if profile or sets or find or all_tiers:
             raise UsageError(
@@ -75,11 +76,11 @@ def plan_command(
         more |= search_as_json(found) | {"own_profiles": own_as_json(on_own_profiles)} if found else {}
         print(json.dumps(as_json(plan, outlook) | more, indent=2))
         return
-    if found:
-        print_choice(found, part_alone(recipe, sets, machine, gpu=named, machines=machines), console)
-    print_plan(plan, outlook, console, details=details, network=network_lines(ways))
+    uneven = part_alone(recipe, sets, machine, gpu=named, machines=machines) if found else None
+    print_plan(plan, head_lines(plan, outlook, ways, found, uneven), console, details=details)
     if found:
         print_tried(found, on_own_profiles, console)
+        console.print()
     if not details:
         console.print(DETAILS_HINT, style="dim")
 

@@ -8,47 +8,37 @@ from rich.table import Table
 from rich.text import Text
 
 from fitune.planning.asking import STORED
-from fitune.planning.async_save import how_it_saves
+from fitune.planning.head import Line, detail_lines, print_lines
 from fitune.planning.memory import merge_host
-from fitune.planning.outlook import Outlook, way_out
-from fitune.planning.plan import GPU_COUNT, GPU_MEMORY, Plan, Time, needed_disk
+from fitune.planning.plan import GPU_COUNT, GPU_MEMORY, Plan
 from fitune.planning.search import Found, best_of_each_kind
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import METHODS
-from fitune.planning.words import places, rounded, timed
+from fitune.planning.words import places, timed
 
 BAR = 32  # characters
 TRIED_SHOWN = 12
 NAME_WIDTH = 24
-"Of a shipped profile, at most: where a line is short the other cells take two."
+"Of a shipped profile, at most."
 SHORT = {GPU_MEMORY: "GPU", "host RAM": "RAM"}
 LEGEND = (
-    "21 + 9   fits: GiB of each GPU + GiB of each machine's RAM, rounded;\n"
-    "         what a profile has is written likewise\n"
-    "no: GPU  does not fit: what there is too little of\n"
-    "no: full the profile keeps weights in RAM that full training changes:\n"
-    "         it is for lora and qlora\n"
-    "idle 8   so many GPUs have nothing to do in a step of global_batch_size rows"
+    "21 + 9    fits: GiB of each GPU + GiB of each machine's RAM",
+    "38! + 9   does not fit: too little of what is marked with !",
+    "(8)       so many GPUs have nothing to do in a step of global_batch_size rows",
+    "no: full  the profile keeps weights in RAM that full training changes",
 )
 DETAILS_HINT = "--details: memory by phase, host RAM, disk, the parts of a step's time"
-FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
 
 
-def print_plan(
-    plan: Plan, outlook: Outlook, console: Console, *, details: bool = False, network: Sequence[str] = ()
-) -> None:
-    """Whether the run fits, how long it takes and what it costs, then a picture of the scarcest memory.
+def print_plan(plan: Plan, lines: list[Line], console: Console, *, details: bool = False) -> None:
+    """Whether the run fits, `lines` of how long it takes and what it costs, then a picture of the scarcest memory.
 
-    `details` adds the phases of a step, host RAM, disk and the parts of the time; `network` is what several machines'
-    network costs.
+    `details` adds the phases of a step, host RAM, disk and the parts of the time.
     """
-    _print_verdict(plan, outlook, console)
-    if plan.time:
-        _print_estimate(plan, console)
-    for line in network:
-        console.print(line)
-    _print_limits(plan, outlook, console)
-    _print_choices(plan, console)
+    name = f"{plan.run.recipe_name} on {plan.run.profile_name}"
+    answer = Text("fits", style="bold green") if plan.fits else Text("does not fit", style="bold red")
+    console.print(Text.assemble((f"{name} ", "bold"), answer))
+    print_lines(lines, console)
     console.print()
     console.print(_gpu_table(plan) if plan.gpu else _host_table(plan))
     console.print()
@@ -79,64 +69,8 @@ def _print_details(plan: Plan, console: Console) -> None:
         for table in (_phase_table(plan), _host_table(plan)):
             console.print(table)
             console.print()
-    console.print(_disk_line(plan))
-    if saving := how_it_saves(plan.setup):
-        console.print(saving)
-    if plan.time and plan.time.is_known:
-        console.print(_time_line(plan.time))
-
-
-def _print_verdict(plan: Plan, outlook: Outlook, console: Console) -> None:
-    name = f"{plan.run.recipe_name} on {plan.run.profile_name}"
-    answer = Text("fits", style="bold green") if plan.fits else Text("does not fit", style="bold red")
-    console.print(Text.assemble((f"{name} ", "bold"), answer))
-    for verdict in plan.verdicts:
-        mark = ("fits ", "green") if verdict.fits else ("no   ", "red")
-        console.print(Text.assemble(mark, str(verdict)))
-    if not plan.fits:
-        console.print(Text(way_out(plan, outlook.changes), style="bold"))
-
-
-def _print_estimate(plan: Plan, console: Console) -> None:
-    time = plan.time
-    if not time.is_known:
-        console.print(
-            f"no estimate of the time: '{time.gpu}' is not in the table of GPUs; give --gpu-tflops N, its dense bf16 "
-            f"products by the data sheet"
-        )
-        return
-    run = "steps known after `prepare`"
-    if time.steps:
-        run = f"{time.steps:,} steps, {rounded(time.hours)} hours"
-    console.print(
-        f"estimate on {time.gpu}: {rounded(time.parts['total'])} s a step, "
-        f"{rounded(time.tokens_per_second)} tokens/s; {run}"
-    )
-    if time.price_per_hour is not None:
-        of_run = "the run's known after `prepare`" if time.cost is None else f"{time.cost:,.2f} for the run"
-        per_million = f"{time.cost_per_million_tokens:,.2f} per million tokens"
-        console.print(f"cost at {time.price_per_hour:g} an hour: {per_million}, {of_run}")
-
-
-def _print_limits(plan: Plan, outlook: Outlook, console: Console) -> None:
-    if rows := outlook.largest_micro_batch:
-        console.print(
-            f"largest micro batch: {rows} row{'s' * (rows > 1)}; "
-            f"longest sequence: {outlook.longest_sequence:,} tokens (no layer kept)"
-        )
-
-
-def _print_choices(plan: Plan, console: Console) -> None:
-    s = plan.setup
-    ranks = f"{s.ranks} GPU{'s' * (s.ranks > 1)}" if s.on_gpu else f"{s.ranks} CPU processes"
-    where = "weights in host RAM" if s.offload else "weights on the GPUs" if s.on_gpu else "weights in RAM"
-    where += ", gradients and optimizer state in host RAM" * s.optimizer_offload
-    parameters = f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained"
-    console.print(f"{s.method}, {parameters}; {ranks}, {where}")
-    console.print(
-        f"{s.micro_batch} x {s.max_length:,} tokens a pass, {s.kept_layers} of {s.shape.layers} layers kept"
-        f"{FP8_NOTE * s.fp8}"
-    )
+    print_lines(detail_lines(plan), console)
+    console.print()
 
 
 def _gpu_table(plan: Plan) -> Table:
@@ -146,8 +80,13 @@ def _gpu_table(plan: Plan) -> Table:
         table.add_row(name, f"{size / GIB:.2f}", _bar(size / GIB, limit, "cyan"))
     table.add_section()
     total = plan.gpu.total / GIB
-    table.add_row(f"all, of {limit:.1f}", f"{total:.2f}", _bar(total, limit, "green" if total <= limit else "red"))
+    _add_total(table, f"all, of {limit:.1f}", total, limit)
     return table
+
+
+def _add_total(table: Table, name: str, total: float, limit: float) -> None:
+    style = "green" if total <= limit else "red"
+    table.add_row(name, f"{total:.2f}", _bar(total, limit, style, rest=True))
 
 
 def _phase_table(plan: Plan) -> Table:
@@ -170,19 +109,9 @@ def _host_table(plan: Plan) -> Table:
             table.add_row(name, f"{size / GIB:.2f}", _bar(size / GIB, limit, "cyan"))
     table.add_section()
     others = ", ".join(f"{name} {sum(parts.values()) / GIB:.1f}" for name, parts in plan.host.items() if name != phase)
-    table.add_row("all", f"{total:.2f}", _bar(total, limit, "green" if total <= limit else "red"))
+    _add_total(table, "all" if math.isinf(plan.limits.host) else f"all, of {limit:.1f}", total, limit)
     table.caption = f"other phases: {others}, merge about {merge_host(s) / GIB:.1f}"
     return table
-
-
-def _disk_line(plan: Plan) -> str:
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.disk.items() if size)
-    return f"disk, GB: {needed_disk(plan.disk) / 1e9:.1f} to train ({parts})"
-
-
-def _time_line(time: Time) -> str:
-    shown = {name: seconds for name, seconds in time.parts.items() if name != "total" and seconds >= 0.05}
-    return f"seconds of a step: {', '.join(f'{name} {rounded(seconds)}' for name, seconds in shown.items())}"
 
 
 def _table(title: str) -> Table:
@@ -194,19 +123,13 @@ def _table(title: str) -> Table:
     return table
 
 
-def _bar(value: float, most: float, style: str) -> Text:
-    """A bar of BAR characters for `most`; what is beyond it ends in an arrow."""
+def _bar(value: float, most: float, style: str, *, rest: bool = False) -> Text:
+    """A bar of BAR characters for `most`; what is beyond it ends in an arrow. `rest` shows what is left of `most`."""
     width = BAR * value / most if most else 0
     if width > BAR:
         return Text("█" * (BAR - 1) + "▶", style=style)
-    return Text("█" * int(width) + ("▌" if width % 1 >= 0.5 else ""), style=style)
-
-
-def print_choice(found: Found, uneven: str | None, console: Console) -> None:
-    """What a search chose, what it leaves idle, and what `uneven` GPUs come to in part."""
-    console.print(found.in_one_line())
-    for line in filter(None, (found.why_idle(), uneven)):
-        console.print(Text(line, style="magenta"))
+    bar = "█" * int(width) + ("▌" if width % 1 >= 0.5 else "")
+    return Text.assemble((bar, style), ("░" * (BAR - len(bar)) * rest, "dim"))
 
 
 def print_tried(found: Found, own: Sequence[Plan], console: Console) -> None:
@@ -247,11 +170,13 @@ def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
     for column in ("profile", "it has", *METHODS):
         table.add_column(column, no_wrap=column == "profile", min_width=NAME_WIDTH * (column == "profile"))
     for row in rows:
-        has = f"{row['gpus']} x {_short(row['gpu_memory_gib'])} + {_short(row['host_memory_gib'])}"
+        gpu, host = math.floor(row["gpu_memory_gib"]), math.floor(row["host_memory_gib"])
+        has = f"{row['gpus']} x {gpu} + {host}"
         table.add_row(row["profile"], has, *(_cell(row["methods"].get(method)) for method in METHODS))
     console.print(table)
     console.print()
-    console.print(LEGEND)
+    for line in LEGEND:
+        console.print(line)
 
 
 def _cell(entry: dict | None) -> Text:
@@ -259,11 +184,11 @@ def _cell(entry: dict | None) -> Text:
         return Text("-")
     if "peak_gpu_gib" not in entry:
         return Text("no: full", style="red")
-    text = f"{_short(entry['peak_gpu_gib'])} + {_short(entry['peak_host_gib'])}"
-    if entry["fits"]:
-        return Text(f"{text}{', idle ' * bool(entry['idle_gpus'])}{entry['idle_gpus'] or ''}", style="green")
-    short = ", ".join(SHORT.get(name, name) for name in entry["short_of"])
-    return Text(f"{text} no: {short}", style="red")
+    of_ram = "host RAM" in entry["short_of"]
+    of_gpu = bool(set(entry["short_of"]) - {"host RAM"})
+    gpu, ram = _short(entry["peak_gpu_gib"]), _short(entry["peak_host_gib"])
+    idle = f" ({entry['idle_gpus']})" if entry["idle_gpus"] else ""
+    return Text(f"{gpu}{'!' * of_gpu} + {ram}{'!' * of_ram}{idle}", style="green" if entry["fits"] else "red")
 
 
 def _short(gib: float) -> str:

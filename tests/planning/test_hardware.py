@@ -225,7 +225,7 @@ def test_stated_products_time_an_unknown_gpu():
     named = CliRunner().invoke(
         cli, ["plan", "llama3_8b_qlora", "--gpu", "Foo 1", "--gpu-memory", "24", "--gpu-tflops", "50"]
     )
-    assert named.exit_code == 0 and "estimate on Foo" in named.output
+    assert named.exit_code == 0 and "tokens/s on Foo 1;" in named.output
 
 
 def test_a_name_alone_knows_its_memory():

@@ -2,8 +2,12 @@
 
 import io
 
+import pytest
 from rich.console import Console
+from rich.text import Text
 
+from fitune.config.shipped import PROFILES, names
+from fitune.planning.head import Line, print_lines
 from fitune.planning.limits import given_machine
 from fitune.planning.report import print_matrix, print_tried
 from fitune.planning.search import find
@@ -20,7 +24,19 @@ def _lines(show) -> list[str]:
 
 def test_all_profiles():
     lines = _lines(lambda console: print_matrix("llama3_8b_qlora", matrix("llama3_8b_qlora", ()), console))
-    assert any(line.startswith("fsdp_offload_full_4x80gb  4 x 80 + 480  ") for line in lines)
+    profiles = [line for line in lines if line.split(" x ")[0].rstrip("0123456789").strip() in names(PROFILES)]
+    assert len(profiles) == len(names(PROFILES)) - 1  # a line each; the one without a GPU is not among them
+    assert any(line.startswith("fsdp_offload_full_4x80gb  4 x 79 + 480  ") for line in lines)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_on_a_terminal_the_head_wraps_behind_its_labels(columns):
+    out = io.StringIO()
+    lines = [Line("GPU memory", Text("needs 22.7 GiB of 24.0, " * 6)), Line("on", "2 GPUs", "bold")]
+    print_lines(lines, Console(file=out, width=columns, force_terminal=True, color_system=None))
+    first, *more, last = out.getvalue().splitlines()
+    assert first.startswith("GPU memory  needs 22.7 GiB") and last == "on          2 GPUs"
+    assert more and all(line.startswith(" " * 12 + line.strip()) and len(line) <= columns for line in more)
 
 
 def test_what_was_tried():

@@ -1,0 +1,111 @@
+"""What `plan` says in words, a label and a text each: verdicts, what a search chose, time, cost, limits, the run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from fitune.planning.async_save import how_it_saves
+from fitune.planning.network import Way, network_lines
+from fitune.planning.outlook import Outlook, way_out
+from fitune.planning.plan import Plan, Time, Verdict, needed_disk
+from fitune.planning.search import Found
+from fitune.planning.words import described, rounded, timed
+
+FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
+GAP = 2
+"Columns between the longest label and the texts."
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    text: str | Text
+    style: str = ""
+
+
+def print_lines(lines: list[Line], console: Console) -> None:
+    """Texts begin in one column. On a terminal their further lines begin there too; a pipe gets one line each."""
+    width = max(len(line.label) for line in lines) + GAP
+    for line in lines:
+        text = Text.assemble(line.text, style=line.style)
+        room = console.width - width if console.is_terminal else len(text) + 1
+        for place, part in enumerate(text.wrap(console, room)):
+            part.rstrip()
+            console.print(Text(("" if place else line.label).ljust(width)) + part)
+
+
+def head_lines(plan: Plan, outlook: Outlook, ways: list[Way], found: Found | None, uneven: str | None) -> list[Line]:
+    """From the verdicts to the run's own settings. `found` is what a search chose, `uneven` its note on the GPUs."""
+    lines = [_verdict(verdict) for verdict in plan.verdicts]
+    if not plan.fits:
+        lines.append(Line("next", way_out(plan, outlook.changes), "bold"))
+    if found:
+        lines += _choice(found, uneven)
+    if plan.time:
+        lines += _estimate(plan.time)
+    lines += [Line("" if place else "network", line) for place, line in enumerate(network_lines(ways))]
+    lines += _limits(plan, outlook)
+    return lines + list(_run(plan))
+
+
+def _verdict(verdict: Verdict) -> Line:
+    mark = ("fits: ", "green") if verdict.fits else ("no: ", "red")
+    return Line(verdict.resource, Text.assemble(mark, verdict.in_words))
+
+
+def _choice(found: Found, uneven: str | None) -> list[Line]:
+    plans = {"chosen": found.plan, "next best": found.runner_up}
+    lines = [Line(label, f"{described(plan)}, {timed(plan)}") for label, plan in plans.items() if plan]
+    notes = {"idle": found.why_idle(), "uneven": uneven}
+    return lines + [Line(label, note, "magenta") for label, note in notes.items() if note]
+
+
+def _estimate(time: Time) -> list[Line]:
+    if not time.is_known:
+        known = (
+            f"'{time.gpu}' is not in the table of GPUs; give --gpu-tflops N, its dense bf16 products by the data sheet"
+        )
+        return [Line("estimate", f"no time: {known}")]
+    speed = f"{rounded(time.parts['total'])} s a step, {rounded(time.tokens_per_second)} tokens/s on {time.gpu}"
+    run = f"{time.steps:,} steps, {rounded(time.hours)} hours" if time.steps else "hours known after `prepare`"
+    lines = [Line("estimate", f"{speed}; {run}")]
+    if time.price_per_hour is not None:
+        of_run = "total known after `prepare`" if time.cost is None else f"{time.cost:,.2f} in total"
+        per_million = f"{time.cost_per_million_tokens:,.2f} per million tokens"
+        lines.append(Line("cost", f"{per_million} at {time.price_per_hour:g} an hour; {of_run}"))
+    return lines
+
+
+def _limits(plan: Plan, outlook: Outlook) -> list[Line]:
+    rows = outlook.largest_micro_batch
+    if not rows:
+        return []
+    rows = f"{rows} row{'s' * (rows > 1)} of {plan.setup.max_length:,} tokens a pass"
+    return [Line("at most", f"{rows}, or one of {outlook.longest_sequence:,} (no layer kept)")]
+
+
+def _run(plan: Plan) -> Iterator[Line]:
+    s = plan.setup
+    ranks = f"{s.ranks} GPU{'s' * (s.ranks > 1)}" if s.on_gpu else f"{s.ranks} CPU processes"
+    where = "weights in host RAM" if s.offload else "weights on the GPUs" if s.on_gpu else "weights in RAM"
+    where += ", gradients and optimizer state in host RAM" * s.optimizer_offload
+    yield Line(
+        "model", f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained ({s.method})"
+    )
+    yield Line("on", f"{ranks}, {where}")
+    kept = f"{s.kept_layers} of {s.shape.layers} layers kept"
+    yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{FP8_NOTE * s.fp8}")
+
+
+def detail_lines(plan: Plan) -> list[Line]:
+    """Of --details: disk, how it saves, where the time of a step goes."""
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.disk.items() if size)
+    lines = [Line("disk", f"{needed_disk(plan.disk) / 1e9:.1f} GB to train: {parts}")]
+    if saving := how_it_saves(plan.setup):
+        lines.append(Line("saving", saving))
+    if plan.time and plan.time.is_known:
+        shown = {name: seconds for name, seconds in plan.time.parts.items() if name != "total" and seconds >= 0.05}
+        lines.append(Line("a step", ", ".join(f"{name} {rounded(seconds)} s" for name, seconds in shown.items())))
+    return lines
