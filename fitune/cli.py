@@ -33,14 +33,30 @@ from fitune.config.command_name import command, remember
 from fitune.errors import UsageError
 
 
-@click.group(cls=Cli, epilog="Start with:  fitune list", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Cli, epilog="doctor\nlist\nplan llama3_8b_qlora", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(runs.__version__, prog_name="fitune")
 def cli(debug):
     """Fine-tune Llama 3, 70B above all, on the GPUs you own."""
 
 
-@cli.command("list", epilog="Example:  fitune list   or   list my_recipes")
+@cli.command(
+    short_help="What is wrong with this machine, and what to type.",
+    epilog="doctor\ndoctor --model meta-llama/Meta-Llama-3-70B",
+)
+@click.option("--model", metavar="MODEL", help="Check access to this model. [default: Llama 3 8B]")
+def doctor(model):
+    """Versions, GPUs, memory, disk, login, access to the base; says what to fix."""
+    from fitune.launching.doctor import doctor as check
+
+    sys.exit(0 if check(model) else 1)
+
+
+@cli.command(
+    "list", short_help="What there is: recipes, memory profiles, what goes together.", epilog="list\nlist my_recipes"
+)
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 def list_command(folder):
     """Recipes, memory profiles, accelerate configs, and which go together: what is shipped, or FOLDER's own."""
@@ -49,7 +65,9 @@ def list_command(folder):
     print_catalogue(folder)
 
 
-@cli.command(epilog="Example:  fitune show llama3_70b_qlora --profile fsdp_4x24gb")
+@cli.command(
+    short_help="One resolved run, and the line that starts it.", epilog="show llama3_70b_qlora --profile fsdp_4x24gb"
+)
 @recipe_argument
 @profile_option
 @set_option
@@ -64,18 +82,25 @@ def show(recipe, profile, sets, output):
     click.echo(dry_run_text(run))
 
 
-@cli.command(epilog="Example:  fitune plan llama3_70b_qlora --profile fsdp_4x24gb   or   ... --all")
+@cli.command(
+    short_help="Does it fit, where do the bytes go, how long will it take.",
+    epilog="plan llama3_70b_qlora --profile fsdp_4x24gb\n"
+    'plan llama3_70b_qlora --gpu "RTX 4090" --gpus 2 --find\n'
+    "plan llama3_70b_qlora --all",
+)
 @recipe_argument
 @profile_option
-@click.option("--gpus", type=int, help="GPUs of one machine, instead of this one. [default with --gpu: 1]")
-@click.option("--machines", type=click.IntRange(min=1), default=1, help="As many such machines together. [default: 1]")
+@click.option("--gpus", metavar="N", type=int, help="GPUs of one machine, instead of this one. [default with --gpu: 1]")
+@click.option(
+    "--machines", metavar="N", type=click.IntRange(min=1), default=1, help="So many of these machines. [default: 1]"
+)
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
 @click.option("--host-memory", type=float, metavar="GIB", help="RAM of one machine. [default: not checked]")
 @click.option(
     "--gpu",
     metavar="MODEL",
     shell_complete=complete_gpu,
-    help="GPU model, such as 'RTX 4090': its speed, and its memory.",
+    help="GPU model, such as 'RTX 4090': its speed and its memory.",
 )
 @click.option(
     "--gpu-tflops",
@@ -92,7 +117,7 @@ def show(recipe, profile, sets, output):
     help="Profiles of your own, beside the shipped ones and those in your recipe's folder.",
 )
 @click.option("--details", is_flag=True, help="Also memory by phase, host RAM, disk, the parts of a step's time.")
-@click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together.")
+@click.option("--price-per-hour", "price", metavar="PRICE", type=click.FloatRange(min=0), help="Of all GPUs together.")
 @click.option(
     "--network", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="Between machines. [default: 12.5]"
 )
@@ -108,7 +133,10 @@ def plan(recipe, profile, sets, **options):
     plan_command(recipe, profile, sets, **options)
 
 
-@cli.command(epilog="Example:  fitune prepare llama3_8b_qlora   or   prepare llama3_8b_qlora --dataset rows.jsonl")
+@cli.command(
+    short_help="Check, split and tokenise the rows.",
+    epilog="prepare llama3_8b_qlora\nprepare llama3_8b_qlora --dataset rows.jsonl",
+)
 @click.argument("recipe", required=False, shell_complete=complete_recipe)
 @click.option("--dataset", type=click.Path(), help="A Hub id, a file or a folder, instead of a recipe's.")
 @click.option(
@@ -119,20 +147,31 @@ def plan(recipe, profile, sets, **options):
     "--tokenizer", type=click.Path(), help="Folder or Hub id of the tokenizer. [default: the recipe's base.model]"
 )
 @click.option("--no-tokens", is_flag=True, help="Don't tokenise (no access to the base model needed); train does then.")
-@click.option("--template", "template_choice", help="Chat template, instead of the recipe's.")
-@click.option("--max-length", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's.")
-@click.option("--long-rows", type=click.Choice(["refuse", "drop", "cut"]), help="What to do with longer rows.")
+@click.option("--template", "template_choice", metavar="NAME", help="Chat template, instead of the recipe's.")
+@click.option(
+    "--max-length", metavar="N", type=click.IntRange(min=1), help="Tokens a row may have, instead of the recipe's."
+)
+@click.option(
+    "--long-rows", metavar="WAY", type=click.Choice(["refuse", "drop", "cut"]), help="refuse, drop or cut longer rows."
+)
 @click.option(
     "--format",
+    metavar="FORMAT",
     type=click.Choice(["messages", "sharegpt", "alpaca", "prompt_completion", "text"]),
-    help="What the rows look like. [default: found out]",
+    help="messages, sharegpt, alpaca, prompt_completion or text. [default: found out]",
 )
 @click.option("--drop-invalid", is_flag=True, help="Go on without the rows that cannot be used.")
 @click.option("--escape-control-tokens", is_flag=True, help="Break up control tokens in texts, don't refuse them.")
 @click.option("--parquet", is_flag=True, help="Also write train.parquet and test.parquet.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: all cores]")
-@click.option("--preview", type=click.IntRange(min=0), default=0, help="Show the first N rows as the model sees them.")
+@click.option("--workers", metavar="N", type=click.IntRange(min=1), help="Processes. [default: all cores]")
+@click.option(
+    "--preview",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Show the first N rows as the model sees them.",
+)
 def prepare(recipe, dataset, output, sets, **options):
     """Check rows, split them, tokenise them: train.jsonl, test.jsonl, their tokens, report.json.
 
@@ -149,14 +188,23 @@ def prepare(recipe, dataset, output, sets, **options):
     prepare_command(recipe, dataset, output, sets, console=Console(), **options)
 
 
-@cli.command(epilog="Example:  fitune train llama3_8b_qlora --profile single_gpu --set training.max_steps=50")
+@cli.command(
+    short_help="Train a recipe, or go on with a run.",
+    epilog="train llama3_8b_qlora\n"
+    "train llama3_8b_qlora --set training.max_steps=50\n"
+    "train --resume runs/llama3_8b_qlora-single_gpu",
+)
 @click.argument("recipe", metavar="RECIPE|RUN_FOLDER", shell_complete=complete_recipe_or_run)
 @profile_option
 @set_option
 @output_option
 @click.option("--resume", is_flag=True, help="Continue the run in RUN_FOLDER, or in --output, from its checkpoints.")
 @click.option(
-    "--max-restarts", metavar="N", type=click.IntRange(min=0), default=0, help="Resume after so many crashes."
+    "--max-restarts",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Resume by itself after a crash, at most N times.",
 )
 @click.option("--dry-run", is_flag=True, help="Print run.yaml and the launch line, start nothing.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
@@ -176,20 +224,46 @@ def train(recipe, profile, sets, output, **options):
     sys.exit(train_command(recipe, profile, sets, output, **options))
 
 
-@cli.command(epilog="Example:  fitune submit llama3_70b_qlora --on slurm --nodes 2 --gpus 8 --dry-run")
+@cli.command(
+    short_help="Train as a job of Slurm, SkyPilot or Kubernetes.",
+    epilog="submit llama3_70b_qlora --on slurm --gpus 8 --dry-run",
+)
 @recipe_argument
-@click.option("--on", "scheduler", required=True, type=click.Choice(["slurm", "skypilot", "kubernetes"]))
+@click.option(
+    "--on",
+    "scheduler",
+    required=True,
+    metavar="SCHEDULER",
+    type=click.Choice(["slurm", "skypilot", "kubernetes"]),
+    help="slurm, skypilot or kubernetes.",
+)
 @profile_option
 @set_option
 @output_option
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
-@click.option("--gpus", type=click.IntRange(min=1), help="GPUs of each node. [default: the profile's]")
-@click.option("--gpu", shell_complete=complete_gpu, help="GPU model that SkyPilot is asked for, such as H100.")
-@click.option("--image", help="Container image with fitune, for Kubernetes and SkyPilot (see Dockerfile).")
-@click.option("--setup", default="", help="Command that puts fitune in PATH, such as 'source .venv/bin/activate'.")
-@click.option("--hours", type=click.FloatRange(min=0.1), default=24, show_default=True, help="Longest time of a start.")
-@click.option("--bucket", help="Storage that SkyPilot mounts for checkpoints, such as s3://mine.")
-@click.option("--partition", help="Slurm's.")
+@click.option("--nodes", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--gpus", metavar="N", type=click.IntRange(min=1), help="GPUs of each node. [default: the profile's]")
+@click.option(
+    "--gpu", metavar="MODEL", shell_complete=complete_gpu, help="GPU model that SkyPilot is asked for, such as H100."
+)
+@click.option(
+    "--image", metavar="NAME", help="Container image with fitune, for Kubernetes and SkyPilot (see Dockerfile)."
+)
+@click.option(
+    "--setup",
+    metavar="COMMAND",
+    default="",
+    help="Command that puts fitune in PATH, such as 'source .venv/bin/activate'.",
+)
+@click.option(
+    "--hours",
+    metavar="N",
+    type=click.FloatRange(min=0.1),
+    default=24,
+    show_default=True,
+    help="After so many the job is ended; it goes on in the next.",
+)
+@click.option("--bucket", metavar="URL", help="Storage that SkyPilot mounts for checkpoints, such as s3://mine.")
+@click.option("--partition", metavar="NAME", help="Slurm's partition.")
 @click.option("--dry-run", is_flag=True, help="Write the job file and print it, hand nothing over.")
 def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
     """Write a job file for Slurm, SkyPilot or Kubernetes and hand it to sbatch, sky or kubectl.
@@ -203,7 +277,11 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
     click.echo(f"job file: {file}", err=True)
 
 
-@cli.command("eval", epilog="Example:  fitune eval runs/tiny_qlora-cpu_2proc   or   eval models/mine --data data/mine")
+@cli.command(
+    "eval",
+    short_help="Loss and accuracy on held-out rows, base against tuned.",
+    epilog="eval runs/tiny_qlora-cpu_2proc\neval models/mine --data data/mine",
+)
 @click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option(
     "--data",
@@ -212,7 +290,7 @@ def submit(recipe, scheduler, dry_run, profile, sets, output, **options):
 )
 @click.option("--tasks", metavar="NAME,…", help="lm-eval's tasks instead, on the merged model, such as hellaswag.")
 @click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own, for --tasks.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many rows of each task.")
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only so many rows of each task.")
 @json_option("file", help="Also write the tasks' figures to this file.")
 @load_option
 @force_option
@@ -228,18 +306,35 @@ def evaluate(given, data, **options):
     sys.exit(eval_command(given, data, **options))
 
 
-@cli.command(epilog='Example:  fitune generate runs/tiny_qlora-cpu_2proc --prompt "Name three colours."')
-@click.argument("given", metavar="RUN_OR_MODEL", type=click.Path(path_type=Path), shell_complete=complete_result)
-@click.option("--prompt", multiple=True, help="Ask this; may be repeated.")
+@cli.command(
+    short_help="Answers from base and tuned model; a conversation.",
+    epilog='generate runs/tiny_qlora-cpu_2proc --prompt "Name a colour."\ngenerate models/mine --chat',
+)
+@click.argument("given", metavar="RUN|MODEL", type=click.Path(path_type=Path), shell_complete=complete_result)
+@click.option("--prompt", metavar="TEXT", multiple=True, help="Ask this; may be repeated.")
 @click.option("--text", multiple=True, help="Go on with this text, without a chat template; may be repeated.")
-@click.option("--test", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
+@click.option("--test", metavar="N", type=click.IntRange(min=1), help="Ask the first N held-out prompts.")
 @click.option("--chat", is_flag=True, help="A conversation with the tuned model.")
 @click.option(
     "--serve", type=click.IntRange(1, 65535), metavar="PORT", help="Serve it with vLLM, a GGUF with llama.cpp."
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 decodes greedily.")
-@click.option("--seed", type=click.IntRange(min=0), help="Draw the same answers again. [default: other ones each time]")
+@click.option(
+    "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=256, show_default=True, help="Of an answer."
+)
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 decodes greedily.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Draw the same answers again. [default: other ones each time]",
+)
 @json_option(help="Also write the answers to this file.")
 @load_option
 @force_option
@@ -247,7 +342,7 @@ def evaluate(given, data, **options):
 def generate(given, **options):
     """Answers from base and tuned model side by side, or from a merged model.
 
-    RUN_OR_MODEL may also be a checkpoint, RUN/checkpoints/checkpoint-N, or an adapter's folder. A model that is larger
+    RUN may also be a checkpoint, RUN/checkpoints/checkpoint-N, or an adapter's folder. A model that is larger
     than a GPU goes over several, into 4 bits or into host RAM: `plan MODEL` says how.
     """
     from fitune.training.generate_command import generate_command
@@ -255,9 +350,69 @@ def generate(given, **options):
     sys.exit(generate_command(given, **options))
 
 
-@cli.command(epilog="Example:  fitune quantize meta-llama/Meta-Llama-3-70B --output models/llama3-70b-nf4")
+@cli.command(
+    short_help="One page of a run: curves, memory, answers, data, settings.",
+    epilog="report runs/first\nreport runs/first --compare runs/second runs/third",
+)
+@click.argument(
+    "folders", metavar="RUN", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=complete_result
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="OTHER...",
+    type=click.Path(path_type=Path),
+    help="Further runs.",
+    shell_complete=complete_result,
+)
+@click.option("--price-per-hour", "price", metavar="PRICE", type=click.FloatRange(min=0), help="Of all GPUs together.")
+def report(folders, compare, price):
+    """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
+
+    `train` writes it at the end, `eval` and `generate --test` write it again, with the price and the other runs of the
+    last `report`. With --compare the curves, figures and differing settings of several runs stand beside each other.
+    """
+    from fitune.report.page import write_page
+
+    run, *others = folders  # what follows `--compare OTHER` are further ones
+    if others and not compare:
+        raise UsageError(f"report is about one run: to see {others[0]} beside {run}, put --compare before it")
+    click.echo(f"page: {write_page(run, (*compare, *others), price)}")
+
+
+@cli.command(
+    short_help="Write a standard Hugging Face model from a run.",
+    epilog="merge runs/tiny_qlora-cpu_2proc --output models/mine",
+)
+@click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_result)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
+@merge_options
+def merge(run_or_adapter, output, base, onto, force, check):
+    """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N.
+
+    RUN may also be the folder of any PEFT LoRA adapter; --base says what it was trained on.
+    """
+    options = {"base": base, "onto": onto, "force": force, "check": check}
+    if (run_or_adapter / "adapter_config.json").is_file():
+        from fitune.export.merge import merge_folder
+
+        merge_folder(run_or_adapter, output, **options)
+    else:
+        from fitune.training.given_run import finished_run
+
+        run = finished_run(run_or_adapter)
+        from fitune.export.merge import merge_run
+
+        merge_run(run, output, **options)
+    click.echo(f'merged: {output}\nnext:   {command()} generate {output} --prompt "..."')
+
+
+@cli.command(
+    short_help="Write a bf16 model in 4 bits, once, for quick starts.",
+    epilog="quantize meta-llama/Meta-Llama-3-70B --output models/70b-nf4",
+)
 @click.argument("model", type=click.Path())
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--check/--no-check",
@@ -282,40 +437,10 @@ def quantize(model, revision, output, check):
     click.echo(f"{output}: train on it with --set base.model={output}")
 
 
-@cli.command(epilog="Example:  fitune doctor --model meta-llama/Meta-Llama-3-70B")
-@click.option("--model", help="Check access to this model. [default: Llama 3 8B]")
-def doctor(model):
-    """Versions, GPUs, memory, disk, login, access to the base; says what to fix."""
-    from fitune.launching.doctor import doctor as check
-
-    sys.exit(0 if check(model) else 1)
-
-
-@cli.command(epilog="Example:  fitune merge runs/tiny_qlora-cpu_2proc --output merged")
-@click.argument("run_or_adapter", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_result)
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
-@merge_options
-def merge(run_or_adapter, output, base, onto, force, check):
-    """A standard Hugging Face model from a run, or from RUN/checkpoints/checkpoint-N.
-
-    RUN may also be the folder of any PEFT LoRA adapter; --base says what it was trained on.
-    """
-    options = {"base": base, "onto": onto, "force": force, "check": check}
-    if (run_or_adapter / "adapter_config.json").is_file():
-        from fitune.export.merge import merge_folder
-
-        merge_folder(run_or_adapter, output, **options)
-    else:
-        from fitune.training.given_run import finished_run
-
-        run = finished_run(run_or_adapter)
-        from fitune.export.merge import merge_run
-
-        merge_run(run, output, **options)
-    click.echo(f'merged: {output}   next: {command()} generate {output} --prompt "..."')
-
-
-@cli.command(epilog="Example:  fitune export runs/llama3_8b_qlora-single_gpu --gguf bf16 --quantize q4_k_m")
+@cli.command(
+    short_help="Write a GGUF file for llama.cpp and Ollama.",
+    epilog="export runs/llama3_8b_qlora-single_gpu --gguf bf16\nexport models/mine --gguf bf16 --quantize q4_k_m",
+)
 @click.argument("given", metavar="RUN|MODEL", type=click.Path(path_type=Path), shell_complete=complete_result)
 @click.option("--gguf", "kind", required=True, metavar="TYPE", help="f16, bf16 or q8_0.")
 @click.option("--quantize", "smaller", metavar="TYPE", help="Then make this of it with llama-quantize, such as q4_k_m.")
@@ -334,12 +459,22 @@ def export(given, kind, smaller, output, **merging):
     refuse_impossible(kind, smaller, output)
     model = whole_model(given, finished_run_or_none(given), **merging)
     files = export_gguf(model, output, kind, smaller)
-    click.echo(f"exported: {', '.join(map(str, files))}   next: ollama create NAME -f {output / 'Modelfile'}")
+    click.echo("\n".join(f"exported: {file}" for file in files))
+    click.echo(f"next:     ollama create NAME -f {output / 'Modelfile'}")
 
 
-@cli.command(epilog="Example:  fitune push runs/llama3_8b_qlora-single_gpu --merged --repo my-llama")
+@cli.command(
+    short_help="Upload a result to the Hugging Face Hub.",
+    epilog="push runs/llama3_8b_qlora-single_gpu\npush runs/llama3_8b_qlora-single_gpu --merged --repo my-llama",
+)
 @click.argument("given", metavar="RUN|FOLDER", type=click.Path(path_type=Path), shell_complete=complete_result)
-@click.option("--adapter", "what", flag_value="adapter", help="What training left. [default]", default=True)
+@click.option(
+    "--adapter",
+    "what",
+    flag_value="adapter",
+    help="The adapter, or the whole model where all of it was trained. [default]",
+    default=True,
+)
 @click.option("--merged", "what", flag_value="merged", help="The whole model, merged first.")
 @click.option("--gguf", "kind", metavar="TYPE", help="A GGUF file, f16, bf16 or q8_0, with its Modelfile.")
 @click.option("--repo", metavar="[OWNER/]NAME", help="[default: yours, named after the folder]")
@@ -359,34 +494,7 @@ def push(given, what, kind, repo, public, **merging):
     click.echo(f"pushed: {push(given, make, repo, public=public)}")
 
 
-@cli.command(epilog="Example:  fitune report runs/tiny_qlora-cpu_2proc --compare runs/tiny_lora-cpu_2proc")
-@click.argument(
-    "folders", metavar="RUN", nargs=-1, required=True, type=click.Path(path_type=Path), shell_complete=complete_result
-)
-@click.option(
-    "--compare",
-    multiple=True,
-    metavar="OTHER...",
-    type=click.Path(path_type=Path),
-    help="Further runs.",
-    shell_complete=complete_result,
-)
-@click.option("--price-per-hour", "price", type=click.FloatRange(min=0), help="Of all GPUs together, for the cost.")
-def report(folders, compare, price):
-    """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
-
-    `train` writes it at the end, `eval` and `generate --test` write it again, with the price and the other runs of the
-    last `report`. With --compare the curves, figures and differing settings of several runs stand beside each other.
-    """
-    from fitune.report.page import write_page
-
-    run, *others = folders  # what follows `--compare OTHER` are further ones
-    if others and not compare:
-        raise UsageError(f"report is about one run: to see {others[0]} beside {run}, put --compare before it")
-    click.echo(f"page: {write_page(run, (*compare, *others), price)}")
-
-
-@cli.command(epilog="Example:  fitune completion bash >> ~/.bashrc")
+@cli.command(short_help="The completion script for bash, zsh or fish.", epilog="completion bash >> ~/.bashrc")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell):
     """The completion script for a shell."""

@@ -8,12 +8,13 @@ from fitune.errors import INTERRUPTED, STOPPED_BY_CTRL_C, FituneError, is_out_of
 
 
 class Command(click.Command):
-    """A command whose example is shown as the user would type it: `fitune` may have been called otherwise."""
+    """A command whose epilog is its examples, a line each: shown as the user would type them."""
 
     def format_epilog(self, ctx, formatter) -> None:
-        formatter.write_paragraph()
-        with formatter.indentation():
-            formatter.write_text(self.epilog.replace("fitune ", f"{command()} "))
+        examples = self.epilog.splitlines()
+        with formatter.section("Examples" if examples[1:] else "Example"):
+            for example in examples:
+                formatter.write(f"  {command()} {example}\n")
 
 
 class Cli(Command, click.Group):
@@ -21,10 +22,14 @@ class Cli(Command, click.Group):
 
     command_class = Command
 
+    def list_commands(self, ctx) -> list[str]:
+        """In the order of the work, not of the alphabet."""
+        return list(self.commands)
+
     def format_epilog(self, ctx, formatter) -> None:
+        super().format_epilog(ctx, formatter)
         with formatter.section("Environment variables"):
             formatter.write_dl(list(environment.MEANINGS.items()))
-        super().format_epilog(ctx, formatter)
 
     def invoke(self, ctx):
         try:

@@ -11,6 +11,7 @@ from fitune.errors import UsageError
 recipe_argument = click.argument("recipe", shell_complete=complete_recipe)
 profile_option = click.option(
     "--profile",
+    metavar="NAME",
     help="Memory profile (see `list`) or a .yaml file. [default: what is fastest on this machine]",
     shell_complete=complete_profile,
 )
@@ -27,10 +28,11 @@ force_option = click.option("--force", is_flag=True, help="Go on even if the bas
 
 load_option = click.option(
     "--load",
+    metavar="WAY",
     type=click.Choice(["auto", "stored", "nf4"]),
     default="auto",
     show_default=True,
-    help="A model folder's weights: as stored, or in 4 bits. `auto`: what fits, as `plan FOLDER` says.",
+    help="A model folder's weights: stored (as they are), nf4 (4 bits), auto (what fits, as `plan FOLDER` says).",
 )
 
 
@@ -66,8 +68,10 @@ merge_options = several(
     ),
     click.option(
         "--onto",
+        metavar="BASE",
         type=click.Choice(["trained", "original"]),
-        help="Add the adapter to the weights that training computed with, for qlora NF4, or to the base's own.",
+        help="Add the adapter to the weights it was trained beside (trained; of qlora in NF4), or to the base's own "
+        "(original).",
     ),
     force_option,
     click.option(

@@ -1,5 +1,6 @@
-"""A name and what is said of it, in columns."""
+"""What a terminal shows: a name and what is said of it, in columns; paths as short as they can be."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -24,3 +25,9 @@ def beside(name: str, text: str) -> str:
         return name + text
     lines = textwrap.wrap(text, width - len(name), break_long_words=False, break_on_hyphens=False)
     return "\n".join([name + "".join(lines[:1]), *(indent + line for line in lines[1:])])
+
+
+def short(path: str) -> str:
+    """Relative to the current folder where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(path) and not relative.startswith("..") else os.path.normpath(path)

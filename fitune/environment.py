@@ -14,7 +14,7 @@ OUTPUT = "FITUNE_OUTPUT"
 MEANINGS = {
     HUNG_AFTER: "How long a rank may take for one layer before it counts as hung. [default: 45]",
     GPU_CAP: "Tries a small card on a large one: each rank gets so much of its memory, and ranks may share a GPU.",
-    f"{COMMAND}, {HEARTBEATS}, {LOCK_HELD}, {OUTPUT}, {TYPED}": "Set by fitune for the processes that it starts.",
+    "set by fitune itself": f"{COMMAND}, {HEARTBEATS}, {LOCK_HELD}, {OUTPUT}, {TYPED}: for processes that it starts.",
 }
 
 

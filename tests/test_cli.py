@@ -26,11 +26,19 @@ def test_every_command_has_an_example(cli):
     from fitune.cli import cli as group
 
     for name, command in group.commands.items():
-        assert command.epilog.startswith("Example:"), name
-        assert (
-            command.epilog in " ".join(cli(name, "--help").output.split()).replace("  ", " ")
-            or "Example:" in cli(name, "--help").output
-        )
+        shown = cli(name, "--help").output.splitlines()
+        for example in command.epilog.splitlines():
+            assert example.split()[0] == name and f"  python cli.py {example}" in shown
+        assert max(map(len, shown)) <= 80 and "RANGE" not in "".join(shown), name
+
+
+def test_the_list_of_commands_is_in_the_order_of_the_work_and_nothing_is_cut_off(cli):
+    shown = cli("--help").output
+    commands = shown.partition("Commands:")[2].partition("Examples:")[0]
+    listed = re.findall(r"^  (\w+)  ", commands, flags=re.MULTILINE)
+    work = ["list", "plan", "prepare", "train", "eval", "merge", "push"]
+    assert [name for name in listed if name in work] == work
+    assert "..." not in commands and all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_show_gives_run_yaml_and_the_launch_line(cli):

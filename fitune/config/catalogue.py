@@ -120,7 +120,7 @@ def _launch_words(path: Path) -> str:
     words = [f"{config.num_processes} {'CPU' if config.use_cpu else 'GPU'} process{'' if one else 'es'}"]
     words += [config.mixed_precision if config.mixed_precision != "no" else "float32"]
     words += [f"{config.num_machines} machines"] if config.num_machines > 1 else []
-    words += ["offloaded to RAM"] if config.offload_params else []
+    words += ["offload"] if config.offload_params else []
     return ", ".join(words)
 
 

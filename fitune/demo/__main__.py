@@ -116,8 +116,10 @@ def _summary(console: Console, folder: Path, report: dict, seconds: float) -> No
         answers.add_row(*(entry[key] for key in ("prompt", "base", "merged")))
     console.print(answers, markup=False)
     console.print(
-        f"in {seconds:.0f} s. adapter: {folder}/run/adapter   loss curve: {folder}/run/loss.png   "
-        f"merged model: {folder}/merged   all {MEMORISED} prompts: {folder}/memorised.json",
+        f"adapter:      {folder}/run/adapter\nloss curve:   {folder}/run/loss.png\n"
+        f"page:         {folder}/run/report.html\n"
+        f"merged model: {folder}/merged\nanswers:      {folder}/memorised.json, to all {MEMORISED} prompts\n"
+        f"in {seconds:.0f} s",
         soft_wrap=True,
     )
     console.print(

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
-from fitune.columns import columns
+from fitune.columns import columns, short
 from fitune.config import run as runs
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
@@ -23,6 +23,8 @@ from fitune.launching.signals import interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
 
 TRAINING = "fitune.training.train"
+LONG_WORD = 14
+"YAML's lines end with the word that passes their width."
 Place = Mapping[str, int | str | None]
 "A machine's among several, in accelerate's words: machine_rank, main_process_ip, main_process_port."
 NO_PLACE: Place = {}
@@ -32,13 +34,13 @@ TOLD = -signal.SIGTERM
 
 def launch_line(run: Run, module: str, *arguments: str) -> str:
     """The command that starts `module` on a run's folder, as typed in a shell."""
-    config = ["accelerate", "launch", "--config_file", _short(run.accelerate.path)]
-    return shlex.join([*config, "-m", module, _short(str(run.folder / "run.yaml")), *arguments])
+    config = ["accelerate", "launch", "--config_file", short(run.accelerate.path)]
+    return shlex.join([*config, "-m", module, short(str(run.folder / "run.yaml")), *arguments])
 
 
 def dry_run_text(run: Run) -> str:
     """run.yaml, in lines as wide as the terminal, and the line that starts its training. All of it is YAML."""
-    file, settings = _short(str(run.folder / "run.yaml")), runs.in_yaml(run, columns())
+    file, settings = short(str(run.folder / "run.yaml")), runs.in_yaml(run, columns() - LONG_WORD)
     return f"# {file}\n{settings}\n# It is started with:\n# {launch_line(run, TRAINING)}"
 
 
@@ -170,9 +172,3 @@ def _set_environment(run: Run) -> None:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the numbers of nvidia-smi, by which plan chose
         # segments that can grow leave no unusable gaps between a layer's weights and the next one's
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def _short(path: str) -> str:
-    """Relative to the current folder where that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(path) and not relative.startswith("..") else str(Path(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from fitune.columns import short
 from fitune.config.command_name import command
 from fitune.planning.sizes import GIB
 from fitune.report import figures
@@ -67,7 +68,7 @@ def show_page_after_a_command(folder: Path, place: Mapping) -> None:
     if place.get("machine_rank"):
         return
     try:
-        said = f"page: {write_page_again(folder)}"
+        said = f"page:   {short(str(write_page_again(folder)))}"
     except Exception as error:
         said = f"note: {folder / PAGE} was not written: {error}"
     print(said, file=sys.stderr)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from fitune.columns import short
 from fitune.config import run as runs
 from fitune.config.command_name import command
 from fitune.config.schema import AUTO, Run
@@ -51,10 +52,10 @@ def train_command(
     remember_what_was_typed()
     code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)
     if not code:
-        click.echo(
-            f"result: {run.result_folder}   curve: {run.folder / 'loss.png'}   next: {command()} eval {run.folder}"
-        )
+        click.echo(f"result: {short(str(run.result_folder))}")
+        click.echo(f"curve:  {short(str(run.folder / 'loss.png'))}")
         show_page_after_a_command(run.folder, place)
+        click.echo(f"next:   {command()} eval {short(str(run.folder))}")
     return code
 
 

@@ -63,5 +63,5 @@ def test_help_and_errors_say_what_was_typed(command, typed):
         return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     shown = call("eval", "--help").stdout
-    assert shown.startswith(f"Usage: {typed} eval") and f"Example:  {typed} eval runs/" in shown
+    assert shown.startswith(f"Usage: {typed} eval") and f"\n  {typed} eval runs/" in shown
     assert call("eval", "nowhere").stderr.endswith(f"expected a run folder written by `{typed} train`\n")

@@ -119,7 +119,7 @@ def test_a_models_folder_is_converted_and_gets_a_modelfile(base, tmp_path, conve
     assert modelfile.startswith('FROM ./mine-bf16.gguf\nTEMPLATE """') and 'stop "<|eot_id|>"' in modelfile
     command = f"llama-quantize {output}/mine-bf16.gguf {output}/mine-Q4_K_M.gguf Q4_K_M"
     assert f"llama-quantize is not installed (it comes with llama.cpp); then: {command}" in outcome.stderr
-    assert f"next: ollama create NAME -f {output}/Modelfile" in outcome.stdout
+    assert f"next:     ollama create NAME -f {output}/Modelfile" in outcome.stdout
 
 
 def test_the_disk_has_room_for_the_merged_model_too(base, adapter, tmp_path, converter, monkeypatch):

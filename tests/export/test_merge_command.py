@@ -108,7 +108,7 @@ def _assert_merged(output, base, adapter, *, through_nf4=True):
 def test_a_run_is_merged_into_its_own_base(run, tiny_base, tmp_path):
     outcome = _merge(run.folder, "--output", tmp_path / "new" / "out")
     assert outcome.exit_code == 0, outcome.output
-    assert outcome.stdout.startswith(f"merged: {tmp_path}/new/out   next: python cli.py generate")
+    assert outcome.stdout.startswith(f"merged: {tmp_path}/new/out\nnext:   python cli.py generate")
     assert "warning" not in outcome.stderr and "note" not in outcome.stderr
     _assert_merged(tmp_path / "new" / "out", tiny_base, run.result_folder)
     assert read_chat_record(tmp_path / "new" / "out") == read_chat_record(run.result_folder)

@@ -77,7 +77,9 @@ def test_in_a_pipe_a_run_prints_plain_lines_and_no_others(finished):
         " +step +loss +grad norm +learning rate +tokens/s +left",
         *[row] * 4,
         r"trained 4 steps in \d:\d\d:\d\d",
-        "result: .*",
+        "result: .*/adapter",
+        r"curve:  .*/loss\.png",
+        "next:   python cli.py eval .*",
     ]
     for line, expected in zip(out.splitlines(), lines, strict=True):
         assert re.fullmatch(expected, line), line
@@ -90,7 +92,7 @@ def test_in_a_pipe_a_run_prints_plain_lines_and_no_others(finished):
         r"reading the base: [\d.]+ MB in .*",
         "mapping the rows",
         "training 4 steps",
-        "page: .*",
+        r"page:   .*/report\.html",
     ]
     for line, expected in zip(err.splitlines(), stages, strict=True):
         assert re.fullmatch(expected, line), line
@@ -118,7 +120,7 @@ def test_on_a_terminal_each_line_is_whole_and_the_live_line_is_gone_in_the_end(o
     assert len(rows) == 6 and all(len(line) <= 79 for line in rows), seen
     assert sum("held out: loss" in line for line in rows) == 2
     assert not any("it/s" in line or "{'" in line for line in seen)
-    assert seen[-1].startswith("page: ")
+    assert [line[:8] for line in seen[-4:]] == ["result: ", "curve:  ", "page:   ", "next:   "]
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
