@@ -139,7 +139,9 @@ class _AnswerMarks(jinja2.ext.Extension):
 @functools.lru_cache
 def _compiled(template: str) -> jinja2.Template:
     """Made once a process: compiling takes longer than rendering many rows."""
-    return _environment().from_string(template)
+    compiled = _environment().from_string(template)
+    compiled.globals = dict(compiled.globals)  # each text has a copy of them, which takes long of Jinja's ChainMap
+    return compiled
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -76,7 +76,7 @@ def check_text(conversation: dict, control_tokens: re.Pattern) -> None:
     for where, text in _texts(conversation):
         if token := control_tokens.search(text):
             raise RowError("control_token", f"{where}: the text holds the control token {token.group()}")
-        if surrogate := _SURROGATE.search(text):
+        if not text.isascii() and (surrogate := _SURROGATE.search(text)):
             raise RowError("not_utf8", f"{where}: lone surrogate {ascii(surrogate.group())[1:-1]} is not a character")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fitune.data.arrow_columns import lists
+
 TRL_PACKING_BATCH = 1000
 "Rows that TRL packs together (datasets.map's batch size)."
 
@@ -79,11 +81,7 @@ def _cut(lengths: np.ndarray, is_text: np.ndarray, max_length: int) -> tuple[np.
 def write_layout(path: Path, pieces: Pieces) -> None:
     import pyarrow
 
-    offsets = pyarrow.array(np.concatenate([[0], np.cumsum(pieces.pieces_of, dtype=np.int64)]), pyarrow.int32())
-    columns = {
-        name: pyarrow.ListArray.from_arrays(offsets, pyarrow.array(getattr(pieces, name), pyarrow.int32()))
-        for name in ("row", "start", "stop")
-    }
+    columns = {name: lists(getattr(pieces, name), pieces.pieces_of) for name in ("row", "start", "stop")}
     batch = pyarrow.record_batch(columns)
     with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

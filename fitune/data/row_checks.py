@@ -1,5 +1,6 @@
 """What one process does with one chunk: each row converted, checked, rendered, counted; runs in every worker."""
 
+import gc
 import hashlib
 import json
 import os
@@ -274,6 +275,7 @@ def start_worker(rules: Rules) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _checker = Checker(rules)
+    gc.freeze()  # what came with the fork stays: collections need not walk over it, nor copy its pages
 
 
 def check_in_worker(chunk, shape: Shape) -> Outcome:
@@ -318,4 +320,7 @@ def _ends_exchange(messages: list[dict], number: int) -> bool:
 
 
 def _json_line(conversation: dict) -> bytes:
-    return json.dumps(conversation, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return _as_json(conversation).encode() + b"\n"
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -4,24 +4,21 @@ Byte-level BPE never looks across the pieces its regular expression cuts a text 
 again. So a piece is tokenised once and its ids remembered.
 """
 
+import itertools
 import json
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
 
 from fitune.data.chat_renderer import Span
+from fitune.data.piece_pattern import BEYOND, piece_pattern
 
 ID_BYTES = 4
 
 REMEMBERED_PIECES = 200_000
 "About 25 MiB per process; then the memory starts afresh."
-
-_CATEGORY_IN_DOUBT = re.compile(
-    "[^\u0000-\u024f\u0370-\u0373\u0391-\u03a1\u03a3-\u03ff\u0400-\u0481\u2010-\u2027\u2030-\u205e\u20ac"
-    "\u2190-\u21ff\u2200-\u22ff\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fbb\uac00-\ud7a3]"
-)
-"Outside of these blocks, letters were added to Unicode over the years: two regex engines may differ about a character."
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class TokenEncoder:
     def __init__(self, tokenizer):
         """`tokenizer`: a tokenizers.Tokenizer without truncation and padding."""
         self.tokenizer = tokenizer
-        self._pieces = _piece_pattern(tokenizer)
+        self._pieces = _pieces_of(tokenizer)
         if self._pieces:
             from tokenizers.pre_tokenizers import ByteLevel
 
@@ -57,7 +54,7 @@ class TokenEncoder:
             names = sorted(added, key=len, reverse=True)
             self._added = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
             self._ids_of_added = {name: _packed([number]) for name, number in added.items()}
-            self._ids_of: dict[str, bytes] = {}
+            self._ids_of = dict(self._ids_of_added)
 
     @property
     def remembers(self) -> bool:
@@ -86,42 +83,34 @@ class TokenEncoder:
 
     def _encode_pieces(self, text: str, spans: list[Span]) -> Encoded | None:
         """None where only `tokenizers` can tell."""
-        if not self._pieces or not (text.isascii() or not _CATEGORY_IN_DOUBT.search(text)):
+        if not self._pieces or not (text.isascii() or not BEYOND.search(text)):
             return None
-        edges = [edge for span in spans for edge in span]
-        at_edge, next_edge, position, tokens, blocks = [], 0, 0, 0, []
-        parts = self._added.split(text) if self._added else [text]
-        for number, part in enumerate(parts):
-            part_end = position + len(part)
+        pieces = []
+        for number, part in enumerate(self._added.split(text) if self._added else [text]):
             if number % 2:
-                pieces, block = (part,), self._ids_of_added[part]
-            else:
-                pieces = self._pieces.findall(part)
-                block = self._ids(pieces)
-            while next_edge < len(edges) and edges[next_edge] < part_end:
-                before = _pieces_until(pieces, edges[next_edge] - position)
-                if before is None:
-                    return None
-                at_edge.append(tokens + (len(self._ids(pieces[:before])) // ID_BYTES if before else 0))
-                next_edge += 1
-            tokens += len(block) // ID_BYTES
-            blocks.append(block)
-            position = part_end
-        at_edge += [tokens] * (len(edges) - next_edge)
-        return Encoded(b"".join(blocks), list(zip(at_edge[::2], at_edge[1::2], strict=True)))
+                pieces.append(part)
+            elif part:
+                pieces += self._pieces.findall(part)
+        ends = [0, *itertools.accumulate(map(len, pieces))]
+        edges = [*itertools.chain(*spans), len(text)]
+        cuts = [bisect_left(ends, edge) for edge in edges]
+        if any(cut == len(ends) or ends[cut] != edge for cut, edge in zip(cuts, edges, strict=True)):
+            return None  # a span begins inside a piece, or the pattern does not find all of the text
+        blocks = [self._ids(pieces[start:stop]) for start, stop in itertools.pairwise([0, *cuts])]
+        at_edge = list(itertools.accumulate(len(block) // ID_BYTES for block in blocks))
+        return Encoded(b"".join(blocks), list(zip(at_edge[0:-1:2], at_edge[1::2], strict=True)))
 
     def _ids(self, pieces: list[str]) -> bytes:
         """The ids of all pieces, one after the other."""
-        known = self._ids_of
         try:
-            return b"".join(map(known.__getitem__, pieces))
+            return b"".join(map(self._ids_of.__getitem__, pieces))
         except KeyError:
-            if len(known) > REMEMBERED_PIECES:
-                known.clear()
-            for piece in set(pieces) - known.keys():
+            if len(self._ids_of) > REMEMBERED_PIECES:
+                self._ids_of = dict(self._ids_of_added)
+            for piece in set(pieces) - self._ids_of.keys():
                 tokens = self.tokenizer.model.tokenize(self._to_bytes(piece)[0][0])
-                known[piece] = _packed([token.id for token in tokens])
-            return b"".join(map(known.__getitem__, pieces))
+                self._ids_of[piece] = _packed([token.id for token in tokens])
+            return b"".join(map(self._ids_of.__getitem__, pieces))
 
 
 def trained_tokens(offsets: list[Span], spans: list[Span]) -> list[Span]:
@@ -144,21 +133,8 @@ def _packed(ids: list[int]) -> bytes:
     return np.array(ids, np.int32).tobytes()
 
 
-def _pieces_until(pieces, offset: int) -> int | None:
-    """How many pieces end at or before `offset` characters; None if it falls inside one."""
-    count = 0
-    while offset > 0:
-        offset -= len(pieces[count])
-        count += 1
-    return count if offset == 0 else None
-
-
-def _piece_pattern(tokenizer):
-    """The compiled pattern of a tokenizer that is exactly `split by a regex, bytes, BPE`; else None."""
-    try:
-        import regex
-    except ImportError:
-        return None
+def _pieces_of(tokenizer) -> re.Pattern | None:
+    """What finds the pieces of a tokenizer that is exactly `split by a regex, bytes, BPE`; else None."""
     model, splitter = tokenizer.model, tokenizer.pre_tokenizer
     if type(model).__name__ != "BPE" or model.dropout or tokenizer.normalizer is not None or splitter is None:
         return None
@@ -174,8 +150,4 @@ def _piece_pattern(tokenizer):
         return None
     if bytes_step["add_prefix_space"] or bytes_step["use_regex"]:
         return None
-    try:
-        pattern = regex.compile(split["pattern"]["Regex"])
-    except regex.error:
-        return None
-    return pattern if pattern.groups == 0 else None
+    return piece_pattern(split["pattern"]["Regex"])

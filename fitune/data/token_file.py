@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fitune.data.arrow_columns import column, lists
+
 ROWS_PER_BATCH = 1024
 IGNORED = -100
 "The label of a token that is not trained, as PyTorch's cross entropy has it."
@@ -46,9 +48,9 @@ def write_tokens(path: Path, batches: Iterable[TokenBatch]) -> None:
     with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
         for batch in batches:
             columns = [
-                pyarrow.ListArray.from_arrays(_offsets(batch.tokens), pyarrow.array(batch.ids, pyarrow.int32())),
-                pyarrow.ListArray.from_arrays(_offsets(2 * batch.runs), pyarrow.array(batch.edges, pyarrow.int32())),
-                pyarrow.array(batch.is_text, pyarrow.bool_()),
+                lists(batch.ids, batch.tokens),
+                lists(batch.edges, 2 * batch.runs),
+                column(batch.is_text),
             ]
             writer.write_batch(pyarrow.record_batch(columns, schema=schema))
 
@@ -115,9 +117,3 @@ class TokenFile:
             trained.offsets.to_numpy(),
             is_text.to_numpy(zero_copy_only=False),
         )
-
-
-def _offsets(sizes: np.ndarray):
-    import pyarrow
-
-    return pyarrow.array(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]), pyarrow.int32())
