@@ -1,5 +1,7 @@
 """How the command line looks: examples as the user would type them, an expected error as one line."""
 
+import re
+
 import click
 
 from fitune import environment
@@ -18,7 +20,10 @@ class Command(click.Command):
 
 
 class Cli(Command, click.Group):
-    """Prints an expected error as one line and exits with its code; --debug shows the traceback. So with Ctrl-C."""
+    """Prints an expected error, click's own too, as one line and exits with its code. So with Ctrl-C.
+
+    --debug shows the traceback.
+    """
 
     command_class = Command
 
@@ -34,7 +39,7 @@ class Cli(Command, click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (FituneError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+        except (FituneError, click.UsageError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
             line, code = in_one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params.get("debug"):
                 raise
@@ -46,6 +51,8 @@ def in_one_line(error: BaseException, command_name: str | None) -> tuple[str | N
     """What to print for an error, None where nobody expected it, and the exit code."""
     if isinstance(error, FituneError):
         return f"error: {error}", error.exit_code
+    if isinstance(error, click.UsageError):
+        return f"error: {_as_ours(error)}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         if command_name == "train":
             return "stopped: before the first step, with nothing to save", INTERRUPTED
@@ -55,3 +62,11 @@ def in_one_line(error: BaseException, command_name: str | None) -> tuple[str | N
 
         return f"error: {explain_in_one_process(error)}", FituneError.exit_code
     return None, 1
+
+
+def _as_ours(error: click.UsageError) -> str:
+    """Click's message in the form of fitune's: one that says no nearest name says where the names are."""
+    message = error.format_message().rstrip(".")
+    message = re.sub(r"\. \(?Did you mean (?:one of: )?(.*?)[?)]*$", r"; did you mean \1?", message)
+    where = f"; see `{error.ctx.command_path if error.ctx else command()} --help`" * (not message.endswith("?"))
+    return f"{message[0].lower()}{message[1:]}{where}"

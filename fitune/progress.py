@@ -23,15 +23,15 @@ from rich.text import Text
 REDRAW_SECONDS = 0.1
 
 
-class Labelled(ProgressColumn):
-    """A time with the word that says which it is."""
+class Plain(ProgressColumn):
+    """A column in the terminal's own colour, as rich's yellow times vanish on white; a time has a word beside it."""
 
-    def __init__(self, column: ProgressColumn, word: str):
+    def __init__(self, column: ProgressColumn, word: str = ""):
         super().__init__(table_column=one_line())
         self.column, self.word = column, word
 
     def render(self, task) -> Text:
-        return Text.assemble(self.column.render(task), f" {self.word}")
+        return Text(f"{self.column.render(task).plain} {self.word}".rstrip())
 
 
 def one_line() -> Column:
@@ -51,8 +51,8 @@ def bar(description: str, total: float, *, in_bytes: bool = False, show: bool = 
             yield advance
         return
     sizes = (DownloadColumn, TransferSpeedColumn) if in_bytes else (MofNCompleteColumn,)
-    size = [column(table_column=one_line()) for column in sizes]
-    times = Labelled(TimeElapsedColumn(), "elapsed"), Labelled(TimeRemainingColumn(), "left")
+    size = [Plain(column()) for column in sizes]
+    times = Plain(TimeElapsedColumn(), "elapsed"), Plain(TimeRemainingColumn(), "left")
     columns = TextColumn("{task.description}", table_column=one_line()), BarColumn(bar_width=None), *size, *times
     # drawn by the caller alone: a thread that draws on would look like progress to who watches for ranks that hang
     with Progress(*columns, console=console, auto_refresh=False) as progress:

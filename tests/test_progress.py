@@ -20,4 +20,6 @@ def test_a_bar_is_one_line_in_80_columns(monkeypatch, in_bytes):
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", drawn.getvalue()))
     shown = [line for line in lines if line.strip()]
     assert len(shown) >= 5
+    colours = set(re.findall(r"\x1b\[([\d;]+)m", drawn.getvalue().replace("━", "").replace("╸", "").replace("╺", "")))
+    assert not colours & {"31", "32", "33", "36"}, "words in colours that vanish on white or on black"
     assert all("reading the base" in line and line.rstrip().endswith("left") for line in shown), shown

@@ -18,6 +18,8 @@ from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_
 from fitune.config.yaml_file import Where, place_of
 from fitune.errors import UsageError, nearest
 
+PLAIN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+
 
 def check_training_block(recipe: Recipe, source: str | Where) -> dict[str, Any]:
     """The block with values converted to their fields' types. Raises UsageError, the place in `source` named.
@@ -81,7 +83,8 @@ def _convert(name: str, value: Any, annotation: str, source: str) -> Any:
             continue
     if str in kinds and type(value) in (int, float):
         return str(value)
-    raise UsageError(f"{source}: training.{name}: {value!r} is not of type {annotation}")
+    expected = " or ".join(PLAIN_WORDS[part] for part in parts)
+    raise UsageError(f"{source}: training.{name}: {value!r} is not {expected}")
 
 
 def _check_limits(name: str, value: Any, source: str) -> None:

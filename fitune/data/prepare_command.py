@@ -9,6 +9,7 @@ from fitune.config.hub import local_config
 from fitune.config.schema import Data, Recipe
 from fitune.config.yaml_file import parse
 from fitune.data.prepare import prepare
+from fitune.data.sources import refuse_missing_file
 from fitune.errors import UsageError
 
 OF_ITS_DATASET = (
@@ -46,6 +47,8 @@ def prepare_command(
     needs_base = not (no_tokens or tokenizer)
     read = [*([] if dataset else ["data.dataset", "data.mix"]), *([] if template_choice else ["data.chat_template"])]
     runs.check_paths(recipe, sets, *read, *(["base.model"] if needs_base else []))
+    if dataset:
+        refuse_missing_file(dataset)
     output = Path(output or data.prepared)
     _refuse_the_data_of_another(output, data, recipe, options["overwrite"])
     prepare(

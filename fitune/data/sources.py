@@ -22,11 +22,19 @@ def open_source(dataset: str, revision: str | None, train_split: str, test_split
         return _open_folder(path, train_split, test_split)
     if path.exists():
         return _splits_in_file(open_file(path), train_split, test_split)
+    refuse_missing_file(dataset)
+    return open_hub_dataset(dataset, revision, train_split, test_split)
+
+
+def refuse_missing_file(dataset: str) -> None:
+    """Raises UsageError if it is no file or folder here, and cannot be a Hub id either."""
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return
     if _looks_like_a_path(dataset):
         raise UsageError(f"{dataset}: no such file{_nearby_file(path)}")
     if len(path.parts) != 2:
         raise UsageError(f"{dataset}: no such file{_nearby_file(path)}; a dataset on the Hub is ORGANISATION/NAME")
-    return open_hub_dataset(dataset, revision, train_split, test_split)
 
 
 def _splits_in_file(file: SourceFile, train_split: str, test_split: str | None) -> Splits:

@@ -27,6 +27,7 @@ from fitune.export.prompts import prompts_for
 from fitune.export.rounding import StochasticRounding
 from fitune.export.tuned_weights import TunedWeights
 from fitune.output_folder import check_disk_space, new_folder, refuse_existing
+from fitune.progress import bar
 from fitune.weights.base_identity import (
     BaseRecord,
     base_fingerprint,
@@ -137,10 +138,9 @@ def merge_full(model: Path, output: Path, *, progress: bool = True, run: Run | N
         total = sum(file.stat().st_size for file in files)
         check_disk_space(output, total)
         with new_folder(output) as unfinished:
-            with _progress_bar(progress) as bar:
-                task = bar.add_task("copying", total=total)
+            with bar("copying", total, in_bytes=True, show=progress) as advance:
                 for file in files:
-                    copy_file(file, unfinished, lambda count: bar.advance(task, count))
+                    copy_file(file, unfinished, advance)
             if run:
                 write_model_card(unfinished, run, run.recipe.base.model, run.recipe.base.revision, model)
             if check:
@@ -172,11 +172,10 @@ def _check(unfinished: Path, tuned: TunedWeights, dtype: torch.dtype, run: Run |
 
 def _write_weights(folder: Path, tuned: TunedWeights, specs: list[TensorSpec], max_shard_bytes: int, progress: bool):
     writer = CheckpointWriter(folder, specs, max_shard_bytes)
-    with _progress_bar(progress) as bar:
-        task = bar.add_task("merging", total=sum(spec.nbytes for spec in specs))
+    with bar("merging", sum(spec.nbytes for spec in specs), in_bytes=True, show=progress) as advance:
         for spec in specs:
             writer.write(spec.name, _merged(spec, tuned))
-            bar.advance(task, spec.nbytes)
+            advance(spec.nbytes)
     writer.close()
 
 
@@ -270,12 +269,3 @@ def _unadapted(weights: BaseWeights, lora: Lora, config: dict) -> str | None:
         if module != name and name not in lora.changes() and any(f".{module}".endswith(f".{t}") for t in targets):
             return f"has {name}, which the adapter does not cover"
     return None
-
-
-def _progress_bar(enabled: bool):
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    console = Console(stderr=True)
-    return Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, disable=not enabled)

@@ -77,7 +77,10 @@ def _trend(trend: float | None, ascii_only: bool) -> tuple[str, str]:
 
 
 def _fitted(parts: list[Part], width: int) -> Text:
-    """All in full where that fits; else the least important are shortened one by one, then left out one by one."""
+    """All in full where that fits; else the least important are shortened one by one, then left out one by one.
+
+    What has room again beside those that are left is said in full, the most important first.
+    """
     shown = [(part, part.words) for part in parts]
     by_importance = sorted(parts, key=lambda part: -part.importance)
     for part in by_importance:
@@ -86,6 +89,10 @@ def _fitted(parts: list[Part], width: int) -> Text:
     for part in by_importance:
         if _columns(shown) > width and part.importance > ALWAYS:
             shown = [(other, words) for other, words in shown if other is not part]
+    if len(shown) < len(parts):
+        for part in reversed(by_importance):
+            longer = [(other, part.words if other is part else words) for other, words in shown]
+            shown = longer if _columns(longer) <= width else shown
     line = Text(SEPARATOR).join(Text(words, part.style) for part, words in shown)
     line.truncate(width)
     return line

@@ -17,8 +17,8 @@ SEQUENCE_STEP = 64  # tokens
 CARD_SLACK = 1.1
 "A card of 24 GiB may have no more than 22 free."
 NO_GPU = (
-    "there is no GPU here: plan for another machine, as with --gpus 1 --gpu-memory 24 --host-memory 64, or try "
-    "tiny_qlora with cpu_2proc"
+    "there is no GPU here: try tiny_qlora with --profile cpu_2proc, or `plan` for another machine, as with "
+    "--gpus 1 --gpu-memory 24 --host-memory 64"
 )
 
 

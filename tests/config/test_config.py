@@ -216,7 +216,7 @@ MISTAKES = {
         "recipe",
         "learning_rate: 2e-4",
         "learning_rate: fast",
-        ["training.learning_rate", "'fast'", "float"],
+        ["training.learning_rate", "'fast'", "is not a number"],
     ),
     "training as a list": ("recipe", "  learning_rate: 2e-4\n  num_train_epochs: 1", "  - learning_rate", ["training"]),
     "a number in training": ("recipe", "num_train_epochs", "1", ["training", "1"]),
@@ -377,7 +377,7 @@ def test_wrong_names_and_paths_are_usage_errors(write, tmp_path):
     for recipe, profile, said in (
         ("llama3_8b_qlor", "x", ["no recipe called 'llama3_8b_qlor'", "did you mean"]),
         (str(tmp_path / "none.yaml"), "x", ["none.yaml: no such file"]),
-        (str(tmp_path), "x", [str(tmp_path), "no such file"]),
+        (str(tmp_path), "x", [str(tmp_path), "is a folder without run.yaml"]),
         (str(paths["recipe"]), "fsdp_4x24bg", ["no memory profile called 'fsdp_4x24bg'", "did you mean"]),
     ):
         message = _message({"recipe": recipe, "profile": profile})

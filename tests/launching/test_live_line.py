@@ -29,8 +29,9 @@ def test_at_80_columns_all_is_said_more_shortly():
     ("width", "shown"),
     [
         (105, "step 120/1,200  loss 1.8321 ↓0.041  lr 2e-4  14,351 tokens/s  20.1/21.6 GiB  0:41:12 left  ckpt 100"),
-        (50, "120/1200  loss 1.83↓  14.4k tok/s  41:12 left"),
-        (35, "120/1200  loss 1.83↓  41:12 left"),
+        (78, "step 120/1,200  loss 1.83↓  lr 2e-4  14.4k tok/s  20.1/21.6 GiB  0:41:12 left"),
+        (50, "120/1200  loss 1.83↓  14.4k tok/s  0:41:12 left"),
+        (35, "120/1200  loss 1.83↓  0:41:12 left"),
         (20, "120/1200  loss 1.83↓"),
         (10, "120/1200"),
     ],
