@@ -260,17 +260,28 @@ def _pretend_layer_kernels() -> None:
     elementwise.drop = lambda x, dropout: torch.empty_like(x) if dropout else x
     elementwise.add_dropped_ = lambda total, x, dropout: total
     elementwise.rms_norm = lambda x, weight, eps, dropout: like(x, dropout)
-    elementwise.rms_norm_backward = lambda gradient, dropped, x, *rest: torch.empty_like(x)
+    elementwise.dropped_norm = lambda x, *rest: torch.empty_like(x)
+    elementwise.rms_norm_backward = lambda gradient, dropped, x, *rest, out=None: (
+        torch.empty_like(x) if out is None else out
+    )
     elementwise.swiglu = lambda gate_up, dropout: like(gate_up[:, : gate_up.shape[1] // 2].contiguous(), dropout)
     elementwise.swiglu_backward_ = lambda gradient, *rest: torch.empty_like(gradient)
     elementwise.rope_ = lambda *args, **kwargs: None
-    attention.forward = lambda query, *rest: (
-        torch.empty_like(query, memory_format=torch.contiguous_format), (torch.empty(query.shape[:2]),)
-    )  # fmt: skip
-    attention.backward = lambda gradient, query, key, value, *rest: [
-        torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)
-    ]
-    products.weight = lambda base, dtype: torch.empty(base.out_features, base.in_features, dtype=dtype)
+    elementwise.rope_backward = lambda gradients, *rest: torch.cat(gradients, dim=1)
+    attention.forward = lambda heads, key_heads, *rest: (
+        torch.empty_like(heads[:, : -2 * key_heads], memory_format=torch.contiguous_format),
+        (torch.empty(heads.shape[0], heads.shape[1] - 2 * key_heads),),
+    )
+    attention.backward = lambda gradient, output, heads, key_heads, *rest: (
+        [
+            torch.empty(len(heads), count, heads.shape[2], dtype=heads.dtype)
+            for count in (output.shape[1], key_heads, key_heads)
+        ],
+        None,
+    )
+    products.weight = lambda base, dtype, out=None: (
+        out if out is not None else torch.empty(base.out_features, base.in_features, dtype=dtype)
+    )
 
 
 def main() -> None:

@@ -20,7 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 PACKED_ATTENTION = "fitune_packed"
-"""Its name as a transformers `attn_implementation`."""
+"""Its name as a transformers `attn_implementation`. No mask comes with it: to make one, or none, transformers asks the
+GPU in every pass whether the row is packed, and the GPU stands still until Python has the answer."""
+PADDED_ATTENTION = "fitune_padded"
+"""The same for answers, whose prompts may be padded: with a mask."""
 CUDNN_CAPABILITIES = {(9, 0), (10, 0), (10, 3)}
 """Hopper and Blackwell's data centre GPUs."""
 CUDNN_FROM = 2048
@@ -119,19 +122,22 @@ def _by_example(query, key, value, bounds, longest, scaling):
     return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: float) -> tuple[torch.Tensor, tuple]:
-    """([T, heads, head_dim], what `backward` needs beside it) of packed examples, without autograd.
+def forward(
+    heads: torch.Tensor, key_heads: int, bounds: torch.Tensor, longest: int, scaling: float
+) -> tuple[torch.Tensor, tuple]:
+    """([T, query heads, head_dim], what `backward` needs beside it) of packed examples, without autograd.
 
-    Query [T, heads, head_dim]; key and value may have fewer heads, each shared by neighbouring query heads.
+    `heads` [T, query heads + 2 key_heads, head_dim]: those of query, key and value side by side. Key and value may have
+    fewer of them, each shared by neighbouring query heads.
     """
+    query, key, value = _apart(heads, key_heads)
     kernel = kernel_of(query, bounds, longest)
     if kernel == "examples":
         return _by_example(query, key, value, bounds, longest, scaling), ()
     if kernel == "cudnn":
         rows = _rows_of(query, bounds, longest)
-        inputs = (rows.of(x) for x in (query, key, value))
         output, log_sums, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *inputs, None, True, 0.0, True, False, scale=scaling
+            *_apart(rows.of(heads), key_heads, 1), None, True, 0.0, True, False, scale=scaling
         )
         return rows.examples(output), (log_sums, *random_state)
     output, log_sums, *random_state, _ = torch.ops.aten._flash_attention_forward(
@@ -140,29 +146,39 @@ def forward(query, key, value, bounds: torch.Tensor, longest: int, scaling: floa
     return output, (log_sums, *random_state)
 
 
-def backward(gradient, query, key, value, output, statistics, bounds, longest: int, scaling: float):
-    """The gradients of query, key and value from that of the output."""
+def backward(
+    gradient, output, heads, key_heads: int, statistics, bounds, longest: int, scaling: float
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """(the gradients of query, key and value, each [places, heads, head_dim], the tokens' places in them).
+
+    No places: each token stands at its own. `gradient` is that of `output`, the others are as in `forward`.
+    """
+    query, key, value = _apart(heads, key_heads)
     kernel = kernel_of(query, bounds, longest)
     if kernel == "examples":
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-            return list(torch.autograd.grad(_by_example(*inputs, bounds, longest, scaling), inputs, gradient))
+            attended = _by_example(*inputs, bounds, longest, scaling)
+            return list(torch.autograd.grad(attended, inputs, gradient)), None
     log_sums, *random_state = statistics
     if kernel == "cudnn":
         rows = _rows_of(query, bounds, longest)
-        inputs = (rows.of(x) for x in (query, key, value, output))
         length = rows.shape[1]
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            rows.of_gradient(gradient), *inputs, log_sums, *random_state, None, None, None, length, length, 0.0, True,
-            scale=scaling,
+            rows.of_gradient(gradient), *_apart(rows.of(heads), key_heads, 1), rows.of(output), log_sums, *random_state,
+            None, None, None, length, length, 0.0, True, scale=scaling,
         )  # fmt: skip
-        return [rows.examples(x) for x in gradients]
-    return list(
-        torch.ops.aten._flash_attention_backward(
-            gradient, query, key, value, output, log_sums, bounds, bounds, longest, longest, 0.0, True, *random_state,
-            scale=scaling,
-        )
+        return [x.transpose(1, 2).flatten(0, 1) for x in gradients], rows.places
+    gradients = torch.ops.aten._flash_attention_backward(
+        gradient, query, key, value, output, log_sums, bounds, bounds, longest, longest, 0.0, True, *random_state,
+        scale=scaling,
     )  # fmt: skip
+    return list(gradients), None
+
+
+def _apart(heads: torch.Tensor, key_heads: int, dim: int = -2) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, whose heads lie side by side along `dim`."""
+    return heads.split([heads.shape[dim] - 2 * key_heads, key_heads, key_heads], dim)
 
 
 def kernel_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> str:
@@ -201,6 +217,8 @@ class Rows:
         pads = math.prod(self.shape) - tokens
         self.full = not pads
         "The rows are the tokens."
+        self.places: torch.Tensor | None = None
+        "Of the tokens among the rows' places, where these are not the same."
         if pads:
             starts, places = bounds[:-1, None], torch.arange(self.shape[1], device=bounds.device)
             is_token = places < bounds[1:, None] - starts
@@ -211,7 +229,10 @@ class Rows:
             self.places = example * self.shape[1] + numbers - bounds[example]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, heads, head_dim] -> [examples, heads, padded length, head_dim]; the pads hold any token's values."""
+        """[T, heads, head_dim] -> [examples, heads, padded length, head_dim]; the pads hold any token's values.
+
+        A view where there are none.
+        """
         return self._split(x if self.full else x.index_select(0, self.sources))
 
     def of_gradient(self, x: torch.Tensor) -> torch.Tensor:
@@ -235,4 +256,5 @@ def _rows_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> Rows:
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, flash_attention_mask)
+AttentionInterface.register(PADDED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PADDED_ATTENTION, flash_attention_mask)

@@ -64,6 +64,13 @@ def rms_norm(
     return normed, drop(normed, dropout)
 
 
+def dropped_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dropout: Dropout | None) -> torch.Tensor:
+    """The second of `rms_norm` alone."""
+    if x.is_cuda:
+        return _kernels().dropped_norm(x, weight, eps, dropout)
+    return rms_norm(x, weight, eps, dropout)[1]
+
+
 def rms_norm_backward(
     gradient: torch.Tensor,
     dropped: torch.Tensor | None,
@@ -72,14 +79,15 @@ def rms_norm_backward(
     eps: float,
     dropout: Dropout | None,
     residual: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of x [T, h], plus `residual` where there is one.
+    """The gradient of x [T, h], plus `residual` where there is one, in `out` if it is given.
 
     `gradient` is that of the norm, `dropped` that of its copy with dropout, which `gradient` includes where there is
     no dropout.
     """
     if x.is_cuda:
-        return _kernels().rms_norm_backward(gradient, dropped, x, weight, eps, dropout, residual)
+        return _kernels().rms_norm_backward(gradient, dropped, x, weight, eps, dropout, residual, out)
     if dropped is not None:
         gradient = gradient + drop(dropped, dropout)
     exact = wide(x)
@@ -87,7 +95,8 @@ def rms_norm_backward(
     g = wide(gradient) * wide(weight)
     inner = (g * exact).mean(-1, keepdim=True)
     result = inverse * g - exact * inverse.pow(3) * inner
-    return (result if residual is None else wide(residual) + result).to(x.dtype)
+    result = (result if residual is None else wide(residual) + result).to(x.dtype)
+    return result if out is None else out.copy_(result)
 
 
 def norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -129,15 +138,34 @@ def swiglu_backward_(
     return product
 
 
-def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool = False) -> None:
-    """Rotates heads [T, n, d] by their tokens' angles (cos, sin [T, d], halves alike), or back, in place."""
+def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotates heads [T, n, d] by their tokens' angles (cos, sin [T, d], halves alike) in place."""
     if heads.is_cuda:
-        _kernels().rope_(heads, cos, sin, backward)
-        return
+        _kernels().rope_(heads, cos, sin)
+    else:
+        heads.copy_(_rotated(heads, cos, sin))
+
+
+def rope_backward(
+    gradients: list[torch.Tensor], places: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The gradients of query, key and value, [., heads, d] each, side by side as before `rope_`: [T, all heads, d].
+
+    Those of the tokens stand at `places` [T], or all in their order. Query's and key's are rotated back.
+    """
+    if gradients[0].is_cuda:
+        return _kernels().rope_backward(gradients, places, cos, sin)
+    if places is not None:
+        gradients = [gradient.index_select(0, places) for gradient in gradients]
+    rotated = [_rotated(gradient, cos, -sin) for gradient in gradients[:2]]
+    return torch.cat([*rotated, gradients[2]], dim=1)
+
+
+def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = heads.chunk(2, -1)
     half = heads.shape[-1] // 2
-    c, s = cos[:, None, :half], sin[:, None, :half] * (-1 if backward else 1)
-    heads.copy_(torch.cat([first * c - second * s, second * c + first * s], -1))
+    c, s = cos[:, None, :half], sin[:, None, :half]
+    return torch.cat([first * c - second * s, second * c + first * s], -1)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,8 @@ def _drop_kernel(x, x_row, total, total_row, keys, place, threshold, scale, chan
 
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, eps,
-                     CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     CHANNELS: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < CHANNELS
@@ -52,7 +53,8 @@ def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, 
     inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
     kind = normed.dtype.element_ty
     result = (value * inverse).to(kind).to(tl.float32) * tl.load(weight + columns, mask=inside).to(tl.float32)
-    tl.store(normed + row, result, mask=inside)
+    if NORM:
+        tl.store(normed + row, result, mask=inside)
     if DROP:
         result = result.to(kind).to(tl.float32) * _factors(keys, token, columns, place, threshold, scale)
         tl.store(dropped + row, result, mask=inside)
@@ -123,20 +125,58 @@ def _swiglu_backward_kernel(gradient, more, gate_up, product, keys, place, thres
 
 
 @triton.jit
-def _rope_kernel(heads, token_stride, cos, sin, angle_stride, sign,
-                 HEADS: tl.constexpr, HALF: tl.constexpr,
-                 HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)[:, None]
-    column = tl.arange(0, HALF_BLOCK)[None, :]
+def _rotate(source, target, c, s, head, HEADS: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr):
+    """Heads of one token, [block of heads, half of a head] at a time."""
+    column = tl.arange(0, COLUMNS)[None, :]
     inside = (head < HEADS) & (column < HALF)
-    at = heads + token * token_stride + head * 2 * HALF + column
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * angle_stride + column, mask=column < HALF, other=0.0).to(tl.float32) * sign
-    tl.store(at, first * c - second * s, mask=inside)
-    tl.store(at + HALF, second * c + first * s, mask=inside)
+    at = head * 2 * HALF + column
+    first = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + at, first * c - second * s, mask=inside)
+    tl.store(target + at + HALF, second * c + first * s, mask=inside)
+
+
+@triton.jit
+def _angles(cos, sin, at, HALF: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.arange(0, COLUMNS)[None, :]
+    c = tl.load(cos + at + column, mask=column < HALF, other=0.0).to(tl.float32)
+    return c, tl.load(sin + at + column, mask=column < HALF, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rope_kernel(heads, token_stride, cos, sin, angle_stride,
+                 HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    c, s = _angles(cos, sin, token * angle_stride, HALF, COLUMNS)
+    row = heads + token * token_stride
+    _rotate(row, row, c, s, head, HEADS, HALF, COLUMNS)
+
+
+@triton.jit
+def _rope_backward_kernel(query, query_row, key, key_row, value, value_row, places, out, cos, sin, angle_stride,
+                          QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
+                          PLACES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """A program for a block of one token's heads: first those of the query, then the key's, then the value's."""
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + token).to(tl.int64) if PLACES else token
+    QUERY_BLOCKS: tl.constexpr = (QUERY_HEADS + BLOCK - 1) // BLOCK
+    KEY_BLOCKS: tl.constexpr = (KEY_HEADS + BLOCK - 1) // BLOCK
+    block = tl.program_id(1)
+    head = tl.arange(0, BLOCK)[:, None]
+    c, s = _angles(cos, sin, token * angle_stride, HALF, COLUMNS)
+    target = out + token * (QUERY_HEADS + 2 * KEY_HEADS) * 2 * HALF
+    if block < QUERY_BLOCKS:
+        _rotate(query + place * query_row, target, c, -s, head + block * BLOCK, QUERY_HEADS, HALF, COLUMNS)
+    elif block < QUERY_BLOCKS + KEY_BLOCKS:
+        head += (block - QUERY_BLOCKS) * BLOCK
+        target += QUERY_HEADS * 2 * HALF
+        _rotate(key + place * key_row, target, c, -s, head, KEY_HEADS, HALF, COLUMNS)
+    else:
+        head += (block - QUERY_BLOCKS - KEY_BLOCKS) * BLOCK
+        target += (QUERY_HEADS + KEY_HEADS) * 2 * HALF
+        still = tl.zeros_like(s)
+        _rotate(value + place * value_row, target, still + 1.0, still, head, KEY_HEADS, HALF, COLUMNS)
 
 
 def _dropping(dropout: Dropout | None, unused: torch.Tensor) -> tuple:
@@ -166,19 +206,29 @@ def add_dropped_(total: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torc
 
 
 def rms_norm(x, weight, eps: float, dropout: Dropout | None):
-    tokens, channels = x.shape
     normed = torch.empty_like(x)
     dropped = torch.empty_like(x) if dropout else normed
-    _rms_norm_kernel[(tokens,)](
-        x, weight, normed, dropped, *_dropping(dropout, x), eps, CHANNELS=channels, DROP=dropout is not None,
-        BLOCK=triton.next_power_of_2(channels), num_warps=8,
-    )  # fmt: skip
+    _rms_norm(x, weight, normed, dropped, eps, dropout, norm=True)
     return normed, dropped
 
 
-def rms_norm_backward(gradient, dropped, x, weight, eps: float, dropout: Dropout | None, residual):
+def dropped_norm(x, weight, eps: float, dropout: Dropout | None):
+    dropped = torch.empty_like(x)
+    _rms_norm(x, weight, dropped, dropped, eps, dropout, norm=dropout is None)
+    return dropped
+
+
+def _rms_norm(x, weight, normed, dropped, eps: float, dropout: Dropout | None, *, norm: bool) -> None:
     tokens, channels = x.shape
-    out = torch.empty_like(x)
+    _rms_norm_kernel[(tokens,)](
+        x, weight, normed, dropped, *_dropping(dropout, x), eps, CHANNELS=channels, NORM=norm, DROP=dropout is not None,
+        BLOCK=triton.next_power_of_2(channels), num_warps=8,
+    )  # fmt: skip
+
+
+def rms_norm_backward(gradient, dropped, x, weight, eps: float, dropout: Dropout | None, residual, out=None):
+    tokens, channels = x.shape
+    out = torch.empty_like(x) if out is None else out
     dropping = dropped is not None
     _rms_norm_backward_kernel[(tokens,)](
         gradient, dropped if dropping else gradient, x, weight, x if residual is None else residual, out,
@@ -210,12 +260,37 @@ def swiglu_backward_(gradient, dropped, gate_up, dropout: Dropout | None):
     return product
 
 
-def rope_(heads, cos, sin, backward: bool) -> None:
+def rope_(heads, cos, sin) -> None:
     tokens, count, size = heads.shape
-    if heads.stride(2) != 1 or heads.stride(1) != size:
-        raise ValueError(f"RoPE needs the heads of a token side by side, got strides {heads.stride()}")
-    block = min(16, triton.next_power_of_2(count))
+    _check_heads(heads)
+    block = _block_of_heads(count)
     _rope_kernel[(tokens, triton.cdiv(count, block))](
-        heads, heads.stride(0), cos, sin, cos.stride(0), -1.0 if backward else 1.0,
-        HEADS=count, HALF=size // 2, HEADS_BLOCK=block, HALF_BLOCK=triton.next_power_of_2(size // 2),
+        heads, heads.stride(0), cos, sin, cos.stride(0), HEADS=count, HALF=size // 2, BLOCK=block,
+        COLUMNS=triton.next_power_of_2(size // 2),
     )  # fmt: skip
+
+
+def rope_backward(gradients, places, cos, sin):
+    for gradient in gradients:
+        _check_heads(gradient)
+    (_, query_heads, size), key_heads = gradients[0].shape, gradients[1].shape[1]
+    out = gradients[0].new_empty(len(cos), query_heads + 2 * key_heads, size)
+    block = _block_of_heads(key_heads)
+    blocks = triton.cdiv(query_heads, block) + 2 * triton.cdiv(key_heads, block)
+    parts = (part for gradient in gradients for part in (gradient, gradient.stride(0)))
+    _rope_backward_kernel[(len(cos), blocks)](
+        *parts, cos if places is None else places, out, cos, sin, cos.stride(0), QUERY_HEADS=query_heads,
+        KEY_HEADS=key_heads, HALF=size // 2, PLACES=places is not None, BLOCK=block,
+        COLUMNS=triton.next_power_of_2(size // 2),
+    )  # fmt: skip
+    return out
+
+
+def _check_heads(heads: torch.Tensor) -> None:
+    if heads.stride(2) != 1 or heads.stride(1) != heads.shape[2]:
+        raise ValueError(f"RoPE needs the heads of a token side by side, got strides {heads.stride()}")
+
+
+def _block_of_heads(count: int) -> int:
+    """How many of a token one program rotates."""
+    return min(16, triton.next_power_of_2(count))

@@ -28,6 +28,8 @@ from fitune.model.products import weight
 
 MULTIPLE = 16
 "Of which both sizes of a weight must be, for `torch._scaled_mm`."
+ADDS_IN_PLACE = False
+"See `fitune.model.products`."
 
 
 def check_sizes(base: nn.Linear) -> None:
@@ -49,15 +51,15 @@ def multiply(
     x: torch.Tensor, bases: list[nn.Linear], out: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """out = x W^T (+ residual), the weights of `bases` stacked; x [T, in], out [T, all their outputs], contiguous."""
-    values, scales = quantise_rows([x])
+    values, scales = quantise_rows(x)
     return _product(values, scales, _stacked(bases), row_scales(bases), out, residual)
 
 
-def multiply_backward(dys: list[torch.Tensor], bases: list[nn.Linear]) -> torch.Tensor:
-    """sum_n dys[n] W_n, [T, in]; dys[n] [T, outputs of bases[n]]."""
+def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear]) -> torch.Tensor:
+    """dy W, [T, in]; dy [T, all outputs of `bases`]."""
     transposed = _stacked(bases, transposed=True)
-    values, scales = quantise_rows(dys, row_scales(bases))
-    out = dys[0].new_empty(dys[0].shape[0], bases[0].in_features)
+    values, scales = quantise_rows(dy, row_scales(bases))
+    out = dy.new_empty(dy.shape[0], bases[0].in_features)
     return _product(values, scales, transposed, _ones(bases[0].in_features, scales.device), out)
 
 
@@ -66,14 +68,11 @@ def _ones(size: int, device: torch.device) -> torch.Tensor:
     return torch.ones(size, device=device)
 
 
-def quantise_rows(parts: list[torch.Tensor], factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 [T, all channels], scale of each row, float32 [T]) of parts [T, c], side by side.
-
-    `factors` (float32 [all channels]) multiply the channels first.
-    """
-    if parts[0].is_cuda:
-        return _kernels().quantise_rows(parts, factors)
-    x = torch.cat([part.float() for part in parts], dim=1)
+def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3, scale of each row, float32 [T]) of x [T, channels], whose channels `factors` (float32) multiply first."""
+    if x.is_cuda:
+        return _kernels().quantise_rows(x, factors)
+    x = x.float()
     if factors is not None:
         x = x * factors
     scales = scales_for(x.abs().amax(dim=1))

@@ -12,7 +12,6 @@ from fitune.model.e4m3 import E4M3, LARGEST, SMALLEST
 
 CHANNELS = 4096  # of one row that a program reads at a time
 ROWS, COLUMNS = 64, 128  # of a weight, for one program: whole sectors of memory in both directions
-MOST_PARTS = 3  # side by side: the gradients of q, k and v
 
 _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 
@@ -29,44 +28,22 @@ def _read(part, factors, start, CHANNELS: tl.constexpr, WITH_FACTORS: tl.constex
 
 
 @triton.jit
-def _largest(part, factors, CHANNELS: tl.constexpr, WITH_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
-    most = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, CHANNELS, BLOCK):
-        x, _ = _read(part, factors, start, CHANNELS, WITH_FACTORS, BLOCK)
-        most = tl.maximum(most, tl.abs(x))
-    return tl.max(most)
-
-
-@triton.jit
-def _round(part, factors, out, inverse, CHANNELS: tl.constexpr, WITH_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(0, CHANNELS, BLOCK):
-        x, inside = _read(part, factors, start, CHANNELS, WITH_FACTORS, BLOCK)
-        tl.store(out + start + tl.arange(0, BLOCK), (x * inverse).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _quantise_rows_kernel(first, first_row, second, second_row, third, third_row, factors, values, scales,
-                          FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+def _quantise_rows_kernel(x, x_row, factors, values, scales, CHANNELS: tl.constexpr,
                           WITH_FACTORS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One token: the largest of its channels, then all of them rounded; the second reading comes from the cache."""
     token = tl.program_id(0).to(tl.int64)
-    first += token * first_row
-    second += token * second_row
-    third += token * third_row
-    most = _largest(first, factors, FIRST, WITH_FACTORS, BLOCK)
-    if SECOND:
-        most = tl.maximum(most, _largest(second, factors + FIRST, SECOND, WITH_FACTORS, BLOCK))
-    if THIRD:
-        most = tl.maximum(most, _largest(third, factors + FIRST + SECOND, THIRD, WITH_FACTORS, BLOCK))
-    scale = tl.div_rn(tl.maximum(most, _SMALLEST), _LARGEST)
+    row = x + token * x_row
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, CHANNELS, BLOCK):
+        part, _ = _read(row, factors, start, CHANNELS, WITH_FACTORS, BLOCK)
+        most = tl.maximum(most, tl.abs(part))
+    scale = tl.div_rn(tl.maximum(tl.max(most), _SMALLEST), _LARGEST)
     inverse = tl.div_rn(1.0, scale)
     tl.store(scales + token, scale)
-    out = values + token * (FIRST + SECOND + THIRD)
-    _round(first, factors, out, inverse, FIRST, WITH_FACTORS, BLOCK)
-    if SECOND:
-        _round(second, factors + FIRST, out + FIRST, inverse, SECOND, WITH_FACTORS, BLOCK)
-    if THIRD:
-        _round(third, factors + FIRST + SECOND, out + FIRST + SECOND, inverse, THIRD, WITH_FACTORS, BLOCK)
+    out = values + token * CHANNELS
+    for start in range(0, CHANNELS, BLOCK):
+        part, inside = _read(row, factors, start, CHANNELS, WITH_FACTORS, BLOCK)
+        tl.store(out + start + tl.arange(0, BLOCK), (part * inverse).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -106,16 +83,13 @@ def _round_matrix_kernel(matrix, matrix_row, scales, out, out_row, out_column, r
     tl.store(target, (weights * inverse[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def quantise_rows(parts: list[torch.Tensor], factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, widths = parts[0].shape[0], [part.shape[1] for part in parts]
-    unused = MOST_PARTS - len(parts)
-    values = torch.empty(tokens, sum(widths), dtype=E4M3, device=parts[0].device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=parts[0].device)
-    places = [place for part in parts for place in (part, part.stride(0))] + [parts[0], 0] * unused
-    first, second, third = widths + [0] * unused
+def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, channels = x.shape
+    values = torch.empty(tokens, channels, dtype=E4M3, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     _quantise_rows_kernel[(tokens,)](
-        *places, scales if factors is None else factors, values, scales, FIRST=first, SECOND=second, THIRD=third,
-        WITH_FACTORS=factors is not None, BLOCK=min(CHANNELS, triton.next_power_of_2(max(widths))), num_warps=8,
+        x, x.stride(0), scales if factors is None else factors, values, scales, CHANNELS=channels,
+        WITH_FACTORS=factors is not None, BLOCK=min(CHANNELS, triton.next_power_of_2(channels)), num_warps=8,
     )  # fmt: skip
     return values, scales
 

@@ -45,44 +45,39 @@ class LayerPass:
         self.layer, self.batch = layer, batch
         multiplication = fp8 if layer.fp8 and layer.training else products
         self.linears = LoraLinears(layer.linears(), layer.bases(), parameters, x, multiplication, lows)
+        self.key_heads = self.linears.bases[1].out_features // layer.self_attn.head_dim
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """(mid, what the backward pass needs beside x) of the attention half."""
-        layer, batch = self.layer, self.batch
-        dropout = self._dropout(QKV)
-        norm = layer.input_layernorm
+        dropout, norm = self._dropout(QKV), self.layer.input_layernorm
         normed, dropped = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon, dropout)
         qkv = self.linears.multiply(QKV, normed, dropped)
-        query, key, value = self._heads_for_attention(qkv, rotated=False)
-        examples = batch.bounds, batch.longest
-        attended, statistics = attention.forward(query, key, value, *examples, layer.self_attn.scaling)
+        heads = self._heads_for_attention(qkv, rotated=False)
+        attended, statistics = attention.forward(heads, self.key_heads, *self._examples)
         attended = attended.reshape(x.shape[0], -1)
         dropped = elementwise.drop(attended, self._dropout(OUT))
         mid = self.linears.multiply(OUT, attended, dropped, residual=x)
         return mid, (qkv, attended, *statistics)
 
     def attend_backward(self, dmid: torch.Tensor, x: torch.Tensor, saved, *, need_dx: bool) -> torch.Tensor | None:
-        layer, batch = self.layer, self.batch
         qkv, attended, *statistics = saved
         dropout = self._dropout(OUT)
-        dattended, more = self.linears.multiply_backward(OUT, [dmid], elementwise.drop(attended, dropout), dropout)
+        dattended, more = self.linears.multiply_backward(OUT, dmid, elementwise.drop(attended, dropout), dropout)
         if more is not None:
             elementwise.add_dropped_(dattended, more, dropout)
             del more
-        query, key, value = self._heads_for_attention(qkv, rotated=True)
-        gradients = attention.backward(
-            dattended.view_as(query), query, key, value, attended.view_as(query), statistics, batch.bounds,
-            batch.longest, layer.self_attn.scaling,
-        )  # fmt: skip
-        del dattended
-        for heads in gradients[:2]:
-            elementwise.rope_(heads, batch.cos, batch.sin, backward=True)
-        gradients = [gradient.reshape(x.shape[0], -1) for gradient in self._head_norms_backward(gradients, qkv)]
-        dropout, norm = self._dropout(QKV), layer.input_layernorm
+        heads = self._heads_for_attention(qkv, rotated=True)
+        by_head = (x.unflatten(1, (-1, heads.shape[2])) for x in (dattended, attended))
+        gradients, places = attention.backward(*by_head, heads, self.key_heads, statistics, *self._examples)
+        del dattended, heads
+        dheads = elementwise.rope_backward(gradients, places, self.batch.cos, self.batch.sin)
+        del gradients
+        dqkv = self._head_norms_backward(dheads, qkv).flatten(1)
+        dropout, norm = self._dropout(QKV), self.layer.input_layernorm
         dropped = None
         if QKV in self.linears.adapters:
-            dropped = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon, dropout)[1]
-        dnormed, more = self.linears.multiply_backward(QKV, gradients, dropped, dropout, need_dx=need_dx)
+            dropped = elementwise.dropped_norm(x, norm.weight, norm.variance_epsilon, dropout)
+        dnormed, more = self.linears.multiply_backward(QKV, dqkv, dropped, dropout, need_dx=need_dx)
         if not need_dx:
             return None
         return elementwise.rms_norm_backward(dnormed, more, x, norm.weight, norm.variance_epsilon, dropout, dmid)
@@ -106,31 +101,33 @@ class LayerPass:
                 tile, dropped = self._gate_up(mid[rows], rows)
             else:
                 tile = gate_up[rows]
-                dropped = self._norm_of_mid(mid[rows], rows)[1] if GATE_UP in self.linears.adapters else None
-            down, width = self._dropout_of_rows(DOWN, rows), self.linears.width(GATE_UP) // 2
-            dproduct, more = self.linears.multiply_backward(DOWN, [dy[rows]], None, down)
+                dropped = self._dropped_norm_of_mid(mid[rows], rows)
+            down = self._dropout_of_rows(DOWN, rows)
+            dproduct, more = self.linears.multiply_backward(DOWN, dy[rows], None, down)
             product = elementwise.swiglu_backward_(dproduct, more, tile, down)
             del dproduct, more
             if gate_up is None and DOWN in self.linears.adapters:
                 self.linears.fill_low(DOWN, product, rows)
-            self.linears.add_adapter_gradients(DOWN, [dy[rows]], product, rows)
+            self.linears.add_adapter_gradients(DOWN, dy[rows], product, rows)
             del product
             first = self._dropout_of_rows(GATE_UP, rows)
-            halves = [tile[:, :width], tile[:, width:]]
-            dnormed, more = self.linears.multiply_backward(GATE_UP, halves, dropped, first, rows)
-            dmid[rows] = elementwise.rms_norm_backward(
-                dnormed, more, mid[rows], norm.weight, norm.variance_epsilon, first, dy[rows]
+            dnormed, more = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
+            elementwise.rms_norm_backward(
+                dnormed, more, mid[rows], norm.weight, norm.variance_epsilon, first, dy[rows], out=dmid[rows]
             )
         return dmid
 
     def _gate_up(self, mid, rows: slice, out=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate and up, the dropped norm that their adapter reads)"""
-        normed, dropped = self._norm_of_mid(mid, rows)
+        norm, dropout = self.layer.post_attention_layernorm, self._dropout_of_rows(GATE_UP, rows)
+        normed, dropped = elementwise.rms_norm(mid, norm.weight, norm.variance_epsilon, dropout)
         return self.linears.multiply(GATE_UP, normed, dropped, rows, out=out), dropped
 
-    def _norm_of_mid(self, mid, rows: slice):
+    def _dropped_norm_of_mid(self, mid, rows: slice) -> torch.Tensor | None:
+        if GATE_UP not in self.linears.adapters:
+            return None
         norm, dropout = self.layer.post_attention_layernorm, self._dropout_of_rows(GATE_UP, rows)
-        return elementwise.rms_norm(mid, norm.weight, norm.variance_epsilon, dropout)
+        return elementwise.dropped_norm(mid, norm.weight, norm.variance_epsilon, dropout)
 
     def _dropout(self, group: int) -> Dropout | None:
         """Of all tokens of the batch."""
@@ -145,39 +142,45 @@ class LayerPass:
         dropout = self._dropout(group)
         return dropout.rows(rows.start, rows.stop) if dropout else None
 
-    def _heads(self, qkv: torch.Tensor) -> list[torch.Tensor]:
-        """q, k, v as views [T, heads, head_dim]."""
-        size = self.layer.self_attn.head_dim
-        return [qkv[:, columns].unflatten(1, (-1, size)) for columns in self.linears.columns(QKV).values()]
+    @property
+    def _examples(self) -> tuple:
+        return self.batch.bounds, self.batch.longest, self.layer.self_attn.scaling
 
-    def _heads_for_attention(self, qkv: torch.Tensor, *, rotated: bool) -> list[torch.Tensor]:
-        """q, k, v [T, heads, head_dim], q and k normed, where heads have norms, and rotated.
+    def _heads_for_attention(self, qkv: torch.Tensor, *, rotated: bool) -> torch.Tensor:
+        """Those of q, k and v, [T, all heads, head_dim], q and k normed, where heads have norms, and rotated.
 
         Without norms they are rotated in place, once. With them qkv stays as the products gave it, which the norms'
         gradients need, and this is computed again in the backward pass.
         """
-        query, key, value = self._heads(qkv)
+        heads = qkv.unflatten(1, (-1, self.layer.self_attn.head_dim))
         norms = self.layer.head_norms()
         if norms:
-            query, key = (
-                elementwise.norm_heads(heads, norm.weight, norm.variance_epsilon)
-                for heads, norm in zip((query, key), norms, strict=True)
+            query, key, value = self._apart(heads)
+            normed = (
+                elementwise.norm_heads(part, norm.weight, norm.variance_epsilon)
+                for part, norm in zip((query, key), norms, strict=True)
             )
+            heads = torch.cat([*normed, value], dim=1)
         if norms or not rotated:
-            for heads in (query, key):
-                elementwise.rope_(heads, self.batch.cos, self.batch.sin)
-        return [query, key, value]
+            elementwise.rope_(heads[:, : -self.key_heads], self.batch.cos, self.batch.sin)
+        return heads
 
-    def _head_norms_backward(self, gradients: list[torch.Tensor], qkv: torch.Tensor) -> list[torch.Tensor]:
-        """The gradients of q, k, v as the products gave them, from those of the normed heads."""
+    def _head_norms_backward(self, gradients: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """The gradients of the heads as the products gave them, from those of the normed ones."""
         norms = self.layer.head_norms()
         if not norms:
             return gradients
+        query, key, value = self._apart(gradients)
+        heads = self._apart(qkv.view_as(gradients))
         before = [
-            elementwise.norm_heads_backward(gradient, heads, norm.weight, norm.variance_epsilon)
-            for gradient, heads, norm in zip(gradients, self._heads(qkv), norms, strict=False)  # v has none
+            elementwise.norm_heads_backward(gradient, part, norm.weight, norm.variance_epsilon)
+            for gradient, part, norm in zip((query, key), heads, norms, strict=False)  # v has none
         ]
-        return [*before, gradients[2]]
+        return torch.cat([*before, value], dim=1)
+
+    def _apart(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v of [T, all heads, head_dim]."""
+        return heads.split([heads.shape[1] - 2 * self.key_heads, self.key_heads, self.key_heads], dim=1)
 
 
 def _tiles(tokens: int) -> list[tuple[int, int]]:

@@ -24,6 +24,8 @@ class Adapter:
     "A, [sum of ranks, in]."
     ups: list[tuple[int, torch.Tensor, slice]]
     "(which of the linears, its B [out, r], its rows of A)"
+    stacked_up: torch.Tensor | None
+    "All B, [all outputs, r], if each linear of the input has one."
     scaling: float
     columns: slice
     "Of a, among those of all groups."
@@ -39,6 +41,8 @@ class Stacked:
         "By place among the parameters."
         self.downs: dict[int, torch.Tensor] = {}
         "By group: its A [sum of ranks, in]."
+        self.ups: dict[int, torch.Tensor] = {}
+        "By group: its B [sum of outputs, r], which all have one rank."
         start = 0
         for group, places in groups.items():
             first = start
@@ -48,7 +52,9 @@ class Stacked:
                 start = stop
             width = parameters[places[0]].shape[1]
             ranks = sum(parameters[place].shape[0] for place in places)
-            self.downs[group] = flat[first : first + ranks * width].view(ranks, width)
+            between = first + ranks * width
+            self.downs[group] = flat[first:between].view(ranks, width)
+            self.ups[group] = flat[between:start].view(-1, ranks // len(places))
 
 
 def adapter_of(linear: nn.Module) -> list[nn.Parameter]:
@@ -108,7 +114,8 @@ class LoraLinears:
                 start += up.shape[1]
             linear = self.linears[present[0]]
             scaling = linear.scaling[linear.active_adapters[0]]
-            adapters[group] = Adapter(down, ups, scaling, slice(width, width + start))
+            stacked_up = stacked.ups[group] if len(present) == len(GROUPS[group]) else None
+            adapters[group] = Adapter(down, ups, stacked_up, scaling, slice(width, width + start))
             width += start
         return adapters
 
@@ -137,47 +144,67 @@ class LoraLinears:
         `rows`: which of the batch's tokens these are, here and below.
         """
         out = x.new_empty(x.shape[0], self.width(group)) if out is None else out
-        self.products.multiply(x, self._bases(group), out, residual)
-        columns = self.columns(group)
-        for index in GROUPS[group]:
+        bases = self._bases(group)
+        if group not in self.adapters:
+            self.products.multiply(x, bases, out, residual)
+        elif self.products.ADDS_IN_PLACE:
+            self._put_up(out, group, self.fill_low(group, dropped, rows), residual)
+            self.products.multiply(x, bases, out, out)
+        else:
+            self.products.multiply(x, bases, out)
+            self._put_up(out, group, self.fill_low(group, dropped, rows), residual, add=True)
+        for index, columns in self.columns(group).items():
             if self.bases[index].bias is not None:
-                out[:, columns[index]] += self.bases[index].bias
-        if group in self.adapters:
-            low = self.fill_low(group, dropped, rows)
-            for index, up, ranks in self.adapters[group].ups:
-                out[:, columns[index]].addmm_(low[:, ranks], up.t())
+                out[:, columns] += self.bases[index].bias
         return out
 
+    def _put_up(self, out, group: int, low, residual, *, add: bool = False) -> None:
+        """out (+)= low B^T (+ residual)."""
+        adapter, columns = self.adapters[group], self.columns(group)
+        if out.is_cuda and adapter.stacked_up is not None:
+            from fitune.model import low_rank_triton
+
+            widths = [self.bases[index].out_features for index in columns]
+            if low_rank_triton.can_fill(widths):
+                low_rank_triton.fill(out, low, adapter.stacked_up, widths, residual, add=add)
+                return
+        if not add:
+            out.copy_(residual) if residual is not None else out.zero_()
+        elif residual is not None:
+            out.add_(residual)
+        for index, up, ranks in adapter.ups:
+            out[:, columns[index]].addmm_(low[:, ranks], up.t())
+
     def multiply_backward(
-        self, group: int, dys, dropped, dropout: Dropout | None, rows: slice = ALL, *, need_dx: bool = True
+        self, group: int, dy, dropped, dropout: Dropout | None, rows: slice = ALL, *, need_dx: bool = True
     ):
         """(gradient of x, gradient of its dropped copy or None); the adapter's own if `dropped` is there.
 
-        Without dropout the first holds both.
+        dy [T, all outputs of the group]. Without dropout the first holds both.
         """
-        dx = self.products.multiply_backward(dys, self._bases(group)) if need_dx else None
+        dx = self.products.multiply_backward(dy, self._bases(group)) if need_dx else None
         if group not in self.adapters:
             return dx, None
-        low = self._low_gradient(group, dys)
+        low = self._low_gradient(group, dy)
         if dropped is not None:
-            self.add_adapter_gradients(group, dys, dropped, rows, low)
+            self.add_adapter_gradients(group, dy, dropped, rows, low)
         if not need_dx:
             return None, None
         if dropout is not None:
             return dx, low @ self.adapters[group].down
         return dx.addmm_(low, self.adapters[group].down), None
 
-    def add_adapter_gradients(self, group: int, dys, dropped, rows: slice = ALL, low_gradient=None) -> None:
+    def add_adapter_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None) -> None:
         """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads."""
         if group not in self.adapters:
             return
         if low_gradient is None:
-            low_gradient = self._low_gradient(group, dys)
-        adapter, low = self.adapters[group], self._low(group, rows)
+            low_gradient = self._low_gradient(group, dy)
+        adapter, low, columns = self.adapters[group], self._low(group, rows), self.columns(group)
         gradient = self._gradient(group, dropped)
         self._put(gradient.downs[group], low_gradient.t(), dropped, group)
         for (index, _, ranks), place in zip(adapter.ups, self.groups[group], strict=True):
-            self._put(gradient.parts[place + 1], dys[index - GROUPS[group][0]].t(), low[:, ranks], group)
+            self._put(gradient.parts[place + 1], dy[:, columns[index]].t(), low[:, ranks], group)
         self.filled.add(group)
 
     def gradients(self) -> list[torch.Tensor]:
@@ -196,12 +223,12 @@ class LoraLinears:
     def _low(self, group: int, rows: slice) -> torch.Tensor:
         return self.lows[rows, self.adapters[group].columns]
 
-    def _low_gradient(self, group: int, dys) -> torch.Tensor:
+    def _low_gradient(self, group: int, dy) -> torch.Tensor:
         """The gradient of x A^T, [T, sum of ranks]."""
-        adapter = self.adapters[group]
-        low = dys[0].new_empty(dys[0].shape[0], adapter.down.shape[0])
+        adapter, columns = self.adapters[group], self.columns(group)
+        low = dy.new_empty(dy.shape[0], adapter.down.shape[0])
         for index, up, ranks in adapter.ups:
-            low[:, ranks].addmm_(dys[index - GROUPS[group][0]], up, beta=0, alpha=adapter.scaling)
+            low[:, ranks].addmm_(dy[:, columns[index]], up, beta=0, alpha=adapter.scaling)
         return low
 
     def _gradient(self, group: int, like: torch.Tensor) -> Stacked:

@@ -26,9 +26,13 @@ def _kernel(
     tl.store(out + block[:, None] * 64 + tl.arange(0, 64)[None, :], weights, mask=inside[:, None])
 
 
-def dequantise(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """[out, in] in the state's dtype from its packed bytes (uint8), with blocks of 64 and double quantisation."""
-    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+def dequantise(packed: torch.Tensor, state: QuantState, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[out, in] in the state's dtype from its packed bytes (uint8), with blocks of 64 and double quantisation.
+
+    In `out`, contiguous, if it is given.
+    """
+    if out is None:
+        out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     blocks, nested = out.numel() // 64, state.state2
     _kernel[(triton.cdiv(blocks, BLOCKS),)](
         packed, out, state.absmax, nested.code, nested.absmax, state.offset, state.code, blocks,

@@ -1,10 +1,12 @@
 """Products with frozen weights, in place where they can be: y = x W^T and dx = dy W.
 
-The linears that read one input are given together. Weights packed in NF4 are dequantised just before, one at a time:
-the allocator gives each the memory of the last one.
+The linears that read one input are given together. Weights packed in NF4 are dequantised just before: stacked where one
+is larger than the others together, as that of q is, else one at a time. The allocator gives each the memory of the last
+one.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -12,9 +14,12 @@ from torch import nn
 
 from fitune.model.nf4 import BLOCK, NF4Linear
 
+ADDS_IN_PLACE = True
+"A product is added to what its output holds for the time it takes to compute it."
 
-def weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in]."""
+
+def weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[out, in], of an NF4 weight in `out` if it is given."""
     if not isinstance(base, NF4Linear):
         return base.weight
     packed, state = base.weight.view(torch.uint8).view(-1, 1), base.quant_state
@@ -24,31 +29,51 @@ def weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     if packed.is_cuda and state.nested and state.blocksize == BLOCK:
         from fitune.model.nf4_triton import dequantise
 
-        return dequantise(packed, state)
-    return dequantize_4bit(packed, state)
+        return dequantise(packed, state, out)
+    return dequantize_4bit(packed, state, out=out)
 
 
 def multiply(
-    x: torch.Tensor, bases: list[nn.Linear], out: torch.Tensor, residual: torch.Tensor | None = None
+    x: torch.Tensor, bases: list[nn.Linear], out: torch.Tensor, addend: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """out = x W^T (+ residual), the weights of `bases` stacked; x [T, in], out and residual [T, all their outputs].
+    """out = x W^T (+ addend), the weights of `bases` stacked; x [T, in], out and addend [T, all their outputs].
 
-    Returns out.
+    The addend may be `out`. Returns out.
     """
-    widths = [base.out_features for base in bases]
-    residuals = residual.split(widths, dim=1) if residual is not None else [None] * len(bases)
-    for base, part, addend in zip(bases, out.split(widths, dim=1), residuals, strict=True):
-        matrix = weight(base, x.dtype).t()
+    for columns, matrix in _weights(bases, x.dtype):
+        part = out[:, columns]
         if addend is None:
-            torch.mm(x, matrix, out=part)
+            torch.mm(x, matrix.t(), out=part)
+        elif addend is out:
+            part.addmm_(x, matrix.t())
         else:
-            torch.addmm(addend, x, matrix, out=part)
+            torch.addmm(addend[:, columns], x, matrix.t(), out=part)
     return out
 
 
-def multiply_backward(dys: list[torch.Tensor], bases: list[nn.Linear]) -> torch.Tensor:
-    """The sum of dys[n] W_n, [T, in]; dys[n] [T, outputs of bases[n]]."""
-    total = dys[0] @ weight(bases[0], dys[0].dtype)
-    for dy, base in zip(dys[1:], bases[1:], strict=True):
-        total.addmm_(dy, weight(base, dy.dtype))
+def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear]) -> torch.Tensor:
+    """dy W, [T, in]; dy [T, all outputs of `bases`]."""
+    total = None
+    for columns, matrix in _weights(bases, dy.dtype):
+        part = dy[:, columns]
+        total = part @ matrix if total is None else total.addmm_(part, matrix)
     return total
+
+
+def _weights(bases: list[nn.Linear], dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(columns of the output, [those, in]) of all weights, one after the other."""
+    widths = [base.out_features for base in bases]
+    if len(bases) > 1 and 2 * max(widths) > sum(widths) and all(isinstance(base, NF4Linear) for base in bases):
+        yield slice(0, sum(widths)), _stacked(bases, widths, dtype)
+        return
+    start = 0
+    for base, width in zip(bases, widths, strict=True):
+        yield slice(start, start + width), weight(base, dtype)
+        start += width
+
+
+def _stacked(bases: list[nn.Linear], widths: list[int], dtype: torch.dtype) -> torch.Tensor:
+    whole = torch.empty(sum(widths), bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
+    for base, part in zip(bases, whole.split(widths), strict=True):
+        weight(base, dtype, part)
+    return whole

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from fitune.model.attention import PADDED_ATTENTION
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
 from fitune.training.asked import Asked
@@ -93,6 +94,7 @@ def made_to_generate(model, device: torch.device):
     """The sharded model, whose `generate` gathers weights as its forward does."""
     dist.fsdp.register_fsdp_forward_method(model, "generate")
     computes_on(decoder(model), device)
+    decoder(model).set_attn_implementation(PADDED_ATTENTION)
     return model
 
 

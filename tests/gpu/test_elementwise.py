@@ -93,6 +93,7 @@ def test_rms_norm(tokens, channels, dtype, dropping, random):
     x, weight = random(tokens, channels, dtype=dtype), random(channels, dtype=dtype)
     dropout = _dropout(tokens) if dropping else None
     _compare(elementwise.rms_norm, x, weight, EPSILON, dropout, roundings=3)
+    _compare(elementwise.dropped_norm, x, weight, EPSILON, dropout, roundings=3)
 
 
 @by_dropout
@@ -146,25 +147,64 @@ def test_drop_and_its_gradient(tokens, channels, dtype, random):
 
 
 @by_dtype
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("heads", "size"), [(32, 128), (8, 128), (64, 128), (9, 64), (3, 64)])
 @by_tokens
-def test_rope_in_place_within_a_wider_row(tokens, heads, size, backward, dtype, random):
+def test_rope_in_place_within_a_wider_row(tokens, heads, size, dtype, random):
     """Query, key and value lie side by side; only the heads in the middle turn."""
     qkv = random(tokens, (heads + 3) * size, dtype=dtype)
     angles = random(tokens, size // 2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def rotate(row, cos, sin):
-        elementwise.rope_(
-            row[:, 2 * size : (heads + 2) * size].unflatten(1, (heads, size)), cos, sin, backward=backward
-        )
+        elementwise.rope_(row[:, 2 * size : (heads + 2) * size].unflatten(1, (heads, size)), cos, sin)
 
     _compare(rotate, qkv, cos, sin, roundings=1)
     wide = qkv.cuda()
     rotate(wide, cos.cuda(), sin.cuda())
     for outside in (slice(0, 2 * size), slice((heads + 2) * size, None)):
         assert torch.equal(wide[:, outside].cpu(), qkv[:, outside])
+
+
+@by_dtype
+@pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(32, 8, 128), (64, 8, 128), (9, 3, 64), (4, 4, 64)])
+@by_tokens
+def test_rope_backward(tokens, heads, key_heads, size, placed, dtype, random):
+    """The gradients' tokens lie among pads, or not; value's are copied."""
+    places = torch.randperm(tokens + 3)[:tokens].int() if placed else None
+    rows = tokens + 3 if placed else tokens
+    angles = random(tokens, size // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    query, key, value = (random(rows, count, size, dtype=dtype) for count in (heads, key_heads, key_heads))
+
+    def rotate(query, key, value, cos, sin):
+        on = None if places is None else places.to(query.device)
+        return elementwise.rope_backward([query, key, value], on, cos, sin)
+
+    _compare(rotate, query, key, value, cos, sin, roundings=1)
+
+
+@by_dtype
+@pytest.mark.parametrize("add", [False, True], ids=["fill", "add"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("rank", [4, 16, 24, 128])
+@pytest.mark.parametrize("widths", [[4096], [576, 192, 192], [4096, 1024, 1024], [14336, 14336]], ids=str)
+@by_tokens
+def test_adapters_ups(tokens, widths, rank, with_residual, add, dtype, random):
+    """The output is a part of a wider row, as with gate and up of a tile."""
+    from fitune.model import low_rank_triton
+
+    channels, ranks = sum(widths), len(widths) * rank
+    up, low = random(channels, rank, dtype=dtype), random(tokens, ranks + 8, dtype=dtype)[:, 8:]
+    residual = random(tokens, channels, dtype=dtype) if with_residual else None
+    before = random(tokens, channels + 64, dtype=dtype)
+    out = before.cuda()[:, :channels] if add else torch.full_like(before, torch.nan, device="cuda")[:, :channels]
+    low_rank_triton.fill(out, low.cuda(), up.cuda(), widths, _on_gpu(residual), add=add)
+    parts = zip(low.double().split(rank, 1), up.double().split(widths), strict=True)
+    expected = torch.cat([of_tokens @ of_columns.t() for of_tokens, of_columns in parts], 1)
+    expected += before[:, :channels].double() if add else 0
+    expected += residual.double() if with_residual else 0
+    _assert_close(out, expected, roundings=1)
 
 
 @by_channels
@@ -211,10 +251,11 @@ def test_attention_forward_and_backward(lengths, query_heads, heads, size, rando
     scaling = size**-0.5
 
     def compute(row, gradient, bounds):
-        views = [part.unflatten(1, (-1, size)) for part in row.split(columns, dim=1)]
-        output, statistics = attention.forward(*views, bounds, max(lengths), scaling)
-        gradients = attention.backward(gradient, *views, output, statistics, bounds, max(lengths), scaling)
-        return [output, *gradients]
+        packed = row.unflatten(1, (-1, size)), heads
+        output, statistics = attention.forward(*packed, bounds, max(lengths), scaling)
+        rest = statistics, bounds, max(lengths), scaling
+        gradients, places = attention.backward(gradient, output, *packed, *rest)
+        return [output, *(part if places is None else part[places] for part in gradients)]
 
     found = compute(row.cuda(), gradient.cuda(), bounds.cuda())
     expected = compute(row.double(), gradient.double(), bounds)

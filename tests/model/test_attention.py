@@ -76,7 +76,7 @@ def test_padding_on_the_left_changes_no_answer(model):
     """Prompts of several lengths in one batch, each answered as alone."""
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
     alone = [model.generate(torch.tensor([p]), max_new_tokens=5, do_sample=False)[0, len(p) :] for p in prompts]
-    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    model.set_attn_implementation(attention.PADDED_ATTENTION)
     ids = torch.tensor([[0] * (6 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (6 - len(p)) + [1] * len(p) for p in prompts])
     together = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, 6:]
@@ -121,17 +121,19 @@ GPU_LENGTHS = {"cudnn": [[256, 256], [255, 250], [300, 290, 1]], "flash": [[300,
 def test_what_a_gpu_does_with_a_packed_row(kernel, lengths, key_heads, monkeypatch):
     """Forward and backward up to the kernels' own call, in float64: as of one example after the other."""
     longest, bounds = max(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
-    query, gradient = torch.randn(2, sum(lengths), 4, 8, dtype=torch.float64)
-    inputs = (query, *torch.randn(2, sum(lengths), key_heads, 8, dtype=torch.float64))
-    exact, _ = attention.forward(*inputs, bounds, longest, 0.3)
-    exact_gradients = attention.backward(gradient, *inputs, exact, (), bounds, longest, 0.3)
+    gradient = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)
+    heads = torch.randn(sum(lengths), 4 + 2 * key_heads, 8, dtype=torch.float64)
+    exact, _ = attention.forward(heads, key_heads, bounds, longest, 0.3)
+    exact_gradients, _ = attention.backward(gradient, exact, heads, key_heads, (), bounds, longest, 0.3)
 
     monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "CUDNN_FROM", 200)
     monkeypatch.setattr(attention, "CUDNN_PADS", 3.0 if kernel == "cudnn" else 0.0)
     with kernels_on_the_cpu() as calls:
-        output, statistics = attention.forward(*inputs, bounds, longest, 0.3)
-        gradients = attention.backward(gradient, *inputs, output, statistics, bounds, longest, 0.3)
+        output, statistics = attention.forward(heads, key_heads, bounds, longest, 0.3)
+        gradients, places = attention.backward(gradient, output, heads, key_heads, statistics, bounds, longest, 0.3)
+    if places is not None:
+        gradients = [gradient[places] for gradient in gradients]
     assert len(calls) == 2 and all(kernel in call for call in calls)
     for ours, theirs in zip([output, *gradients], [exact, *exact_gradients], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

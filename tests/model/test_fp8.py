@@ -120,7 +120,7 @@ def test_rounded_rows_are_as_near_as_e4m3_allows():
     x[2] *= 1e37
     x[3] *= 1e-25
     x[4] = 0
-    values, scales = fp8.quantise_rows([x.bfloat16()])
+    values, scales = fp8.quantise_rows(x.bfloat16())
     exact = x.bfloat16().double()
     found = values.double() * scales.double().unsqueeze(1)
     assert found.isfinite().all()
@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_so_in_its_own_token(bad):
     x, base = torch.randn(3, 64), _frozen(64, 32)
     x[1, 5] = bad
     forward = fp8.multiply(x, [base], torch.empty(3, 32))
-    backward = fp8.multiply_backward([x], [_frozen(32, 64)])
+    backward = fp8.multiply_backward(x, [_frozen(32, 64)])
     for found in (forward, backward):
         assert found[1].isnan().all()
         assert found[[0, 2]].isfinite().all()
@@ -148,7 +148,7 @@ def test_a_product_is_as_near_as_two_rounded_factors_allow():
     base.weight.data *= torch.logspace(-4, 1, 128).unsqueeze(1)  # rows of very different sizes
     products = [
         (fp8.multiply(x, [base], torch.empty(50, 128)), x @ base.weight.t()),
-        (fp8.multiply_backward([dy], [base]), dy @ base.weight),
+        (fp8.multiply_backward(dy, [base]), dy @ base.weight),
     ]
     for found, exact in products:
         assert STEP / 10 < distance(found, exact) < 2 * STEP
@@ -239,7 +239,7 @@ def test_nf4_is_rounded_as_the_weights_that_it_stands_for(double):
     x, dy = torch.randn(5, 192), torch.randn(5, 48)
     assert torch.equal(fp8.row_scales([packed_]), fp8.row_scales([unpacked]))
     forward = [fp8.multiply(x, [base], torch.empty(5, 48)) for base in (packed_, unpacked)]
-    backward = [fp8.multiply_backward([dy], [base]) for base in (packed_, unpacked)]
+    backward = [fp8.multiply_backward(dy, [base]) for base in (packed_, unpacked)]
     assert torch.equal(*forward)
     assert torch.equal(*backward)
 

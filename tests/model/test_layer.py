@@ -5,6 +5,7 @@ import copy
 import bitsandbytes as bnb
 import pytest
 import torch
+from gpu_kernels import kernels_on_the_cpu
 from reference_layers import (
     EXACT,
     HIDDEN,
@@ -27,6 +28,7 @@ from reference_layers import (
 )
 from rounding import additions_to_gradients, rounding
 
+from fitune.model import attention
 from fitune.model import layer as written_out
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
@@ -63,6 +65,22 @@ def test_layers_like_llamas(options, exact):
         expected = run(copy.deepcopy(reference), theirs)
         for kept in (0, LAYERS):
             assert_close(run(written_out_copy(reference, kept), ours), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "qwen3", "head_dim": 16}], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_gradients_through_the_gpus_attention(kernel, options, exact, monkeypatch):
+    """Its kernels get rows with pads, or not, and give their gradients so."""
+    reference = adapted(plain(**options))
+    ours, theirs = packed()
+    expected = run(copy.deepcopy(reference), theirs)
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "CUDNN_FROM", 1)
+    monkeypatch.setattr(attention, "CUDNN_PADS", 1e9 if kernel == "cudnn" else 0.0)
+    for kept in (0, LAYERS):
+        with kernels_on_the_cpu() as calls:
+            assert_close(run(written_out_copy(reference, kept), ours), expected)
+        assert len(calls) == LAYERS * (2 if kept else 3) and all(kernel in call for call in calls)
 
 
 def test_with_a_cache_layers_compute_as_ever():

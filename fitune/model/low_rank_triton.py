@@ -1,0 +1,64 @@
+"""An adapter's product with B by one kernel for all linears of an input. Imported on GPUs alone.
+
+cuBLAS takes one launch for each linear, copies an addend first, and reads and writes the output again to add to it.
+"""
+
+import triton
+import triton.language as tl
+
+TOKENS, COLUMNS, RANKS = 64, 128, 64  # of one program at a time, at most
+
+
+@triton.jit
+def _kernel(out, out_row, low, low_row, up, residual, residual_row, tokens,
+            SECOND: tl.constexpr, THIRD: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr,
+            ADD: tl.constexpr, RESIDUAL: tl.constexpr,
+            TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
+    """SECOND, THIRD: the columns where the second and third linear begin; no block of columns crosses them."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)[None, :]
+    inside = (token < tokens) & (column < CHANNELS)
+    ranks = low + token * low_row + ((first >= SECOND).to(tl.int32) + (first >= THIRD).to(tl.int32)) * RANK
+    total = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for start in range(0, RANK, RANKS):
+        rank = start + tl.arange(0, RANKS)
+        of_tokens = tl.load(ranks + rank[None, :], mask=(token < tokens) & (rank < RANK)[None, :], other=0.0)
+        at = up + column * RANK + rank[:, None]
+        of_columns = tl.load(at, mask=(column < CHANNELS) & (rank < RANK)[:, None], other=0.0)
+        total = tl.dot(of_tokens, of_columns, total, input_precision="ieee")
+    target = out + token * out_row + column
+    if RESIDUAL:
+        total += tl.load(residual + token * residual_row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, total, mask=inside)
+
+
+def can_fill(widths: list[int]) -> bool:
+    """Whether the kernel knows linears of so many outputs."""
+    return len(widths) <= 3 and _columns(widths) >= 16
+
+
+def fill(out, low, up, widths: list[int], residual, *, add: bool) -> None:
+    """out (+)= low B^T (+ residual): out, residual [T, all outputs], low [T, linears x r], up [all outputs, r].
+
+    `widths`: the outputs of each linear; each has r columns of `low`.
+    """
+    (tokens, channels), rank = out.shape, up.shape[1]
+    columns = _columns(widths)
+    second, third = [*widths, channels, channels][0], sum([*widths, channels][:2])
+    _kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(channels, columns))](
+        out, out.stride(0), low, low.stride(0), up, out if residual is None else residual,
+        0 if residual is None else residual.stride(0), tokens, SECOND=second, THIRD=third, CHANNELS=channels,
+        RANK=rank, ADD=add, RESIDUAL=residual is not None, TOKENS=TOKENS, COLUMNS=columns,
+        RANKS=min(RANKS, max(16, triton.next_power_of_2(rank))),
+    )  # fmt: skip
+
+
+def _columns(widths: list[int]) -> int:
+    """The largest power of two that divides where each linear but the first begins."""
+    columns = COLUMNS
+    while any(width % columns for width in widths[:-1]):
+        columns //= 2
+    return columns
