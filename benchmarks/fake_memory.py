@@ -34,6 +34,7 @@ from benchmarks.random_checkpoint import config
 from fitune.model import attention, elementwise, products
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
+from fitune.model.lora_linears import LoraLinears
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.sharding import shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
@@ -258,12 +259,10 @@ def _pretend_layer_kernels() -> None:
         return first, torch.empty_like(x) if dropout else first
 
     elementwise.drop = lambda x, dropout: torch.empty_like(x) if dropout else x
-    elementwise.add_dropped_ = lambda total, x, dropout: total
     elementwise.rms_norm = lambda x, weight, eps, dropout: like(x, dropout)
     elementwise.dropped_norm = lambda x, *rest: torch.empty_like(x)
-    elementwise.rms_norm_backward = lambda gradient, dropped, x, *rest, out=None: (
-        torch.empty_like(x) if out is None else out
-    )
+    elementwise.rms_norm_backward = lambda gradient, x, *rest, out=None: torch.empty_like(x) if out is None else out
+    LoraLinears._put_down = lambda self, dx, *rest, **options: None
     elementwise.swiglu = lambda gate_up, dropout: like(gate_up[:, : gate_up.shape[1] // 2].contiguous(), dropout)
     elementwise.swiglu_backward_ = lambda gradient, *rest: torch.empty_like(gradient)
     elementwise.rope_ = lambda *args, **kwargs: None

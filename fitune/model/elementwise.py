@@ -46,13 +46,6 @@ def drop(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     return (wide(x) * factors(dropout, x.shape[1])).to(x.dtype)
 
 
-def add_dropped_(total: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
-    """total += drop(x), [T, c], in place: the gradient of dropout."""
-    if x.is_cuda:
-        return _kernels().add_dropped_(total, x, dropout)
-    return total.add_(drop(x, dropout))
-
-
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,23 +66,15 @@ def dropped_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dropout: Dro
 
 def rms_norm_backward(
     gradient: torch.Tensor,
-    dropped: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    dropout: Dropout | None,
     residual: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of x [T, h], plus `residual` where there is one, in `out` if it is given.
-
-    `gradient` is that of the norm, `dropped` that of its copy with dropout, which `gradient` includes where there is
-    no dropout.
-    """
+    """The gradient of x [T, h] from that of the norm, plus `residual` where there is one, in `out` if it is given."""
     if x.is_cuda:
-        return _kernels().rms_norm_backward(gradient, dropped, x, weight, eps, dropout, residual, out)
-    if dropped is not None:
-        gradient = gradient + drop(dropped, dropout)
+        return _kernels().rms_norm_backward(gradient, x, weight, eps, residual, out)
     exact = wide(x)
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     g = wide(gradient) * wide(weight)
@@ -107,7 +92,7 @@ def norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 def norm_heads_backward(gradient: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The gradient of `heads` from that of the normed ones, both [T, n, d]."""
     gradient, rows = (x.reshape(-1, heads.shape[-1]) for x in (gradient, heads))
-    return rms_norm_backward(gradient, None, rows, weight, eps, None, None).view(heads.shape)
+    return rms_norm_backward(gradient, rows, weight, eps, None).view(heads.shape)
 
 
 def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,17 +104,13 @@ def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor
     return product, drop(product, dropout)
 
 
-def swiglu_backward_(
-    gradient: torch.Tensor, dropped: torch.Tensor | None, gate_up: torch.Tensor, dropout: Dropout | None
-) -> torch.Tensor:
+def swiglu_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """Writes the gradient of gate_up [T, 2 i] over it; returns silu(gate) * up with dropout, [T, i], as `swiglu`.
 
-    `gradient` and `dropped` as in `rms_norm_backward`.
+    `gradient` is that of the product.
     """
     if gate_up.is_cuda:
-        return _kernels().swiglu_backward_(gradient, dropped, gate_up, dropout)
-    if dropped is not None:
-        gradient = gradient + drop(dropped, dropout)
+        return _kernels().swiglu_backward_(gradient, gate_up, dropout)
     product = swiglu(gate_up, dropout)[1]
     gate, up = (wide(part) for part in gate_up.chunk(2, -1))
     sigmoid, d = torch.sigmoid(gate), wide(gradient)

@@ -21,24 +21,20 @@ def mix(x):
 
 
 @triton.jit
-def _factors(keys, token, columns, place, threshold, scale):
+def factors(keys, token, columns, place, threshold, scale):
     key = tl.load(keys + token).to(tl.uint32, bitcast=True) ^ place.to(tl.uint32)
     number = mix(mix(key) ^ (columns.to(tl.uint32) * 0x9E3779B1))
     return tl.where(number >= threshold.to(tl.uint32), scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["place", "threshold"])
-def _drop_kernel(x, x_row, total, total_row, keys, place, threshold, scale, channels,
-                 ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _drop_kernel(x, x_row, out, keys, place, threshold, scale, channels, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < channels
     value = tl.load(x + token * x_row + columns, mask=inside).to(tl.float32)
-    value *= _factors(keys, token, columns, place, threshold, scale)
-    target = total + token * total_row + columns
-    if ADD:
-        value += tl.load(target, mask=inside).to(tl.float32)
-    tl.store(target, value, mask=inside)
+    value *= factors(keys, token, columns, place, threshold, scale)
+    tl.store(out + token * channels + columns, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["place", "threshold"])
@@ -56,23 +52,19 @@ def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, 
     if NORM:
         tl.store(normed + row, result, mask=inside)
     if DROP:
-        result = result.to(kind).to(tl.float32) * _factors(keys, token, columns, place, threshold, scale)
+        result = result.to(kind).to(tl.float32) * factors(keys, token, columns, place, threshold, scale)
         tl.store(dropped + row, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["place", "threshold"])
-def _rms_norm_backward_kernel(gradient, dropped, x, weight, residual, out, keys, place, threshold, scale, eps,
-                              CHANNELS: tl.constexpr, DROP: tl.constexpr, ADD: tl.constexpr,
-                              BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit
+def _rms_norm_backward_kernel(gradient, x, weight, residual, out, eps,
+                              CHANNELS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < CHANNELS
     row = token * CHANNELS + columns
     value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
-    if DROP:
-        more = tl.load(dropped + row, mask=inside, other=0.0).to(tl.float32)
-        g += more * _factors(keys, token, columns, place, threshold, scale)
     g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
     inner = tl.sum(g * value) / CHANNELS
@@ -96,12 +88,12 @@ def _swiglu_kernel(gate_up, product, dropped, keys, place, threshold, scale,
     row = token * CHANNELS + columns
     tl.store(product + row, value, mask=inside)
     if DROP:
-        value = value.to(tl.float32) * _factors(keys, token, columns, place, threshold, scale)
+        value = value.to(tl.float32) * factors(keys, token, columns, place, threshold, scale)
         tl.store(dropped + row, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["place", "threshold"])
-def _swiglu_backward_kernel(gradient, more, gate_up, product, keys, place, threshold, scale,
+def _swiglu_backward_kernel(gradient, gate_up, product, keys, place, threshold, scale,
                             CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -116,9 +108,7 @@ def _swiglu_backward_kernel(gradient, more, gate_up, product, keys, place, thres
     silu = gate * sigmoid
     value = (silu.to(kind).to(tl.float32) * up).to(kind).to(tl.float32)
     if DROP:
-        factor = _factors(keys, token, columns, place, threshold, scale)
-        d += tl.load(more + row, mask=inside, other=0.0).to(tl.float32) * factor
-        value *= factor
+        value *= factors(keys, token, columns, place, threshold, scale)
     tl.store(product + row, value, mask=inside)
     tl.store(gate_at, d * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
     tl.store(gate_at + CHANNELS, d * silu, mask=inside)
@@ -179,7 +169,7 @@ def _rope_backward_kernel(query, query_row, key, key_row, value, value_row, plac
         _rotate(value + place * value_row, target, still + 1.0, still, head, KEY_HEADS, HALF, COLUMNS)
 
 
-def _dropping(dropout: Dropout | None, unused: torch.Tensor) -> tuple:
+def dropping(dropout: Dropout | None, unused: torch.Tensor) -> tuple:
     """(keys, place, threshold, scale) for a kernel; without dropout it looks at none of them."""
     if dropout is None:
         return unused, 0, 0, 1.0
@@ -193,16 +183,8 @@ def _blocks(tokens: int, channels: int) -> tuple[int, int]:
 def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tokens, channels = x.shape
-    places = x, x.stride(0), out, out.stride(0)
-    _drop_kernel[_blocks(tokens, channels)](*places, *_dropping(dropout, x), channels, ADD=False, BLOCK=BLOCK)
+    _drop_kernel[_blocks(tokens, channels)](x, x.stride(0), out, *dropping(dropout, x), channels, BLOCK=BLOCK)
     return out
-
-
-def add_dropped_(total: torch.Tensor, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
-    tokens, channels = x.shape
-    places = x, x.stride(0), total, total.stride(0)
-    _drop_kernel[_blocks(tokens, channels)](*places, *_dropping(dropout, x), channels, ADD=True, BLOCK=BLOCK)
-    return total
 
 
 def rms_norm(x, weight, eps: float, dropout: Dropout | None):
@@ -221,19 +203,17 @@ def dropped_norm(x, weight, eps: float, dropout: Dropout | None):
 def _rms_norm(x, weight, normed, dropped, eps: float, dropout: Dropout | None, *, norm: bool) -> None:
     tokens, channels = x.shape
     _rms_norm_kernel[(tokens,)](
-        x, weight, normed, dropped, *_dropping(dropout, x), eps, CHANNELS=channels, NORM=norm, DROP=dropout is not None,
+        x, weight, normed, dropped, *dropping(dropout, x), eps, CHANNELS=channels, NORM=norm, DROP=dropout is not None,
         BLOCK=triton.next_power_of_2(channels), num_warps=8,
     )  # fmt: skip
 
 
-def rms_norm_backward(gradient, dropped, x, weight, eps: float, dropout: Dropout | None, residual, out=None):
+def rms_norm_backward(gradient, x, weight, eps: float, residual, out=None):
     tokens, channels = x.shape
     out = torch.empty_like(x) if out is None else out
-    dropping = dropped is not None
     _rms_norm_backward_kernel[(tokens,)](
-        gradient, dropped if dropping else gradient, x, weight, x if residual is None else residual, out,
-        *_dropping(dropout if dropping else None, x), eps, CHANNELS=channels, DROP=dropping, ADD=residual is not None,
-        BLOCK=triton.next_power_of_2(channels), num_warps=8,
+        gradient, x, weight, x if residual is None else residual, out, eps, CHANNELS=channels,
+        ADD=residual is not None, BLOCK=triton.next_power_of_2(channels), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -243,19 +223,18 @@ def swiglu(gate_up, dropout: Dropout | None):
     product = gate_up.new_empty(tokens, channels)
     dropped = torch.empty_like(product) if dropout else product
     _swiglu_kernel[_blocks(tokens, channels)](
-        gate_up, product, dropped, *_dropping(dropout, gate_up), CHANNELS=channels, DROP=dropout is not None,
+        gate_up, product, dropped, *dropping(dropout, gate_up), CHANNELS=channels, DROP=dropout is not None,
         BLOCK=BLOCK,
     )  # fmt: skip
     return product, dropped
 
 
-def swiglu_backward_(gradient, dropped, gate_up, dropout: Dropout | None):
+def swiglu_backward_(gradient, gate_up, dropout: Dropout | None):
     tokens, channels = gradient.shape
     product = torch.empty_like(gradient)
-    dropping = dropped is not None
     _swiglu_backward_kernel[_blocks(tokens, channels)](
-        gradient, dropped if dropping else gradient, gate_up, product,
-        *_dropping(dropout if dropping else None, gradient), CHANNELS=channels, DROP=dropping, BLOCK=BLOCK,
+        gradient, gate_up, product, *dropping(dropout, gradient), CHANNELS=channels, DROP=dropout is not None,
+        BLOCK=BLOCK,
     )  # fmt: skip
     return product
 

@@ -62,10 +62,7 @@ class LayerPass:
     def attend_backward(self, dmid: torch.Tensor, x: torch.Tensor, saved, *, need_dx: bool) -> torch.Tensor | None:
         qkv, attended, *statistics = saved
         dropout = self._dropout(OUT)
-        dattended, more = self.linears.multiply_backward(OUT, dmid, elementwise.drop(attended, dropout), dropout)
-        if more is not None:
-            elementwise.add_dropped_(dattended, more, dropout)
-            del more
+        dattended = self.linears.multiply_backward(OUT, dmid, elementwise.drop(attended, dropout), dropout)
         heads = self._heads_for_attention(qkv, rotated=True)
         by_head = (x.unflatten(1, (-1, heads.shape[2])) for x in (dattended, attended))
         gradients, places = attention.backward(*by_head, heads, self.key_heads, statistics, *self._examples)
@@ -77,10 +74,10 @@ class LayerPass:
         dropped = None
         if QKV in self.linears.adapters:
             dropped = elementwise.dropped_norm(x, norm.weight, norm.variance_epsilon, dropout)
-        dnormed, more = self.linears.multiply_backward(QKV, dqkv, dropped, dropout, need_dx=need_dx)
+        dnormed = self.linears.multiply_backward(QKV, dqkv, dropped, dropout, need_dx=need_dx)
         if not need_dx:
             return None
-        return elementwise.rms_norm_backward(dnormed, more, x, norm.weight, norm.variance_epsilon, dropout, dmid)
+        return elementwise.rms_norm_backward(dnormed, x, norm.weight, norm.variance_epsilon, dmid)
 
     def mlp(self, mid: torch.Tensor, y: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
         """Fills y [T, h], tile by tile; returns gate and up if they are kept."""
@@ -103,17 +100,17 @@ class LayerPass:
                 tile = gate_up[rows]
                 dropped = self._dropped_norm_of_mid(mid[rows], rows)
             down = self._dropout_of_rows(DOWN, rows)
-            dproduct, more = self.linears.multiply_backward(DOWN, dy[rows], None, down)
-            product = elementwise.swiglu_backward_(dproduct, more, tile, down)
-            del dproduct, more
+            dproduct = self.linears.multiply_backward(DOWN, dy[rows], None, down)
+            product = elementwise.swiglu_backward_(dproduct, tile, down)
+            del dproduct
             if gate_up is None and DOWN in self.linears.adapters:
                 self.linears.fill_low(DOWN, product, rows)
             self.linears.add_adapter_gradients(DOWN, dy[rows], product, rows)
             del product
             first = self._dropout_of_rows(GATE_UP, rows)
-            dnormed, more = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
+            dnormed = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
             elementwise.rms_norm_backward(
-                dnormed, more, mid[rows], norm.weight, norm.variance_epsilon, first, dy[rows], out=dmid[rows]
+                dnormed, mid[rows], norm.weight, norm.variance_epsilon, dy[rows], out=dmid[rows]
             )
         return dmid
 

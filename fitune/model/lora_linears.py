@@ -166,7 +166,7 @@ class LoraLinears:
 
             widths = [self.bases[index].out_features for index in columns]
             if low_rank_triton.can_fill(widths):
-                low_rank_triton.fill(out, low, adapter.stacked_up, widths, residual, add=add)
+                low_rank_triton.fill(out, low, adapter.stacked_up, widths, residual=residual, add=add)
                 return
         if not add:
             out.copy_(residual) if residual is not None else out.zero_()
@@ -177,22 +177,34 @@ class LoraLinears:
 
     def multiply_backward(
         self, group: int, dy, dropped, dropout: Dropout | None, rows: slice = ALL, *, need_dx: bool = True
-    ):
-        """(gradient of x, gradient of its dropped copy or None); the adapter's own if `dropped` is there.
-
-        dy [T, all outputs of the group]. Without dropout the first holds both.
-        """
-        dx = self.products.multiply_backward(dy, self._bases(group)) if need_dx else None
+    ) -> torch.Tensor | None:
+        """The gradient of x from dy [T, all outputs of the group]; the adapter's own too if `dropped` is there."""
+        bases = self._bases(group)
         if group not in self.adapters:
-            return dx, None
+            return self.products.multiply_backward(dy, bases) if need_dx else None
         low = self._low_gradient(group, dy)
         if dropped is not None:
             self.add_adapter_gradients(group, dy, dropped, rows, low)
         if not need_dx:
-            return None, None
-        if dropout is not None:
-            return dx, low @ self.adapters[group].down
-        return dx.addmm_(low, self.adapters[group].down), None
+            return None
+        if self.products.ADDS_IN_PLACE:
+            dx = dy.new_empty(dy.shape[0], bases[0].in_features)
+            self._put_down(dx, group, low, dropout)
+            return self.products.multiply_backward(dy, bases, dx)
+        dx = self.products.multiply_backward(dy, bases)
+        self._put_down(dx, group, low, dropout, add=True)
+        return dx
+
+    def _put_down(self, dx, group: int, low, dropout: Dropout | None, *, add: bool = False) -> None:
+        """dx (+)= low A, with the dropout of the adapter's input."""
+        down = self.adapters[group].down
+        if dx.is_cuda:
+            from fitune.model import low_rank_triton
+
+            low_rank_triton.fill(dx, low, down.t(), [dx.shape[1]], add=add, dropout=dropout)
+            return
+        product = elementwise.drop(low @ down, dropout)
+        dx.add_(product) if add else dx.copy_(product)
 
     def add_adapter_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None) -> None:
         """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads."""

@@ -1,4 +1,5 @@
-"""An adapter's product with B by one kernel for all linears of an input. Imported on GPUs alone.
+"""Products of few ranks by one kernel: with the B of all linears of an input, or with A and dropout, what is added to
+them included. Imported on GPUs alone.
 
 cuBLAS takes one launch for each linear, copies an addend first, and reads and writes the output again to add to it.
 """
@@ -6,13 +7,16 @@ cuBLAS takes one launch for each linear, copies an addend first, and reads and w
 import triton
 import triton.language as tl
 
+from fitune.model.dropout import Dropout
+from fitune.model.elementwise_triton import dropping, factors
+
 TOKENS, COLUMNS, RANKS = 64, 128, 64  # of one program at a time, at most
 
 
-@triton.jit
-def _kernel(out, out_row, low, low_row, up, residual, residual_row, tokens,
-            SECOND: tl.constexpr, THIRD: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr,
-            ADD: tl.constexpr, RESIDUAL: tl.constexpr,
+@triton.jit(do_not_specialize=["place", "threshold"])
+def _kernel(out, out_row, low, low_row, up, up_row, up_column, residual, residual_row, keys, place, threshold, scale,
+            tokens, SECOND: tl.constexpr, THIRD: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr,
+            ADD: tl.constexpr, RESIDUAL: tl.constexpr, DROP: tl.constexpr,
             TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
     """SECOND, THIRD: the columns where the second and third linear begin; no block of columns crosses them."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
@@ -24,10 +28,12 @@ def _kernel(out, out_row, low, low_row, up, residual, residual_row, tokens,
     for start in range(0, RANK, RANKS):
         rank = start + tl.arange(0, RANKS)
         of_tokens = tl.load(ranks + rank[None, :], mask=(token < tokens) & (rank < RANK)[None, :], other=0.0)
-        at = up + column * RANK + rank[:, None]
+        at = up + column * up_row + rank[:, None] * up_column
         of_columns = tl.load(at, mask=(column < CHANNELS) & (rank < RANK)[:, None], other=0.0)
         total = tl.dot(of_tokens, of_columns, total, input_precision="ieee")
     target = out + token * out_row + column
+    if DROP:
+        total *= factors(keys, tl.minimum(token, tokens - 1), column, place, threshold, scale)
     if RESIDUAL:
         total += tl.load(residual + token * residual_row + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
@@ -40,18 +46,19 @@ def can_fill(widths: list[int]) -> bool:
     return len(widths) <= 3 and _columns(widths) >= 16
 
 
-def fill(out, low, up, widths: list[int], residual, *, add: bool) -> None:
-    """out (+)= low B^T (+ residual): out, residual [T, all outputs], low [T, linears x r], up [all outputs, r].
+def fill(out, low, up, widths: list[int], *, residual=None, add: bool, dropout: Dropout | None = None) -> None:
+    """out (+)= low up^T (+ residual): out, residual [T, all outputs], low [T, linears x r], up [all outputs, r].
 
-    `widths`: the outputs of each linear; each has r columns of `low`.
+    `widths`: the outputs of each linear; each has r columns of `low`. `dropout` is that of the product.
     """
     (tokens, channels), rank = out.shape, up.shape[1]
     columns = _columns(widths)
-    second, third = [*widths, channels, channels][0], sum([*widths, channels][:2])
+    second, third = [*widths, channels][0], sum([*widths, channels][:2])
+    addend = (out, 0) if residual is None else (residual, residual.stride(0))
     _kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(channels, columns))](
-        out, out.stride(0), low, low.stride(0), up, out if residual is None else residual,
-        0 if residual is None else residual.stride(0), tokens, SECOND=second, THIRD=third, CHANNELS=channels,
-        RANK=rank, ADD=add, RESIDUAL=residual is not None, TOKENS=TOKENS, COLUMNS=columns,
+        out, out.stride(0), low, low.stride(0), up, *up.stride(), *addend, *dropping(dropout, out), tokens,
+        SECOND=second, THIRD=third, CHANNELS=channels, RANK=rank, ADD=add, RESIDUAL=residual is not None,
+        DROP=dropout is not None, TOKENS=TOKENS, COLUMNS=columns,
         RANKS=min(RANKS, max(16, triton.next_power_of_2(rank))),
     )  # fmt: skip
 

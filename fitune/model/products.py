@@ -51,9 +51,8 @@ def multiply(
     return out
 
 
-def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear]) -> torch.Tensor:
-    """dy W, [T, in]; dy [T, all outputs of `bases`]."""
-    total = None
+def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear], total: torch.Tensor | None = None) -> torch.Tensor:
+    """dy W, [T, in], added to `total` if it is given; dy [T, all outputs of `bases`]."""
     for columns, matrix in _weights(bases, dy.dtype):
         part = dy[:, columns]
         total = part @ matrix if total is None else total.addmm_(part, matrix)

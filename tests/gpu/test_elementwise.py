@@ -10,6 +10,9 @@ from reference_layers import LAYERS, adapted, packed, padded, plain, run, writte
 from fitune.model import attention, elementwise
 from fitune.model.elementwise import Dropout
 
+if torch.cuda.is_available():
+    from fitune.model import low_rank_triton
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
@@ -96,15 +99,13 @@ def test_rms_norm(tokens, channels, dtype, dropping, random):
     _compare(elementwise.dropped_norm, x, weight, EPSILON, dropout, roundings=3)
 
 
-@by_dropout
 @by_dtype
 @by_channels
 @by_tokens
-def test_rms_norm_backward(tokens, channels, dtype, dropping, random):
-    gradient, dropped, x, residual = (random(tokens, channels, dtype=dtype) for _ in range(4))
+def test_rms_norm_backward(tokens, channels, dtype, random):
+    gradient, x, residual = (random(tokens, channels, dtype=dtype) for _ in range(3))
     weight = random(channels, dtype=dtype)
-    dropped, dropout = (dropped, _dropout(tokens)) if dropping else (None, None)
-    _compare(elementwise.rms_norm_backward, gradient, dropped, x, weight, EPSILON, dropout, residual, roundings=1)
+    _compare(elementwise.rms_norm_backward, gradient, x, weight, EPSILON, residual, roundings=1)
 
 
 @by_dtype
@@ -114,7 +115,7 @@ def test_norms_of_heads(channels, dtype, random):
     gradient, x = (random(1000, channels, dtype=dtype) for _ in range(2))
     weight = random(channels, dtype=dtype)
     _compare(elementwise.rms_norm, x, weight, EPSILON, None, roundings=3)
-    _compare(elementwise.rms_norm_backward, gradient, None, x, weight, EPSILON, None, None, roundings=1)
+    _compare(elementwise.rms_norm_backward, gradient, x, weight, EPSILON, None, roundings=1)
 
 
 @by_dropout
@@ -131,19 +132,16 @@ def test_swiglu(tokens, channels, dtype, dropping, random):
 @by_channels
 @by_tokens
 def test_swiglu_backward(tokens, channels, dtype, dropping, random):
-    gradient, dropped = (random(tokens, channels, dtype=dtype) for _ in range(2))
+    gradient = random(tokens, channels, dtype=dtype)
     gate_up = random(tokens, 2 * channels, dtype=dtype)
-    dropped, dropout = (dropped, _dropout(tokens)) if dropping else (None, None)
-    _compare(elementwise.swiglu_backward_, gradient, dropped, gate_up, dropout, roundings=3)
+    _compare(elementwise.swiglu_backward_, gradient, gate_up, _dropout(tokens) if dropping else None, roundings=3)
 
 
 @by_dtype
 @by_channels
 @by_tokens
-def test_drop_and_its_gradient(tokens, channels, dtype, random):
-    x, total = random(tokens, channels, dtype=dtype), random(tokens, channels, dtype=dtype)
-    _compare(elementwise.drop, x, _dropout(tokens), roundings=1)
-    _compare(elementwise.add_dropped_, total, x, _dropout(tokens), roundings=1)
+def test_drop(tokens, channels, dtype, random):
+    _compare(elementwise.drop, random(tokens, channels, dtype=dtype), _dropout(tokens), roundings=1)
 
 
 @by_dtype
@@ -192,18 +190,33 @@ def test_rope_backward(tokens, heads, key_heads, size, placed, dtype, random):
 @by_tokens
 def test_adapters_ups(tokens, widths, rank, with_residual, add, dtype, random):
     """The output is a part of a wider row, as with gate and up of a tile."""
-    from fitune.model import low_rank_triton
-
     channels, ranks = sum(widths), len(widths) * rank
     up, low = random(channels, rank, dtype=dtype), random(tokens, ranks + 8, dtype=dtype)[:, 8:]
     residual = random(tokens, channels, dtype=dtype) if with_residual else None
     before = random(tokens, channels + 64, dtype=dtype)
     out = before.cuda()[:, :channels] if add else torch.full_like(before, torch.nan, device="cuda")[:, :channels]
-    low_rank_triton.fill(out, low.cuda(), up.cuda(), widths, _on_gpu(residual), add=add)
+    low_rank_triton.fill(out, low.cuda(), up.cuda(), widths, residual=_on_gpu(residual), add=add)
     parts = zip(low.double().split(rank, 1), up.double().split(widths), strict=True)
     expected = torch.cat([of_tokens @ of_columns.t() for of_tokens, of_columns in parts], 1)
     expected += before[:, :channels].double() if add else 0
     expected += residual.double() if with_residual else 0
+    _assert_close(out, expected, roundings=1)
+
+
+@by_dropout
+@by_dtype
+@pytest.mark.parametrize("add", [False, True], ids=["fill", "add"])
+@pytest.mark.parametrize("ranks", [8, 48, 192])
+@by_channels
+@by_tokens
+def test_gradients_of_adapters_inputs(tokens, channels, ranks, add, dtype, dropping, random):
+    low, down, before = (
+        random(*shape, dtype=dtype) for shape in ((tokens, ranks), (ranks, channels), (tokens, channels))
+    )
+    dropout = _dropout(tokens) if dropping else None
+    out = before.cuda()
+    low_rank_triton.fill(out, low.cuda(), down.cuda().t(), [channels], add=add, dropout=_on_gpu(dropout))
+    expected = elementwise.drop(low.double() @ down.double(), dropout) + (before.double() if add else 0)
     _assert_close(out, expected, roundings=1)
 
 
@@ -218,7 +231,9 @@ def test_masks_are_those_of_the_cpu_to_the_last_bit(place, p, channels, tokens):
     ones = torch.ones(tokens, channels, device="cuda")
     assert torch.equal(elementwise.factors(_on_gpu(dropout), channels).cpu(), expected)
     assert torch.equal(elementwise.drop(ones, _on_gpu(dropout)).cpu(), expected)
-    assert torch.equal(elementwise.add_dropped_(torch.zeros_like(ones), ones, _on_gpu(dropout)).cpu(), expected)
+    out = torch.empty_like(ones)
+    low_rank_triton.fill(out, ones[:, :1], ones[:1].t(), [channels], add=False, dropout=_on_gpu(dropout))
+    assert torch.equal(out.cpu(), expected)
 
 
 def test_all_kernels_draw_the_same_mask():
@@ -228,13 +243,11 @@ def test_all_kernels_draw_the_same_mask():
     kept = elementwise.factors(dropout, channels) != 0
     dropout, x = _on_gpu(dropout), torch.rand(tokens, 2 * channels, device="cuda") + 0.5
     half, ones = x[:, :channels].contiguous(), torch.ones(channels, device="cuda")
-    nothing = torch.zeros_like(half)
     for found in (
         elementwise.rms_norm(half, ones, EPSILON, dropout)[1],
         elementwise.swiglu(x, dropout)[1],
-        elementwise.swiglu_backward_(half, half, x.clone(), dropout),
+        elementwise.swiglu_backward_(half, x.clone(), dropout),
         elementwise.drop(half, dropout),
-        elementwise.add_dropped_(nothing.clone(), half, dropout),
     ):
         assert torch.equal((found != 0).cpu(), kept)
 
