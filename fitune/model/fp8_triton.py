@@ -10,40 +10,27 @@ from bitsandbytes.functional import QuantState
 
 from fitune.model.e4m3 import E4M3, LARGEST, SMALLEST
 
-CHANNELS = 4096  # of one row that a program reads at a time
+CHANNELS = 8192  # that a program reads of several rows; a longer row has one of its own
+CHANNELS_OF_A_WARP = 2048  # of a long row: 64 numbers a thread
 ROWS, COLUMNS = 64, 128  # of a weight, for one program: whole sectors of memory in both directions
 
 _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 
 
 @triton.jit
-def _read(part, factors, start, CHANNELS: tl.constexpr, WITH_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
-    """(BLOCK channels of a row from `start` on, in float32, those beyond the row 0; which are within)"""
-    column = start + tl.arange(0, BLOCK)
-    inside = column < CHANNELS
-    x = tl.load(part + column, mask=inside, other=0.0).to(tl.float32)
+def _quantise_rows_kernel(x, x_row, factors, values, scales, tokens, CHANNELS: tl.constexpr,
+                          WITH_FACTORS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Some tokens, whose rows stay in registers between the search for their largest and the rounding."""
+    number = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token, column = number.to(tl.int64)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (number < tokens)[:, None] & (column < CHANNELS)
+    row = tl.load(x + token * x_row + column, mask=inside, other=0.0).to(tl.float32)
     if WITH_FACTORS:
-        x *= tl.load(factors + column, mask=inside, other=0.0)
-    return x, inside
-
-
-@triton.jit
-def _quantise_rows_kernel(x, x_row, factors, values, scales, CHANNELS: tl.constexpr,
-                          WITH_FACTORS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One token: the largest of its channels, then all of them rounded; the second reading comes from the cache."""
-    token = tl.program_id(0).to(tl.int64)
-    row = x + token * x_row
-    most = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, CHANNELS, BLOCK):
-        part, _ = _read(row, factors, start, CHANNELS, WITH_FACTORS, BLOCK)
-        most = tl.maximum(most, tl.abs(part))
-    scale = tl.div_rn(tl.maximum(tl.max(most), _SMALLEST), _LARGEST)
-    inverse = tl.div_rn(1.0, scale)
-    tl.store(scales + token, scale)
-    out = values + token * CHANNELS
-    for start in range(0, CHANNELS, BLOCK):
-        part, inside = _read(row, factors, start, CHANNELS, WITH_FACTORS, BLOCK)
-        tl.store(out + start + tl.arange(0, BLOCK), (part * inverse).to(out.dtype.element_ty), mask=inside)
+        row *= tl.load(factors + column, mask=column < CHANNELS, other=0.0)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(row), axis=1), _SMALLEST), _LARGEST)
+    tl.store(scales + number, scale, mask=number < tokens)
+    row *= tl.div_rn(1.0, scale)[:, None]
+    tl.store(values + token * CHANNELS + column, row.to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,9 +74,12 @@ def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.
     tokens, channels = x.shape
     values = torch.empty(tokens, channels, dtype=E4M3, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    _quantise_rows_kernel[(tokens,)](
-        x, x.stride(0), scales if factors is None else factors, values, scales, CHANNELS=channels,
-        WITH_FACTORS=factors is not None, BLOCK=min(CHANNELS, triton.next_power_of_2(channels)), num_warps=8,
+    block = triton.next_power_of_2(channels)
+    at_once = max(1, CHANNELS // block)
+    _quantise_rows_kernel[(triton.cdiv(tokens, at_once),)](
+        x, x.stride(0), scales if factors is None else factors, values, scales, tokens, CHANNELS=channels,
+        WITH_FACTORS=factors is not None, TOKENS=at_once, BLOCK=block,
+        num_warps=min(32, max(8, block // CHANNELS_OF_A_WARP)),
     )  # fmt: skip
     return values, scales
 
