@@ -38,6 +38,8 @@ CARDS = {
 }
 "Cards that people own, with the memory of one and the tier that trains each model by QLoRA there."
 PEERS = {"trl": "TRL with Liger", "unsloth": "Unsloth"}
+FIRST_WORK = "8B QLoRA, one 24 GB card"
+"Of peers.py: what README's first lines say."
 TIERS_OF_2024 = {
     ("llama3_70b_qlora", "fsdp_offload_4gpu"): "22 GB, 127 GB",
     ("llama3_70b_qlora", "fsdp_2x40gb"): "about 2x40 GB",
@@ -150,6 +152,18 @@ def card_table() -> str:
         large_cells = (f"{large['peak_gpu_gib']:.1f}", f"{large['peak_host_gib']:.0f}", _speed(large)) if large else ()
         lines.append(f"| {' | '.join([cards, *cells, *(large_cells or ('', '', ''))])} |")
     return "\n".join(lines)
+
+
+def fast_line() -> str:
+    """README's first figures: fitune beside the others on the work that most people have the card for."""
+    on_it = [run for run in newest_peers()["runs"] if run["work"] == FIRST_WORK and "error" not in run]
+    best = max(run["tokens_per_second"] for run in on_it if _is_bf16_of_fitune(run))
+    others = [run for run in on_it if run["who"] != "fitune"]
+    beside = " and ".join(f"{PEERS[run['who']]} {run['tokens_per_second']:,}" for run in others)
+    return (
+        f"It is fast where others fit too. {FIRST_WORK}: **fitune {best:,} tokens/s**, {beside},\n"
+        "on [the same work in the same run](#what-fits-and-how-fast)."
+    )
 
 
 def beside_table() -> str:
@@ -287,10 +301,9 @@ def with_expected(text: str, measured: list[dict]) -> str:
 def published() -> dict[Path, str]:
     """Each page and profile as it should be."""
     memory = with_table(MEMORY.read_text(encoding="utf-8"), "2024", table_of_2024())
+    readme = with_table(README.read_text(encoding="utf-8"), "fast", fast_line())
     texts = {
-        README: with_table(
-            with_table(README.read_text(encoding="utf-8"), "cards", card_table()), "beside", beside_table()
-        ),
+        README: with_table(with_table(readme, "cards", card_table()), "beside", beside_table()),
         SPEED: with_table(with_table(SPEED.read_text(encoding="utf-8"), "tiers", tier_table()), "peers", peers_table()),
         MEMORY: with_table(memory, "micro batches", sweep_table()),
     }

@@ -45,7 +45,8 @@ def quoted(page: Path) -> list[str]:
 
 
 def links(page: Path) -> list[str]:
-    return re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text(page)))
+    shown = FENCED.sub("", text(page))
+    return re.findall(r"\]\(([^)\s]+)\)", shown) + re.findall(r' (?:src|srcset)="([^"]+)"', shown)
 
 
 def headings(page: Path) -> set[str]:

@@ -15,7 +15,7 @@ POINTS_A_CHART = 1600
 "Over all curves: the page must stay small however many lines a run logged."
 MANY = 120
 "Points from which on a noisy curve has its mean drawn."
-ABOVE = {"frameon": False, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}
+ABOVE = {"frameon": False, "fontsize": 9, "loc": "lower left", "bbox_to_anchor": (0, 1)}
 "A legend's place."
 SIZE_INCHES = (4.4, 2.7)
 "So that text is about as large as the page's on a phone, where a chart fills the width."

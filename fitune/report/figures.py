@@ -5,6 +5,11 @@ from fitune.planning.sizes import GIB
 from fitune.report.run_files import RunFiles, is_number
 
 NOTHING = "–"
+HARDWARE = {
+    "gpu": "GPU", "gpus": "GPUs", "gpu_memory_gib": "memory of a GPU, GiB", "host_memory_gib": "host RAM, GiB",
+    "cores": "CPU cores",
+}  # fmt: skip
+"How the page says what origin.json calls so."
 Row = tuple[str, list[str]]
 
 
@@ -22,7 +27,7 @@ def key_figures(runs: list[RunFiles], price_per_hour: float | None) -> list[Row]
             "GPU memory, torch's peak, GiB",
             _gpu_peak,
         ),
-        ("host memory, peak, GiB", lambda run: _number(measured_host(run), ".2f")),
+        ("host RAM, peak, GiB", lambda run: _number(measured_host(run), ".2f")),
         ("loading, s", lambda run: _number(run.measurements.get("load_seconds"), ".1f")),
         ("training time", lambda run: _duration(run.hours)),
     ]
@@ -86,7 +91,7 @@ def origin_rows(run: RunFiles) -> dict[str, str]:
     """Versions, hardware and hashes."""
     origin, rows = run.origin, {"fitune": run.run.fitune}
     rows |= {str(name): str(version) for name, version in origin.get("versions", {}).items()}
-    rows |= {key.replace("_", " "): _text(value) for key, value in _flat(origin.get("hardware", {}))}
+    rows |= {HARDWARE.get(key, key): _text(value) for key, value in _flat(origin.get("hardware", {}))}
     return rows | {f"{key} (SHA-256)" if len(str(value)) == 64 else key: _text(value)
                    for key, value in _flat(origin.get("identity", {}))}  # fmt: skip
 

@@ -133,7 +133,7 @@ def _memory_charts(run: RunFiles) -> list[Chart]:
     if run.plan.gpu:
         planned = {phase: size / GIB for phase, size in run.plan.gpu.phases.items()}
         charts.append(phase_chart("One GPU, torch's allocator, by phase", planned, figures.measured_on_gpu(run)))
-    return [*charts, phase_chart("Host memory by phase", host, figures.measured_on_host(run))]
+    return [*charts, phase_chart("Host RAM by phase", host, figures.measured_on_host(run))]
 
 
 def _data_chart(run: RunFiles) -> Chart | None:

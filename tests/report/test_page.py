@@ -66,7 +66,7 @@ def test_a_finished_run_shows_all_its_parts(tmp_path):
         "Gradient norm",
         "Learning rate",
         "Tokens per second",
-        "Host memory by phase",
+        "Host RAM by phase",
         "Tokens of the",
     ):
         assert sum(chart.startswith(name) for chart in charts) == 1, name
@@ -75,7 +75,7 @@ def test_a_finished_run_shows_all_its_parts(tmp_path):
     for shown in (
         "finished after 40 steps", "eval: loss, base to tuned 2.5000 → 1.2500", "1.00 h", "4.00", "931",
         "host: peak", "2.50", "answer is empty", "training rows 90", "torch 2.13.0", "d" * 64, "recipe.lora.r",
-        "system", "Be brief.", "3 of 3",
+        "system", "Be brief.", "3 of 3", "host RAM, GiB 15.6",
     ):  # fmt: skip
         assert shown in text, shown
     assert text.count("the red house") == 3
