@@ -1,6 +1,5 @@
 """The good rows between reading and writing: their texts and tokens on disk, some 45 bytes about each in memory."""
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from fitune.data.row_checks import HASH_BYTES, Outcome
-from fitune.data.token_encoder import ID_BYTES
 from fitune.data.token_file import ROWS_PER_BATCH, TokenBatch
 
 COPY_BYTES = 8 << 20
@@ -92,48 +90,52 @@ class RowStore:
 
     def write(self, path: Path, repeats: np.ndarray) -> None:
         """The rows with `repeats` > 0, in order; then once more those with `repeats` > 1, and so on."""
-        ends = np.cumsum(self.sizes, dtype=np.int64)
-        with self._rows.open("rb") as rows, path.open("wb") as output:
-            for wanted in _passes(repeats):
-                for start, end in _ranges(wanted, ends):
-                    _copy(rows, output, start, end)
+        texts, bounds = _mapped(self._rows, np.uint8), _bounds(self.sizes)
+        with path.open("wb", buffering=COPY_BYTES) as output:
+            for rows in self._batches(repeats):
+                output.writelines(_runs(texts, rows, bounds))
 
     def token_batches(self, repeats: np.ndarray) -> Iterator[TokenBatch]:
         """The tokens of the same rows in the same order."""
+        ids, id_bounds = _mapped(self._ids, np.int32), _bounds(self.tokens)
+        edges, edge_bounds = _mapped(self._edges, np.int32), _bounds(2 * self.runs)
+        for rows in self._batches(repeats):
+            yield TokenBatch(
+                np.concatenate(_runs(ids, rows, id_bounds)),
+                self.tokens[rows],
+                np.concatenate(_runs(edges, rows, edge_bounds)),
+                self.runs[rows],
+                self.is_text[rows],
+            )
+
+    def _batches(self, repeats: np.ndarray) -> Iterator[np.ndarray]:
+        """The numbers of ROWS_PER_BATCH rows at a time, in order."""
         order = self.order(repeats)
-        id_ends, edge_ends = (np.cumsum(sizes, dtype=np.int64) for sizes in (self.tokens, 2 * self.runs))
-        with self._ids.open("rb") as ids, self._edges.open("rb") as edges:
-            for first in range(0, len(order), ROWS_PER_BATCH):
-                rows = order[first : first + ROWS_PER_BATCH]
-                yield TokenBatch(
-                    _gathered(ids, rows, id_ends),
-                    self.tokens[rows],
-                    _gathered(edges, rows, edge_ends),
-                    self.runs[rows],
-                    self.is_text[rows],
-                )
+        for first in range(0, len(order), ROWS_PER_BATCH):
+            yield order[first : first + ROWS_PER_BATCH]
 
     @staticmethod
     def order(repeats: np.ndarray) -> np.ndarray:
         """The rows' numbers, as `write` writes them."""
-        return np.concatenate([np.flatnonzero(wanted) for wanted in _passes(repeats)] or [np.empty(0, np.int64)])
+        passes = [np.flatnonzero(repeats > times) for times in range(int(repeats.max(initial=0)))]
+        return np.concatenate(passes or [np.empty(0, np.int64)])
 
 
-def _passes(repeats: np.ndarray) -> Iterator[np.ndarray]:
-    """Which rows are written the first time through, the second, and so on."""
-    for times in range(int(repeats.max(initial=0))):
-        yield repeats > times
+def _mapped(path: Path, dtype) -> np.ndarray:
+    """The file's values, read when they are looked at."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
-def _gathered(file: io.BufferedReader, rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """int32 of the `rows`, ascending or not, whose values end at `ends` in the file."""
+def _bounds(sizes: np.ndarray) -> np.ndarray:
+    """Where each row's values begin, and where the last one's end."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def _runs(values: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
+    """The values of `rows`, ascending or not, in as few slices as there are runs of neighbours."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    blocks = []
-    for run in np.split(rows, breaks):
-        start = int(ends[run[0] - 1]) if run[0] else 0
-        file.seek(start * ID_BYTES)
-        blocks.append(file.read((int(ends[run[-1]]) - start) * ID_BYTES))
-    return np.frombuffer(b"".join(blocks), np.int32)
+    first, last = rows[np.concatenate([[0], breaks])], rows[np.concatenate([breaks - 1, [-1]])]
+    return [values[start:end] for start, end in zip(bounds[first].tolist(), bounds[last + 1].tolist(), strict=True)]
 
 
 def _first_occurrences(hashes: np.ndarray, is_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,21 +160,6 @@ def _chance(hashes: np.ndarray, seed: int) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (z ^ (z >> np.uint64(31))) / 2.0**64
-
-
-def _ranges(wanted: np.ndarray, ends: np.ndarray):
-    """Byte ranges of the file that hold the wanted rows, neighbours joined."""
-    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
-    for first, stop in edges.reshape(-1, 2):
-        yield int(ends[first - 1]) if first else 0, int(ends[stop - 1])
-
-
-def _copy(rows: io.BufferedReader, output: io.BufferedWriter, start: int, end: int) -> None:
-    rows.seek(start)
-    while start < end:
-        block = rows.read(min(COPY_BYTES, end - start))
-        output.write(block)
-        start += len(block)
 
 
 def _joined(arrays: list[np.ndarray], dtype) -> np.ndarray:
