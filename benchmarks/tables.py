@@ -156,7 +156,7 @@ def card_table() -> str:
 
 def fast_line() -> str:
     """README's first figures: fitune beside the others on the work that most people have the card for."""
-    on_it = [run for run in newest_peers()["runs"] if run["work"] == FIRST_WORK and "error" not in run]
+    on_it = [run for run in newest_peers() if run["work"] == FIRST_WORK and "error" not in run]
     best = max(run["tokens_per_second"] for run in on_it if _is_bf16_of_fitune(run))
     others = [run for run in on_it if run["who"] != "fitune"]
     beside = " and ".join(f"{PEERS[run['who']]} {run['tokens_per_second']:,}" for run in others)
@@ -167,9 +167,8 @@ def fast_line() -> str:
 
 
 def beside_table() -> str:
-    """fitune's fastest run in bf16 beside each other program's, on the same work of the newest run of peers.py."""
-    report = newest_peers()
-    finished = [run for run in report["runs"] if "error" not in run]
+    """fitune's fastest run in bf16 beside each other program's, on the same work in the same run of peers.py."""
+    finished = [run for run in newest_peers() if "error" not in run]
     lines = [
         "| same work, same run | rows a pass | tokens/s | GiB | fitune's rows a pass | tokens/s | GiB |",
         "|---|---|---|---|---|---|---|",
@@ -182,8 +181,8 @@ def beside_table() -> str:
             for run, rows in ((other, other["rows"]), (best, best["micro_batch"]))
         ]
         lines.append(f"| {other['work']}: {PEERS[other['who']]} | {' | '.join(cells)} |")
-    source = f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}"
-    return "\n".join([*lines, "", f"{source} (`{newest_peers_file().relative_to(ROOT)}`)."])
+    sources = dict.fromkeys(run["source"] for run in finished if run["who"] != "fitune")
+    return "\n".join([*lines, "", f"{'; '.join(sources)}."])
 
 
 def _is_bf16_of_fitune(run: dict) -> bool:
@@ -247,36 +246,50 @@ def sweep_table() -> str:
     return "\n".join(lines)
 
 
-def newest_peers_file() -> Path:
-    return max((ROOT / "benchmarks" / "results").glob("peers-*.json"))
+def newest_peers() -> list[dict]:
+    """Each work's runs of benchmarks/peers.py, all of the newest report that has the work; `source` says which."""
+    by_work = {}
+    for file in sorted((ROOT / "benchmarks" / "results").glob("peers-*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        what = f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}, {report['commit']}"
+        source = f"{what} (`{file.relative_to(ROOT)}`)"
+        by_work |= {run["work"]: [] for run in report["runs"]}
+        for run in report["runs"]:
+            by_work[run["work"]].append(run | {"source": source})
+    return [run for runs in by_work.values() for run in runs]
 
 
-def newest_peers() -> dict:
-    return json.loads(newest_peers_file().read_text(encoding="utf-8"))
+def _setting(run: dict, key: str) -> int:
+    """As `plan` filled it in, or as the entry asked for it."""
+    return run.get(key, run["set"].get(f"profile.{key}", ""))
+
+
+def _sources(runs: list[dict]) -> str:
+    """What the works were measured on, in paragraphs of their own."""
+    works = {}
+    for run in runs:
+        works.setdefault(run["source"], []).append(run["work"])
+    return "\n".join(f"{'; '.join(dict.fromkeys(names))}: {source}.\n" for source, names in works.items()).strip()
 
 
 def peers_table() -> str:
-    """The newest run of benchmarks/peers.py: each work's runs, the fastest first, then what failed."""
-    report = newest_peers()
+    """Each work's runs, the fastest first, then what failed."""
     lines = [
         "| work | who | products | rows a pass | layers kept | tokens/s per GPU | GiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    order = sorted(report["runs"], key=lambda run: (run["work"], -run.get("tokens_per_second", 0)))
+    order = sorted(newest_peers(), key=lambda run: (run["work"], -run.get("tokens_per_second", 0)))
     for run in order:
         ours = run["who"] == "fitune"
-        rows = run["micro_batch"] if ours else run["rows"]
-        kept = run["kept_layers"] if ours else {"yes": "none", "no": "all"}[run["recompute"]]
+        rows, kept = (
+            (_setting(run, "micro_batch"), _setting(run, "kept_layers"))
+            if ours
+            else (run["rows"], {"yes": "none", "no": "all"}[run["recompute"]])
+        )
         found = f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" if "error" not in run else "failed | "
         compute = run["set"].get("profile.compute", "bf16") if ours else "bf16"
         lines.append(f"| {run['work']} | {run['who']} | {compute} | {rows} | {kept} | {found} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{report['hardware']}, torch {report['versions']['torch']}, {report['date']}, {report['figures']}.",
-        ]
-    )
+    return "\n".join([*lines, "", "Median step; GiB that torch allocated.", "", _sources(order)])
 
 
 def with_table(text: str, name: str, table: str) -> str:
