@@ -58,10 +58,13 @@ loaders: $(LOADERS)/.installed models/smollm2-135m/config.json models/llama3-tok
 		FITUNE_LLAMA3_TOKENIZER=$(CURDIR)/models/llama3-tokenizer PYTHONPATH=$(LOADERS)/gguf \
 		$(BIN)/python -m pytest -q tests/loaders
 
-$(LOADERS)/.installed: $(DEV_INSTALLED) tests/loaders/requirements.txt requirements-gguf.txt
+$(LOADERS)/.installed: $(DEV_INSTALLED) tests/loaders/requirements.txt tests/loaders/requirements-lm-eval.txt requirements-gguf.txt
 	test -x $(LOADERS)/bin/python || $(PYTHON) -m venv $(LOADERS)
 	$(LOADERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/loaders/requirements.txt
 	$(PIP) --no-deps --upgrade --target $(LOADERS)/gguf -r requirements-gguf.txt sentencepiece==0.2.3 xllamacpp==2026.10.11549
+	test -x $(LOADERS)/lm-eval/bin/python || $(BIN)/python -m venv $(LOADERS)/lm-eval
+	$(BIN)/python tests/loaders/beside.py $(LOADERS)/lm-eval
+	$(LOADERS)/lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -r tests/loaders/requirements-lm-eval.txt
 	@touch $@
 
 models/smollm2-135m/config.json: | $(DEV_INSTALLED)

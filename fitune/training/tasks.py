@@ -47,7 +47,11 @@ def measure(model: Path, tasks: list[str], *, include: Path | None, limit: int |
     try:
         found = simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(model), "dtype": "auto"},
+            model_args={
+                "pretrained": str(model),
+                "dtype": "auto",
+                "softmax_dtype": "float32",
+            },  # bf16's sums are coarse
             tasks=tasks,
             task_manager=TaskManager(include_path=str(include) if include else None),
             limit=limit,

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from asking import Trained
 from bases import LLAMA_3_1_ROPE
+from matrix import BASES, METHODS, Cell, matrix
 from ranks import run_ranks, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -17,7 +20,6 @@ from fitune.export.merge import merge_run
 HERE = Path(__file__).parent
 LOADERS = os.environ.get("FITUNE_LOADERS")
 REAL_MODEL, LLAMA3_TOKENIZER = os.environ.get("FITUNE_REAL_MODEL"), os.environ.get("FITUNE_LLAMA3_TOKENIZER")
-METHODS = ["full", "lora", "qlora"]
 
 
 def pytest_collection_modifyitems(items):
@@ -27,36 +29,67 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="run by `make loaders`, which installs what reads the models"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    cells = [Cell(**value) for report in reports for name, value in report.user_properties if name == "cell"]
+    if cells:
+        terminalreporter.section("the matrix")
+        terminalreporter.write_line(matrix(cells))
+
+
 @pytest.fixture(scope="session")
 def other_python() -> Path:
     """With transformers 4.57, PEFT and llama.cpp."""
     return Path(LOADERS).absolute() / "bin" / "python"
 
 
-@pytest.fixture(scope="session", params=["llama", "real"])
-def base(request, tmp_path_factory) -> tuple[str, Path]:
-    """A Llama with its small files as Meta publishes 3.1, and the real small model, whose head is its embedding.
-
-    transformers 5 wrote the second's config.json, so that 4.x does not find its `rope_theta`.
-    """
-    folder = tmp_path_factory.mktemp("base") / request.param
-    if request.param == "llama":
-        return "llama", _as_published(Path(LLAMA3_TOKENIZER), folder)
-    shutil.copytree(REAL_MODEL, folder)
-    return "real", folder
+@pytest.fixture(scope="session")
+def python_with_lm_eval() -> Path:
+    """What fitune runs on, and lm-eval."""
+    return Path(LOADERS).absolute() / "lm-eval" / "bin" / "python"
 
 
-@pytest.fixture(scope="session", params=METHODS)
-def trained(request, base, make_run, tmp_path_factory) -> Trained:
-    """Two steps, enough to change every answer's probability."""
-    name, folder = base
-    output = tmp_path_factory.mktemp(f"{name}-{request.param}")
-    rate = 5e-5 if request.param == "full" else 1e-3
-    template = "llama3" if name == "llama" else "tokenizer"
-    training = {"max_steps": 2, "learning_rate": rate, "lr_scheduler_type": "constant"}
-    run = make_run(folder, output / "run", request.param, training=training, chat_template=template)
-    run_ranks(train_here, 1, run)
-    return Trained(name, run, merge_run(run, output / "merged"))
+@pytest.fixture(scope="session")
+def train_once(make_run, tmp_path_factory) -> Callable[[str, str], Trained]:
+    """(base, method) -> two steps, enough to change every answer's probability."""
+
+    @cache
+    def base(name: str) -> Path:
+        """A Llama with its small files as Meta publishes 3.1, or the real small model, whose head is its embedding.
+
+        transformers 5 wrote the second's config.json, so that 4.x does not find its `rope_theta`.
+        """
+        folder = tmp_path_factory.mktemp("base") / name
+        if name == "llama":
+            return _as_published(Path(LLAMA3_TOKENIZER), folder)
+        return shutil.copytree(REAL_MODEL, folder)
+
+    @cache
+    def train(name: str, method: str) -> Trained:
+        output = tmp_path_factory.mktemp(f"{name}-{method}")
+        rate = 5e-5 if method == "full" else 1e-3
+        template = "llama3" if name == "llama" else "tokenizer"
+        training = {"max_steps": 2, "learning_rate": rate, "lr_scheduler_type": "constant"}
+        run = make_run(base(name), output / "run", method, training=training, chat_template=template)
+        run_ranks(train_here, 1, run)
+        return Trained(name, run, merge_run(run, output / "merged"))
+
+    return train
+
+
+@pytest.fixture(params=BASES)
+def base(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def trained(train_once, base, method) -> Trained:
+    return train_once(base, method)
 
 
 def _as_published(tokenizer: Path, folder: Path) -> Path:

@@ -6,9 +6,10 @@ spread s), and another such computation lies within |m| + 6 s / sqrt(N) of float
 from base plus adapter by its rounding: `merge` has measured that on logits, and a loss moves by at most twice as much.
 """
 
+import json
 import math
+import os
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,24 +18,35 @@ from statistics import mean, pstdev
 
 import pytest
 from asking import MESSAGES, NEW_TOKENS, Trained, ask
+from matrix import METHODS, Cell
 from rounding import additions_to_logits, rounding
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from fitune.config.json_file import read_json, write_json
-from fitune.errors import FituneError
-from fitune.export import gguf
 from fitune.export.configs import config_for_loaders
-from fitune.export.gguf import export_gguf
+from fitune.export.merge import merge_run
 from fitune.export.merge_record import read_merge_record
-from fitune.export.whole_model import whole_model
+
+LEAVE_AN_ADAPTER = [method for method in METHODS if method != "full"]
 
 
-def assert_read_alike(found: dict, expected: dict, bound: float) -> None:
-    for key in ("prompt", "ids", "stop"):
-        assert found[key] == expected[key], key
-    assert mean(found["losses"]) == pytest.approx(mean(expected["losses"]), abs=bound)
-    assert_same_answer(found["answer"], expected, 2 * bound)
+@pytest.fixture
+def compare(trained, record_property):
+    """Puts a cell into the matrix, then holds the difference against its bound and the answers against each other."""
+
+    def call(loader: str, loss: float, expected_loss: float, bound: float, answer: list | None = None, expected=None):
+        answers = {} if answer is None else {"same": _same(answer, expected["answer"]), "tokens": len(answer)}
+        cell = Cell(loader, trained.base_name, trained.run.recipe.method, abs(loss - expected_loss), bound, **answers)
+        record_property("cell", vars(cell))
+        assert loss == pytest.approx(expected_loss, abs=bound)
+        if answer is not None:
+            assert_same_answer(answer, expected, 2 * bound)
+
+    return call
+
+
+def _same(one: list, other: list) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def assert_same_answer(answer: list, expected: dict, gap: float) -> None:
@@ -44,34 +56,56 @@ def assert_same_answer(answer: list, expected: dict, gap: float) -> None:
     assert parted <= gap, (answer, expected["answer"], expected["gaps"])
 
 
+def assert_asked_alike(found: dict, expected: dict, keys: tuple[str, ...] = ("prompt", "ids", "stop")) -> None:
+    for key in keys:
+        assert found[key] == expected[key], key
+
+
 def of_float32(trained: Trained) -> float:
     config = LlamaConfig.from_pretrained(trained.merged)
     size = max(map(abs, trained.now["losses"]))
     return rounding(additions_to_logits(config, len(trained.now["ids"]))) * size
 
 
-def of_bf16(trained: Trained) -> float:
-    off = [a - b for a, b in zip(trained.now_bf16["losses"], trained.now["losses"], strict=True)]
+def of_bf16(trained: Trained, first: int = 0) -> float:
+    """Of the mean loss of the prompt's tokens from `first` on."""
+    pairs = zip(trained.now_bf16["losses"][first:], trained.now["losses"][first:], strict=True)
+    off = [a - b for a, b in pairs]
     return abs(mean(off)) + 6 * pstdev(off) / math.sqrt(len(off))
 
 
-def test_transformers_4_reads_merged_models_as_5_does(trained, other_python):
-    found = trained.ask_transformers(other_python, trained.merged)
-    assert found["transformers"].startswith("4.57.") and trained.now["transformers"].startswith("5.")
-    assert_read_alike(found, trained.now, of_float32(trained))
+def test_transformers_4_reads_merged_models_as_5_does(trained, other_python, compare):
+    found, now = trained.ask_transformers(other_python, trained.merged), trained.now
+    assert found["transformers"].startswith("4.57.") and now["transformers"].startswith("5.")
+    assert_asked_alike(found, now)
+    loader = f"transformers {found['transformers']}"
+    compare(loader, mean(found["losses"]), mean(now["losses"]), of_float32(trained), found["answer"], now)
 
 
-def test_peft_finds_base_and_adapter(trained, other_python):
-    if trained.run.recipe.method == "full":
-        pytest.skip("leaves no adapter")
+@pytest.mark.parametrize("method", LEAVE_AN_ADAPTER)
+def test_peft_finds_base_and_adapter(trained, compare, tmp_path):
+    """The base as it is stored: a QLoRA run's adapter too, which `merge --onto original` adds to it.
+
+    PEFT takes the tokens at which an answer ends from the base, which need not know the trained end of turn.
+    """
+    found, merged = trained.ask_transformers(sys.executable, trained.run.result_folder), trained.merged
+    if trained.run.recipe.method == "qlora":
+        merged = merge_run(trained.run, tmp_path / "merged", onto="original")
+    expected = trained.ask_transformers(sys.executable, merged)
+    bound = 2 * read_merge_record(merged).check["bound"]
+    assert_asked_alike(found, expected, ("prompt", "ids"))
+    loader = f"PEFT, transformers {found['transformers']}"
+    compare(loader, mean(found["losses"]), mean(expected["losses"]), bound, found["answer"], expected)
+
+
+@pytest.mark.parametrize("method", LEAVE_AN_ADAPTER)
+def test_peft_on_transformers_4_finds_them_as_on_5(trained, other_python, compare):
     now, found = (trained.ask_transformers(p, trained.run.result_folder) for p in (sys.executable, other_python))
     if trained.base_name == "real":
         found = read_with_rope_theta(trained, other_python, found)
-    assert_read_alike(found, now, of_float32(trained))
-    if trained.run.recipe.method == "lora":  # QLoRA's adapter was added to the base through NF4
-        bound = 2 * read_merge_record(trained.merged).check["bound"]
-        assert mean(trained.now["losses"]) == pytest.approx(mean(now["losses"]), abs=bound)
-        assert_same_answer(trained.now["answer"], now, bound)
+    assert_asked_alike(found, now)
+    loader = f"PEFT, transformers {found['transformers']}"
+    compare(loader, mean(found["losses"]), mean(now["losses"]), of_float32(trained), found["answer"], now)
 
 
 def read_with_rope_theta(trained: Trained, other_python, found: dict) -> dict:
@@ -83,7 +117,10 @@ def read_with_rope_theta(trained: Trained, other_python, found: dict) -> dict:
     config = read_json(base / "config.json", "")
     default = {"rope_type": "default", "rope_theta": 10000.0}
     with config_json(base, config | {"rope_parameters": default}):
-        assert_read_alike(found, trained.ask_transformers(sys.executable, adapter), of_float32(trained))
+        expected = trained.ask_transformers(sys.executable, adapter)
+    assert_asked_alike(found, expected)
+    assert mean(found["losses"]) == pytest.approx(mean(expected["losses"]), abs=of_float32(trained))
+    assert_same_answer(found["answer"], expected, 2 * of_float32(trained))
     with config_json(base, config_for_loaders(config, config["dtype"])):
         return trained.ask_transformers(other_python, adapter)
 
@@ -97,67 +134,76 @@ def config_json(folder: Path, config: dict):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0"])
-def test_llama_cpp_answers_as_transformers_does(trained, other_python, tmp_path, kind, capsys):
-    [file] = export_gguf(whole_model(trained.merged, None), tmp_path / "mine", kind)
-    assert f"check: {file.name}: 4 prompts: log-probabilities" in capsys.readouterr().err
-    question = {"messages": MESSAGES, "ids": trained.now["ids"], "new_tokens": NEW_TOKENS}
-    found = ask(other_python, "ask_llama_cpp.py", file, **question)
+def test_llama_cpp_answers_as_transformers_does(trained, other_python, kind, compare):
+    file, now = trained.gguf(kind), trained.now
+    found = ask(other_python, "ask_llama_cpp.py", file, messages=MESSAGES, ids=now["ids"], new_tokens=NEW_TOKENS)
     # q8_0 rounds weights to 1/127 of the largest of 32, four times as much as bf16 rounds what it multiplies
     bound = of_bf16(trained) * (4 if kind == "q8_0" else 1)
-    assert mean(found["losses"]) == pytest.approx(mean(trained.now["losses"]), abs=bound)
-    tokenizer = AutoTokenizer.from_pretrained(trained.merged)
-    assert_same_answer(tokenizer.encode(found["text"], add_special_tokens=False), trained.now, 2 * bound)
-    if found["text"] == trained.now["text"]:
-        stops = trained.now["answer"][-1] in as_list(trained.now["stop"])
+    answer = AutoTokenizer.from_pretrained(trained.merged).encode(found["text"], add_special_tokens=False)
+    compare(f"llama.cpp, {kind}", mean(found["losses"]), mean(now["losses"]), bound, answer, now)
+    if found["text"] == now["text"]:
+        stops = now["answer"][-1] in as_list(now["stop"])
         assert found["finish"] == ("stop" if stops else "length")
-
-
-@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
-@pytest.mark.parametrize("damage", ["another rope base", "two layers exchanged"])
-def test_a_damaged_gguf_is_refused(trained, tmp_path, monkeypatch, kind, damage):
-    if (trained.base_name, trained.run.recipe.method) != ("real", "lora"):
-        pytest.skip("one model is enough")
-    damaged = _damaged(trained.merged, tmp_path / "damaged", damage)
-    convert = gguf._convert
-    monkeypatch.setattr(gguf, "_convert", lambda model, file, kind: convert(damaged, file, kind))
-    with pytest.raises(FituneError, match="not the model that was converted"):
-        export_gguf(whole_model(trained.merged, None), tmp_path / "mine", kind)
-    assert not (tmp_path / "mine").exists()
-
-
-def _damaged(model: Path, folder: Path, damage: str) -> Path:
-    shutil.copytree(model, folder)
-    if damage == "another rope base":
-        config = read_json(folder / "config.json", "")
-        rope = config["rope_parameters"] | {"rope_theta": 10000.0}
-        write_json(folder / "config.json", config | {"rope_parameters": rope, "rope_theta": 10000.0})
-        return folder
-    [file] = folder.glob("*.safetensors")
-    exchanged = {"14": "15", "15": "14"}
-    renamed = {
-        re.sub(r"(?<=layers\.)(14|15)(?=\.)", lambda found: exchanged[found[0]], name): tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(renamed, file, metadata={"format": "pt"})
-    return folder
-
-
-def test_eval_of_a_gguf_is_evals_of_its_model(trained, prepared, tmp_path):
-    """The same rows by llama.cpp's tokenizer and template, and losses that differ as computing in bf16 explains."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join((prepared / "test.jsonl").read_text().splitlines(keepends=True)[:2]))
-    [file] = export_gguf(whole_model(trained.merged, None), tmp_path / "mine", "bf16")
-    command = [sys.executable, "-m", "fitune", "eval", "--data", str(rows)]
-    printed = {
-        given: subprocess.run([*command, str(given)], capture_output=True, text=True)
-        for given in (file, trained.merged)
-    }
-    found, expected = (
-        re.search(r"answer tokens: (\d+).*model\D*([\d.]+)", p.stdout, re.S).groups() for p in printed.values()
-    )
-    assert found[0] == expected[0]
-    assert float(found[1]) == pytest.approx(float(expected[1]), abs=of_bf16(trained) + 1e-4)
 
 
 def as_list(value) -> list:
     return value if isinstance(value, list) else [value]
+
+
+def test_eval_of_a_gguf_is_evals_of_its_model(trained, prepared, tmp_path, compare):
+    """The same rows by llama.cpp's tokenizer and template, and losses that differ as computing in bf16 explains.
+
+    The last row has characters of several tokens, of whose first ones llama.cpp says nothing.
+    """
+    rows = tmp_path / "rows.jsonl"
+    characters = {"messages": [*MESSAGES, {"role": "assistant", "content": "Paris 🦙 𒀀"}]}
+    rows.write_text((prepared / "test.jsonl").read_text().splitlines()[0] + "\n" + json.dumps(characters) + "\n")
+    (tokens, loss), (expected_tokens, expected_loss) = (
+        re.search(r"answer tokens: (\d+).*model\D*([\d.]+)", fitune("eval", given, "--data", rows), re.S).groups()
+        for given in (trained.gguf("bf16"), trained.merged)
+    )
+    assert tokens == expected_tokens
+    compare("fitune eval of the GGUF", float(loss), float(expected_loss), of_bf16(trained) + 1e-4)
+
+
+TASK = """\
+task: question
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {rows}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{before}}}}"
+doc_to_target: "{{{{after}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+"""
+
+
+def test_lm_eval_measures_the_merged_model(trained, python_with_lm_eval, tmp_path, compare):
+    """A task from local files: how likely the question is after what the template writes before it.
+
+    The perplexity of its only row is exp of the sum of its tokens' losses.
+    """
+    prompt, rows, answer = trained.now["prompt"], tmp_path / "rows.jsonl", tmp_path / "answer.json"
+    before, after = prompt[: prompt.rindex("user")], prompt[prompt.rindex("user") :]  # a special token lies between
+    rows.write_text(json.dumps({"before": before, "after": after}) + "\n")
+    (tmp_path / "question.yaml").write_text(TASK.format(rows=rows))
+    words = ["eval", trained.run.folder, "--tasks", "question", "--include", tmp_path, "--json", answer]
+    fitune(*words, python=python_with_lm_eval)
+    tokenizer = AutoTokenizer.from_pretrained(trained.merged)
+    first = len(tokenizer.encode(before, add_special_tokens=False)) - 1  # the prompt's first token has no loss
+    expected = trained.now["losses"][first:]
+    loss = math.log(json.loads(answer.read_text())["question"]["perplexity"]) / len(expected)
+    compare("lm-eval, bf16", loss, mean(expected), of_bf16(trained, first))
+    assert not list(trained.run.folder.parent.glob(".fitune-tasks-*"))
+
+
+def fitune(*words, python: Path | str = sys.executable) -> str:
+    """What the command prints."""
+    command = [str(python), "-m", "fitune", *map(str, words)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
