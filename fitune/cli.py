@@ -185,7 +185,7 @@ def prepare(recipe, dataset, output, sets, **options):
 
     if recipe and not (options["no_tokens"] or options["tokenizer"]):
         make_demo_base(recipe, sets)
-    prepare_command(recipe, dataset, output, sets, console=Console(), **options)
+    prepare_command(recipe, dataset, output, sets, console=Console(highlight=False), **options)
 
 
 @cli.command(

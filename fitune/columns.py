@@ -1,9 +1,10 @@
-"""What a terminal shows: a name and what is said of it, in columns; paths as short as they can be."""
+"""What a terminal shows: a name and what is said of it, in columns; short paths; texts that change nothing else."""
 
 import os
 import shutil
 import sys
 import textwrap
+import unicodedata
 
 NARROW = 40
 "On less than this there is no use in columns."
@@ -25,6 +26,14 @@ def beside(name: str, text: str) -> str:
         return name + text
     lines = textwrap.wrap(text, width - len(name), break_long_words=False, break_on_hyphens=False)
     return "\n".join([name + "".join(lines[:1]), *(indent + line for line in lines[1:])])
+
+
+def printable(text: str) -> str:
+    """A text of a model or a row for the terminal: what would move the cursor or change colours stands as `�`."""
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Zl", "Zp") else "�"
+        for character in text
+    )
 
 
 def short(path: str) -> str:

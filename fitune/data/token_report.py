@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from fitune.columns import printable
 from fitune.data.packing import Pieces
 from fitune.data.token_encoder import trained_tokens
 
@@ -93,7 +94,8 @@ def print_preview(rows: list[tuple[str, list[tuple[int, int]]]], tokenizer, cons
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(text)]
         shown = Text()
         for start, end in itertools.pairwise(edges):
-            part = text[start:end] if coloured or not trained[start] else f"⟦{text[start:end]}⟧"
+            part = printable(text[start:end])
+            part = part if coloured or not trained[start] else f"⟦{part}⟧"
             shown.append(part, style="bold green" if trained[start] else "dim")
         console.print(shown, soft_wrap=True)  # line breaks of the text only
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fitune.columns import printable
 from fitune.config.command_name import command
 from fitune.config.run import load_recipe
 from fitune.environment import COMMAND
@@ -61,7 +62,7 @@ def _stage(console: Console, arguments: list[str]) -> None:
     console.rule(style="dim")
     is_command = arguments[:2] == ["-m", "fitune"]
     typed = f"{command()} {shlex.join(arguments[2:])}" if is_command else f"python {shlex.join(arguments)}"
-    console.print(f"$ {typed}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"$ {typed}", style="bold", markup=False, soft_wrap=True)
     done = subprocess.run([sys.executable, *arguments], env=os.environ | {COMMAND: command()}, check=False)
     if done.returncode:
         raise FituneError(f"the stage above ended with exit code {done.returncode}")
@@ -113,7 +114,7 @@ def _summary(console: Console, folder: Path, report: dict, seconds: float) -> No
     console.print(table)
     answers = Table("prompt", "base answers", "tuned model answers", show_lines=True)
     for entry in report["prompts"][:3]:
-        answers.add_row(*(entry[key] for key in ("prompt", "base", "merged")))
+        answers.add_row(*(printable(entry[key]) for key in ("prompt", "base", "merged")))
     console.print(answers, markup=False)
     console.print(
         f"adapter:      {folder}/run/adapter\nloss curve:   {folder}/run/loss.png\n"
@@ -140,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fitune.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (made anew)")
     folder = parser.parse_args().output
-    console = Console()
+    console = Console(highlight=False)
     try:
         if folder.exists():
             raise FituneError(f"{folder} exists; remove it, or choose another with --output")

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,9 @@ def _gpus() -> list[Finding]:
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ
         text = "CUDA_VISIBLE_DEVICES hides all" if hidden else "nvidia-smi fails or shows none"
         return [Finding("GPUs", False, text, "unset CUDA_VISIBLE_DEVICES" if hidden else "check the NVIDIA driver")]
-    found = [Finding("GPUs", True, "; ".join(map(_described, machine.gpus)))]
+    kinds = Counter(map(_described, machine.gpus))
+    words = "; ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items())
+    found = [Finding("GPUs", True, words)]
     try:
         machine.refuse_missing_bf16()
     except FituneError as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fitune.columns import printable
+
 Asked = tuple[list[dict] | str, list | None]
 "A conversation up to the turn that is wanted, and the tools that may be called in it; or a text to go on with."
 
@@ -40,9 +42,8 @@ def report(conversations: list[Asked], answers: dict[str, list[str]], json_file:
     for column in ("prompt", *answers):
         table.add_column(column, overflow="fold")
     for i, (asked, _) in enumerate(conversations):
-        table.add_row(
-            asked if isinstance(asked, str) else asked[-1]["content"], *(texts[i] for texts in answers.values())
-        )
+        question = asked if isinstance(asked, str) else asked[-1]["content"]
+        table.add_row(*map(printable, (question, *(texts[i] for texts in answers.values()))))
     Console().print(table, markup=False)
     if json_file:
         rows = [

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import StoppingCriteria, TextStreamer
 
+from fitune.columns import printable
 from fitune.training.distributed import is_main_process
 
 HELP = (
@@ -95,12 +96,17 @@ class Conversation:
         return f"saved: {file}"
 
 
+class Shown(TextStreamer):
+    """An answer on the terminal while it is written."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
+
+
 def chat(answerer, system_message: str | None, interrupts: Interrupts) -> None:
     """Until /exit, the end of input, or Ctrl-C twice in a row. Call on all ranks, with a `generate.Answerer`."""
     conversation = Conversation(system_message)
-    streamer = (
-        TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_main_process() else None
-    )
+    streamer = Shown(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_main_process() else None
     _say(HELP)
     try:
         while (line := _next_line(interrupts)) not in (None, "/exit"):

@@ -323,3 +323,11 @@ def test_too_little_shared_memory_is_seen_by_doctor_and_told_before_ranks_of_one
         assert capsys.readouterr().err == ""
         preflight._check_gpus(two)
         assert ("note: /dev/shm has 64 MiB free" in capsys.readouterr().err) == is_short
+
+
+def test_doctor_counts_gpus_that_are_alike(nvidia_smi):
+    from fitune.launching.doctor import _gpus
+
+    nvidia_smi([card(1), card(2), card(3, name="NVIDIA L4")])
+    text = _gpus()[0].text
+    assert text.startswith("2 x NVIDIA ") and text.count(";") == 1 and "; NVIDIA L4, " in text

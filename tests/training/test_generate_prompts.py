@@ -15,6 +15,8 @@ from fitune.errors import UsageError
 from fitune.export.chat_record import ChatRecord, read_chat_record, refuse_another_chat, write_chat_record
 from fitune.training import generate_model as generating
 from fitune.training.answerer import Answerer
+from fitune.training.asked import report
+from fitune.training.chat import Shown
 from fitune.training.generate import _conversations
 from fitune.training.generate_model import generate_from_model
 from fitune.training.given_model import given_model
@@ -109,3 +111,15 @@ def test_another_template_or_system_message_than_was_trained_is_refused(tmp_path
     (tmp_path / "adapter" / "fitune_chat.json").write_text("{}")
     with pytest.raises(UsageError, match=r"fitune_chat.json: not a readable record of template and system message"):
         read_chat_record(tmp_path / "adapter")
+
+
+def test_an_answer_moves_no_cursor_and_changes_no_colour(tmp_path, capsys):
+    answer = "one\x1b[2Jtwo\x85three\u2028four\x07\nfive\tsix"
+    report([([{"role": "user", "content": "Hi\x1b[31m"}], None)], {"tuned": [answer]}, tmp_path / "answers.json")
+    shown = capsys.readouterr().out
+    assert not set(shown) & set("\x1b\x85\u2028\x07") and "one�[2Jtwo�three�four�" in shown
+    assert json.loads((tmp_path / "answers.json").read_text())[0]["tuned"] == answer
+    streamed = Shown(SimpleNamespace(decode=lambda tokens, **_: answer), skip_prompt=False)
+    streamed.put(torch.tensor([1]))
+    streamed.end()
+    assert "\x1b" not in capsys.readouterr().out
