@@ -10,27 +10,40 @@ from bitsandbytes.functional import QuantState
 
 from fitune.model.e4m3 import E4M3, LARGEST, SMALLEST
 
-CHANNELS = 8192  # that a program reads of several rows; a longer row has one of its own
-CHANNELS_OF_A_WARP = 2048  # of a long row: 64 numbers a thread
+TOKENS, CHANNELS = 4, 2048  # of rows that a program reads at a time
 ROWS, COLUMNS = 64, 128  # of a weight, for one program: whole sectors of memory in both directions
 
 _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 
 
 @triton.jit
+def _read(x, x_row, factors, token, inside, column, CHANNELS: tl.constexpr, WITH_FACTORS: tl.constexpr):
+    """(channels of some rows in float32, those beyond the rows 0; which are within)"""
+    inside = inside & (column < CHANNELS)[None, :]
+    part = tl.load(x + token * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if WITH_FACTORS:
+        part *= tl.load(factors + column, mask=column < CHANNELS, other=0.0)[None, :]
+    return part, inside
+
+
+@triton.jit
 def _quantise_rows_kernel(x, x_row, factors, values, scales, tokens, CHANNELS: tl.constexpr,
                           WITH_FACTORS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Some tokens, whose rows stay in registers between the search for their largest and the rounding."""
+    """Some tokens, which share the reading of factors: the largest of a row's channels, then all of them rounded."""
     number = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    token, column = number.to(tl.int64)[:, None], tl.arange(0, BLOCK)[None, :]
-    inside = (number < tokens)[:, None] & (column < CHANNELS)
-    row = tl.load(x + token * x_row + column, mask=inside, other=0.0).to(tl.float32)
-    if WITH_FACTORS:
-        row *= tl.load(factors + column, mask=column < CHANNELS, other=0.0)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(row), axis=1), _SMALLEST), _LARGEST)
+    token, here = number.to(tl.int64)[:, None], (number < tokens)[:, None]
+    most = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in range(0, CHANNELS, BLOCK):
+        part, _ = _read(x, x_row, factors, token, here, start + tl.arange(0, BLOCK), CHANNELS, WITH_FACTORS)
+        most = tl.maximum(most, tl.abs(part))
+    scale = tl.div_rn(tl.maximum(tl.max(most, axis=1), _SMALLEST), _LARGEST)
+    inverse = tl.div_rn(1.0, scale)[:, None]
     tl.store(scales + number, scale, mask=number < tokens)
-    row *= tl.div_rn(1.0, scale)[:, None]
-    tl.store(values + token * CHANNELS + column, row.to(values.dtype.element_ty), mask=inside)
+    for start in range(0, CHANNELS, BLOCK):  # from the cache
+        column = start + tl.arange(0, BLOCK)
+        part, inside = _read(x, x_row, factors, token, here, column, CHANNELS, WITH_FACTORS)
+        target = values + token * CHANNELS + column[None, :]
+        tl.store(target, (part * inverse).to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,12 +87,10 @@ def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.
     tokens, channels = x.shape
     values = torch.empty(tokens, channels, dtype=E4M3, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(channels)
-    at_once = max(1, CHANNELS // block)
-    _quantise_rows_kernel[(triton.cdiv(tokens, at_once),)](
+    _quantise_rows_kernel[(triton.cdiv(tokens, TOKENS),)](
         x, x.stride(0), scales if factors is None else factors, values, scales, tokens, CHANNELS=channels,
-        WITH_FACTORS=factors is not None, TOKENS=at_once, BLOCK=block,
-        num_warps=min(32, max(8, block // CHANNELS_OF_A_WARP)),
+        WITH_FACTORS=factors is not None, TOKENS=TOKENS, BLOCK=min(CHANNELS, triton.next_power_of_2(channels)),
+        num_warps=8,
     )  # fmt: skip
     return values, scales
 
