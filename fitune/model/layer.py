@@ -24,13 +24,12 @@ import functools
 from contextlib import nullcontext
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from fitune.model import attention, fp8
 from fitune.model.layer_pass import Batch, LayerPass
-from fitune.model.lora_linears import adapter_of
+from fitune.model.linears import Linears, base_of
 
 
 class DecoderLayer(nn.Module):
@@ -70,9 +69,9 @@ class DecoderLayer(nn.Module):
         attention.check_bounds(cu_seq_lens_q, max_length_q, hidden_states.device)
         cos, sin = (angle.expand(rows, -1, -1).reshape(rows * length, -1) for angle in position_embeddings)
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
-        parameters = [parameter for linear in self.linears() for parameter in adapter_of(linear)]
+        linears = Linears(self.linears())
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if self.offload else nullcontext():
-            return _Function.apply(hidden_states, self, batch, *parameters)
+            return _Function.apply(hidden_states, self, batch, linears, *linears.parameters)
 
     def train(self, mode: bool = True) -> "DecoderLayer":
         """Trainer asks for it in every pass; only a change goes through the layer's many modules."""
@@ -90,33 +89,33 @@ class DecoderLayer(nn.Module):
 
     def bases(self) -> list[nn.Linear]:
         """The same without their adapters."""
-        return [linear.base_layer if isinstance(linear, LoraLayer) else linear for linear in self.linears()]
+        return [base_of(linear) for linear in self.linears()]
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer: DecoderLayer, batch: Batch, *parameters):
-        """x [rows, length, h] -> the same. `parameters` are those of `adapter_of`, linear by linear."""
+    def forward(ctx, x, layer: DecoderLayer, batch: Batch, linears: Linears, *parameters):
+        """x [rows, length, h] -> the same. `parameters` are those of `linears`."""
         y, x = torch.empty_like(x), x.flatten(0, 1)
-        work = LayerPass(layer, batch, parameters, x)
+        work = LayerPass(layer, batch, linears, parameters, x)
         mid, attended = work.attend(x)
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
-        ctx.work_of = layer, batch, parameters  # weights: FSDP brings them back where they were
+        ctx.work_of = layer, batch, linears, parameters  # weights: FSDP brings them back where they were
         ctx.save_for_backward(x, *((*attended, mid, gate_up, work.linears.lows) if layer.keep else ()))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        layer, batch, parameters = ctx.work_of
+        layer, batch, linears, parameters = ctx.work_of
         x, *kept = ctx.saved_tensors
         *attended, mid, gate_up, lows = kept or [None] * 3
-        work = LayerPass(layer, batch, parameters, x, lows)
+        work = LayerPass(layer, batch, linears, parameters, x, lows)
         if not kept:
             mid, attended = work.attend(x)
         dmid = work.mlp_backward(dy.flatten(0, 1).contiguous(), mid, gate_up)
         del kept, mid, gate_up
         dx = work.attend_backward(dmid, x, attended, need_dx=ctx.needs_input_grad[0])
-        return dx if dx is None else dx.view_as(dy), None, None, *work.linears.gradients()
+        return dx if dx is None else dx.view_as(dy), None, None, None, *work.linears.gradients()
 
 
 def use_fp8_products(model: nn.Module) -> None:

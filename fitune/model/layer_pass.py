@@ -11,7 +11,8 @@ from torch import nn
 from fitune.config.tiles import MLP_TILE
 from fitune.model import attention, elementwise, fp8, products
 from fitune.model.dropout import Dropout
-from fitune.model.lora_linears import DOWN, GATE_UP, GROUPS, OUT, QKV, LoraLinears
+from fitune.model.linears import DOWN, GATE_UP, GROUPS, OUT, QKV, Linears
+from fitune.model.lora_linears import LoraLinears
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,15 @@ class LayerPass:
         self,
         layer: nn.Module,
         batch: Batch,
+        linears: Linears,
         parameters: tuple[torch.Tensor, ...],
         x: torch.Tensor,
         lows: torch.Tensor | None = None,
     ):
         self.layer, self.batch = layer, batch
         multiplication = fp8 if layer.fp8 and layer.training else products
-        self.linears = LoraLinears(layer.linears(), layer.bases(), parameters, x, multiplication, lows)
-        self.key_heads = self.linears.bases[1].out_features // layer.self_attn.head_dim
+        self.linears = LoraLinears(linears, parameters, x, multiplication, lows)
+        self.key_heads = linears.bases[1].out_features // layer.self_attn.head_dim
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """(mid, what the backward pass needs beside x) of the attention half."""
@@ -81,7 +83,7 @@ class LayerPass:
 
     def mlp(self, mid: torch.Tensor, y: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
         """Fills y [T, h], tile by tile; returns gate and up if they are kept."""
-        gate_up = mid.new_empty(mid.shape[0], self.linears.width(GATE_UP)) if keep else None
+        gate_up = mid.new_empty(mid.shape[0], self.linears.linears.width(GATE_UP)) if keep else None
         for start, stop in _tiles(mid.shape[0]):
             rows = slice(start, stop)
             tile, _ = self._gate_up(mid[rows], rows, out=gate_up[rows] if keep else None)
@@ -128,7 +130,7 @@ class LayerPass:
 
     def _dropout(self, group: int) -> Dropout | None:
         """Of all tokens of the batch."""
-        p = self.linears.dropout_of(group) if self.layer.training else 0.0
+        p = self.linears.linears.dropout(group) if self.layer.training else 0.0
         if not p:
             return None
         if self.batch.dropout_keys is None:

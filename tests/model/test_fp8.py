@@ -26,7 +26,7 @@ from fitune.model import fp8
 from fitune.model.dropout import Dropout
 from fitune.model.elementwise import factors
 from fitune.model.layer import use_fp8_products
-from fitune.model.lora_linears import GROUPS
+from fitune.model.linears import GROUPS
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
 

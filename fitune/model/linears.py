@@ -1,0 +1,149 @@
+"""A layer's seven linears by the input they share, and where their adapters lie in one tensor."""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+QKV, OUT, GATE_UP, DOWN = range(4)  # the four inputs of linears, each with an adapter product and a dropout of its own
+ALL = slice(None)
+GROUPS = {QKV: (0, 1, 2), OUT: (3,), GATE_UP: (4, 5), DOWN: (6,)}
+"The linears of each shared input, by their place among q, k, v, o, gate, up and down."
+
+
+def base_of(linear: nn.Module) -> nn.Linear:
+    """Without its adapter."""
+    return linear.base_layer if isinstance(linear, LoraLayer) else linear
+
+
+def adapter_of(linear: nn.Module) -> list[nn.Parameter]:
+    """[A, B] of a linear's active adapter, [] without."""
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters:
+        return []
+    [name] = linear.active_adapters
+    return [linear.lora_A[name].weight, linear.lora_B[name].weight]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Of a matrix in a flat tensor."""
+
+    start: int
+    rows: int
+    columns: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The matrix, [rows, columns]; `flat` begins its storage."""
+        return flat.as_strided((self.rows, self.columns), (self.columns, 1), self.start)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA of the linears that share an input, stacked along the rank: a = s x A^T, out_n += a_n B_n^T."""
+
+    down: Place
+    "A, [sum of ranks, in]."
+    ups: dict[int, Place]
+    "Of each linear that has an adapter, its B [out, r]."
+    stacked_up: Place | None
+    "All B, [all outputs, r], if each linear of the input has one."
+    ranks: dict[int, slice]
+    "The columns of a that each linear's B reads."
+    columns: slice
+    "Of a, among those of all inputs."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The adapters of a layer in one tensor: by shared input A of its linears, then their B."""
+
+    adapters: dict[int, Adapter]
+    "By shared input; those without one are left out."
+    places: tuple[Place, ...]
+    "Of the parameters, linear by linear A and B."
+    size: int
+    ranks: int
+    "Their sum."
+
+
+class Linears:
+    """What both passes of a layer need to know of its linears, found once for both."""
+
+    def __init__(self, linears: list[nn.Module]):
+        """`linears`: q, k, v, o, gate, up, down."""
+        self.linears, self.bases = linears, [base_of(linear) for linear in linears]
+        of_each = [adapter_of(linear) for linear in linears]
+        self.parameters = tuple(parameter for adapter in of_each for parameter in adapter)
+        sizes = tuple((len(a[0]), base.in_features, base.out_features) if a else None
+                      for a, base in zip(of_each, self.bases, strict=True))  # fmt: skip
+        self.layout = _layout(sizes)
+        self.adapters = self.layout.adapters
+
+    def bases_of(self, group: int) -> list[nn.Linear]:
+        """Those of the input's linears."""
+        return [self.bases[index] for index in GROUPS[group]]
+
+    def width(self, group: int) -> int:
+        """Of the group's outputs side by side."""
+        return sum(base.out_features for base in self.bases_of(group))
+
+    def columns(self, group: int) -> dict[int, slice]:
+        """Linear -> its columns of the group's output."""
+        return self._columns[group]
+
+    @cached_property
+    def _columns(self) -> dict[int, dict[int, slice]]:
+        found = {}
+        for group, members in GROUPS.items():
+            start, found[group] = 0, {}
+            for index in members:
+                stop = start + self.bases[index].out_features
+                found[group][index] = slice(start, stop)
+                start = stop
+        return found
+
+    def scaling(self, group: int) -> float:
+        """s of the group's adapter."""
+        linear = self._first_with_adapter(group)
+        return linear.scaling[linear.active_adapters[0]]
+
+    def dropout(self, group: int) -> float:
+        """The probability that an element of the group's input is dropped for its adapter; 0 without one."""
+        if group not in self.adapters:
+            return 0.0
+        linear = self._first_with_adapter(group)
+        return getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0)
+
+    def _first_with_adapter(self, group: int) -> LoraLayer:
+        return self.linears[next(iter(self.adapters[group].ups))]
+
+
+@cache
+def _layout(sizes: tuple[tuple[int, int, int] | None, ...]) -> Layout:
+    """Of linears with an adapter of (rank, inputs, outputs) each, or none."""
+    adapters, places, start, width = {}, {}, 0, 0
+    for group, members in GROUPS.items():
+        present = [index for index in members if sizes[index]]
+        if not present:
+            continue
+        first = start
+        for index in present:
+            rank, inputs, _ = sizes[index]
+            places[index, "A"] = Place(start, rank, inputs)
+            start += rank * inputs
+        first_up, ups, ranks, wide = start, {}, {}, 0
+        for index in present:
+            rank, _, outputs = sizes[index]
+            places[index, "B"] = ups[index] = Place(start, outputs, rank)
+            start += outputs * rank
+            ranks[index] = slice(wide, wide + rank)
+            wide += rank
+        stacked = None
+        if len(present) == len(members) and len({sizes[index][0] for index in present}) == 1:
+            stacked = Place(first_up, sum(sizes[index][2] for index in present), sizes[present[0]][0])
+        down = Place(first, wide, sizes[present[0]][1])
+        adapters[group] = Adapter(down, ups, stacked, ranks, slice(width, width + wide))
+        width += wide
+    return Layout(adapters, tuple(places[key] for key in sorted(places)), start, width)
