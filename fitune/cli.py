@@ -28,6 +28,7 @@ from fitune.cli_options import (
     recipe_argument,
     set_option,
 )
+from fitune.columns import short
 from fitune.config import run as runs
 from fitune.config.command_name import command, remember
 from fitune.errors import UsageError
@@ -377,7 +378,7 @@ def report(folders, compare, price):
     run, *others = folders  # what follows `--compare OTHER` are further ones
     if others and not compare:
         raise UsageError(f"report is about one run: to see {others[0]} beside {run}, put --compare before it")
-    click.echo(f"page: {write_page(run, (*compare, *others), price)}")
+    click.echo(f"page: {short(str(write_page(run, (*compare, *others), price)))}")
 
 
 @cli.command(

@@ -17,6 +17,8 @@ from fitune.planning.tiers import METHODS
 from fitune.planning.words import places, timed
 
 BAR = 32  # characters
+SHOWN_GIB = 0.005
+"What is less would stand as 0.00."
 TRIED_SHOWN = 12
 NAME_WIDTH = 24
 "Of a shipped profile, at most."
@@ -104,8 +106,8 @@ def _host_table(plan: Plan) -> Table:
     table = _table(f"{each} at its peak ({phase})")
     total = sum(plan.host[phase].values()) / GIB
     limit = total if math.isinf(plan.limits.host) else plan.limits.host
-    for name, size in plan.host[phase].items():
-        if size:
+    for name, size in sorted(plan.host[phase].items(), key=lambda item: -item[1]):
+        if size / GIB >= SHOWN_GIB:
             table.add_row(name, f"{size / GIB:.2f}", _bar(size / GIB, limit, "cyan"))
     table.add_section()
     others = ", ".join(f"{name} {sum(parts.values()) / GIB:.1f}" for name, parts in plan.host.items() if name != phase)

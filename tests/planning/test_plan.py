@@ -1,6 +1,7 @@
 """`cli.py plan`: verdicts, the nearest change that fits, the matrix, bad input, and its place before `train`."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -417,3 +418,15 @@ def test_ranks_that_share_a_gpu_are_checked_against_their_cap(monkeypatch, tmp_p
     monkeypatch.setenv("FITUNE_GPU_CAP_GIB", "12")
     with pytest.raises(UsageError, match="GPU memory"):
         preflight.check_fits(run)
+
+
+def test_a_picture_of_host_ram_begins_with_the_largest_and_leaves_out_what_rounds_to_nothing(cli, tiny_base):
+    result = cli("tiny_qlora", "--profile", "cpu_2proc", "--set", f"base.model={tiny_base}")
+    assert result.exit_code == 0, result.output
+    table = result.output.partition("host RAM at its peak")[2].splitlines()[2:]
+    *parts, total = [float(re.search(r" (\d+\.\d\d)", line)[1]) for line in table[: _first_total(table) + 1]]
+    assert parts == sorted(parts, reverse=True) and min(parts) > 0 and total == pytest.approx(sum(parts), abs=0.03)
+
+
+def _first_total(lines: list[str]) -> int:
+    return next(place for place, line in enumerate(lines) if line.startswith("all, of "))
