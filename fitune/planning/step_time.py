@@ -8,9 +8,9 @@ from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 
 COMPUTE_EFFICIENCY = 0.66
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
-FP8_SPEEDUP = 2
-"""Of products in fp8 over bf16, by all data sheets. Bare ones ran at 1,200 to 1,550 TFLOP/s on an H200, bf16's at 650
-to 810; whole runs are not measured yet."""
+FP8_SPEEDUP = 1.5
+"""Of products in fp8 over bf16, as whole runs on H200s show it: benchmarks/results/peers-h200-2026-11-27c.json and d. Bare
+products are twice as fast, but their inputs, gradients and weights are rounded before."""
 ATTENTION_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
 SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
