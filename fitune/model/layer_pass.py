@@ -102,12 +102,13 @@ class LayerPass:
                 tile = gate_up[rows]
                 dropped = self._dropped_norm_of_mid(mid[rows], rows)
             down = self._dropout_of_rows(DOWN, rows)
-            dproduct = self.linears.multiply_backward(DOWN, dy[rows], None, down)
+            low = self.linears.low_gradient(DOWN, dy[rows])
+            dproduct = self.linears.multiply_backward(DOWN, dy[rows], None, down, low=low)
             product = elementwise.swiglu_backward_(dproduct, tile, down)
             del dproduct
             if gate_up is None and DOWN in self.linears.adapters:
                 self.linears.fill_low(DOWN, product, rows)
-            self.linears.add_adapter_gradients(DOWN, dy[rows], product, rows)
+            self.linears.add_adapter_gradients(DOWN, dy[rows], low, product, rows)
             del product
             first = self._dropout_of_rows(GATE_UP, rows)
             dnormed = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)

@@ -81,15 +81,18 @@ class LoraLinears:
             out[:, columns[index]].addmm_(low[:, adapter.ranks[index]], up.of(self.flat).t())
 
     def multiply_backward(
-        self, group: int, dy, dropped, dropout: Dropout | None, rows: slice = ALL, *, need_dx: bool = True
+        self, group: int, dy, dropped, dropout: Dropout | None, rows: slice = ALL, *, low=None, need_dx: bool = True
     ) -> torch.Tensor | None:
-        """The gradient of x from dy [T, all outputs of the group]; the adapter's own too if `dropped` is there."""
+        """The gradient of x from dy [T, all outputs of the group]; the adapter's own too if `dropped` is there.
+
+        `low`: `low_gradient` of dy, if it is known.
+        """
         bases = self.linears.bases_of(group)
         if group not in self.adapters:
             return self.products.multiply_backward(dy, bases) if need_dx else None
-        low = self._low_gradient(group, dy)
+        low = self.low_gradient(group, dy) if low is None else low
         if dropped is not None:
-            self.add_adapter_gradients(group, dy, dropped, rows, low)
+            self.add_adapter_gradients(group, dy, low, dropped, rows)
         if not need_dx:
             return None
         if self.products.ADDS_IN_PLACE:
@@ -111,12 +114,10 @@ class LoraLinears:
         product = elementwise.drop(low @ down, dropout)
         dx.add_(product) if add else dx.copy_(product)
 
-    def add_adapter_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None) -> None:
+    def add_adapter_gradients(self, group: int, dy, low_gradient, dropped, rows: slice = ALL) -> None:
         """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads."""
         if group not in self.adapters:
             return
-        if low_gradient is None:
-            low_gradient = self._low_gradient(group, dy)
         adapter, low, columns = self.adapters[group], self._low(group, rows), self.linears.columns(group)
         flat = self._gradient(group, dropped)
         self._put(adapter.down.of(flat), low_gradient.t(), dropped, group)
@@ -139,8 +140,10 @@ class LoraLinears:
     def _low(self, group: int, rows: slice) -> torch.Tensor:
         return self.lows[rows, self.adapters[group].columns]
 
-    def _low_gradient(self, group: int, dy) -> torch.Tensor:
-        """The gradient of x A^T, [T, sum of ranks]."""
+    def low_gradient(self, group: int, dy) -> torch.Tensor | None:
+        """The gradient of x A^T, [T, sum of ranks], from dy [T, all outputs of the group]; None without an adapter."""
+        if group not in self.adapters:
+            return None
         adapter, columns, scaling = self.adapters[group], self.linears.columns(group), self.linears.scaling(group)
         low = dy.new_empty(dy.shape[0], adapter.down.rows)
         for index, up in adapter.ups.items():

@@ -9,8 +9,8 @@ from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 COMPUTE_EFFICIENCY = 0.66
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
 FP8_SPEEDUP = 1.5
-"""Of products in fp8 over bf16, as whole runs on H200s show it: benchmarks/results/peers-h200-2026-11-27c.json and d. Bare
-products are twice as fast, but their inputs, gradients and weights are rounded before."""
+"""Of products in fp8 over bf16, as whole runs on H200s show it (benchmarks/results/peers-h200-2026-11-27c.json and its
+next). Bare products are twice as fast, but their inputs, gradients and weights are rounded before."""
 ATTENTION_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
 SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
