@@ -30,6 +30,8 @@ def weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None)
         from fitune.model.nf4_triton import dequantise
 
         return dequantise(packed, state, out)
+    if out is not None and not packed.is_cuda:  # bitsandbytes writes into a given tensor on GPUs alone
+        return out.copy_(dequantize_4bit(packed, state))
     return dequantize_4bit(packed, state, out=out)
 
 

@@ -179,10 +179,11 @@ def _nf4_linear(linear):
     return quantised
 
 
+@pytest.mark.parametrize("key_value_heads", [2, 1])  # with 1 q is larger than k and v together, as in real Llamas
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], MLP], ids=id_of)
-def test_nf4_layers_are_those_of_bitsandbytes(targets, plain_linear4bit):
+def test_nf4_layers_are_those_of_bitsandbytes(targets, key_value_heads, plain_linear4bit):
     ours, theirs = packed()
-    base = plain(torch.float32)
+    base = plain(torch.float32, num_key_value_heads=key_value_heads)
     models = []
     for by in (_nf4_linear, _linear4bit):
         models.append(copy.deepcopy(base))
