@@ -1,6 +1,8 @@
 """What llama.cpp makes of a GGUF file: its chat endpoint's answer, and the loss of every token. No fitune, no torch.
 
-python ask_llama_cpp.py FILE < {"messages": [...], "ids": [...], "new_tokens": N} > answer as JSON
+python ask_llama_cpp.py FILE < {"messages": [...], "ids": [...], "new_tokens": N, "ends": [...]} > answer as JSON
+
+Of each token of `ends` it says why an answer stopped that was made to consist of nothing else.
 """
 
 import json
@@ -22,19 +24,16 @@ def main() -> None:
     parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers, parameters.warmup = 512, 1, 0, False
     parameters.cpuparams.n_threads = 1
     server = xllamacpp.Server(parameters)
-    said = call(
-        server.handle_chat_completions,
-        {
-            "messages": question["messages"],
-            "max_tokens": question["new_tokens"],
-            "temperature": 0,
-            "repeat_penalty": 1,
-        },
-    )["choices"][0]
-    ids = question["ids"]
+    chat = {"messages": question["messages"], "temperature": 0, "repeat_penalty": 1}
+    chat["max_tokens"] = question["new_tokens"]
+
+    def answer_to(request: dict) -> dict:
+        return call(server.handle_chat_completions, chat | request)["choices"][0]
+
+    said, ids = answer_to({}), question["ids"]
     answer = {
         "text": said["message"]["content"],
-        "finish": said["finish_reason"],
+        "ends": [answer_to({"logit_bias": [[token, FORCED]]})["finish_reason"] for token in question["ends"]],
         "losses": [loss(server, ids[:n], ids[n]) for n in range(1, len(ids))],
     }
     os.write(out, json.dumps(answer).encode())

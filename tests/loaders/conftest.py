@@ -54,7 +54,7 @@ def train_once(make_run, tmp_path_factory) -> Callable[[str, str], Trained]:
     """(base, method) -> two steps, enough to change every answer's probability."""
 
     @cache
-    def base(name: str) -> Path:
+    def folder_of(name: str) -> Path:
         """A Llama with its small files as Meta publishes 3.1, or the real small model, whose head is its embedding.
 
         transformers 5 wrote the second's config.json, so that 4.x does not find its `rope_theta`.
@@ -70,7 +70,7 @@ def train_once(make_run, tmp_path_factory) -> Callable[[str, str], Trained]:
         rate = 5e-5 if method == "full" else 1e-3
         template = "llama3" if name == "llama" else "tokenizer"
         training = {"max_steps": 2, "learning_rate": rate, "lr_scheduler_type": "constant"}
-        run = make_run(base(name), output / "run", method, training=training, chat_template=template)
+        run = make_run(folder_of(name), output / "run", method, training=training, chat_template=template)
         run_ranks(train_here, 1, run)
         return Trained(name, run, merge_run(run, output / "merged"))
 
