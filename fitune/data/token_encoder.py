@@ -107,7 +107,8 @@ class TokenEncoder:
         except KeyError:
             if len(self._ids_of) > REMEMBERED_PIECES:
                 self._ids_of = dict(self._ids_of_added)
-            for piece in set(pieces) - self._ids_of.keys():
+            # a difference of sets would walk over all that are known
+            for piece in itertools.filterfalse(self._ids_of.__contains__, set(pieces)):
                 tokens = self.tokenizer.model.tokenize(self._to_bytes(piece)[0][0])
                 self._ids_of[piece] = _packed([token.id for token in tokens])
             return b"".join(map(self._ids_of.__getitem__, pieces))
