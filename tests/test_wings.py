@@ -24,7 +24,7 @@ MAY_IMPORT = {
 "Each wing may also import itself and the leaves."
 LEAVES = {"columns", "environment", "errors", "output_folder", "progress"}
 "Modules that any wing may import; they import one another at most."
-ENTRANCES = {"cli", "cli_completion", "cli_group", "cli_options"}
+ENTRANCES = {"cli", "cli_completion", "cli_group", "cli_options", "cli_results"}
 "The command line: modules that may import everything and that no wing may import."
 WITHOUT_TORCH = {"config", "planning", "report"}
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib")
