@@ -34,6 +34,10 @@ def step(plan: Plan) -> str:
     return f"{rounded(plan.time.parts['total'])} s"
 
 
+def speed(plan: Plan) -> str:
+    return rounded(plan.time.tokens_per_second)
+
+
 def one_line(page: str) -> str:
     return " ".join((DOCS / page).read_text(encoding="utf-8").split())
 
@@ -44,6 +48,15 @@ def test_the_tutorial():
     assert f"for RTX 4090s it estimates {step(two)} a step" in page
     one = find("llama3.1_8b_qlora", (), given_machine(1, 24, 32), gpu_model("RTX 4090")).plan
     assert f"On an RTX 4090 it estimates {one.time.parts['total']:.0f} s a step" in page
+
+
+def test_the_real_cards_in_the_readme():
+    newer, older = (
+        speed(find("llama3_8b_qlora", (), given_machine(1, 24, None), gpu_model(card)).plan)
+        for card in ("RTX 4090", "RTX 3090")
+    )
+    said = f"On an RTX 4090 `plan` estimates {newer} tokens/s, on an RTX 3090 {older}."
+    assert said in one_line("../README.md")
 
 
 def test_full_fine_tuning_in_memory_md():
