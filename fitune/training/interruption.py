@@ -20,7 +20,8 @@ class Interruption(TrainerCallback):
     """Asks after each step whether any rank was told to stop: one number over gloo, below a millisecond.
 
     Made before the weights are loaded. Before the first step a signal ends the process at once, there is nothing to
-    save; while a checkpoint or the result is written it waits. Further signals change nothing.
+    save; while a checkpoint or the result is written it waits. Further SIGTERMs change nothing here: at a second
+    signal the launcher kills its ranks (`fitune.launching.signals`).
     """
 
     def __init__(self, folder: Path):
