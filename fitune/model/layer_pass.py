@@ -32,7 +32,8 @@ class Batch:
 class LayerPass:
     """One pass through one layer, a `fitune.model.layer.DecoderLayer`, of tokens x [T, h].
 
-    `lows` are those of the forward pass (`LoraLinears.lows`), if they were kept.
+    `lows`, each adapter's s x A^T (`LoraLinears.lows`), come from the forward pass if the layer is a kept one; without
+    them they are computed again.
     """
 
     def __init__(

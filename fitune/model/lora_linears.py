@@ -13,8 +13,8 @@ class LoraLinears:
     """The linears of a layer for one pass: weights as they are now, adapters in the activations' dtype.
 
     `parameters` are those of `linears`; `products` multiplies with frozen weights, in bf16 (`fitune.model.products`) or
-    in e4m3 (`fitune.model.fp8`). x [T, .] is the layer's input. `lows` [T, sum of all ranks] holds s x A^T of each
-    group: forward fills it, the gradients read it.
+    in e4m3 (`fitune.model.fp8`). x [T, .] is the layer's input. `lows` [T, sum of the adapters' r] holds s x A^T of
+    each group: forward fills it, the gradients read it.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
     """Turns every parameter into a DTensor split along dimension 0, in place. The model must still be on meta.
 
     One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more. Where
-    nothing has to travel, parameters stay as they are, and FSDP's hooks out of the way.
+    nothing has to travel, such as all weights on one GPU, FSDP is not used and parameters stay plain tensors.
     """
     causal_lm = decoder(model)
     _tell_transformers(causal_lm)

@@ -40,14 +40,14 @@ def train_command(
             return 0
         if not goes_on:
             runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
-    chosen, is_open = run.left_to_plan, run.profile.async_save == AUTO
+    chosen, plan_chooses_saving = run.left_to_plan, run.profile.async_save == AUTO
     run = filled_here(as_started(run) if resume else run)
     if dry_run:
         click.echo(dry_run_text(run))
         return 0
     if chosen and not quiet:
         click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
-    if is_open and not quiet and (said := waits_for_the_disk(run)):
+    if plan_chooses_saving and not quiet and (said := waits_for_the_disk(run)):
         click.echo(f"note: {said}", err=True)
     remember_what_was_typed()
     code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)

@@ -41,7 +41,8 @@ def stream(
 ) -> None:
     """Carries out `steps`, `on_step` after each; reads ahead, but consumes and calls in their order.
 
-    A call follows the read before it at once: ranks meet in some, and none may wait for what another has yet to begin.
+    A call is made as soon as the steps before it are done, never after reads behind it. In some calls ranks wait for
+    each other, and those reads may not have begun on another rank.
     Pinned buffers let the copy to a GPU run at the link's speed.
     """
     buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pin_memory) for _ in range(READ_BUFFERS)]
