@@ -119,3 +119,9 @@ def test_quick_commands_import_nothing_heavy(arguments):
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their bare names, so the second would not be read."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
