@@ -7,6 +7,7 @@ import torch
 from fitune.config.schema import Run
 from fitune.data.file_formats import first_line
 from fitune.errors import UsageError
+from fitune.progress import bar
 from fitune.training.given_model import GivenModel
 from fitune.training.train import load_sharded_model
 from fitune.training.tuned import load_tuned_weights
@@ -15,12 +16,17 @@ from fitune.training.tuned import load_tuned_weights
 def load_plain(given: GivenModel) -> torch.nn.Module:
     """By transformers and PEFT, on one device, weights as they are stored. UsageError where that cannot be."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # which counts tensors
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = sum(file.stat().st_size for file in given.base.glob("*.safetensors"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            given.base, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True
-        )
+        with bar("reading the model", size, in_bytes=True) as advance:
+            model = AutoModelForCausalLM.from_pretrained(
+                given.base, dtype="auto", device_map=device, trust_remote_code=False, use_safetensors=True
+            )
+            advance(size)
     except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
         raise UsageError(f"{given.base}: cannot be loaded: {first_line(error)}") from None
     if given.is_adapter:

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from rounding import additions_to_logits, rounding
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig
+from transformers.utils import logging
 
 from fitune.cli import cli
 from fitune.config import run as runs
@@ -95,6 +96,13 @@ WAYS = [("stored", 1, True), ("stored", 2, False), ("nf4", 1, False), ("nf4", 2,
 def test_answers_are_plain_transformers(model, expected, tmp_path, load, ranks, offload):
     run = held(model, tmp_path / "run", load, ranks, offload)
     assert run_ranks(ask, ranks, run)[0] == expected[load]
+
+
+def test_reading_a_model_is_said_in_fitunes_way(model, capfd):
+    logging.enable_progress_bar()
+    result = CliRunner().invoke(cli, ["generate", str(model), "--text", "Once", "--max-new-tokens", "2"])
+    printed = result.stderr + capfd.readouterr().err
+    assert result.exit_code == 0 and "reading the model: " in printed and "Loading weights" not in printed
 
 
 def test_answers_end_where_the_folder_says(model, expected_ids, tmp_path):
