@@ -18,6 +18,7 @@ from fitune.cli_group import Cli
 from fitune.cli_options import (
     machine_options,
     output_option,
+    price_option,
     profile_option,
     recipe_argument,
     set_option,
@@ -111,7 +112,7 @@ def show(recipe, profile, sets, output):
     help="Profiles of your own, beside the shipped ones and those in your recipe's folder.",
 )
 @click.option("--details", is_flag=True, help="Also memory by phase, host RAM, disk, the parts of a step's time.")
-@click.option("--price-per-hour", "price", metavar="PRICE", type=click.FloatRange(min=0), help="Of all GPUs together.")
+@price_option
 @click.option(
     "--network", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="Between machines. [default: 12.5]"
 )

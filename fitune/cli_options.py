@@ -26,6 +26,10 @@ set_option = click.option(
 output_option = click.option("--output", type=click.Path(), help="Run folder. [default: runs/RECIPE-PROFILE]")
 force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
 
+price_option = click.option(
+    "--price-per-hour", "price", metavar="PRICE", type=click.FloatRange(min=0), help="Of all GPUs together."
+)
+
 load_option = click.option(
     "--load",
     metavar="WAY",

@@ -11,7 +11,7 @@ import click
 
 from fitune.cli_completion import complete_result
 from fitune.cli_group import Command
-from fitune.cli_options import force_option, json_option, load_option, machine_options, merge_options
+from fitune.cli_options import force_option, json_option, load_option, machine_options, merge_options, price_option
 from fitune.columns import short
 from fitune.config.command_name import command
 from fitune.errors import UsageError
@@ -107,7 +107,7 @@ def generate(given, **options):
     help="Further runs.",
     shell_complete=complete_result,
 )
-@click.option("--price-per-hour", "price", metavar="PRICE", type=click.FloatRange(min=0), help="Of all GPUs together.")
+@price_option
 def report(folders, compare, price):
     """One page of a run, RUN/report.html: curves, memory, answers, data, settings; needs no network.
 

@@ -130,14 +130,14 @@ def forward(
     `heads` [T, query heads + 2 key_heads, head_dim]: those of query, key and value side by side. Key and value may have
     fewer of them, each shared by neighbouring query heads.
     """
-    query, key, value = _apart(heads, key_heads)
+    query, key, value = apart(heads, key_heads)
     kernel = kernel_of(query, bounds, longest)
     if kernel == "examples":
         return _by_example(query, key, value, bounds, longest, scaling), ()
     if kernel == "cudnn":
         rows = _rows_of(query, bounds, longest)
         output, log_sums, _, _, _, _, *random_state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *_apart(rows.of(heads), key_heads, 1), None, True, 0.0, True, False, scale=scaling
+            *apart(rows.of(heads), key_heads, 1), None, True, 0.0, True, False, scale=scaling
         )
         return rows.examples(output), (log_sums, *random_state)
     output, log_sums, *random_state, _ = torch.ops.aten._flash_attention_forward(
@@ -153,7 +153,7 @@ def backward(
 
     No places: each token stands at its own. `gradient` is that of `output`, the others are as in `forward`.
     """
-    query, key, value = _apart(heads, key_heads)
+    query, key, value = apart(heads, key_heads)
     kernel = kernel_of(query, bounds, longest)
     if kernel == "examples":
         with torch.enable_grad():
@@ -165,7 +165,7 @@ def backward(
         rows = _rows_of(query, bounds, longest)
         length = rows.shape[1]
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            rows.of_gradient(gradient), *_apart(rows.of(heads), key_heads, 1), rows.of(output), log_sums, *random_state,
+            rows.of_gradient(gradient), *apart(rows.of(heads), key_heads, 1), rows.of(output), log_sums, *random_state,
             None, None, None, length, length, 0.0, True, scale=scaling,
         )  # fmt: skip
         return [x.transpose(1, 2).flatten(0, 1) for x in gradients], rows.places
@@ -176,7 +176,7 @@ def backward(
     return list(gradients), None
 
 
-def _apart(heads: torch.Tensor, key_heads: int, dim: int = -2) -> tuple[torch.Tensor, ...]:
+def apart(heads: torch.Tensor, key_heads: int, dim: int = -2) -> tuple[torch.Tensor, ...]:
     """Query, key and value, whose heads lie side by side along `dim`."""
     return heads.split([heads.shape[dim] - 2 * key_heads, key_heads, key_heads], dim)
 

@@ -156,7 +156,7 @@ class LayerPass:
         heads = qkv.unflatten(1, (-1, self.layer.self_attn.head_dim))
         norms = self.layer.head_norms()
         if norms:
-            query, key, value = self._apart(heads)
+            query, key, value = attention.apart(heads, self.key_heads)
             normed = (
                 elementwise.norm_heads(part, norm.weight, norm.variance_epsilon)
                 for part, norm in zip((query, key), norms, strict=True)
@@ -171,17 +171,13 @@ class LayerPass:
         norms = self.layer.head_norms()
         if not norms:
             return gradients
-        query, key, value = self._apart(gradients)
-        heads = self._apart(qkv.view_as(gradients))
+        query, key, value = attention.apart(gradients, self.key_heads)
+        heads = attention.apart(qkv.view_as(gradients), self.key_heads)
         before = [
             elementwise.norm_heads_backward(gradient, part, norm.weight, norm.variance_epsilon)
             for gradient, part, norm in zip((query, key), heads, norms, strict=False)  # v has none
         ]
         return torch.cat([*before, value], dim=1)
-
-    def _apart(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q, k and v of [T, all heads, head_dim]."""
-        return heads.split([heads.shape[1] - 2 * self.key_heads, self.key_heads, self.key_heads], dim=1)
 
 
 def _tiles(tokens: int) -> list[tuple[int, int]]:

@@ -47,7 +47,6 @@ def print_evaluation(given: GivenModel, data: Path) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     print_report(evaluate_folder(given, data))
 
 
