@@ -3,6 +3,7 @@
     python benchmarks/same_losses.py OUTPUT.json --recipe llama3_8b_qlora --reference single_gpu \
         --compare fsdp_offload_1x24gb fsdp_4x24gb fsdp_offload_4gpu --set base.model=FOLDER --set data.prepared=FOLDER
 
+A number instead of a profile stands for so many GPUs with all weights on them.
 The reference runs several times: how far these are apart is the noise that the others are held against. Dropout is off,
 it draws other numbers on other ranks. On few big GPUs, --cap-gib lets the ranks share them, and all runs train at once.
 """
@@ -41,6 +42,23 @@ def train(options, profile: str, output: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in METRICS} for line in lines if "loss" in line]
 
 
+def profile_of(name: str, folder: Path) -> str:
+    """A profile's name; for a number, the file of a profile of so many GPUs, written into `folder`."""
+    if not name.isdigit():
+        return name
+    settings = (
+        f"distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\nmixed_precision: bf16\nnum_processes: {name}\n"
+    )
+    (folder / "accelerate.yaml").write_text(settings + "main_process_port: 0\n", encoding="utf-8")
+    profile = {
+        "description": f"{name} GPUs, weights on them.", "accelerate_config": str(folder / "accelerate.yaml"),
+        "num_gpus": int(name), "gpu_memory_gib": 80, "host_memory_gib": 64, "fits": {"any": ["qlora", "lora", "full"]},
+        "micro_batch": "auto", "kept_layers": "auto",
+    }  # fmt: skip
+    (folder / f"{name}_gpus.yaml").write_text(json.dumps(profile), encoding="utf-8")
+    return str(folder / f"{name}_gpus.yaml")
+
+
 def furthest(curve: list[dict], reference: list[dict]) -> dict[str, float]:
     """The largest relative difference of each metric over all steps."""
     pairs = list(zip(curve, reference, strict=True))
@@ -65,7 +83,10 @@ def main() -> None:
     identical = ["reference", *(f"repeated-{number + 1}" for number in range(options.repeats))]
     runs = dict.fromkeys(identical, options.reference) | {profile: profile for profile in options.compare}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(runs) if options.cap_gib else 1) as pool:
-        trained = {label: pool.submit(train, options, profile, Path(folder) / label) for label, profile in runs.items()}
+        trained = {
+            label: pool.submit(train, options, profile_of(profile, Path(folder)), Path(folder) / label)
+            for label, profile in runs.items()
+        }
     curves = {label: run.result() for label, run in trained.items()}
     for label, curve in curves.items():
         distance = furthest(curve, curves["reference"])

@@ -1,4 +1,7 @@
-"""One run of a tier through `cli.py train`, and its resume: memory of GPU and machine, speed, losses."""
+"""One run of a tier through `cli.py train`, and its resume: memory of GPU and machine, speed, losses.
+
+A plan without a profile (`None`) leaves it to the search; `environment` is added to that of the command.
+"""
 
 import datetime
 import importlib.metadata
@@ -110,6 +113,8 @@ def run_tier(plan: dict, work: Path) -> dict:
         "gpu_cap_gib": plan["cap_gib"],
         "command": " ".join(["python", *command[1:]]),
     }
+    if chosen := [line for line in tail.splitlines() if line.startswith("plan chose")]:
+        result["chosen"] = chosen[0]
     if code:
         return result | {"error": tail[-3000:]}
     result |= _described(output, plan, watcher)
@@ -130,7 +135,7 @@ def _make_room(output: Path, plan: dict) -> None:
 
 
 def output_folder(plan: dict, work: Path) -> Path:
-    return work / f"{plan['recipe']}-{plan['profile']}-{plan.get('label', 'run').replace(' ', '-')}"
+    return work / f"{plan['recipe']}-{plan['profile'] or 'found'}-{plan.get('label', 'run').replace(' ', '-')}"
 
 
 def train_command(plan: dict, work: Path) -> list[str]:
@@ -146,7 +151,8 @@ def train_command(plan: dict, work: Path) -> list[str]:
     ]
     if "training.save_strategy='no'" not in sets:
         sets.append(f"training.save_steps={max(1, steps // 2)}")
-    command = [sys.executable, "cli.py", "train", plan["recipe"], "--profile", plan["profile"]]
+    profile = ["--profile", plan["profile"]] if plan["profile"] else []
+    command = [sys.executable, "cli.py", "train", plan["recipe"], *profile]
     return [*command, "--output", str(output_folder(plan, work)), *(part for item in sets for part in ("--set", item))]
 
 
@@ -173,10 +179,11 @@ def _drop_from_page_cache(files: list[Path]) -> None:
 
 def _call(command: list[str], plan: dict) -> tuple[int, str]:
     """The exit code and all that was printed; 124 after three times the seconds it should take."""
+    held = {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"]), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"FITUNE_GPU_CAP_GIB": str(plan["cap_gib"]), "PYTHONFAULTHANDLER": "1"},
+        env=os.environ | plan.get("environment", {}) | held,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

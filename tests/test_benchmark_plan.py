@@ -1,6 +1,7 @@
 """benchmarks/plan.json resolves, and benchmarks/tiers.py keeps to the GPUs' memory and to its time."""
 
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from patience import PATIENCE_SECONDS
 
-from benchmarks import tables, tier_run, tiers
+from benchmarks import found, same_losses, tables, tier_run, tiers
 from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
+from fitune.planning.hardware import this_machine
 from fitune.planning.memory import MEASURED, gpu_peak
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
@@ -177,3 +179,30 @@ def test_a_profile_keeps_all_but_what_it_expects():
     assert tables.with_expected(once, [run]) == once and tables.with_expected(once, []) == lines
     with pytest.raises(AssertionError, match="not the last key"):
         tables.with_expected(once + "embedding_offload: true\n", [run])
+
+
+@pytest.mark.parametrize("pair", ["llama3_8b_qlora=single_gpu", "llama3_8b_lora=fsdp_2x40gb"])
+def test_the_search_sees_as_many_cards_as_there_are_of_the_presets_size(pair, tmp_path, monkeypatch):
+    cards = "".join(f"GPU-{number}, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 5, 16, Disabled\\n" for number in "01")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{cards}'\n")
+    (tmp_path / "real" / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'real'}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    search, preset = found.runs_of(pair, tmp_path)
+    command = " ".join(tier_run.train_command(search, tmp_path))
+    assert "--profile" not in command and "--profile" in " ".join(tier_run.train_command(preset, tmp_path))
+    monkeypatch.setenv("PATH", search["environment"]["PATH"])
+    gib = resolve(*pair.split("=")).profile.gpu_memory_gib
+    machine = this_machine()
+    assert [(gpu.name, gpu.total_gib, gpu.free_gib) for gpu in machine.gpus] == [
+        ("NVIDIA H100 80GB HBM3", gib, gib)
+    ] * 2
+    assert machine.gpus[0].capability == 9.0
+    assert search["cap_gib"] * GIB + MEASURED.outside_allocator == pytest.approx(gib * GIB, abs=0.01 * GIB)
+
+
+def test_so_many_gpus_are_a_profile(tmp_path):
+    run = resolve("llama3_8b_qlora", same_losses.profile_of("3", tmp_path))
+    assert (run.accelerate.num_processes, run.accelerate.offload_params) == (3, False)
+    assert same_losses.profile_of("single_gpu", tmp_path) == "single_gpu"
