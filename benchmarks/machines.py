@@ -25,7 +25,7 @@ def host_gib(gpus: int, gpu_gib: float) -> int:
 
 
 def cell(recipe: str, gpus: int, gpu_gib: float) -> str:
-    """Tokens/s of all GPUs; in brackets what is not as on most machines: GPUs used, what lies in RAM."""
+    """Tokens/s of all GPUs; in brackets what is not as on most machines: GPUs used, what lies in RAM, small states."""
     try:
         found = find(recipe, (), given_machine(gpus, gpu_gib, host_gib(gpus, gpu_gib)))
     except UsageError:
@@ -33,6 +33,7 @@ def cell(recipe: str, gpus: int, gpu_gib: float) -> str:
     setup = found.plan.setup
     notes = [f"{setup.ranks} of {gpus}"] if found.idle else []
     notes += ["R"] if setup.offload else ["E"] if setup.embedding_offload else []
+    notes += ["S" if setup.optimizer_offload else "s"] if setup.small_states else []
     notes += ["A"] if setup.activation_offload else []
     return rounded(found.plan.time.tokens_per_second) + (f" ({', '.join(notes)})" if notes else "")
 

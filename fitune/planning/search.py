@@ -235,12 +235,11 @@ def _rank(plan: Plan) -> tuple:
 
 
 def _cautious_seconds(plan: Plan) -> float:
-    """Of a step. What takes host RAM must be faster by more than the prediction may be off."""
+    """Of a step. What takes host RAM, for whatever, must be faster by more than the prediction may be off."""
     setup, seconds = plan.setup, plan.time.parts["total"] if plan.time else 0.0
-    takes_ram = setup.offload or setup.embedding_offload or setup.optimizer_offload
-    moving_inputs = MOVING_INPUTS * setup.activation_offload
+    takes_ram = setup.offload or setup.embedding_offload or setup.optimizer_offload or setup.activation_offload
     seconds *= 1 + OTHER_STATES * setup.small_states
-    return seconds * (1 + moving_inputs) * (1 + TIME_ERROR * takes_ram) * (1 + TIME_ERROR * setup.activation_offload)
+    return seconds * (1 + MOVING_INPUTS * setup.activation_offload) * (1 + TIME_ERROR * takes_ram)
 
 
 def _fewest_ranks(plans: list[Plan]) -> Plan:

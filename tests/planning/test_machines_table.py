@@ -8,7 +8,7 @@ import pytest
 from benchmarks.machines import GPUS, MEMORIES, METHODS, MODELS, cell, host_gib
 from fitune.planning.limits import given_machine
 from fitune.planning.plan import TIME_ERROR
-from fitune.planning.search import MOVING_INPUTS, NO_GAIN, find
+from fitune.planning.search import NO_GAIN, find
 from fitune.planning.words import places
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,12 +25,14 @@ def test_every_cell_of_the_table_is_what_is_found(model, gib):
         assert shown == [cell(f"llama3_{model}_{method}", count, gib) for count in GPUS], method
 
 
-def test_more_cards_are_never_slower_by_more_than_ram_must_gain():
+def test_more_cards_are_slower_only_where_ram_must_gain_more():
     """What takes RAM must be faster by what its prediction may be off: with more cards it may not be needed."""
+    slower = {}
     for key, cells in CELLS.items():
         speeds = [float(text.split(" ")[0].replace(",", "")) for text in cells if text != "-"]
-        for fewer, more in pairwise(speeds):
-            assert more * (1 + MOVING_INPUTS) * (1 + TIME_ERROR) ** 2 >= fewer, key
+        slower |= {key: fewer / more for fewer, more in pairwise(speeds) if more < fewer}
+    assert slower.keys() == {("70B", "lora", "48")}, "the page names them"
+    assert max(slower.values()) < 1 + TIME_ERROR
 
 
 def test_a_card_stays_idle_only_where_it_is_of_no_use():
