@@ -30,7 +30,9 @@ def test_more_cards_are_slower_only_where_ram_must_gain_more():
     slower = {}
     for key, cells in CELLS.items():
         speeds = [float(text.split(" ")[0].replace(",", "")) for text in cells if text != "-"]
-        slower |= {key: fewer / more for fewer, more in pairwise(speeds) if more < fewer}
+        worst = max(fewer / more for fewer, more in pairwise(speeds)) if speeds else 0.0
+        if worst > 1:
+            slower[key] = worst
     assert slower.keys() == {("70B", "lora", "48")}, "the page names them"
     assert max(slower.values()) < 1 + TIME_ERROR
 
