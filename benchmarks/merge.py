@@ -1,9 +1,9 @@
 """Peak memory and speed of `merge` on a random model of several GiB: python benchmarks/merge.py RESULT.json
 
-Builds a bf16 base in a model's true shape (untied head; 1B: 3 GB), of all its layers or of a few, and a rank-16 adapter
-on its linears, merges them in a process of its own, through NF4 and with its check, and writes that process's peak
-resident memory beside the largest tensor's size. The peak does not hang on the number of layers
-(`tests/export/test_merge_memory.py`).
+Builds a bf16 base in a model's true shape (1B: 2.5 GB; its run of 23 November had a head of its own), of all its
+layers or of a few, and a rank-16 adapter on its linears, merges them in a process of its own, through NF4 and with its
+check, and writes that process's peak resident memory beside the largest tensor's size. The peak does not hang on the
+number of layers (`tests/export/test_merge_memory.py`).
 """
 
 import argparse

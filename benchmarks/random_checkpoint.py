@@ -2,7 +2,8 @@
 
     python benchmarks/random_checkpoint.py OUTPUT --shape 70b --format nf4 [--layers 80] [--tokenizer FOLDER]
 
-Weights are normal (0, 0.02); `nf4` is bitsandbytes' format with double quantisation as written by save_pretrained.
+1B and 3B have one tensor for embedding and head, as in Llama 3.2. Weights are normal (0, 0.02); `nf4` is bitsandbytes'
+format with double quantisation as written by save_pretrained.
 """
 
 import argparse
@@ -20,9 +21,11 @@ from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads (config.json of each model on the Hub)
     "1b": (2048, 8192, 16, 32, 8),
+    "3b": (3072, 8192, 28, 24, 8),
     "8b": (4096, 14336, 32, 32, 8),
     "70b": (8192, 28672, 80, 64, 8),
 }
+TIED = ("1b", "3b")
 VOCABULARY = 128256
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,8 +36,8 @@ def config(shape: str, layers: int | None) -> dict:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": layers or all_layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "max_position_embeddings": 8192, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "bos_token_id": 128000, "eos_token_id": 128001,
+        "max_position_embeddings": 8192, "hidden_act": "silu", "tie_word_embeddings": shape in TIED,
+        "torch_dtype": "bfloat16", "bos_token_id": 128000, "eos_token_id": 128001,
     }  # fmt: skip
 
 
@@ -52,7 +55,8 @@ def tensors(cfg: dict):
         yield f"model.layers.{i}.input_layernorm.weight", (hidden,)
         yield f"model.layers.{i}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (VOCABULARY, hidden)
+    if not cfg["tie_word_embeddings"]:
+        yield "lm_head.weight", (VOCABULARY, hidden)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
