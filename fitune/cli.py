@@ -80,7 +80,7 @@ def show(recipe, profile, sets, output):
 @cli.command(
     short_help="Does it fit, where do the bytes go, how long will it take.",
     epilog="plan llama3_70b_qlora --profile fsdp_4x24gb\n"
-    'plan llama3_70b_qlora --gpu "RTX 4090" --gpus 2 --find\n'
+    'plan llama3_70b_qlora --gpu "RTX 4090" --gpus 2 --host-memory 64\n'
     "plan llama3_70b_qlora --all",
 )
 @recipe_argument
@@ -103,7 +103,7 @@ def show(recipe, profile, sets, output):
     metavar="N",
     help="Its dense bf16 TFLOP/s, for a model that the table does not have.",
 )
-@click.option("--find", is_flag=True, help="The fastest profile that fits the hardware, here or given with --gpus.")
+@click.option("--find", is_flag=True, help="Also the table of what was tried, and of profiles of your own.")
 @click.option("--all", "all_tiers", is_flag=True, help="Every profile against every method.")
 @click.option(
     "--profiles",

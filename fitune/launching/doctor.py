@@ -106,6 +106,8 @@ def _gpus() -> list[Finding]:
         ask = f'ask about a machine with one: {command()} plan llama3_8b_qlora --gpu "RTX 4090"'
         return [Finding("GPUs", None, "none found; the tiny recipes train on the CPU (profile cpu_2proc)", ask)]
     machine = this_machine()
+    if machine.missing:
+        return [Finding("GPUs", False, *_in_two(machine.missing))]
     if not machine.gpus:
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ
         text = "CUDA_VISIBLE_DEVICES hides all" if hidden else "nvidia-smi fails or shows none"
@@ -116,7 +118,7 @@ def _gpus() -> list[Finding]:
     try:
         machine.refuse_missing_bf16()
     except FituneError as error:
-        found.append(Finding("bf16", False, *str(error).rsplit("; ", 1)))
+        found.append(Finding("bf16", False, *_in_two(str(error))))
     if machine.uneven:
         found.append(
             Finding("uneven GPUs", None, machine.uneven, f"without it: {machine.without_the_weakest.in_variable}")
@@ -124,6 +126,11 @@ def _gpus() -> list[Finding]:
     if len(machine.gpus) > 1:
         found += _shared_memory()
     return found
+
+
+def _in_two(error: str) -> list[str]:
+    """What is wrong, and what to do."""
+    return error.rsplit("; ", 1)
 
 
 def _described(gpu) -> str:

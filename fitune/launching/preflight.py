@@ -35,7 +35,7 @@ def fetch_base(run: Run) -> None:
 
 
 def _check_gpus(run: Run) -> None:
-    """Raises UsageError if the GPUs here lack bf16, or fp8 where the run asks for it.
+    """Raises UsageError if a GPU that was asked for is not there, or lacks bf16, or fp8 where the run asks for it.
 
     Of a GPU that is not known, the ranks find out about fp8.
     """
@@ -44,6 +44,7 @@ def _check_gpus(run: Run) -> None:
 
     machine = this_machine()
     if not run.accelerate.use_cpu:
+        machine.refuse_missing_gpus()
         machine.refuse_missing_bf16()
         if run.accelerate.num_processes > run.accelerate.num_machines and (short := short_of_shared_memory()):
             print(f"note: {'; '.join(short)}", file=sys.stderr)

@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from fitune.config.host_limits import host_memory_gib
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.sizes import GIB
 
+VISIBLE, IDENTITIES = "CUDA_VISIBLE_DEVICES", ("GPU-", "MIG-")
 PCIE_GB_S_PER_LANE = {1: 0.25, 2: 0.5, 3: 1.0, 4: 2.0, 5: 4.0, 6: 8.0}
 "By generation, per direction."
 FIELDS = ("uuid", "name", "memory.total", "memory.free")
@@ -24,7 +26,8 @@ _MIG = re.compile(r"^\s+MIG (?:\d+c\.)?(\d+)g\.(\d+)gb\S*\s+Device\s+\d+: \(UUID
 def this_machine() -> Machine:
     """GPUs by nvidia-smi (those in CUDA_VISIBLE_DEVICES), RAM by the kernel and the process's cgroup."""
     total, available = host_memory_gib()
-    return Machine(_visible(_nvidia_smi(total, available)), total, available)
+    gpus, names = _nvidia_smi(total, available), _names()
+    return Machine(_visible(gpus, names), total, available, missing=_missing(gpus, names) if gpus else "")
 
 
 def free_disk_gib(path: Path) -> float:
@@ -106,21 +109,46 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _visible(gpus: list[Gpu]) -> tuple[Gpu, ...]:
-    """Those that CUDA shows a process: named in CUDA_VISIBLE_DEVICES, and of instances (MIG) one at most."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = gpus if chosen is None else _named(gpus, [name.strip() for name in chosen.split(",")])
+def _names() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, up to an empty name or a number below 0, where CUDA stops reading."""
+    chosen = os.environ.get(VISIBLE)
+    names = None if chosen is None else [name.strip() for name in chosen.split(",")]
+    return names and list(takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+def _visible(gpus: list[Gpu], names: list[str] | None) -> tuple[Gpu, ...]:
+    """Those that CUDA shows a process: named, and of instances (MIG) one at most."""
+    shown = gpus if names is None else _named(gpus, names)
     instances = [gpu for gpu in shown if gpu.identity.startswith("MIG-")]
     return tuple(instances[:1] or shown)
 
 
 def _named(gpus: list[Gpu], names: list[str]) -> list[Gpu]:
-    """In the order of the names, up to the first that names none, as CUDA has it."""
-    found = []
-    for name in names:
-        by_index = [gpus[int(name)]] if name.isdigit() and int(name) < len(gpus) else []
-        by_identity = [gpu for gpu in gpus if len(name) > 4 and gpu.identity.startswith(name)]
-        if not (by_index or by_identity):
-            break
-        found += (by_index or by_identity)[:1]
-    return found
+    """In the order of the names, up to the first that names none. CUDA shows none where one is named twice."""
+    if len(set(names)) < len(names):
+        return []
+    return list(takewhile(bool, (_of_name(gpus, name, names[0]) for name in names)))
+
+
+def _of_name(gpus: list[Gpu], name: str, first: str) -> Gpu | None:
+    """By number, or by identity where the `first` name is one. An identity may be cut short."""
+    if first.startswith(IDENTITIES):
+        known = (gpu for gpu in gpus if name.startswith(IDENTITIES) and gpu.identity.startswith(name))
+        return next(known, None)
+    return gpus[int(name)] if name.isdigit() and int(name) < len(gpus) else None
+
+
+def _missing(gpus: list[Gpu], names: list[str] | None) -> str:
+    """What CUDA_VISIBLE_DEVICES asks for that is not there, in one line; '' where all is."""
+    if not names:
+        return ""
+    given = f"{VISIBLE}={','.join(names)}"
+    if len(set(names)) < len(names):
+        return f"{given} names a GPU twice, and CUDA then shows none; name each once"
+    for place, name in enumerate(names):
+        if _of_name(gpus, name, names[0]) is None:
+            mixed = _of_name(gpus, name, name) is not None
+            wrong = "numbers and UUIDs don't mix" if mixed else f"there is no GPU {name} here"
+            shown = "those before it alone" if place else "none"
+            return f"{given}: {wrong}, and CUDA shows {shown}; there are: {', '.join(gpu.shown_as for gpu in gpus)}"
+    return ""

@@ -13,7 +13,8 @@ from fitune.planning.plan import Plan, Time, Verdict, needed_disk
 from fitune.planning.search import Found
 from fitune.planning.words import described, rounded, timed
 
-FP8_NOTE = ", products in fp8 (memory and time not measured yet)"
+FP8_MEASURED_ON = "H200"
+"With one GPU that held its weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/peers-h200-2026-11-27*.json)."
 GAP = 2
 "Columns between the longest label and the texts."
 
@@ -56,8 +57,8 @@ def _verdict(verdict: Verdict) -> Line:
 
 
 def _choice(found: Found, uneven: str | None) -> list[Line]:
-    plans = {"chosen": found.plan, "next best": found.runner_up}
-    lines = [Line(label, f"{described(plan)}, {timed(plan)}") for label, plan in plans.items() if plan]
+    lines = [Line("chosen", f"{described(found.plan)}, {timed(found.plan)}")]
+    lines += [Line("next best", found.next_best)] if found.runner_up else []
     notes = {"idle": found.why_idle(), "uneven": uneven}
     return lines + [Line(label, note, "magenta") for label, note in notes.items() if note]
 
@@ -96,7 +97,17 @@ def _run(plan: Plan) -> Iterator[Line]:
     )
     yield Line("on", f"{ranks}, {where}")
     kept = f"{s.kept_layers} of {s.shape.layers} layers kept"
-    yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{FP8_NOTE * s.fp8}")
+    yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{_fp8_note(plan)}")
+
+
+def _fp8_note(plan: Plan) -> str:
+    """Whether the time of a run in fp8 was measured. Its memory is that of bf16 but for scales, which are counted."""
+    if not plan.setup.fp8:
+        return ""
+    there = plan.time is not None and plan.time.gpu == FP8_MEASURED_ON
+    was_measured = there and plan.setup.ranks == 1 and not plan.setup.offload
+    guess = f" (its time was measured on one {FP8_MEASURED_ON} alone, and is a guess here)"
+    return f", products in fp8{'' if was_measured else guess}"
 
 
 def detail_lines(plan: Plan) -> list[Line]:

@@ -62,6 +62,8 @@ class Machine:
     host_total_gib: float
     host_available_gib: float
     "What new processes can take without swapping."
+    missing: str = ""
+    "The GPU that CUDA_VISIBLE_DEVICES names and that is not there, in one line."
 
     @property
     def gpu_memory_gib(self) -> float:
@@ -121,6 +123,11 @@ class Machine:
 
     def _with_at_least(self, size: float, measure: Callable[[Gpu], float]) -> "Machine":
         return replace(self, gpus=tuple(gpu for gpu in self.gpus if measure(gpu) >= size))
+
+    def refuse_missing_gpus(self) -> None:
+        """Raises UsageError if CUDA_VISIBLE_DEVICES names a GPU that is not there: fewer would train than meant."""
+        if self.missing:
+            raise UsageError(self.missing)
 
     def refuse_missing_bf16(self) -> None:
         """Raises UsageError if one of its GPUs cannot compute in bf16."""

@@ -1,12 +1,14 @@
 """What else would fit where a plan was made for: the nearest changes, the largest batch, the longest sequence."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fitune.config import run as runs
 from fitune.planning.fill import filled, fits, largest
+from fitune.planning.hardware import VISIBLE
 from fitune.planning.limits import Limits
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import as_typed, preset_runs
@@ -14,12 +16,10 @@ from fitune.planning.sizes import ADAM_STATE, EIGHT_BIT_STATE, Setup
 
 MAX_MICRO_BATCH = 1024
 SEQUENCE_STEP = 64  # tokens
+SHORTEST = 512
+"Tokens. Shorter rows are not proposed: few examples fit into them."
 CARD_SLACK = 1.1
 "A card of 24 GiB may have no more than 22 free."
-NO_GPU = (
-    "there is no GPU here: try tiny_qlora with --profile cpu_2proc, or `plan` for another machine, as with "
-    "--gpus 1 --gpu-memory 24 --host-memory 64"
-)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     if setup.small_states and not (setup.offload or setup.optimizer_offload):
         changes.append(("--set profile.optimizer_offload=true", {"optimizer_offload": True}))
     shorter = longest_sequence(setup, plan.limits)
-    if 0 < shorter < setup.max_length:
+    if SHORTEST <= shorter < setup.max_length:
         changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
     return changes
 
@@ -135,6 +135,16 @@ def shortfall(plan: Plan) -> str:
     return "; ".join(str(verdict) for verdict in plan.verdicts if not verdict.fits)
 
 
+def no_gpu() -> str:
+    """What to do where no GPU is seen."""
+    hidden = os.environ.get(VISIBLE)
+    none = "there is no GPU here" if hidden is None else f"{VISIBLE}={hidden} shows no GPU"
+    return (
+        f"{none}: try tiny_qlora with --profile cpu_2proc, or `plan` for another machine, as with "
+        f"--gpus 1 --gpu-memory 24 --host-memory 64"
+    )
+
+
 def lacks_gpus(plan: Plan) -> bool:
     """Whether it takes more GPUs than there are, which no one can force."""
     return any(verdict.resource == GPU_COUNT and not verdict.fits for verdict in plan.verdicts)
@@ -145,7 +155,7 @@ def way_out(plan: Plan, changes: list[str]) -> str:
     if all(verdict.resource.startswith("disk") for verdict in plan.verdicts if not verdict.fits):
         return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
     if not plan.limits.gpus and plan.setup.on_gpu:
-        return NO_GPU
+        return no_gpu()
     if changes:
         return f"nearest change that fits: {'   or   '.join(changes)}"
     if lacks_gpus(plan):

@@ -26,7 +26,7 @@ from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
 from fitune.planning.presets import own_profiles, preset_run
 from fitune.planning.report import DETAILS_HINT, print_asking, print_matrix, print_plan, print_tried
-from fitune.planning.search import Found, all_on_the_gpus, part_alone
+from fitune.planning.search import Found, part_alone
 from fitune.planning.search import find as find_fastest
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import matrix
@@ -64,11 +64,9 @@ def plan_command(
         machine = _machine(gpus, gpu_memory, host_memory, gpu)
         named = _named_model(gpu, gpu_tflops, machine.gpu_memory_gib)
         model, known = named or machine.model, named or machine.known_model
-        if find or gpus is None:
-            found = find_fastest(recipe, sets, machine, model, machines=machines)
-        run = found.plan.run if found else all_on_the_gpus(recipe, sets, machine, model, machines=machines)
-        refuse_missing_fp8(run, known)
-        plan = make_plan(run, limits_here(machine), model, **options)
+        found = find_fastest(recipe, sets, machine, model, machines=machines)
+        refuse_missing_fp8(found.plan.run, known)
+        plan = make_plan(found.plan.run, limits_here(machine), model, **options)
     on_own_profiles = plans_with(own, recipe, sets, plan.limits, model, **options) if found else []
     outlook, ways = look_around(plan, own), ways_to_spread(plan, model, **options)
     if in_json:
@@ -78,7 +76,7 @@ def plan_command(
         return
     uneven = part_alone(recipe, sets, machine, gpu=named, machines=machines) if found else None
     print_plan(plan, head_lines(plan, outlook, ways, found, uneven), console, details=details)
-    if found:
+    if found and find:
         print_tried(found, on_own_profiles, console)
         console.print()
     if not details:

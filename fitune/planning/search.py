@@ -23,9 +23,10 @@ from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
 from fitune.planning.fill import filled, fits, with_room_for_error
 from fitune.planning.gpu_models import GpuModel
+from fitune.planning.instead import what_fits
 from fitune.planning.limits import Limits, limits_here
 from fitune.planning.machine import Machine
-from fitune.planning.outlook import NO_GPU, shortfall
+from fitune.planning.outlook import no_gpu, shortfall
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import preset_runs
 from fitune.planning.words import (
@@ -70,8 +71,17 @@ class Found:
     def in_one_line(self) -> str:
         """What was chosen, and the next best."""
         chosen = f"plan chose {described(self.plan)}, {timed(self.plan)}"
+        return f"{chosen}; next best: {self.next_best}" if self.runner_up else chosen
+
+    @property
+    def next_best(self) -> str:
+        """The runner-up in words; where it is faster, also why it was not taken."""
         other = self.runner_up
-        return f"{chosen}; next best: {described(other)}, {timed(other)}" if other else chosen
+        words = f"{described(other)}, {timed(other)}"
+        if _seconds(other) >= (1 - NO_GAIN) * _seconds(self.plan):
+            return words
+        rounds = other.setup.small_states and not self.plan.setup.small_states
+        return f"{words} ({'small states round more' if rounds else 'too little faster for the RAM it takes'})"
 
     def why_idle(self) -> str | None:
         """Why GPUs stay idle, in one line; None if none does."""
@@ -102,27 +112,51 @@ def find(
     What `sets` gives of a profile is as given. `gpu` is the model whose speed counts. Raises UsageError if nothing
     fits, naming what comes closest, or the GPUs that hold the others back.
     """
+    stem = name_of(recipe_name)
+    machine.refuse_missing_gpus()
+    machine.refuse_missing_bf16()
+    plans = _tried(recipe_name, sets, machine, gpu or machine.model, output=output, machines=machines)
+    if not plans:
+        raise UsageError(f"{stem}: {no_gpu()}")
+    best = _fewest_ranks(plans)
+    if not best.fits:
+        raise UsageError(f"{stem} {_why_not(best, recipe_name, sets, machine, output=output, machines=machines)}")
+    return Found(best, [plan for plan in plans if plan is not best], len(machine.gpus) * machines)
+
+
+def _tried(
+    recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None, *, output: str | None,
+    machines: int,
+) -> list[Plan]:  # fmt: skip
+    """All that can be tried, filled: the fastest that fit first, then those that come closest."""
     recipe_overrides, profile_overrides = runs.parse_sets(sets)
     recipe, stem = runs.load_recipe(recipe_name, recipe_overrides), name_of(recipe_name)
     if "accelerate_config" in profile_overrides:
         raise UsageError("--set profile.accelerate_config: give --profile too; without one, plan finds both")
-    machine.refuse_missing_bf16()
-    limits, gpu = limits_here(machine), gpu or machine.model
     if machine.gpus:
         candidates = _candidates(stem, recipe, profile_overrides, machine, machines, output)
     else:
         candidates = _on_the_cpu(stem, recipe, profile_overrides, output)
-    plans = sorted(_plans(candidates, limits, gpu), key=_rank)
-    if not plans:
-        raise UsageError(f"{stem}: {NO_GPU}")
-    best = _fewest_ranks(plans)
-    if not best.fits:
-        there = machine_in_words(machine)
-        if part := part_alone(recipe_name, sets, machine, output=output, machines=machines):
-            raise UsageError(f"{stem} does not fit {there}; {part}")
-        instead = f"; {NO_GPU}" if not machine.gpus else ""
-        raise UsageError(f"{stem} does not fit {there}; nearest: {described(best)}: {shortfall(best)}{instead}")
-    return Found(best, [plan for plan in plans if plan is not best], len(machine.gpus) * machines)
+    return sorted(_plans(candidates, limits_here(machine), gpu), key=_rank)
+
+
+def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str:
+    """Where nothing fits: the GPUs that hold the others back, or what comes closest, and what fits instead."""
+    there = machine_in_words(machine)
+    if part := part_alone(recipe_name, sets, machine, **options):
+        return f"does not fit {there}; {part}"
+
+    def does_fit(recipe: str) -> bool:
+        of_profile = tuple(item for item in sets if item.startswith("profile."))
+        with suppress(UsageError):  # what is set is not for its method
+            return any(plan.fits for plan in _tried(recipe, of_profile, machine, machine.model, **options))
+        return False
+
+    closest = f"does not fit {there}; nearest: {described(nearest)}: {shortfall(nearest)}"
+    if not machine.gpus:
+        return f"{closest}; {no_gpu()}"
+    other = what_fits(nearest, does_fit)
+    return f"{closest}; what fits: {other}" if other else closest
 
 
 def part_alone(recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str | None:
@@ -217,16 +251,6 @@ def _on_the_cpu(stem: str, recipe: Recipe, overrides: dict, output: str | None) 
             yield run.model_copy(update={"output_dir": folder})
 
 
-def all_on_the_gpus(
-    recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None, *, machines: int = 1
-) -> Run:
-    """A filled run on all GPUs of a machine, or of as many like it, its weights on them: not searched for."""
-    recipe_overrides, overrides = runs.parse_sets(sets)
-    recipe, stem = runs.load_recipe(recipe_name, recipe_overrides), name_of(recipe_name)
-    run = _run(stem, recipe, overrides, machine, len(machine.gpus) * machines, machines, ON_GPUS, None)
-    return filled(run, limits_here(machine), gpu)
-
-
 def _rank(plan: Plan) -> tuple:
     """What fits with room for the prediction's error comes first, then what fits, then what comes closest to it."""
     if not plan.fits:
@@ -234,9 +258,14 @@ def _rank(plan: Plan) -> tuple:
     return not fits(plan.setup, with_room_for_error(plan.limits)), _cautious_seconds(plan)
 
 
+def _seconds(plan: Plan) -> float:
+    """Of a step; 0 where there is no GPU to time."""
+    return plan.time.parts["total"] if plan.time else 0.0
+
+
 def _cautious_seconds(plan: Plan) -> float:
     """Of a step. What takes host RAM, for whatever, must be faster by more than the prediction may be off."""
-    setup, seconds = plan.setup, plan.time.parts["total"] if plan.time else 0.0
+    setup, seconds = plan.setup, _seconds(plan)
     takes_ram = setup.offload or setup.embedding_offload or setup.optimizer_offload or setup.activation_offload
     seconds *= 1 + OTHER_STATES * setup.small_states
     return seconds * (1 + MOVING_INPUTS * setup.activation_offload) * (1 + TIME_ERROR * takes_ram)

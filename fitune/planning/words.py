@@ -6,6 +6,8 @@ from fitune.planning.machine import Machine
 from fitune.planning.plan import Plan
 
 ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
+MOSTLY_FREE = 0.9
+"A driver and a screen take less than the rest of a GPU's memory."
 STATES_IN_RAM = "gradients and optimizer states in RAM"
 
 
@@ -41,10 +43,8 @@ def rounded(number: float) -> str:
 
 def machine_in_words(machine: Machine) -> str:
     count = len(machine.gpus)
-    gpus = (
-        f"{count} GPU{'s' * (count > 1)} with {machine.gpu_memory_gib:.1f} GiB free"
-        if count
-        else "a machine without GPUs"
-    )
+    free, total = machine.gpu_memory_gib, max((gpu.total_gib for gpu in machine.gpus), default=0.0)
+    taken = f" (of {total:.1f}, others use the rest)" if free < MOSTLY_FREE * total and not machine.uneven else ""
+    gpus = f"{count} GPU{'s' * (count > 1)} with {free:.1f} GiB free{taken}" if count else "a machine without GPUs"
     host = "" if math.isinf(machine.host_available_gib) else f" and {machine.host_available_gib:.1f} GiB of free RAM"
     return gpus + host

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from fitune.cli import cli
 from fitune.errors import UsageError
+from fitune.launching import doctor
 from fitune.planning import hardware
 from fitune.planning.gpu_models import GPU_MODELS, gpu_model, likely_model, look_up, memory_of
 from fitune.planning.hardware import FIELDS, MORE_FIELDS, this_machine
@@ -93,13 +94,44 @@ def test_no_nvidia_smi_or_one_that_fails_is_no_gpu(nvidia_smi, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, "1234"), ("0,2", "13"), ("2,0", "31"), ("GPU-2222", "2"), ("", ""), ("1,9,0", "2"), ("-1", "")],
+    [(None, "1234"), ("0,2", "13"), ("2,0", "31"), ("GPU-2222", "2"), ("", ""), ("1,9,0", "2"), ("-1", ""),
+     (" 1 , 2 ", "23"), ("GPU-2,GPU-4", "24"), ("1,-1,0", "2"), ("0,0", ""), ("GPU-2,1", "2"), ("1,GPU-2", "2")],
 )  # fmt: skip
 def test_only_visible_gpus_count_in_their_order(value, shown, nvidia_smi, monkeypatch):
     nvidia_smi([card(n) for n in (1, 2, 3, 4)])
     if value is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     assert "".join(gpu.identity[-1] for gpu in this_machine().gpus) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("9", "there is no GPU 9 here, and CUDA shows none; there are: 0, 1, 2, 3"),
+        ("1,9,0", "there is no GPU 9 here, and CUDA shows those before it alone; there are: 0, 1, 2, 3"),
+        ("all", "there is no GPU all here, and CUDA shows none"),
+        ("GPU-2,1", "numbers and UUIDs don't mix, and CUDA shows those before it alone"),
+        ("2,2", "names a GPU twice, and CUDA then shows none; name each once"),
+        ("", "CUDA_VISIBLE_DEVICES= shows no GPU: try tiny_qlora with --profile cpu_2proc"),
+        ("-1", "CUDA_VISIBLE_DEVICES=-1 shows no GPU"),
+    ],
+)
+def test_gpus_that_are_asked_for_and_not_there_are_refused(value, said, nvidia_smi, monkeypatch):
+    """CUDA shows those before them alone, without a word: fewer would train than were meant."""
+    nvidia_smi([card(n) for n in (1, 2, 3, 4)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    for command in (["plan", "llama3_8b_qlora"], ["train", "llama3_8b_qlora", "--dry-run"]):
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.output
+    [finding] = doctor._gpus()
+    assert finding.name == "GPUs" and finding.good is False
+    assert finding.text in done.stderr or finding.fix == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_hidden_gpus_do_not_stop_what_is_planned_elsewhere(nvidia_smi, monkeypatch):
+    nvidia_smi([card(1)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    assert CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--gpu", "RTX 4090"]).exit_code == 0
 
 
 LISTED = """\
@@ -189,9 +221,7 @@ def test_gpus_without_bf16_are_refused_in_plan_doctor_and_train_with_what_to_do(
     nvidia_smi([card(1), card(2, name=name, compute_cap=capability)])
     with pytest.raises(UsageError, match=r"leave it out: CUDA_VISIBLE_DEVICES=0$"):
         find("llama3_8b_qlora", (), this_machine())
-    from fitune.launching.doctor import _gpus
-
-    bad = [finding for finding in _gpus() if finding.good is False and finding.name == "bf16"]
+    bad = [finding for finding in doctor._gpus() if finding.good is False and finding.name == "bf16"]
     assert bad and bad[0].fix == "leave it out: CUDA_VISIBLE_DEVICES=0"
 
 
@@ -291,8 +321,6 @@ def test_an_unknown_gpu_has_a_typical_ones_rates_to_choose_by():
 
 
 def test_doctor_times_the_disk_that_runs_are_saved_on(tmp_path, monkeypatch):
-    from fitune.launching import doctor
-
     clock = iter([0.0, 0.1, 0.0, 2.0])
     monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     fast = doctor._disk_speed(tmp_path)
@@ -326,8 +354,6 @@ def test_too_little_shared_memory_is_seen_by_doctor_and_told_before_ranks_of_one
 
 
 def test_doctor_counts_gpus_that_are_alike(nvidia_smi):
-    from fitune.launching.doctor import _gpus
-
     nvidia_smi([card(1), card(2), card(3, name="NVIDIA L4")])
-    text = _gpus()[0].text
+    text = doctor._gpus()[0].text
     assert text.startswith("2 x NVIDIA ") and text.count(";") == 1 and "; NVIDIA L4, " in text

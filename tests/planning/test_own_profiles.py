@@ -75,7 +75,7 @@ def test_all_and_the_nearest_change_that_fits_have_them(mine):
     shutil.copytree(mine / "cards", mine / "other")
     text = PROFILE.replace("gpu_memory_gib: 24", "gpu_memory_gib: 23.5").replace("{8b: [qlora]}", "{any: [qlora]}")
     (mine / "other/two.yaml").write_text(text)
-    words = ["llama3_8b_qlora", "--gpus", "2", "--gpu-memory", "23.6", "--host-memory", "64"]
+    words = ["llama3_8b_qlora", "--profile", "cards/two.yaml"]
     words += ["--set", "profile.micro_batch=4", "--set", "profile.kept_layers=32"]
     assert "or   --profile other/two.yaml" in _plan(*words, "--profiles", "other").stdout
     assert "other/two.yaml" not in _plan(*words).stdout

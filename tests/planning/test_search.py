@@ -48,7 +48,12 @@ def test_the_line_names_the_choice_and_the_runner_up():
     found = find("llama3_70b_qlora", (), given_machine(4, 24, 64))
     line = found.in_one_line()
     assert "\n" not in line and line.startswith("plan chose 4 GPUs, weights on the GPUs, 1 row a pass, ")
-    assert "; next best: 4 GPUs, weights in RAM, " in line and line.endswith(" s a step")
+    assert "; next best: 4 GPUs, weights in RAM, " in line
+    assert line.endswith(" s a step (too little faster for the RAM it takes)")
+    slower = find("llama3_8b_qlora", (), given_machine(2, 80, 256)).in_one_line()
+    assert "; next best: 1 GPU, " in slower and slower.endswith(" s a step")
+    states = find("llama3_8b_full", (), given_machine(2, 80, 256)).in_one_line()
+    assert states.endswith(" s a step (small states round more)")
 
 
 def test_what_is_given_of_the_profile_stays():
@@ -70,6 +75,32 @@ def test_what_fits_nowhere_is_refused_with_what_comes_closest():
         find("llama3_70b_qlora", (), given_machine(1, 3, 64))
     with pytest.raises(UsageError, match=r"there is no GPU here: .* `plan` for another machine, as with --gpus 1"):
         find("llama3_8b_qlora", (), Machine((), 64, 60))
+
+
+def test_what_fits_nowhere_is_refused_with_what_would_fit():
+    """Each proposal is tried: it fits."""
+    small, ram = given_machine(1, 8, 256), given_machine(1, 24, 32)
+    with pytest.raises(UsageError, match=r"; what fits: --set max_length=2752 or the recipe llama3_70b_qlora$"):
+        find("llama3_70b_lora", (), small)
+    assert find("llama3_70b_lora", ("max_length=2752",), small).plan.fits
+    assert find("llama3_70b_qlora", (), small).plan.fits
+    with pytest.raises(UsageError, match=r"of 64\.0, [\d.]+ too little; what fits: the recipe llama3_70b_qlora$"):
+        find("llama3_70b_full", ("profile.optimizer_state=fp32",), given_machine(2, 24, 64))
+    with pytest.raises(UsageError, match=r"host RAM: needs 42\.3 GiB of 32\.0, 10\.3 too little$"):
+        find("llama3_70b_qlora", (), ram)
+    with pytest.raises(UsageError, match=r"what fits: --set profile.micro_batch=2 or"):
+        find("llama3_8b_qlora", ("profile.micro_batch=8", "profile.kept_layers=32"), given_machine(1, 24, 64))
+    taken = Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 2),), 64, 60)
+    with pytest.raises(UsageError, match=r"not fit 1 GPU with 2\.0 GiB free \(of 24\.0, others use the rest\) and"):
+        find("llama3_8b_qlora", (), taken)
+
+
+def test_plan_searches_for_a_machine_that_is_given_as_for_this_one():
+    """Weights in RAM are found without a word of them; --find lists what else was tried."""
+    flags = ["plan", "llama3_70b_qlora", "--gpus", "1", "--gpu-memory", "24", "--host-memory", "64"]
+    planned, with_all = (CliRunner().invoke(cli, [*flags, *more]).output for more in ([], ["--find"]))
+    assert "fits\n" in planned and "chosen      1 GPU, weights in RAM" in planned and "tried, the best" not in planned
+    assert planned.splitlines()[:8] == with_all.splitlines()[:8] and "tried, the best of each kind" in with_all
 
 
 def test_without_gpus_a_tiny_model_gets_the_profile_of_the_cpu(tmp_path):

@@ -10,14 +10,17 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import find_shape
+from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import given_machine
+from fitune.planning.machine import Machine
 from fitune.planning.memory import checkpoint_copy, gpu_peak, host_peak
 from fitune.planning.plan import setup_of
-from fitune.planning.search import all_on_the_gpus, find
+from fitune.planning.search import find
 from fitune.planning.step_time import step_seconds
+from fitune.planning.words import ON_GPUS, places
 
 H100 = gpu_model("H100")
 
@@ -25,8 +28,18 @@ H100 = gpu_model("H100")
 def _setup(recipe: str, *sets: str, gpus: int = 8, machines: int = 2, gib: float = 80, host: float = 1024):
     """Of a run on all GPUs with one row a pass and no layer kept."""
     sets = ("profile.micro_batch=1", "profile.kept_layers=0", *sets)
-    run = all_on_the_gpus(recipe, sets, given_machine(gpus, gib, host), H100, machines=machines)
+    run = _all_on_the_gpus(recipe, sets, given_machine(gpus, gib, host), machines)
     return setup_of(run, find_shape(run.recipe.base.model))
+
+
+def _all_on_the_gpus(recipe: str, sets: tuple[str, ...], machine: Machine, machines: int) -> Run:
+    """Of what a search tries, the run on all GPUs with nothing in RAM."""
+    found = find(recipe, sets, machine, H100, machines=machines)
+    everywhere = len(machine.gpus) * machines
+    plans = [plan for plan in (found.plan, *found.tried) if plan.setup.ranks == everywhere]
+    return next(
+        plan.run for plan in plans if places(plan)[0] == ON_GPUS and len(places(plan)) == 1 + plan.setup.small_states
+    )
 
 
 @pytest.mark.parametrize("recipe", ["llama3_70b_qlora", "llama3_70b_lora", "llama3_8b_full"])
@@ -75,7 +88,7 @@ def test_the_network_between_machines_is_crossed_once_a_step_by_gradients_on_the
 def test_auto_is_hybrid_for_adapters_wherever_it_fits(recipe):
     assert find(recipe, (), given_machine(8, 80, 512), H100, machines=2).plan.setup.replicas == 2
     sets = ("profile.embedding_offload=false", "profile.micro_batch=1")
-    tight = all_on_the_gpus("llama3_70b_lora", sets, given_machine(2, 80, 512), H100, machines=2)
+    tight = _all_on_the_gpus("llama3_70b_lora", sets, given_machine(2, 80, 512), machines=2)
     assert tight.profile.hybrid_sharding is False  # 131 GiB of weights on two cards
 
 
