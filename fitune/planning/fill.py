@@ -1,8 +1,8 @@
 """Fills the GPUs: for what a profile leaves to `plan`, the rows a pass and kept layers with the shortest step.
 
 More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times; both take memory. Each
-number of rows is tried with as many kept layers as fit beside it. Where there are several machines, that is done with
-and without hybrid sharding.
+number of rows is tried with as many kept layers as fit beside it, and the fewest that are as fast as the fastest are
+taken. Where there are several machines, that is done with and without hybrid sharding.
 """
 
 import math
@@ -20,6 +20,9 @@ from fitune.planning.limits import Limits, limits_of, limits_to_fill
 from fitune.planning.plan import ERROR, setup_of, verdicts
 from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
+
+AS_FAST = 0.02
+"Of a step's seconds: for less, no more rows a pass are taken."
 
 
 def resolve(
@@ -78,8 +81,15 @@ def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]
     if not choices:
         return run.model_copy(update={"left_to_plan": ()})
-    best = min(choices, key=lambda choice: (step_seconds(choice, gpu)["total"], choice.micro_batch))
+    best = _fewest_rows(choices, gpu)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
+
+
+def _fewest_rows(choices: list[Setup], gpu: GpuModel) -> Setup:
+    """Of the choices that are as fast as the fastest, the one with the fewest rows a pass."""
+    seconds = [step_seconds(choice, gpu)["total"] for choice in choices]
+    as_fast = [choice for choice, took in zip(choices, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
+    return min(as_fast, key=lambda choice: choice.micro_batch)
 
 
 def with_room_for_error(limits: Limits) -> Limits:

@@ -23,6 +23,12 @@ HOST_GB_S = 25
 """What clipping and AdamW reach in a machine's RAM where weights are offloaded: 13 s for 8B."""
 HOST_ADDING_GB_S = 1.2
 """Adding gradients to those that wait in host RAM, which FSDP copies there first: 27 s for 8B."""
+COLLECTIVE_TRAFFIC = 4
+"""Bytes of GPU memory that a collective reads and writes for each that a rank receives, with what it costs products to
+share their processors with it: 13.7 s for 70B in full on four H200s, benchmarks/results/full-70b-4xh200-*.json."""
+SMALL_STEP_SHARE = 0.18
+"""What the step of small optimizer states reaches of a GPU's bandwidth: it draws, and looks for codes, for each number.
+0.13 to 0.2 s for 8B (full-8b-cards-*.json), 0.3 s for a quarter of 70B."""
 MACHINE_NETWORK_GB_S = 12.5
 """Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
 
@@ -39,6 +45,7 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "network": _network_seconds(s, model, network_gb_s),
     }
     optimizer_gb_s = HOST_GB_S * s.machines / s.ranks if s.offload else model.memory_gb_s
+    optimizer_gb_s *= SMALL_STEP_SHARE if s.small_states and not s.offload else 1
     one_after_the_other = {
         "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
         "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
@@ -63,7 +70,7 @@ def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     layers = _layer_flops(s) / (FP8_SPEEDUP if s.fp8 else 1)
     products = (layers + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
     products += _attention_flops(s) / (model.bf16_tflops * 1e12 * ATTENTION_EFFICIENCY)
-    return products + _memory_bytes(s) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+    return products + (_memory_bytes(s) + _sharding_bytes(s)) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
 
 def _layer_passes(s: Setup) -> float:
@@ -72,9 +79,15 @@ def _layer_passes(s: Setup) -> float:
 
 
 def _layer_flops(s: Setup) -> float:
-    """Of one rank and micro batch: 2 per weight of the layers and token, for each pass."""
-    passes = _layer_passes(s) + s.full  # the gradients of trained weights are as much as a pass
-    return 2 * s.tokens * s.shape.layers * s.shape.layer_linear_weights * passes
+    """Of one rank and micro batch: 2 per weight of the layers and token, for each pass.
+
+    What is computed again ends before down_proj, whose result the backward pass does not need. With adapters the rest
+    of that pass, norms, dropout and their small products, takes what down_proj would.
+    """
+    weights, (rows, columns) = s.shape.layer_linear_weights, s.shape.linears["down_proj"]
+    passes = 2 + s.full  # the gradients of trained weights are as much as a pass
+    again = weights - rows * columns * s.full
+    return 2 * s.tokens * (s.shape.layers * weights * passes + s.recomputed_layers * again)
 
 
 def _head_flops(s: Setup) -> float:
@@ -103,6 +116,23 @@ def _memory_bytes(s: Setup) -> float:
     elif s.method == "qlora":
         dequantised = weights * (NF4 + BF16)
     return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised + rounded)
+
+
+def _sharding_bytes(s: Setup) -> float:
+    """Of one rank and micro batch, in its own memory: what FSDP and its collectives read and write around the products.
+
+    Gathered weights are copied out of the buffer they arrive in; one rank casts its float32 weights. Gradients are
+    copied into float32, reduced, and added to those of earlier passes.
+    """
+    several = s.shards > 1
+    if not (several or s.reduced):
+        return 0.0
+    layers, gathers = s.shape.layers * s.gathered_layer, 2 if s.reshard else 1
+    read = 1 if several else s.trained / s.compute
+    copied = (gathers * layers + s.gathered_head + s.gathered_head * (not s.one_embedding)) * (read + 1)
+    copied += s.trainable * (s.compute + FP32) * s.full
+    added = s.trainable / s.shards * (FP32 + 2 * s.trained) * (s.accumulation > 1) * s.full
+    return copied + added + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
 
 
 def _host_bytes(s: Setup) -> float:

@@ -1,16 +1,13 @@
 """Every measured run in benchmarks/results/ is a test of `plan`: GPU within 5 %, host RAM 10 %, time 15 or 25 %."""
 
-import json
 from statistics import median
 
 import pytest
 
 from benchmarks import accuracy
-from fitune.config.model_shapes import find_shape
-from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import gpu_peak, host_peak
-from fitune.planning.plan import ERROR, TIME_ERROR, setup_of
+from fitune.planning.plan import ERROR, TIME_ERROR
 from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
 
@@ -55,25 +52,22 @@ def test_time_is_predicted(entry):
     assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
 
 
-SMALL_STATES = {
-    name: run
-    for file in ("full-8b-cards-h200-2026-11-27.json", "full-70b-4xh200-2026-11-27.json")
-    for name, run in json.loads((accuracy.ROOT / "benchmarks" / "results" / file).read_text("utf-8"))["runs"].items()
-}
-"All on H200s."
+FULL_RUNS = accuracy.full_runs()
 
 
-@pytest.mark.parametrize("run", SMALL_STATES.values(), ids=list(SMALL_STATES))
-def test_full_training_with_small_states_is_predicted(run):
-    sets = (
-        run["set"] | {f"profile.{key}": run[key] for key in ("micro_batch", "kept_layers")} | {"global_batch_size": 16}
-    )
-    recipe = run.get("recipe", "llama3_8b_full")
-    resolved = resolve(recipe, run["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
-    setup = setup_of(resolved, find_shape(resolved.recipe.base.model))
-    assert gpu_peak(setup).allocated / GIB == pytest.approx(run["peak_allocated_gib"], rel=ERROR)
-    total, tolerance = step_seconds(setup, gpu_model("NVIDIA H200"))["total"], TIME_ERROR if setup.ranks == 1 else 0.25
-    assert total == pytest.approx(median(run["step_seconds"]), rel=tolerance)
+@pytest.mark.parametrize("entry", FULL_RUNS, ids=lambda entry: f"{entry['name']}-{entry['date']}")
+def test_full_training_on_cards_of_given_sizes_is_predicted(entry):
+    setup = accuracy.setup_of_full_run(entry)
+    assert gpu_peak(setup).allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
+    seconds = step_seconds(setup, gpu_model(entry["gpu_name"]))["total"]
+    assert seconds == pytest.approx(median(entry["step_seconds"]), rel=TIME_ERROR)
+
+
+def test_seventy_billion_in_full_on_four_gpus_take_as_long_as_planned():
+    """Measured: 13.7 s. Without what collectives and the copies around them cost, `plan` said 11.3."""
+    entry = next(entry for entry in FULL_RUNS if entry["name"] == "four_h200")
+    setup, gpu = accuracy.setup_of_full_run(entry), gpu_model(entry["gpu_name"])
+    assert step_seconds(setup, gpu)["total"] == pytest.approx(median(entry["step_seconds"]), rel=0.05)
 
 
 def test_the_published_errors_are_these():
