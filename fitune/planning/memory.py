@@ -68,7 +68,8 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     return {
         "load": {**resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
         "forward, gathering the head": {
-            **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state},
+            **before, **layers_in_forward, **gathering, "kept activations": kept, "hidden states": s.hidden_state,
+            "leaving gradients": s.leaving_head_gradient * (s.accumulation > 1)},  # the embedding's, of the pass before
         "forward, loss": {
             **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy, "kept activations": kept,
             "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},

@@ -50,6 +50,14 @@ class AdamW8bit(torch.optim.Optimizer):
         if offloaded:
             self._host = HostGradients(offloaded)
 
+    def let_gradients_go(self) -> None:
+        """With `offload`: those of the pass before leave the GPU, the last of which is the embedding's, 1 GiB of 8B.
+
+        For a moment when they are in host RAM anyway: what computes next waits for them.
+        """
+        if self._host:
+            self._host.let_go()
+
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
         """The gradients' norm over all ranks, float32; the next step scales them down to `max_norm` if it is larger.

@@ -106,7 +106,7 @@ class HostGradients:
             copied = self._written[parameter] = ring.event()
         if copied:
             self._leaving.append(_Leaving(gradient, copied))
-            self._let_go()
+            self._keep_few()
 
     def _add(self, gradient: torch.Tensor, host: torch.Tensor) -> None:
         """gradient += host, flat, piece by piece through the ring."""
@@ -119,15 +119,19 @@ class HostGradients:
                 there.add_(slot.gradient[: len(arriving)])
                 slot.free = self.ring.event()
 
-    def _let_go(self) -> None:
+    def _keep_few(self) -> None:
         """Frees the oldest gradients beyond IN_FLIGHT_BYTES; what computes next waits until they are copied."""
         while len(self._leaving) > 1 and sum(one.gradient.nbytes for one in self._leaving) > IN_FLIGHT_BYTES:
             self.ring.wait(self._leaving.popleft().copied)
 
-    def arrive(self) -> None:
-        """What is queued from now on, on any stream, finds all gradients in host RAM."""
+    def let_go(self) -> None:
+        """Frees all gradients on the GPU; what computes next waits until they are copied."""
         while self._leaving:
             self.ring.wait(self._leaving.popleft().copied)
+
+    def arrive(self) -> None:
+        """What is queued from now on, on any stream, finds all gradients in host RAM."""
+        self.let_go()
         for event in self._written.values():
             self.ring.wait(event)
             with self.ring.inwards():

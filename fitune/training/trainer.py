@@ -85,6 +85,8 @@ class ShardedSFTTrainer(SFTTrainer):
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
+        if run.profile.optimizer_offload:
+            decoder(self.model).model.register_forward_hook(self._before_the_loss)
         alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # Trainer's own noise depends on the rank
         self.noise = EmbeddingNoise(decoder(self.model).model.embed_tokens, alpha) if alpha else None
         batch, pad = run.recipe.global_batch_size, self.processing_class.pad_token_id
@@ -125,6 +127,11 @@ class ShardedSFTTrainer(SFTTrainer):
             model.set_requires_gradient_sync(is_last)
         elif self.run.replicas > 1 and not (full and leave_the_gpu):
             model.set_requires_all_reduce(is_last)
+
+    def _before_the_loss(self, *_) -> None:
+        """Memory is shortest while the loss goes backward; the layers' forward has hidden what was on its way out."""
+        if self.model.training:
+            self.optimizer.optimizer.let_gradients_go()  # inside accelerate's wrapper
 
     def _with_random_numbers(self, inputs: dict) -> dict:
         """What dropout and noise draw in this pass, the same wherever its examples lie."""

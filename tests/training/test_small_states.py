@@ -11,10 +11,11 @@ import pytest
 import torch
 from ranks import run_ranks, train_here
 from safetensors.torch import load_file
+from trl.kernels import ChunkedLogProbFunction
 
 from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
-from fitune.training import host_states
+from fitune.training import adamw_8bit, host_states, loss
 from fitune.weights.safetensors_files import Checkpoint
 
 STEPS, SAVED = 8, 4
@@ -104,6 +105,39 @@ def test_states_and_gradients_in_host_ram_train_the_same_and_resume_without_it(u
     back = back.model_copy(update={"profile": run.profile.model_copy(update={"optimizer_offload": False})})
     run_ranks(train_here, 2, back)
     assert (_curve(back), _curve(back, "grad_norm")) == curves[True]
+
+
+def _train_while_gradients_leave(run) -> None:
+    """As on a GPU, where a gradient stays until the event of its copy has been waited for."""
+    at_the_loss, freed, kept = [], [], []
+
+    class Watched(host_states.HostGradients):
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            kept.append(self)
+
+        def let_go(self):
+            freed.append(len(self._leaving))
+            super().let_go()
+
+    class Loss:
+        @staticmethod
+        def apply(*args):
+            at_the_loss.append(sum(len(gradients._leaving) for gradients in kept))
+            return ChunkedLogProbFunction.apply(*args)
+
+    host_states.Ring.event, host_states.Ring.wait = lambda ring: object(), lambda ring, event: None
+    adamw_8bit.HostGradients, loss.ChunkedLogProbFunction = Watched, Loss
+    train_here(run)
+    assert len(at_the_loss) == STEPS * run.gradient_accumulation_steps and not any(at_the_loss)
+    assert sum(map(bool, freed)) >= STEPS, "none was on its way: this shows nothing"
+
+
+def test_no_gradient_of_the_pass_before_lies_on_the_gpu_while_the_loss_is_computed(tiny_base, make_run, tmp_path):
+    options = OPTIONS | {"optimizer_offload": True, "training": TRAINING | {"save_strategy": "no"}}
+    run = make_run(tiny_base, tmp_path / "run", "full", processes=1, **options)
+    assert run.gradient_accumulation_steps > 1
+    run_ranks(_train_while_gradients_leave, 1, run)
 
 
 def test_it_learns_what_float32_learns(uneven_base, make_run, tmp_path):
