@@ -257,6 +257,13 @@ def train(recipe, profile, sets, output, **options):
     show_default=True,
     help="After so many the job is ended; it goes on in the next.",
 )
+@click.option("--cpus", metavar="N", type=click.IntRange(min=1), help="Cores of each node. [default: two for each GPU]")
+@click.option(
+    "--memory",
+    metavar="GIB",
+    type=click.IntRange(min=1),
+    help="RAM of each node. [default: what `plan` says with --profile, else the scheduler's]",
+)
 @click.option("--bucket", metavar="URL", help="Storage that SkyPilot mounts for checkpoints, such as s3://mine.")
 @click.option("--partition", metavar="NAME", help="Slurm's partition.")
 @click.option("--dry-run", is_flag=True, help="Write the job file and print it, hand nothing over.")

@@ -38,6 +38,10 @@ class Job:
     "The folder of prepared rows."
     hours: float
     "The longest time of one start."
+    cpus: int | None
+    "Cores of each node; None: as many as the scheduler gives."
+    memory: int | None
+    "RAM of each node in GiB; None: as much as the scheduler gives."
     setup: str = ""
     "A command that puts `fitune` in PATH, such as `source .venv/bin/activate`."
     gpu: str | None = None
@@ -93,6 +97,7 @@ def sbatch_script(job: Job) -> str:
     minutes = round(job.hours * 60)
     options = {
         "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": 1, "gpus-per-node": job.gpus or None,
+        "cpus-per-task": job.cpus, "mem": job.memory and f"{job.memory}G",
         "partition": job.partition, "time": f"{minutes // 60}:{minutes % 60:02d}:00",
         "signal": f"TERM@{SAVE_SECONDS}", "output": f"{job.output}-slurm.log", "open-mode": "append",
     }  # fmt: skip
@@ -113,9 +118,10 @@ def sbatch_script(job: Job) -> str:
             'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             "export PORT=$((20000 + SLURM_JOB_ID % 10000))",
         ]
+    cores = f" --cpus-per-task={job.cpus}" if job.cpus else ""  # srun does not take it from the job, since 22.05
     command = f'exec fitune train "$@"{job.place("$SLURM_NODEID", "$HEAD", "$PORT")}'
     lines += [
-        f"srun --wait={OTHERS_SECONDS} bash -c '{command}' fitune \"$@\"",
+        f"srun --wait={OTHERS_SECONDS}{cores} bash -c '{command}' fitune \"$@\"",
         "code=$?",
         f"# {INTERRUPTED}: told to stop, and saved. Slurm starts the job again, which then goes on",
         f'{_was_interrupted(job)} && scontrol requeue "$SLURM_JOB_ID"',
@@ -142,6 +148,8 @@ def skypilot_task(job: Job) -> dict:
     lines = ["set -e", job.prepare, *job.arguments(output), f'fitune train "$@"{place}']
     resources = {
         **({"accelerators": f"{job.gpu}:{job.gpus}"} if job.gpus else {}),
+        **({"cpus": f"{job.cpus}+"} if job.cpus else {}),
+        **({"memory": f"{job.memory}+"} if job.memory else {}),
         **({"image_id": f"docker:{job.image}"} if job.image else {}),
         "use_spot": True,
         "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": [INTERRUPTED]},
@@ -164,6 +172,9 @@ def kubernetes_jobset(job: Job) -> dict:
     prepare = f"flock {shlex.quote(job.prepared.rstrip('/') + '.lock')} bash -c {shlex.quote(job.prepare)}"
     lines = ["set -e", *job.set_up, f"mkdir -p {shlex.quote(str(Path(job.prepared).parent))}"]
     lines += [prepare, *job.arguments(job.output), f'exec fitune train "$@"{place}']
+    requests = {**({"cpu": job.cpus} if job.cpus else {}), **({"memory": f"{job.memory}Gi"} if job.memory else {})}
+    limits = {"nvidia.com/gpu": job.gpus} if job.gpus else {}
+    resources = {**({"requests": requests} if requests else {}), **({"limits": limits} if limits else {})}
     token = {"secretKeyRef": {"name": "hf-token", "key": "token", "optional": True}}
     container = {
         "name": "fitune",
@@ -171,7 +182,7 @@ def kubernetes_jobset(job: Job) -> dict:
         "command": ["bash", "-c", "\n".join(lines) + "\n"],
         "workingDir": "/data",
         "env": [{"name": "HF_TOKEN", "valueFrom": token}],
-        **({"resources": {"limits": {"nvidia.com/gpu": job.gpus}}} if job.gpus else {}),
+        **({"resources": resources} if resources else {}),
         "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     pod = {

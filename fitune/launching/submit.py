@@ -1,9 +1,11 @@
 """`fitune submit`: writes the job file of a scheduler and hands it over. No scheduler of our own."""
 
+import math
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,16 @@ from fitune.config import run as runs
 from fitune.config.shipped import name_of
 from fitune.errors import FituneError, UsageError
 from fitune.launching.job import Job, kubernetes_jobset, sbatch_script, skypilot_task
+from fitune.planning.fill import resolve
+from fitune.planning.limits import limits_of
+from fitune.planning.plan import make_plan
+from fitune.planning.sizes import GIB
+
+CORES_OF_A_GPU = 2
+"One for its rank's Python, one for what loads, saves and prepares. Slurm gives a job one core unless it is asked."
+LEAST_MEMORY = 8
+"GiB: `prepare` and a few processes."
+MEMORY_ROOM = 1.2
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,22 @@ def _job(
         gpus = 0 if accelerate.use_cpu else accelerate.num_processes // nodes
     elif gpus is None:
         raise UsageError("give --gpus, the GPUs of each node, or a --profile that says so")
+    options |= {"cpus": options["cpus"] or CORES_OF_A_GPU * gpus or None}
+    options |= {"memory": options["memory"] or _needed_memory(recipe, profile, sets)}
     name = re.sub(r"[^a-z0-9]+", "-", f"fitune-{stem}".lower()).strip("-")
     folder = output or f"runs/{stem}-{hardware}"
     return Job(name, recipe, profile, sets, nodes, gpus, folder, loaded.data.prepared, **options)
+
+
+def _needed_memory(recipe: str, profile: str | None, sets: tuple[str, ...]) -> int | None:
+    """GiB of RAM of a node, with room for what the prediction may be off; None where `plan` cannot say."""
+    if not profile:
+        return None  # what is kept in RAM is decided on the nodes
+    with suppress(UsageError):  # a model whose sizes are not known here
+        run = resolve(recipe, profile, sets)
+        plan = make_plan(run, limits_of(run))
+        return max(LEAST_MEMORY, math.ceil(MEMORY_ROOM * sum(plan.host[plan.host_phase].values()) / GIB))
+    return None
 
 
 def _hand_over(engine: Scheduler, file: Path) -> str:

@@ -88,6 +88,8 @@ class Found:
         if not self.idle:
             return None
         is_idle = f"{self.idle} of {self.gpus} GPUs {'stay' if self.idle > 1 else 'stays'} idle"
+        if self.plan.setup.machines > 1 and self.plan.setup.ranks <= self.gpus // self.plan.setup.machines:
+            return f"{is_idle}: one machine has as many as are used, and no network between them: leave out --machines"
         more = [plan for plan in self.tried if plan.setup.ranks > self.plan.setup.ranks]
         if not more:
             return is_idle

@@ -43,7 +43,7 @@ FAKE = """\
 #!/bin/bash
 echo "$(basename "$0") $*" >> "$LOG"
 case "$(basename "$0") $1" in
-  "srun "*) shift; exec "$@";;
+  "srun "*) while [[ $1 == --* ]]; do shift; done; exec "$@";;
   "scontrol show") echo first; echo second;;
   "fitune prepare") mkdir -p data/no_robots; touch data/no_robots/train.jsonl;;
   "fitune train") mkdir -p runs/job /outputs-of-test 2>/dev/null; touch runs/job/run.yaml; exit ${CODE:-0};;
@@ -149,9 +149,28 @@ def test_slurm_lets_all_nodes_save_when_the_first_has_ended(submit):
 def test_slurm_is_asked_for_nodes_gpus_time_and_a_signal_in_time(submit):
     flags = ("--nodes", "2", "--gpus", "4", "--hours", "1.5", "--partition", "gpu")
     text = submit("slurm", "--dry-run", *flags).stdout
-    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=1:30:00", "--signal=TERM@600",
-                 "--requeue", "--partition=gpu", "--open-mode=append"):  # fmt: skip
+    assert "--cpus-per-task=8 bash" in text and "--mem" not in text
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=8", "--time=1:30:00",
+                 "--signal=TERM@600", "--requeue", "--partition=gpu", "--open-mode=append"):  # fmt: skip
         assert f"#SBATCH {line}\n" in text
+
+
+def test_cores_and_ram_are_asked_for(submit):
+    """Slurm gives a job one core and little RAM unless it is asked, and the run is held to them."""
+    planned = ("--dry-run", "--profile", "fsdp_4x24gb")
+    offloaded = ("--dry-run", "--profile", "single_gpu_8gb", "--memory", "20", "--cpus", "6")
+    text = submit("slurm", *planned).stdout
+    assert "#SBATCH --cpus-per-task=8\n" in text and "#SBATCH --mem=12G\n" in text
+    text = submit("slurm", *offloaded).stdout
+    assert "#SBATCH --cpus-per-task=6\n" in text and "#SBATCH --mem=20G\n" in text
+    resources = yaml.safe_load(submit("skypilot", *planned, *WANTED["skypilot"]).stdout)["resources"]
+    assert (resources["cpus"], resources["memory"]) == ("8+", "12+")
+    job = yaml.safe_load(submit("kubernetes", *planned, *WANTED["kubernetes"]).stdout)
+    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    wanted = {"requests": {"cpu": 8, "memory": "12Gi"}, "limits": {"nvidia.com/gpu": 4}}
+    assert pod["containers"][0]["resources"] == wanted
+    unknown = submit("slurm", *planned, "--set", "base.model=nobody/knows").stdout
+    assert "#SBATCH --cpus-per-task=8\n" in unknown and "--mem" not in unknown
 
 
 def test_skypilot_keeps_checkpoints_where_they_outlive_the_machine(submit):

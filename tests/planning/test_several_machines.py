@@ -113,6 +113,17 @@ def test_plan_says_what_the_network_costs_and_what_lowers_it():
     assert small in lines[start + 2]
 
 
+def test_machines_that_are_not_needed_are_named():
+    """Eight rows are one for each of eight GPUs: the second machine adds a network and nothing else."""
+    machine = given_machine(8, 80, 512)
+    idle = find("llama3_70b_qlora", (), machine, H100, machines=2).why_idle()
+    assert idle == (
+        "8 of 16 GPUs stay idle: one machine has as many as are used, and no network between them: leave out --machines"
+    )
+    more_rows = find("llama3_70b_qlora", ("global_batch_size=16",), machine, H100, machines=2)
+    assert more_rows.idle == 0 and more_rows.why_idle() is None
+
+
 def test_plan_for_as_many_machines_as_are_given():
     flags = ["--gpus", "8", "--gpu", "H100", "--machines", "2", "--host-memory", "512", "--find", "--json"]
     done = CliRunner().invoke(cli, ["plan", "llama3_70b_qlora", *flags])

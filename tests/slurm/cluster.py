@@ -82,7 +82,7 @@ class Cluster:
         hosts.write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
         subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
         nodes = "\n".join(
-            f"NodeName={node} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=1 RealMemory=1000 State=UNKNOWN"
+            f"NodeName={node} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=1 RealMemory=9000 State=UNKNOWN"
             for node in NODES
         )
         (self.folder / "slurm.conf").write_text(

@@ -60,6 +60,7 @@ class Jobs:
         flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
         profile, path = self.folder / "two_machines.yaml", self.folder / "bin"
         words = ["submit", "tiny_qlora", "--on", "slurm", "--nodes", "2", "--profile", str(profile), "--hours", "1"]
+        words += ["--cpus", "1"]
         words += ["--setup", f"export PATH={path}:$PATH GLOO_SOCKET_IFNAME=lo{then}"]
         done = subprocess.run(
             [sys.executable, "cli.py", *words, "--output", str(run), *flags],
