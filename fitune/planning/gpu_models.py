@@ -70,10 +70,14 @@ GPU_MODELS = [
     _card("H100 NVL", 9.0, 835, 3938, 93.6, "NVIDIA H100 data sheet (NVL)", 64, 300),
     _card("H100 PCIe", 9.0, 756, 2000, 79.6, "NVIDIA H100 data sheet (PCIe)", 64),
     _card("H100", 9.0, 989, 3350, 79.6, "NVIDIA H100 data sheet (SXM)", 64, 450),
+    _card("H800 PCIe", 9.0, 756, 2000, 79.6, "NVIDIA H800 PCIe: the H100 PCIe", 64),
     _card("H800", 9.0, 989, 3350, 79.6, "NVIDIA H800: an H100 with NVLink of 400 GB/s", 64, 200),
     _card("H20", 9.0, 148, 4000, 95.6, "NVIDIA H20 data sheet", 64, 450),
+    _card("A100 80GB PCIe", 8.0, 312, 1935, 80, "NVIDIA A100 data sheet (PCIe, 80 GB)"),
+    _card("A100-SXM4-40GB", 8.0, 312, 1555, 40, "NVIDIA A100 data sheet (SXM, 40 GB)", 32, 300),
     _card("A100-PCIE", 8.0, 312, 1555, (40, 80), "NVIDIA A100 data sheet (PCIe)"),
     _card("A100", 8.0, 312, 2039, (40, 80), "NVIDIA A100 data sheet (SXM, 80 GB)", 32, 300),
+    _card("A800 80GB PCIe", 8.0, 312, 1935, 80, "NVIDIA A800: the A100 80GB PCIe"),
     _card("A800", 8.0, 312, 2039, 80, "NVIDIA A800: an A100 with NVLink of 400 GB/s", 32, 200),
     _card("A30", 8.0, 165, 933, 24, "NVIDIA A30 data sheet"),
     _card("L40S", 8.9, 362, 864, 44.98, "NVIDIA L40S data sheet"),
@@ -226,7 +230,8 @@ def likely_model(memory_gib: float, name: str | None = None) -> GpuModel:
 
 def look_up(name: str) -> GpuModel | None:
     """The table's entry whose name is in `name`."""
-    return next((model for model in GPU_MODELS if _is_named(model, name.lower().replace("-", " "))), None)
+    words = re.sub(r"\brtx(?=\d)", "rtx ", name.lower().replace("-", " "))
+    return next((model for model in GPU_MODELS if _is_named(model, words)), None)
 
 
 def _is_named(model: GpuModel, words: str) -> bool:

@@ -274,6 +274,8 @@ def test_a_name_alone_knows_its_memory():
     ("name", "model"),
     [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA A100-SXM4-80GB", "A100"),
      ("NVIDIA A100-PCIE-40GB", "A100-PCIE"), ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+     ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"), ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), ("rtx4090", "RTX 4090"),
+     ("NVIDIA A800 80GB PCIe", "A800 80GB PCIe"), ("NVIDIA A800-SXM4-80GB", "A800"), ("NVIDIA H800 PCIe", "H800 PCIe"),
      ("NVIDIA A10G", "A10"), ("NVIDIA RTX A6000", "A6000"), ("h200", "H200"), ("NVIDIA L4", "L4"),
      ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
      ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER"),
@@ -287,6 +289,19 @@ def test_a_name_alone_knows_its_memory():
 )  # fmt: skip
 def test_gpu_names_are_recognised(name, model):
     assert gpu_model(name).name == model
+
+
+@pytest.mark.parametrize(
+    ("on_the_bus", "linked"),
+    [
+        ("NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "NVIDIA A100-SXM4-40GB"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_cards_on_the_bus_are_not_taken_for_those_with_nvlink(on_the_bus, linked):
+    """Weights that are gathered take ten times as long there."""
+    assert gpu_model(linked).has_nvlink and not gpu_model(on_the_bus).has_nvlink
 
 
 @pytest.mark.parametrize(
