@@ -156,8 +156,10 @@ def way_out(plan: Plan, changes: list[str]) -> str:
         return "free some space, or keep run and downloads on another disk (--output, HF_HOME)"
     if not plan.limits.gpus and plan.setup.on_gpu:
         return no_gpu()
+    without = "without --profile, `train` and `plan` find what is fastest on the GPUs that are there"
     if changes:
-        return f"nearest change that fits: {'   or   '.join(changes)}"
+        nearest = f"nearest change that fits: {'   or   '.join(changes)}"
+        return f"{nearest}; {without}" if lacks_gpus(plan) else nearest
     if lacks_gpus(plan):
-        return "without --profile, `train` and `plan` find what is fastest on the GPUs that are there"
+        return without
     return "no change of one or two settings makes it fit, nor does another profile"

@@ -102,7 +102,9 @@ class Found:
             return f"{is_idle}: with {described(other)} it is slower, {timed(other)}"
         if ratio < 1 - NO_GAIN:
             return f"{is_idle}: {described(other)} are faster by less than the prediction may be off, {timed(other)}"
-        return f"{is_idle}: a step of {rows} rows (global_batch_size) takes as long with {other.setup.ranks}"
+        as_long = f"a step of {rows} rows (global_batch_size) takes as long with {other.setup.ranks}"
+        more_rows = f"; one of {math.ceil(rows / self.gpus) * self.gpus} would use all {self.gpus}"
+        return f"{is_idle}: {as_long}{more_rows if rows % self.gpus else ''}"
 
 
 def find(

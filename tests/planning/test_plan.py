@@ -231,7 +231,7 @@ def test_what_nothing_can_fit_is_said():
 
 def test_gpus_that_are_missing_cannot_be_forced(monkeypatch):
     here = Limits(gpu=24, host=64, gpus=2)
-    instead = "nearest change that fits: --profile fsdp_offload_2x24gb"
+    instead = "nearest change that fits: --profile fsdp_offload_2x24gb; without --profile, `train` and `plan` find"
     assert f"GPUs: needs 4, has 2; {instead}" in refusal(plan_of(limits=here))
     waits = "profile.async_save=false"
     seven = plan_of("llama3_70b_full", "fsdp_full_8x80gb", waits, limits=Limits(gpu=80, host=256, gpus=7))

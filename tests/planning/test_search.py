@@ -39,6 +39,7 @@ def test_every_number_of_gpus_is_used_where_it_helps():
 def test_cards_that_stay_idle_are_named_with_the_reason():
     five = find("llama3_8b_qlora", (), given_machine(5, 24, 64))
     assert five.idle == 1 and five.why_idle().startswith("1 of 5 GPUs stays idle: a step of 8 rows (global_batch_size)")
+    assert five.why_idle().endswith(" takes as long with 5; one of 10 would use all 5")
     assert find("llama3_8b_qlora", ("global_batch_size=10",), given_machine(5, 24, 64)).idle == 0
     sixteen = find("llama3_8b_qlora", (), given_machine(16, 80, 512))
     assert sixteen.idle == 8 and sixteen.plan.run.accelerate.num_processes == 8
