@@ -16,7 +16,7 @@ from fitune.config.schema import Run
 from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import FituneError
 from fitune.export.check import not_computed
-from fitune.export.gguf_answers import Answers, ask_gguf
+from fitune.export.gguf_answers import LIKELIEST, Answers, ask_gguf
 from fitune.export.llama_cpp import INSTALL, is_installed
 from fitune.export.prompts import prompts_for
 from fitune.export.streamed_model import logits_side_by_side
@@ -27,6 +27,8 @@ TIMES_ROUNDING = 2
 "How much more llama.cpp may differ than the rounding to the file's type does, as it rounds at other places too."
 TIMES_FEW_BITS = 8
 "The same below 8 bits, whose types place their steps in ways of their own: gross damage alone is refused there."
+OF_UNRELATED = 1 / 2
+"Below 8 bits, the bound at most, of what the model's own answers differ from those at another place."
 EVERY = 4
 "After each how many tokens of a prompt llama.cpp is asked for the next."
 BLOCK = 32
@@ -43,7 +45,7 @@ class GgufComparison:
     places: int
     mean_difference: float
     bound: float
-    "TIMES_ROUNDING, or TIMES_FEW_BITS, the mean difference of the rounded model."
+    "Of the mean difference: see `_bound`."
     largest_difference: float
     same_next_token: int
 
@@ -94,7 +96,7 @@ def compare_gguf(file: Path, kind: str, model: Path, prompts: list[list[int]], a
         prompts=len(prompts),
         places=len(places),
         mean_difference=_mean(found - expected),
-        bound=(TIMES_ROUNDING if _bits(kind) >= 8 else TIMES_FEW_BITS) * _mean(of_rounded - expected),
+        bound=_bound(kind, _mean(of_rounded - expected), reference),
         largest_difference=(found - expected).abs().max().item(),
         same_next_token=sum(of_place[0] == best for of_place, best in zip(tokens, likeliest, strict=True)),
     )
@@ -113,6 +115,19 @@ def _refuse_other_answers(file: Path, answers: Answers, places: int, vocabulary:
 def _mean(difference: torch.Tensor) -> float:
     """NaN where one is."""
     return difference.abs().mean().item()
+
+
+def _bound(kind: str, of_rounding: float, reference: torch.Tensor) -> float:
+    """The mean difference that is allowed where rounding to the type alone makes `of_rounding`.
+
+    In 2 or 3 bits even steps leave nothing of a small model, so that eight times theirs would allow anything. Answers
+    that are half as far off as the model's own at another place, `reference` [places, vocabulary], are no answers.
+    """
+    if _bits(kind) >= 8:
+        return TIMES_ROUNDING * of_rounding
+    likeliest = reference.topk(min(LIKELIEST, reference.shape[1]))
+    elsewhere = reference.roll(1, 0).gather(1, likeliest.indices)
+    return min(TIMES_FEW_BITS * of_rounding, OF_UNRELATED * _mean(likeliest.values - elsewhere))
 
 
 def _log_probabilities(model: Path, kind: str, prompts, places) -> torch.Tensor:

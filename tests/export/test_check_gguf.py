@@ -105,6 +105,16 @@ def test_a_wrong_file_is_refused(model, tmp_path, monkeypatch, damage, kind):
         check_gguf({FILE: kind}, model)
 
 
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_m"])
+def test_answers_to_something_else_are_refused_however_few_the_bits(model, kind):
+    """In 2 bits this model is gone, so that eight times what rounding to them does would allow anything."""
+    right = LlamaCpp(model)
+    found = compare_gguf(FILE, kind, model, prompts(model), right.ask)
+    assert found.mean_difference < found.bound / 10
+    found = compare_gguf(FILE, kind, model, prompts(model), lambda file, asked: right.ask(file, [*asked[1:], asked[0]]))
+    assert found.mean_difference > found.bound
+
+
 def test_tokens_of_another_vocabulary_are_refused(model):
     def ask(file, beginnings):
         return [[(2048 + 7, -0.1)] for _ in beginnings]
