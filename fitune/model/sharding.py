@@ -154,6 +154,7 @@ def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:
 def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
     """Full fine-tuning gathers its weights in `compute_dtype` and adds up the ranks' gradients in float32.
 
+    No output is cast: each unit's has the dtype it computes in, and the loss, summed up in float32, must keep it.
     With a frozen base nothing is cast on the way: weights are stored as they are used, and a parameter group of mixed
     dtypes (base and float32 LoRA) is gathered as bytes, so that packed NF4 arrives bit for bit.
     """
@@ -161,7 +162,7 @@ def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPreci
     kept_as_computed = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if frozen_base or (kept_as_computed and compute_dtype == torch.float32):
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=compute_dtype)
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
 
 
 def _check_gathered_as_bytes(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from fitune.model import sharding
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import local_part, shard_group
 from fitune.model.skeleton import build_skeleton, decoder
+from fitune.training.loss import add_answer_loss, find_answers
 from fitune.training.result import as_on_disk, gather_rows
 from fitune.weights.safetensors_files import TensorSpec
 
@@ -171,6 +172,27 @@ def test_every_rank_holds_its_share_and_the_logits_are_the_unsharded_models(
                 assert_equal_but_for_rounding(found[name], value, additions, of=(case, name))
             else:  # errors of bfloat16 are no larger than when transformers and PEFT compute, chance set aside
                 assert distance(found[name], exact[name]) < 2 * distance(value, exact[name]), (case, name)
+
+
+def _sums(run) -> dict:
+    """Over the answers, as training makes them."""
+    model, _ = sharded_model(run)
+    add_answer_loss(decoder(model))
+    sums = model(TOKENS, answers=find_answers(TOKENS), use_cache=False)
+    return {"loss": sums.loss.detach(), "entropy": sums.entropy}
+
+
+@pytest.mark.parametrize("optimizer_state", ["fp32", "bf16_8bit"])
+def test_a_full_runs_loss_is_not_rounded_to_what_it_computes_in(optimizer_state, uneven_base, make_run, tmp_path):
+    """FSDP casts what a unit returns if it is told a dtype. Compared with the loss by token from the logits."""
+    options = {"mixed_precision": "bf16", "optimizer_state": optimizer_state}
+    run = make_run(uneven_base, tmp_path, "full", processes=2, **options)
+    model = LlamaForCausalLM.from_pretrained(uneven_base, dtype=torch.bfloat16)
+    logits = model(TOKENS).logits[:, :-1].double()
+    exact = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum"))
+    for found in run_ranks(_sums, 2, run):
+        assert {found[key].dtype for key in ("loss", "entropy")} == {torch.float32}
+        assert float(found["loss"]) == pytest.approx(exact, rel=5e-4), "bf16 rounds by up to 2e-3"
 
 
 def _gathers(run) -> dict:
