@@ -26,6 +26,8 @@ from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_si
 FOLDER = "machines"
 APPEARS_WITHIN_SECONDS = 600
 "How long a machine is waited for before it has shown itself at all."
+NO_RESTART_SECONDS = 5
+"Machine 0 that is started again takes away what it had left before it shows itself: silent for so long is gone."
 
 
 def check_machine_flags(
@@ -111,12 +113,13 @@ class Machines:
         Raises FituneError naming those that don't answer.
         """
         self._show(ready=True)
-        began, told = time.monotonic(), 0.0
+        began, told, silent_since = time.monotonic(), 0.0, {}
         while missing := self._missing():
             if failed := [rank for rank in missing if _shown(self._failed_file(rank)).get("session") == self.session]:
                 raise FituneError(f"{_named(failed)} of {self.count} ended with an error, which is printed there")
-            silent = [rank for rank in missing if not self._lives(rank)]
             waited = time.monotonic() - began
+            silent_since = {rank: silent_since.get(rank, waited) for rank in missing if not self._lives(rank)}
+            silent = [rank for rank, since in silent_since.items() if waited - since >= NO_RESTART_SECONDS]
             if silent and waited > APPEARS_WITHIN_SECONDS:
                 raise FituneError(
                     f"{_named(silent)} of {self.count} did not answer for {waited:.0f} s; start each with the same "

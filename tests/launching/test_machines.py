@@ -33,6 +33,7 @@ def quickly(monkeypatch):
     monkeypatch.setattr(signs_of_life, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(machines, "LOST_SECONDS", 2)
     monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 1)
+    monkeypatch.setattr(machines, "NO_RESTART_SECONDS", 1)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,19 @@ def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quic
         other = run.model_copy(update={"recipe": run.recipe.model_copy(update={"seed": 7})})
         with pytest.raises(UsageError, match="machine 0 has seed 42, machine 1 7; give all machines the same recipe"):
             second.settings_of_machine_0(other)
+
+
+def test_a_machine_that_is_just_being_started_again_is_not_called_gone(run, quickly, monkeypatch):
+    """It takes away what it had left before it shows itself anew."""
+    monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 0)
+    looks = iter([[1], [1], []])
+    with Machines(run, 0, resume=False) as own:
+        monkeypatch.setattr(own, "_lives", lambda rank: False)
+        monkeypatch.setattr(own, "_missing", lambda: next(looks))
+        own.start_together()
+        monkeypatch.setattr(own, "_missing", lambda: [1])
+        with pytest.raises(FituneError, match="machine 1 of 2 did not answer for"):
+            own.start_together()
 
 
 def test_what_a_dead_machine_0_left_does_not_mislead(run, quickly):
