@@ -8,8 +8,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,11 @@ from fitune.config.host_limits import host_memory_gib, usable_cores
 from fitune.config.run import load_recipe
 from fitune.config.shipped import how_to_install, pinned_versions
 from fitune.errors import FituneError
+from fitune.launching.disk_speed import written_gb_s
 from fitune.launching.shared_memory import short_of_shared_memory
 
 GATED_RECIPE = "llama3_8b_qlora"
 GB = 10**9
-WRITTEN_MIB = 64
 SLOW_GB_S = 0.1
 CHECKPOINT_GB = "0.5 GB for 8B lora and qlora, 2.5 GB for 70B; for 8B full 96 GB, with small optimizer states 32 GB"
 
@@ -175,15 +173,9 @@ def _disk() -> Finding:
 
 
 def _disk_speed(folder: Path | None = None) -> Finding:
-    """How fast runs in the working folder can be saved. What is read back would come from memory: it is not timed."""
-    data = os.urandom(WRITTEN_MIB * 2**20)  # a disk that compresses must not look fast
+    """How fast runs in the working folder can be saved."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder or Path.cwd(), prefix=".fitune-doctor-") as file:
-            began = time.perf_counter()
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            speed = len(data) / (time.perf_counter() - began) / GB
+        speed = written_gb_s(folder or Path.cwd())
     except OSError as error:
         return Finding("disk speed", None, f"nothing can be written here: {error.strerror}", "use --output FOLDER")
     text = f"writes {speed:.2g} GB/s here; a checkpoint has {CHECKPOINT_GB}"

@@ -9,6 +9,7 @@ from fitune.config.evaluation import is_evaluated
 from fitune.config.hub import local_config, local_folder
 from fitune.config.schema import Run
 from fitune.errors import UsageError
+from fitune.launching.disk_speed import slow_to_save
 from fitune.launching.shared_memory import short_of_shared_memory
 
 
@@ -27,6 +28,8 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
     _check_gpus(run)
     if not force:
         check_fits(run)
+    if slow := slow_to_save(run):
+        print(f"note: {slow}", file=sys.stderr)
 
 
 def fetch_base(run: Run) -> None:

@@ -36,6 +36,12 @@ def _setup(run: Run) -> Setup:
     return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
 
 
+def checkpoint_bytes(run: Run) -> float:
+    """Of one checkpoint on disk; 0 of a run that saves none."""
+    setup = _setup(run)
+    return one_checkpoint(setup) if setup.saves else 0.0
+
+
 def waits_for_the_disk(run: Run) -> str | None:
     """What to say of a run that saves and has no room for a copy."""
     setup = _setup(run)

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from fitune.cli import cli
 from fitune.errors import UsageError
-from fitune.launching import doctor
+from fitune.launching import disk_speed, doctor
 from fitune.planning import hardware
+from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import GPU_MODELS, gpu_model, likely_model, look_up, memory_of
 from fitune.planning.hardware import FIELDS, MORE_FIELDS, this_machine
 from fitune.planning.limits import limits_here
@@ -227,7 +228,6 @@ def test_gpus_without_bf16_are_refused_in_plan_doctor_and_train_with_what_to_do(
 
 def test_a_profile_does_not_get_past_a_gpu_without_bf16(nvidia_smi, tmp_path):
     from fitune.launching.preflight import _check_gpus
-    from fitune.planning.fill import resolve
 
     nvidia_smi([card(1, name="Tesla T4", compute_cap="7.5")])
     with pytest.raises(UsageError, match="no bf16"):
@@ -337,7 +337,7 @@ def test_an_unknown_gpu_has_a_typical_ones_rates_to_choose_by():
 
 def test_doctor_times_the_disk_that_runs_are_saved_on(tmp_path, monkeypatch):
     clock = iter([0.0, 0.1, 0.0, 2.0])
-    monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(disk_speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     fast = doctor._disk_speed(tmp_path)
     assert fast.good and fast.text.startswith("writes 0.67 GB/s here; a checkpoint has 0.5 GB") and not fast.fix
     slow = doctor._disk_speed(tmp_path)
@@ -347,11 +347,29 @@ def test_doctor_times_the_disk_that_runs_are_saved_on(tmp_path, monkeypatch):
     assert missing.good is None and missing.text == "nothing can be written here: No such file or directory"
 
 
+def test_train_notes_a_disk_that_large_checkpoints_take_minutes_on(tmp_path, monkeypatch):
+    """Full fine-tuning's are large. An adapter's disk is not timed at all."""
+    seconds = []
+    monkeypatch.setattr(disk_speed, "time", SimpleNamespace(perf_counter=lambda: seconds.pop(0)))
+
+    def said(recipe: str, profile: str, took: float, *sets: str) -> str | None:
+        seconds[:] = [0.0, took]
+        return disk_speed.slow_to_save(resolve(recipe, profile, sets, str(tmp_path / "runs/run")))
+
+    assert said("llama3_8b_full", "fsdp_2x80gb", 1.0) == (
+        f"{tmp_path} is written at 0.067 GB/s: a checkpoint of 96 GB takes 24 minutes; --output on a faster disk, or a "
+        f"larger training.save_steps"
+    )
+    assert said("llama3_8b_full", "fsdp_2x80gb", 0.05) is None and not seconds
+    assert said("llama3_8b_full", "fsdp_2x80gb", 1.0, "training.save_strategy=no") is None and seconds
+    assert said("llama3_70b_qlora", "fsdp_4x24gb", 1.0) is None and seconds
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_shared_memory_is_seen_by_doctor_and_told_before_ranks_of_one_machine_start(
     nvidia_smi, monkeypatch, capsys
 ):
     from fitune.launching import doctor, preflight, shared_memory
-    from fitune.planning.fill import resolve
 
     nvidia_smi([card(1), card(2)])
     one, two = resolve("llama3_8b_qlora", "single_gpu"), resolve("llama3_8b_lora", "fsdp_2x40gb")
