@@ -266,7 +266,7 @@ def _pretend_layer_kernels() -> None:
     elementwise.swiglu = lambda gate_up, dropout: like(gate_up[:, : gate_up.shape[1] // 2].contiguous(), dropout)
     elementwise.swiglu_backward_ = lambda gradient, *rest: torch.empty_like(gradient)
     elementwise.rope_ = lambda *args, **kwargs: None
-    elementwise.rope_backward = lambda gradients, *rest: torch.cat(gradients, dim=1)
+    elementwise.rope_from_places = lambda parts, *rest, **options: torch.cat(list(parts), dim=1)
     attention.forward = lambda heads, key_heads, *rest: (
         torch.empty_like(heads[:, : -2 * key_heads], memory_format=torch.contiguous_format),
         (torch.empty(heads.shape[0], heads.shape[1] - 2 * key_heads),),

@@ -128,7 +128,7 @@ def forward(
     """([T, query heads, head_dim], what `backward` needs beside it) of packed examples, without autograd.
 
     `heads` [T, query heads + 2 key_heads, head_dim]: those of query, key and value side by side. Key and value may have
-    fewer of them, each shared by neighbouring query heads.
+    fewer of them, each shared by neighbouring query heads. Where there are `rows_with_pads`, theirs may be given.
     """
     query, key, value = apart(heads, key_heads)
     kernel = kernel_of(query, bounds, longest)
@@ -219,6 +219,8 @@ class Rows:
         "The rows are the tokens."
         self.places: torch.Tensor | None = None
         "Of the tokens among the rows' places, where these are not the same."
+        self.sources: torch.Tensor | None = None
+        "The token at each place, any at a pad."
         if pads:
             starts, places = bounds[:-1, None], torch.arange(self.shape[1], device=bounds.device)
             is_token = places < bounds[1:, None] - starts
@@ -231,9 +233,9 @@ class Rows:
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[T, heads, head_dim] -> [examples, heads, padded length, head_dim]; the pads hold any token's values.
 
-        A view where there are none.
+        A view where there are none, and of what is already read from `sources`.
         """
-        return self._split(x if self.full else x.index_select(0, self.sources))
+        return self._split(x if len(x) == math.prod(self.shape) else x.index_select(0, self.sources))
 
     def of_gradient(self, x: torch.Tensor) -> torch.Tensor:
         """The same with zeros in the pads."""
@@ -246,6 +248,14 @@ class Rows:
 
     def _split(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(0, self.shape).transpose(1, 2)
+
+
+def rows_with_pads(heads: torch.Tensor, bounds: torch.Tensor, longest: int) -> Rows | None:
+    """What attention makes of these tokens' heads [T, ., .]; None where it takes them as they are."""
+    if kernel_of(heads, bounds, longest) != "cudnn":
+        return None
+    rows = _rows_of(heads, bounds, longest)
+    return None if rows.full else rows
 
 
 def _rows_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> Rows:

@@ -8,6 +8,8 @@ Dropout keeps neither mask nor dropped copy: whether element (token, channel) is
 place in the model and the channel, so every pass finds the same mask again. See `fitune.model.dropout_keys`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -127,19 +129,22 @@ def rope_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         heads.copy_(_rotated(heads, cos, sin))
 
 
-def rope_backward(
-    gradients: list[torch.Tensor], places: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+def rope_from_places(
+    parts: Sequence[torch.Tensor], places: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, *, back: bool
 ) -> torch.Tensor:
-    """The gradients of query, key and value, [., heads, d] each, side by side as before `rope_`: [T, all heads, d].
+    """Query, key and value, [., heads, d] each, side by side: [T, all heads, d], query and key rotated.
 
-    Those of the tokens stand at `places` [T], or all in their order. Query's and key's are rotated back.
+    Token t of the result is read at `places` [T], or at t. It is rotated by the angles of the place it is read at, or
+    `back`, as gradients are, by its own.
     """
-    if gradients[0].is_cuda:
-        return _kernels().rope_backward(gradients, places, cos, sin)
+    if parts[0].is_cuda:
+        return _kernels().rope_from_places(parts, places, cos, sin, back=back)
     if places is not None:
-        gradients = [gradient.index_select(0, places) for gradient in gradients]
-    rotated = [_rotated(gradient, cos, -sin) for gradient in gradients[:2]]
-    return torch.cat([*rotated, gradients[2]], dim=1)
+        parts = [part.index_select(0, places) for part in parts]
+        if not back:
+            cos, sin = cos.index_select(0, places), sin.index_select(0, places)
+    rotated = [_rotated(part, cos, -sin if back else sin) for part in parts[:2]]
+    return torch.cat([*rotated, parts[2]], dim=1)
 
 
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -144,24 +144,29 @@ def _rope_kernel(heads, token_stride, cos, sin, angle_stride,
 
 
 @triton.jit
-def _rope_backward_kernel(query, query_row, key, key_row, value, value_row, places, out, cos, sin, angle_stride,
-                          QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
-                          PLACES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """A program for a block of one token's heads: first those of the query, then the key's, then the value's."""
+def _rope_from_places_kernel(query, query_row, key, key_row, value, value_row, places, out, cos, sin, angle_stride,
+                             QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
+                             PLACES: tl.constexpr, BACK: tl.constexpr,
+                             BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """A program for a block of one token's heads: first those of the query, then the key's, then the value's.
+
+    Angles are those of the token read, or, turning back, of the one written.
+    """
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(places + token).to(tl.int64) if PLACES else token
     QUERY_BLOCKS: tl.constexpr = (QUERY_HEADS + BLOCK - 1) // BLOCK
     KEY_BLOCKS: tl.constexpr = (KEY_HEADS + BLOCK - 1) // BLOCK
     block = tl.program_id(1)
     head = tl.arange(0, BLOCK)[:, None]
-    c, s = _angles(cos, sin, token * angle_stride, HALF, COLUMNS)
+    c, s = _angles(cos, sin, (token if BACK else place) * angle_stride, HALF, COLUMNS)
+    s = -s if BACK else s
     target = out + token * (QUERY_HEADS + 2 * KEY_HEADS) * 2 * HALF
     if block < QUERY_BLOCKS:
-        _rotate(query + place * query_row, target, c, -s, head + block * BLOCK, QUERY_HEADS, HALF, COLUMNS)
+        _rotate(query + place * query_row, target, c, s, head + block * BLOCK, QUERY_HEADS, HALF, COLUMNS)
     elif block < QUERY_BLOCKS + KEY_BLOCKS:
         head += (block - QUERY_BLOCKS) * BLOCK
         target += QUERY_HEADS * 2 * HALF
-        _rotate(key + place * key_row, target, c, -s, head, KEY_HEADS, HALF, COLUMNS)
+        _rotate(key + place * key_row, target, c, s, head, KEY_HEADS, HALF, COLUMNS)
     else:
         head += (block - QUERY_BLOCKS - KEY_BLOCKS) * BLOCK
         target += (QUERY_HEADS + KEY_HEADS) * 2 * HALF
@@ -249,17 +254,18 @@ def rope_(heads, cos, sin) -> None:
     )  # fmt: skip
 
 
-def rope_backward(gradients, places, cos, sin):
-    for gradient in gradients:
-        _check_heads(gradient)
-    (_, query_heads, size), key_heads = gradients[0].shape, gradients[1].shape[1]
-    out = gradients[0].new_empty(len(cos), query_heads + 2 * key_heads, size)
+def rope_from_places(parts, places, cos, sin, *, back: bool):
+    for part in parts:
+        _check_heads(part)
+    (tokens, query_heads, size), key_heads = parts[0].shape, parts[1].shape[1]
+    tokens = tokens if places is None else len(places)
+    out = parts[0].new_empty(tokens, query_heads + 2 * key_heads, size)
     block = _block_of_heads(key_heads)
     blocks = triton.cdiv(query_heads, block) + 2 * triton.cdiv(key_heads, block)
-    parts = (part for gradient in gradients for part in (gradient, gradient.stride(0)))
-    _rope_backward_kernel[(len(cos), blocks)](
-        *parts, cos if places is None else places, out, cos, sin, cos.stride(0), QUERY_HEADS=query_heads,
-        KEY_HEADS=key_heads, HALF=size // 2, PLACES=places is not None, BLOCK=block,
+    strided = (given for part in parts for given in (part, part.stride(0)))
+    _rope_from_places_kernel[(tokens, blocks)](
+        *strided, cos if places is None else places, out, cos, sin, cos.stride(0), QUERY_HEADS=query_heads,
+        KEY_HEADS=key_heads, HALF=size // 2, PLACES=places is not None, BACK=back, BLOCK=block,
         COLUMNS=triton.next_power_of_2(size // 2),
     )  # fmt: skip
     return out

@@ -70,7 +70,7 @@ class LayerPass:
         by_head = (x.unflatten(1, (-1, heads.shape[2])) for x in (dattended, attended))
         gradients, places = attention.backward(*by_head, heads, self.key_heads, statistics, *self._examples)
         del dattended, heads
-        dheads = elementwise.rope_backward(gradients, places, self.batch.cos, self.batch.sin)
+        dheads = elementwise.rope_from_places(gradients, places, self.batch.cos, self.batch.sin, back=True)
         del gradients
         dqkv = self._head_norms_backward(dheads, qkv).flatten(1)
         dropout, norm = self._dropout(QKV), self.layer.input_layernorm
@@ -109,7 +109,7 @@ class LayerPass:
             del dproduct
             if gate_up is None and DOWN in self.linears.adapters:
                 self.linears.fill_low(DOWN, product, rows)
-            self.linears.add_adapter_gradients(DOWN, dy[rows], low, product, rows)
+            self.linears.add_adapter_gradients(DOWN, dy[rows], product, rows, low)
             del product
             first = self._dropout_of_rows(GATE_UP, rows)
             dnormed = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
@@ -150,8 +150,9 @@ class LayerPass:
     def _heads_for_attention(self, qkv: torch.Tensor, *, rotated: bool) -> torch.Tensor:
         """Those of q, k and v, [T, all heads, head_dim], q and k normed, where heads have norms, and rotated.
 
-        Without norms they are rotated in place, once. With them qkv stays as the products gave it, which the norms'
-        gradients need, and this is computed again in the backward pass.
+        They are rotated in place, once, but for two cases: norms, whose gradients need qkv as the products gave it, and
+        examples that attention takes as rows with pads, which are written here. Then qkv stays as it is, and this is
+        computed again in the backward pass.
         """
         heads = qkv.unflatten(1, (-1, self.layer.self_attn.head_dim))
         norms = self.layer.head_norms()
@@ -162,6 +163,10 @@ class LayerPass:
                 for part, norm in zip((query, key), norms, strict=True)
             )
             heads = torch.cat([*normed, value], dim=1)
+        rows = attention.rows_with_pads(heads, self.batch.bounds, self.batch.longest)
+        if rows is not None:
+            parts = attention.apart(heads, self.key_heads)
+            return elementwise.rope_from_places(parts, rows.sources, self.batch.cos, self.batch.sin, back=False)
         if norms or not rotated:
             elementwise.rope_(heads[:, : -self.key_heads], self.batch.cos, self.batch.sin)
         return heads

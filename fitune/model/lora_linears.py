@@ -68,7 +68,7 @@ class LoraLinears:
         if out.is_cuda and adapter.stacked_up is not None:
             from fitune.model import low_rank_triton
 
-            widths = [place.rows for place in adapter.ups.values()]
+            widths = self._widths(group)
             if low_rank_triton.can_fill(widths):
                 up = adapter.stacked_up.of(self.flat)
                 low_rank_triton.fill(out, low, up, widths, residual=residual, add=add)
@@ -90,9 +90,10 @@ class LoraLinears:
         bases = self.linears.bases_of(group)
         if group not in self.adapters:
             return self.products.multiply_backward(dy, bases) if need_dx else None
-        low = self.low_gradient(group, dy) if low is None else low
         if dropped is not None:
-            self.add_adapter_gradients(group, dy, low, dropped, rows)
+            low = self.add_adapter_gradients(group, dy, dropped, rows, low)
+        elif low is None:
+            low = self.low_gradient(group, dy)
         if not need_dx:
             return None
         if self.products.ADDS_IN_PLACE:
@@ -114,16 +115,40 @@ class LoraLinears:
         product = elementwise.drop(low @ down, dropout)
         dx.add_(product) if add else dx.copy_(product)
 
-    def add_adapter_gradients(self, group: int, dy, low_gradient, dropped, rows: slice = ALL) -> None:
-        """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads."""
+    def add_adapter_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None):
+        """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads.
+
+        Returns `low_gradient` of dy, found here if it is not given; None without an adapter.
+        """
         if group not in self.adapters:
-            return
-        adapter, low, columns = self.adapters[group], self._low(group, rows), self.linears.columns(group)
-        flat = self._gradient(group, dropped)
-        self._put(adapter.down.of(flat), low_gradient.t(), dropped, group)
-        for index, up in adapter.ups.items():
-            self._put(up.of(flat), dy[:, columns[index]].t(), low[:, adapter.ranks[index]], group)
+            return None
+        flat, low = self._gradient(group, dropped), self._low(group, rows)
+        found = self._gradients_by_one_reading(group, dy, low, flat) if low_gradient is None else None
+        if found is None:
+            found = self.low_gradient(group, dy) if low_gradient is None else low_gradient
+            adapter, columns = self.adapters[group], self.linears.columns(group)
+            for index, up in adapter.ups.items():
+                self._put(up.of(flat), dy[:, columns[index]].t(), low[:, adapter.ranks[index]], group)
+        self._put(self.adapters[group].down.of(flat), found.t(), dropped, group)
         self.filled.add(group)
+        return found
+
+    def _gradients_by_one_reading(self, group: int, dy, low, flat) -> torch.Tensor | None:
+        """Puts that of B and returns `low_gradient`; None where two readings for each linear are the way."""
+        up = self.adapters[group].stacked_up
+        if not dy.is_cuda or up is None:
+            return None
+        from fitune.model import up_gradients_triton
+
+        widths = self._widths(group)
+        if not up_gradients_triton.worth(dy, widths, up.columns):
+            return None
+        scaling, add = self.linears.scaling(group), group in self.filled
+        return up_gradients_triton.gradients(dy, low, up.of(self.flat), widths, scaling, out=up.of(flat), add=add)
+
+    def _widths(self, group: int) -> list[int]:
+        """The outputs of each linear with an adapter."""
+        return [place.rows for place in self.adapters[group].ups.values()]
 
     def gradients(self) -> list[torch.Tensor]:
         """Of the parameters, in their order and dtype."""

@@ -11,7 +11,7 @@ from fitune.model import attention, elementwise
 from fitune.model.elementwise import Dropout
 
 if torch.cuda.is_available():
-    from fitune.model import low_rank_triton
+    from fitune.model import low_rank_triton, up_gradients_triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,20 +164,25 @@ def test_rope_in_place_within_a_wider_row(tokens, heads, size, dtype, random):
 
 
 @by_dtype
-@pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
+@pytest.mark.parametrize("placed", ["in order", "among pads", "to rows with pads"])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(32, 8, 128), (64, 8, 128), (9, 3, 64), (4, 4, 64)])
 @by_tokens
-def test_rope_backward(tokens, heads, key_heads, size, placed, dtype, random):
-    """The gradients' tokens lie among pads, or not; value's are copied."""
-    places = torch.randperm(tokens + 3)[:tokens].int() if placed else None
-    rows = tokens + 3 if placed else tokens
+def test_rope_from_places(tokens, heads, key_heads, size, placed, dtype, random):
+    """Gradients are turned back by their own angles, what becomes rows by those of the places read; value's copied."""
+    back = placed != "to rows with pads"
+    read = tokens + 3 if placed == "among pads" else tokens
+    places = None
+    if placed == "among pads":
+        places = torch.randperm(read)[:tokens].int()
+    elif placed == "to rows with pads":
+        places = torch.randint(tokens, (tokens + 3,))
     angles = random(tokens, size // 2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    query, key, value = (random(rows, count, size, dtype=dtype) for count in (heads, key_heads, key_heads))
+    query, key, value = random(read, heads + 2 * key_heads, size, dtype=dtype).split([heads, key_heads, key_heads], 1)
 
     def rotate(query, key, value, cos, sin):
         on = None if places is None else places.to(query.device)
-        return elementwise.rope_backward([query, key, value], on, cos, sin)
+        return elementwise.rope_from_places([query, key, value], on, cos, sin, back=back)
 
     _compare(rotate, query, key, value, cos, sin, roundings=1)
 
@@ -218,6 +223,26 @@ def test_gradients_of_adapters_inputs(tokens, channels, ranks, add, dtype, dropp
     low_rank_triton.fill(out, low.cuda(), down.cuda().t(), [channels], add=add, dropout=_on_gpu(dropout))
     expected = elementwise.drop(low.double() @ down.double(), dropout) + (before.double() if add else 0)
     _assert_close(out, expected, roundings=1)
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["fill", "add"])
+@pytest.mark.parametrize("rank", [4, 16, 32])
+@pytest.mark.parametrize("widths", [[4096], [576], [4096, 1024, 1024], [14336, 14336]], ids=str)
+@by_tokens
+def test_both_gradients_of_adapters_ups(tokens, widths, rank, add, random):
+    """Of parts of wider rows; that of B is added to sums in float32."""
+    channels, ranks, dtype = sum(widths), len(widths) * rank, torch.bfloat16
+    dy, low = random(tokens, channels + 64, dtype=dtype), random(tokens, ranks + 8, dtype=dtype)
+    up, sums = random(channels, rank, dtype=dtype), random(channels, rank)
+    out = sums.cuda() if add else torch.full_like(up, torch.nan, device="cuda")
+    found = up_gradients_triton.gradients(
+        dy.cuda()[:, 64:], low.cuda()[:, 8:], up.cuda(), widths, 0.5, out=out, add=add
+    )
+    by_linear = list(zip(dy[:, 64:].double().split(widths, 1), low[:, 8:].double().split(rank, 1), strict=True))
+    of_low = [part @ of_part for (part, _), of_part in zip(by_linear, up.double().split(widths), strict=True)]
+    of_up = [part.t() @ of_tokens for part, of_tokens in by_linear]
+    _assert_close(found, 0.5 * torch.cat(of_low, 1), roundings=1)
+    _assert_close(out, torch.cat(of_up) + (sums.double() if add else 0), roundings=1)
 
 
 @by_channels
