@@ -5,15 +5,18 @@ program keeps some columns of dy and goes through tokens. Each writes its part o
 added up in one order: equal runs give equal bits.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 TOKENS, COLUMNS = 64, 512  # of dy, for one program at a time: the fastest of 21 shapes on an H200
-WIDE_RANK = 32  # has room for half as many columns
+RANKS = 16  # of a linear, at most: with 32 there is room for half as many columns, which gains nothing
 PROGRAMS = 256  # about: two for each multiprocessor
 WORTH = 2**26  # elements of dy: fewer are gone before Python has launched three kernels instead of a linear's two
 SUMS = 1024  # numbers that one program adds up
+SHARED_BYTES = 220 * 1024  # of a program's memory, for three parts of dy: Hopper and the large Blackwells have it
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
@@ -71,9 +74,15 @@ def _sum_low_kernel(values, out, scaling, tokens, SECOND: tl.constexpr, THIRD: t
 
 
 def worth(dy: torch.Tensor, widths: list[int], rank: int) -> bool:
-    """Whether the kernel has room for such numbers, linears and rank, and is the faster way."""
-    fits = dy.element_size() == 2 and rank <= WIDE_RANK
-    return fits and len(widths) <= 3 and not any(width % COLUMNS for width in widths[:-1]) and dy.numel() >= WORTH
+    """Whether the kernel has room on this GPU for such numbers, ranks and linears, and is the faster way."""
+    if dy.numel() < WORTH or dy.element_size() != 2 or rank > RANKS or _shared_bytes(dy.device) < SHARED_BYTES:
+        return False
+    return len(widths) <= 3 and not any(width % COLUMNS for width in widths[:-1])
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tensor, add: bool) -> torch.Tensor:
@@ -83,9 +92,7 @@ def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tens
     linear.
     """
     (tokens, channels), rank = dy.shape, up.shape[1]
-    ranks = max(16, triton.next_power_of_2(rank))
-    columns = COLUMNS // 2 if ranks == WIDE_RANK else COLUMNS
-    blocks = triton.cdiv(channels, columns)
+    blocks = triton.cdiv(channels, COLUMNS)
     share = triton.cdiv(triton.cdiv(tokens, triton.cdiv(PROGRAMS, blocks)), TOKENS) * TOKENS
     parts = triton.cdiv(tokens, share)
     low_parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=dy.device)
@@ -93,12 +100,12 @@ def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tens
     second, third = widths[0], sum(widths[:2])
     _kernel[(blocks, parts)](
         dy, dy.stride(0), low, low.stride(0), up, low_parts, up_parts, tokens, share, SECOND=second, THIRD=third,
-        CHANNELS=channels, RANK=rank, TOKENS=TOKENS, COLUMNS=columns, RANKS=ranks, num_warps=8,
+        CHANNELS=channels, RANK=rank, TOKENS=TOKENS, COLUMNS=COLUMNS, RANKS=RANKS, num_warps=8,
     )  # fmt: skip
     gradient = dy.new_empty(tokens, len(widths) * rank)
     _sum_low_kernel[(triton.cdiv(tokens, 2 * TOKENS), len(widths))](
-        low_parts, gradient, scaling, tokens, SECOND=triton.cdiv(second, columns), THIRD=triton.cdiv(third, columns),
-        BLOCKS=blocks, RANK=rank, TOKENS=2 * TOKENS, RANKS=ranks,
+        low_parts, gradient, scaling, tokens, SECOND=triton.cdiv(second, COLUMNS), THIRD=triton.cdiv(third, COLUMNS),
+        BLOCKS=blocks, RANK=rank, TOKENS=2 * TOKENS, RANKS=RANKS,
     )  # fmt: skip
     _sum_kernel[(triton.cdiv(out.numel(), SUMS),)](up_parts, out, out.numel(), parts, ADD=add, SUMS=SUMS)
     return gradient
