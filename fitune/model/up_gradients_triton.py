@@ -73,16 +73,16 @@ def _sum_low_kernel(values, out, scaling, tokens, SECOND: tl.constexpr, THIRD: t
     tl.store(out + token * tl.num_programs(1) * RANK + linear * RANK + rank, total * scaling, mask=inside)
 
 
+@cache
+def has_room(device: torch.device) -> bool:
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= SHARED_BYTES
+
+
 def worth(dy: torch.Tensor, widths: list[int], rank: int) -> bool:
-    """Whether the kernel has room on this GPU for such numbers, ranks and linears, and is the faster way."""
-    if dy.numel() < WORTH or dy.element_size() != 2 or rank > RANKS or _shared_bytes(dy.device) < SHARED_BYTES:
+    """Whether the kernel knows such numbers, ranks and linears on this GPU, and is the faster way."""
+    if dy.numel() < WORTH or dy.element_size() != 2 or rank > RANKS or not has_room(dy.device):
         return False
     return len(widths) <= 3 and not any(width % COLUMNS for width in widths[:-1])
-
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tensor, add: bool) -> torch.Tensor:
