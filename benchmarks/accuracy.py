@@ -8,10 +8,10 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.full_results import full_table, gpu_of
 from benchmarks.tables import is_whole, measured_tiers, whole_shape
 from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
@@ -61,26 +61,6 @@ def setup_of_measured(entry: dict) -> Setup:
     sets.append(f"profile.async_save={entry.get('async_save', False)}")  # the first runs knew no copies
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
-
-
-def full_runs() -> list[dict]:
-    """The runs of benchmarks/results/full-*.json that ended well: name, gpu_name, date, and what they took."""
-    found = []
-    for file in sorted((ROOT / "benchmarks" / "results").glob("full-*.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        head = {key: data[key] for key in ("gpu_name", "date")} | {"recipe": "llama3_8b_full"}
-        found += [head | {"name": name} | run for name, run in data["runs"].items() if "error" not in run]
-    return found
-
-
-def setup_of_full_run(entry: dict) -> Setup:
-    """The run with the rows and layers it had; its checkpoint may have fewer layers than the model."""
-    sets = {"global_batch_size": 16, "training.save_strategy": "'no'"} | entry["set"]
-    sets |= {"base.model": entry["model"]} if "model" in entry else {}
-    sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")}
-    run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
-    shape = find_shape(run.recipe.base.model)
-    return setup_of(run, replace(shape, layers=entry.get("layers", shape.layers)))
 
 
 def gpu_needs_gib(entry: dict) -> float:
@@ -141,7 +121,7 @@ def page() -> str:
         "`benchmarks/results/full-*.json`, 16 rows of 3072 a step unless the name says otherwise, most of them with "
         "small optimizer states; GiB in torch's allocator. The predictions are today's: what `plan` said before a run "
         "stands in its file.",
-        _full_table(),
+        full_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "
         "last columns are what the whole model takes on as many GPUs: **extrapolated** in a straight line through the "
@@ -182,7 +162,7 @@ def _time_table() -> str:
     for entry in timed_runs():
         predicted, measured = predicted_step_seconds(entry), measured_step_seconds(entry)
         lines.append(
-            f"| `{entry['recipe']}` | {_name(entry)} | {entry['date']} | {_gpu(entry)} | {entry['micro_batch']} "
+            f"| `{entry['recipe']}` | {_name(entry)} | {entry['date']} | {gpu_of(entry)} | {entry['micro_batch']} "
             f"| {entry['gradient_accumulation_steps']} | {predicted:.2f} | {measured:.2f} "
             f"| {predicted / measured - 1:+.0%} |"
         )
@@ -191,29 +171,6 @@ def _time_table() -> str:
 
 def _name(entry: dict) -> str:
     return ", ".join(filter(None, (f"`{entry['profile']}`", entry.get("label"))))
-
-
-def _gpu(entry: dict) -> str:
-    return entry["gpu_name"].removeprefix("NVIDIA ").split()[0]
-
-
-def _full_table() -> str:
-    lines = [
-        "| run | date | GPUs | rows x passes | layers kept | GiB, predicted | measured | off | s a step, predicted "
-        "| measured | off |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in full_runs():
-        setup = setup_of_full_run(entry)
-        memory, took = gpu_peak(setup).allocated / GIB, entry["peak_allocated_gib"]
-        predicted, seconds = step_seconds(setup, gpu_model(entry["gpu_name"]))["total"], median(entry["step_seconds"])
-        lines.append(
-            f"| {entry['name']} | {entry['date']} | {setup.ranks} {_gpu(entry)} "
-            f"| {setup.micro_batch} x {setup.accumulation} | {setup.kept_layers} of {setup.shape.layers} "
-            f"| {memory:.1f} | {took:.1f} | {memory / took - 1:+.1%} "
-            f"| {predicted:.2f} | {seconds:.2f} | {predicted / seconds - 1:+.0%} |"
-        )
-    return "\n".join(lines)
 
 
 def _fewer_layers_table() -> str:

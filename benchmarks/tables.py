@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.full_results import optimizer_table
 from fitune.config import run as runs
 from fitune.config.model_shapes import ModelShape, find_shape
 from fitune.config.schema import Run
@@ -314,6 +315,7 @@ def with_expected(text: str, measured: list[dict]) -> str:
 def published() -> dict[Path, str]:
     """Each page and profile as it should be."""
     memory = with_table(MEMORY.read_text(encoding="utf-8"), "2024", table_of_2024())
+    memory = with_table(memory, "optimizer states", optimizer_table())
     readme = with_table(README.read_text(encoding="utf-8"), "fast", fast_line())
     texts = {
         README: with_table(with_table(readme, "cards", card_table()), "beside", beside_table()),

@@ -1,5 +1,6 @@
 """What the docs' prose says that `plan` says, it says today. (Tables between marks are written by scripts.)"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import given_machine, limits_of
 from fitune.planning.machine import Gpu, Machine
+from fitune.planning.memory import gpu_peak
 from fitune.planning.network import ways_to_spread
 from fitune.planning.plan import Plan, make_plan
 from fitune.planning.search import find
@@ -70,6 +72,23 @@ def test_full_fine_tuning_in_memory_md():
     ):
         plan = planned(recipe, profile)
         assert f"| `{recipe}` | `{profile}` | {gpu_gib(plan)} | {host_gib(plan)} | estimate |" in page
+
+
+@pytest.mark.parametrize(
+    ("row", "sets"),
+    [
+        ("AdamW, float32 | 16", ()),
+        ("RMSprop or Adagrad, float32 | 12", ("training.optim=rmsprop",)),
+        ("RMSprop or Adagrad, float32 | 12", ("training.optim=adagrad",)),
+        ("AdamW, `bf16_8bit` | 6.03", SMALL),
+    ],
+)
+def test_optimizer_states_of_70b(row, sets):
+    one_row = ("profile.micro_batch=1", "profile.kept_layers=0")
+    setup = planned("llama3_70b_full", "fsdp_full_16x80gb", (*one_row, *sets)).setup
+    ranks = (replace(setup, ranks=cards, machines=1, replicas=1, accumulation=1) for cards in (8, 12, 16, 24))
+    said = " | ".join(f"{gpu_peak(setup).total / 2**30:.1f}" for setup in ranks)
+    assert f"| {row} | {said} |" in one_line("memory.md")
 
 
 def test_how_tight_the_largest_profile_is():

@@ -4,7 +4,7 @@ from statistics import median
 
 import pytest
 
-from benchmarks import accuracy
+from benchmarks import accuracy, full_results
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import gpu_peak, host_peak
 from fitune.planning.plan import ERROR, TIME_ERROR
@@ -52,21 +52,22 @@ def test_time_is_predicted(entry):
     assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
 
 
-FULL_RUNS = accuracy.full_runs()
+FULL_RUNS = full_results.full_runs()
 
 
 @pytest.mark.parametrize("entry", FULL_RUNS, ids=lambda entry: f"{entry['name']}-{entry['date']}")
 def test_full_training_on_cards_of_given_sizes_is_predicted(entry):
-    setup = accuracy.setup_of_full_run(entry)
+    setup = full_results.setup_of_full_run(entry)
     assert gpu_peak(setup).allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
     seconds = step_seconds(setup, gpu_model(entry["gpu_name"]))["total"]
-    assert seconds == pytest.approx(median(entry["step_seconds"]), rel=TIME_ERROR)
+    tolerance = TIME_ERROR if setup.micro_batch > 1 else 0.25  # as above
+    assert seconds == pytest.approx(median(entry["step_seconds"]), rel=tolerance)
 
 
 def test_seventy_billion_in_full_on_four_gpus_take_as_long_as_planned():
     """Measured: 13.7 s. Without what collectives and the copies around them cost, `plan` said 11.3."""
     entry = next(entry for entry in FULL_RUNS if entry["name"] == "four_h200")
-    setup, gpu = accuracy.setup_of_full_run(entry), gpu_model(entry["gpu_name"])
+    setup, gpu = full_results.setup_of_full_run(entry), gpu_model(entry["gpu_name"])
     assert step_seconds(setup, gpu)["total"] == pytest.approx(median(entry["step_seconds"]), rel=0.05)
 
 

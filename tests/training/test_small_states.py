@@ -45,12 +45,14 @@ def _same_but_for_bf16(found: list[float], expected: list[float]) -> None:
         assert abs(value - wanted) <= step * BF16_EPS / 8 * wanted, f"step {step}: {value} is not {wanted}"
 
 
-@pytest.mark.parametrize(("base", "other_ranks"), [("uneven_base", 4), ("tied_base", 1)])
+@pytest.mark.parametrize(
+    ("base", "other_ranks", "offload"), [("uneven_base", 4, False), ("tied_base", 1, False), ("tied_base", 4, True)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one_and_ranks_change_nothing(
-    base, other_ranks, make_run, tmp_path, request
+    base, other_ranks, offload, make_run, tmp_path, request
 ):
-    base = request.getfixturevalue(base)
-    run = make_run(base, tmp_path / "run", "full", processes=2, **OPTIONS)
+    base, options = request.getfixturevalue(base), OPTIONS | {"optimizer_offload": offload}
+    run = make_run(base, tmp_path / "run", "full", processes=2, **options)
     run_ranks(train_here, 2, run)
     losses = _curve(run)
     assert losses[-1] < 0.9 * losses[0]
@@ -70,7 +72,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_ranks_change_nothing(
     for name, tensor in load_file(run.result_folder / "model.safetensors").items():
         assert torch.equal(load_file(again.result_folder / "model.safetensors")[name], tensor), name
 
-    elsewhere = make_run(base, tmp_path / "run", "full", processes=other_ranks, **OPTIONS)
+    elsewhere = make_run(base, tmp_path / "run", "full", processes=other_ranks, **options)
     elsewhere = _resumed(elsewhere, tmp_path / "elsewhere")
     run_ranks(train_here, other_ranks, elsewhere)
     _same_but_for_bf16(_curve(elsewhere), losses)
@@ -157,23 +159,29 @@ def _poisoned(run) -> tuple[str, list[bool]]:
     """Trains with gradients that are not finite in the third step; the error, and whether any weight is bad then."""
     from fitune.training.adamw_8bit import AdamW8bit
 
-    clip, found = AdamW8bit.clip, []
+    clip, take, found = AdamW8bit.clip, host_states.HostGradients._take, []
 
     def poison(self, max_norm):
         found.append(self)
-        if len(found) == 3:
+        if len(found) == 3 and not run.profile.optimizer_offload:
             self.param_groups[0]["params"][0].grad.mul_(float("inf"))
         return clip(self, max_norm)
 
-    AdamW8bit.clip = poison
+    def poison_on_the_way(self, parameter):
+        if len(found) == 2 and parameter is next(iter(self.of)):
+            parameter.grad.mul_(float("inf"))
+        take(self, parameter)
+
+    AdamW8bit.clip, host_states.HostGradients._take = poison, poison_on_the_way
     with pytest.raises(FituneError) as caught:
         train_here(run)
     weights = [p.to_local() for group in found[0].param_groups for p in group["params"]]
     return str(caught.value), all(weight.isfinite().all() for weight in weights)
 
 
-def test_a_step_that_is_not_finite_stops_all_ranks_before_the_weights_change(tiny_base, make_run, tmp_path):
-    options = OPTIONS | {"training": TRAINING | {"save_strategy": "no"}}
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_that_is_not_finite_stops_all_ranks_before_the_weights_change(offload, tiny_base, make_run, tmp_path):
+    options = OPTIONS | {"training": TRAINING | {"save_strategy": "no"}, "optimizer_offload": offload}
     run = make_run(tiny_base, tmp_path, "full", processes=2, **options)
     for message, finite in run_ranks(_poisoned, 2, run):
         assert message.startswith("step 3: the gradient's norm is ")

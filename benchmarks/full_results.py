@@ -1,0 +1,101 @@
+"""What benchmarks/results/full-*.json hold, as tables: full fine-tuning on cards of given sizes, beside `plan` today.
+
+`benchmarks/full_runs.py` writes such files. `benchmarks/accuracy.py` and `benchmarks/tables.py` publish the tables.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from fitune.config.model_shapes import find_shape
+from fitune.planning.fill import resolve
+from fitune.planning.gpu_models import gpu_model
+from fitune.planning.memory import gpu_peak
+from fitune.planning.plan import setup_of
+from fitune.planning.sizes import GIB, Setup
+from fitune.planning.step_time import step_seconds
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIMIZERS = {"rmsprop": "RMSprop", "adagrad": "Adagrad", "sgd": "SGD"}
+"By `training.optim`; AdamW's states are said by the profile's key."
+
+
+def full_runs() -> list[dict]:
+    """The runs of benchmarks/results/full-*.json that ended well: name, gpu_name, date, and what they took."""
+    found = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("full-*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        head = {key: data[key] for key in ("gpu_name", "date")} | {"recipe": "llama3_8b_full"}
+        found += [head | {"name": name} | run for name, run in data["runs"].items() if "error" not in run]
+    return found
+
+
+def setup_of_full_run(entry: dict) -> Setup:
+    """The run with the rows and layers it had; its checkpoint may have fewer layers than the model."""
+    sets = {"global_batch_size": 16, "training.save_strategy": "'no'"} | entry["set"]
+    sets |= {"base.model": entry["model"]} if "model" in entry else {}
+    sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")}
+    run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
+    shape = find_shape(run.recipe.base.model)
+    return setup_of(run, replace(shape, layers=entry.get("layers", shape.layers)))
+
+
+def gpu_of(entry: dict) -> str:
+    return entry["gpu_name"].removeprefix("NVIDIA ").split()[0]
+
+
+def full_table() -> str:
+    lines = [
+        "| run | date | GPUs | rows x passes | layers kept | GiB, predicted | measured | off | s a step, predicted "
+        "| measured | off |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in full_runs():
+        setup = setup_of_full_run(entry)
+        memory, took = gpu_peak(setup).allocated / GIB, entry["peak_allocated_gib"]
+        predicted, seconds = step_seconds(setup, gpu_model(entry["gpu_name"]))["total"], median(entry["step_seconds"])
+        lines.append(
+            f"| {entry['name']} | {entry['date']} | {setup.ranks} {gpu_of(entry)} "
+            f"| {setup.micro_batch} x {setup.accumulation} | {setup.kept_layers} of {setup.shape.layers} "
+            f"| {memory:.1f} | {took:.1f} | {memory / took - 1:+.1%} "
+            f"| {predicted:.2f} | {seconds:.2f} | {predicted / seconds - 1:+.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def optimizer_table() -> str:
+    """What each kind of optimizer state takes: the newest run of each model on one GPU that recomputes all layers."""
+    newest = {}
+    for entry in sorted(full_runs(), key=lambda entry: entry["date"]):
+        setup = setup_of_full_run(entry)
+        if setup.ranks == 1 and not (setup.kept_layers or setup.offload):
+            newest[_model_of(entry), _states_of(entry)] = entry, setup
+    lines = [
+        "| model | optimizer states | bytes a parameter on the GPU | rows a pass | GiB that `plan` says | measured "
+        "| tokens/s | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_size = sorted(newest.items(), key=lambda item: (item[1][1].shape.parameters, -item[1][0]["peak_allocated_gib"]))
+    for (model, states), (entry, setup) in by_size:
+        bytes_each = setup.trained + (0 if setup.optimizer_offload else setup.trained + setup.optimizer_state)
+        lines.append(
+            f"| {model} | {states} | {bytes_each:.4g} | {setup.micro_batch} | {gpu_peak(setup).allocated / GIB:.1f} "
+            f"| {entry['peak_allocated_gib']:.1f} | {entry['median_tokens_per_second']:,} "
+            f"| {gpu_of(entry)}, {entry['date']} |"
+        )
+    return "\n".join(lines)
+
+
+def _model_of(entry: dict) -> str:
+    """8B unless the run says another."""
+    return f"{find_shape(entry.get('model', 'meta-llama/Meta-Llama-3-8B')).parameters / 1e9:.0f}B"
+
+
+def _states_of(entry: dict) -> str:
+    sets = entry["set"]
+    if optimizer := OPTIMIZERS.get(sets.get("training.optim")):
+        return f"{optimizer}, float32"
+    run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
+    in_ram = ", they and gradients in host RAM" if run.profile.optimizer_offload else ""
+    return {"fp32": "AdamW, float32", "bf16_8bit": "AdamW, `bf16_8bit`"}[run.profile.optimizer_state] + in_ram
