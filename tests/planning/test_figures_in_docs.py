@@ -101,7 +101,7 @@ def test_how_tight_the_largest_profile_is():
 @pytest.mark.parametrize(
     ("row", "recipe", "sets"),
     [
-        ("70B qlora, 8 rows a step", "llama3_70b_qlora", ()),
+        ("70B qlora, 16 rows a step", "llama3_70b_qlora", ("global_batch_size=16",)),
         ("70B full, float32 states", "llama3_70b_full", ("profile.optimizer_state=fp32",)),
         ("70B full, `profile.optimizer_state=bf16_8bit`", "llama3_70b_full", SMALL),
     ],
