@@ -17,6 +17,7 @@ from fitune.config.model_sizes import is_of_size
 from fitune.config.optimizers import DEFAULT as OPTIMIZER
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
 from fitune.config.recipe_paths import found_beside, path_from_here
+from fitune.config.results import refuse_what_runs_leave
 from fitune.config.schema import SMALLEST, AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, name_of, names
 from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
@@ -264,6 +265,7 @@ def in_yaml(run: Run, width: int = 120) -> str:
 
 def load(path: Path) -> Run:
     """A run.yaml, or the run folder that holds one."""
+    refuse_what_runs_leave(path)
     path = path / "run.yaml" if path.is_dir() else path
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a run folder written by `{command()} train`")

@@ -70,7 +70,9 @@ def read_yaml(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: no text in UTF-8; expected YAML") from None
+    except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     try:
         data = parse_yaml(text)

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from fitune.config.adapter_folder import is_adapter, named_base
+from fitune.config.adapter_folder import is_adapter, named_base, was_trained_in_nf4
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, read_adapter
@@ -32,6 +32,17 @@ def server_command(given: Path, run: Run | None, port: int) -> list[str]:
     if not (given / "config.json").is_file():
         raise UsageError(f"{given}: neither a run, an adapter, a model's folder nor a GGUF file")
     return ["vllm", "serve", str(given), "--port", str(port)]
+
+
+def note_on(given: Path, run: Run | None) -> str:
+    """What a server does otherwise than `eval`, which measured the result; '' where it does the same."""
+    folder = run.result_folder if run else given
+    if not (is_adapter(folder) and was_trained_in_nf4(folder)):
+        return ""
+    return (
+        f"note: {folder} was trained, and measured, beside weights in NF4, and is served on the base's own: merge it, "
+        f"and serve that folder, for what was trained"
+    )
 
 
 def serve(command: list[str]) -> None:

@@ -25,6 +25,7 @@ def eval_command(
     if run is None:
         if data is None:
             raise UsageError(f"{given}: no run, so it knows no held-out rows: give --data FOLDER, which prepare wrote")
+        _refuse_folder_of_gguf(given)
         return _evaluate_folder(given, data, load, force)
     if load != "auto":
         raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for folders of models")
@@ -50,6 +51,11 @@ def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
             return launch_until_stopped(run, "fitune.training.evaluate_model", str(rows.absolute()))
     print_evaluation(model, data)
     return 0
+
+
+def _refuse_folder_of_gguf(given: Path) -> None:
+    if files := sorted(str(file) for file in given.glob("*.gguf")):
+        raise UsageError(f"{given}: give one of the files in it: {', '.join(files)}")
 
 
 def _evaluate_gguf(file: Path, data: Path | None) -> None:

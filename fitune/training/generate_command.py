@@ -1,5 +1,6 @@
 """What `fitune generate` does: answers of a run on all its ranks, of a folder where it fits, or a server's."""
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,10 +35,13 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
 
 
 def _serve(given: Path, port: int) -> int:
-    from fitune.export.serve import serve, server_command
+    from fitune.export.serve import note_on, serve, server_command
 
     run = None if given.suffix == ".gguf" else finished_run_or_none(given)
-    serve(server_command(given, run, port))
+    command = server_command(given, run, port)
+    if note := note_on(given, run):
+        print(note, file=sys.stderr)
+    serve(command)
     return 0
 
 

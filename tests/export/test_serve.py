@@ -1,5 +1,6 @@
 """`generate --serve`: the line that serves each kind of result, started where the program is installed."""
 
+import json
 import os
 
 import pytest
@@ -8,8 +9,9 @@ from bases import make_adapter
 from click.testing import CliRunner
 
 from fitune.cli import cli
+from fitune.config.adapter_folder import BASE_RECORD
 from fitune.errors import UsageError
-from fitune.export.serve import serve, server_command
+from fitune.export.serve import note_on, serve, server_command
 
 
 def test_a_models_folder_is_served_by_vllm_and_a_gguf_by_llama_cpp(base, tmp_path):
@@ -32,6 +34,17 @@ def test_a_plain_adapter_is_added_by_vllm_to_its_base(base, tmp_path):
     )
     expected += f"--chat-template {own_adapter / 'chat_template.jinja'} --port 8000"
     assert server_command(own_adapter, None, 8000) == expected.split()
+
+
+@pytest.mark.parametrize("computed_in", ["nf4", "bf16"])
+def test_an_adapter_that_nf4_was_trained_beside_is_not_served_beside_it_which_is_said(base, tmp_path, computed_in):
+    own_adapter = make_adapter(base, tmp_path / "plain")
+    assert note_on(own_adapter, None) == note_on(base, None) == ""
+    (own_adapter / BASE_RECORD).write_text(json.dumps({"computed_in": computed_in}))
+    said = CliRunner().invoke(cli, ["generate", str(own_adapter), "--serve", "8000"]).stderr
+    assert ("trained, and measured, beside weights in NF4, and is served on the base's own" in said) is (
+        computed_in == "nf4"
+    )
 
 
 @pytest.mark.parametrize(
