@@ -50,6 +50,7 @@ _ADA_CLOCK = "GeForce RTX 40 specifications: cores x boost clock"
 _BLACKWELL = "NVIDIA RTX Blackwell architecture paper"
 _BLACKWELL_CLOCK = "GeForce RTX 50 specifications: cores x boost clock"
 _LAPTOP = "GeForce laptop specifications: cores x boost clock at the highest power"
+_RTX_LAPTOP = "NVIDIA RTX laptop specifications: cores x boost clock at the highest power"
 _TURING = "NVIDIA Turing architecture paper: no bf16"
 
 
@@ -82,6 +83,7 @@ GPU_MODELS = [
     _card("A30", 8.0, 165, 933, 24, "NVIDIA A30 data sheet"),
     _card("L40S", 8.9, 362, 864, 44.98, "NVIDIA L40S data sheet"),
     _card("L40", 8.9, 181, 864, 44.98, "NVIDIA L40 data sheet"),
+    _card("L20", 8.9, 119, 864, 44.98, "NVIDIA L20 specifications: cores x boost clock, at the rate of the L40"),
     _card("L4", 8.9, 121, 300, 22.5, "NVIDIA L4 data sheet", 16),
     _card("A40", 8.6, 150, 696, 44.98, "NVIDIA A40 data sheet"),
     _card("A10", 8.6, 125, 600, 22.5, "NVIDIA A10 data sheet"),
@@ -94,6 +96,8 @@ GPU_MODELS = [
     _card("RTX PRO 4500", 12.0, 219, 896, 32, "NVIDIA RTX PRO 4500 specifications: cores x boost clock", 64),
     _card("RTX PRO 4000", 12.0, 187, 672, 24, "NVIDIA RTX PRO 4000 specifications: cores x boost clock", 64),
     _card("RTX PRO 2000", 12.0, 68, 288, 16, "NVIDIA RTX PRO 2000 specifications: cores x boost clock", 32),
+    _card("RTX 5000 Ada Generation Laptop", 8.9, 165, 576, 16, _RTX_LAPTOP),
+    _card("RTX 4000 Ada Generation Laptop", 8.9, 134, 432, 12, _RTX_LAPTOP),
     _card("RTX 6000 Ada", 8.9, 364, 960, 48, "NVIDIA RTX 6000 Ada data sheet"),
     _card("RTX 5880 Ada", 8.9, 277, 960, 48, "NVIDIA RTX 5880 Ada data sheet: fp8 with sparsity / 4"),
     _card("RTX 5000 Ada", 8.9, 261, 576, 32, "NVIDIA RTX 5000 Ada data sheet: fp8 with sparsity / 4"),
@@ -101,6 +105,7 @@ GPU_MODELS = [
     _card("RTX 4000 SFF Ada", 8.9, 77, 280, 20, "NVIDIA RTX 4000 SFF Ada data sheet: fp8 with sparsity / 4"),
     _card("RTX 4000 Ada", 8.9, 82, 360, 20, "NVIDIA RTX 4000 Ada data sheet: fp8 with sparsity / 4"),
     _card("RTX 2000 Ada", 8.9, 48, 224, 16, "NVIDIA RTX 2000 Ada data sheet: fp8 with sparsity / 4", 16),
+    _card("A4000 Laptop", 8.6, 69, 384, 8, _RTX_LAPTOP),
     _card("A6000", 8.6, 155, 768, 48, "NVIDIA RTX A6000 data sheet"),
     _card("A5500", 8.6, 136, 768, 24, "NVIDIA RTX A5500 data sheet: with sparsity / 2"),
     _card("A5000", 8.6, 111, 768, 24, "NVIDIA RTX A5000 data sheet: with sparsity / 2"),
