@@ -155,6 +155,22 @@ def test_it_learns_what_float32_learns(uneven_base, make_run, tmp_path):
     assert abs(last["bf16_8bit"] - last["fp32"]) <= 0.1 * (first - last["fp32"])
 
 
+def test_in_bf16_as_on_gpus_losses_are_those_of_float32_states_on_any_number_of_ranks(tiny_base, make_run, tmp_path):
+    """Else tests compute in float32 and nothing is cast. Before the first step all have the same weights."""
+    training = TRAINING | {"save_strategy": "no", "max_steps": 3, "learning_rate": 1e-3}
+    options = OPTIONS | {"packing": False, "mixed_precision": "bf16", "training": training}
+    curves = {}
+    for states, ranks in (("bf16_8bit", 1), ("fp32", 2)):
+        run = make_run(
+            tiny_base, tmp_path / states, "full", processes=ranks, **options | {"optimizer_state": states, "batch": 4}
+        )
+        run_ranks(train_here, ranks, run)
+        curves[states] = _curve(run)
+    assert curves["bf16_8bit"][0] == pytest.approx(curves["fp32"][0], rel=1e-5)
+    assert curves["bf16_8bit"] == pytest.approx(curves["fp32"], rel=2 * BF16_EPS)
+    assert curves["fp32"][-1] < 0.99 * curves["fp32"][0]
+
+
 def _poisoned(run) -> tuple[str, list[bool]]:
     """Trains with gradients that are not finite in the third step; the error, and whether any weight is bad then."""
     from fitune.training.adamw_8bit import AdamW8bit
