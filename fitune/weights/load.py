@@ -53,8 +53,8 @@ def load_weights(
 ) -> None:
     """Allocates the sharded `model` (on meta until now) and fills it, module by module.
 
-    `on_tensor` is called after each parameter with the bytes that it has in the checkpoint, all ranks' rows together,
-    `on_step` after each step of at most 64 MiB.
+    `on_tensor` is called after each parameter with the bytes that it has in the checkpoint, all ranks' rows together, a
+    tensor that fills two counted once; `on_step` after each step of at most 64 MiB.
 
     Every tensor of model and checkpoint is accounted for before memory is taken: FituneError names the tensor and its
     file if one is missing, surplus or of another shape.
@@ -62,7 +62,7 @@ def load_weights(
     plan = account_for_every_tensor(model, checkpoint)
     causal_lm, tied = decoder(model), is_tied(decoder(model))
     loader = _Loader(model, checkpoint, placement, seed)
-    kept_by_fsdp = fsdp_parameters(model)
+    kept_by_fsdp, told = fsdp_parameters(model), set()
 
     def steps() -> Iterator[Step]:
         # a unit comes before its modules: FSDP looks after all its parameters when it is allocated, some still on meta
@@ -76,7 +76,8 @@ def load_weights(
                 if place in kept_by_fsdp and local_part(parameter).nbytes >= PIN_FROM_BYTES:
                     pad(parameter, kept_by_fsdp[place])
                 yield from loader.fill(name, parameter, plan[name])
-                yield partial(on_tensor, stored_bytes(checkpoint, plan[name]))
+                yield partial(on_tensor, 0 if plan[name] in told else stored_bytes(checkpoint, plan[name]))
+                told.add(plan[name])
 
     with torch.no_grad():
         stream(checkpoint, steps(), placement.device.type == "cuda", on_step)

@@ -1,5 +1,8 @@
 """A head that is the embedding, and rows of both that are trained."""
 
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from loading import damaged_copy
@@ -12,6 +15,9 @@ from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.data.dataset import load_tokenizer
 from fitune.errors import UsageError
 from fitune.model.skeleton import build_skeleton
+from fitune.training.distributed import join
+from fitune.training.train import load_sharded_model
+from fitune.weights.safetensors_files import Checkpoint
 
 TRAINED = ["<|eot_id|>", "<|start_header_id|>"]
 
@@ -72,6 +78,24 @@ def test_training_rows_of_tied_embeddings_is_refused(tied_base, make_run, tmp_pa
 def _load(run) -> dict:
     model, _ = sharded_model(run)
     return {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _bytes_told(run) -> int:
+    mesh, base, told = join(run), Path(run.recipe.base.model), []
+
+    @contextmanager
+    def bar(title, total, **options):
+        yield told.append
+
+    load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, bar=bar)
+    return sum(told)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_tensor_that_fills_embedding_and_head_is_told_once(tied_base, make_run, tmp_path, method):
+    """So that the bar ends at what the files hold."""
+    with Checkpoint(tied_base) as checkpoint:
+        assert run_ranks(_bytes_told, 1, make_run(tied_base, tmp_path, method)) == [checkpoint.nbytes]
 
 
 def test_a_tied_model_may_store_its_head_too(tied_base, make_run, tmp_path):
