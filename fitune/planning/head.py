@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.text import Text
 
 from fitune.planning.async_save import how_it_saves
+from fitune.planning.found import Found
 from fitune.planning.network import Way, network_lines
 from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import Plan, Time, Verdict, needed_disk
-from fitune.planning.search import Found
 from fitune.planning.words import described, rounded, timed
 
 FP8_MEASURED_ON = "H200"

@@ -15,6 +15,7 @@ from fitune.planning.asked_folder import asked_folder, is_asked_as_folder
 from fitune.planning.asking import as_rows
 from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
+from fitune.planning.found import Found
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
@@ -26,8 +27,8 @@ from fitune.planning.outlook import Outlook, look_around, shortfall
 from fitune.planning.plan import Plan, make_plan, needed_disk
 from fitune.planning.presets import own_profiles, preset_run
 from fitune.planning.report import DETAILS_HINT, print_asking, print_matrix, print_plan, print_tried
-from fitune.planning.search import Found, part_alone
 from fitune.planning.search import find as find_fastest
+from fitune.planning.search import part_alone
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import matrix
 from fitune.planning.words import described

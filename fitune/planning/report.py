@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fitune.planning.asking import STORED
+from fitune.planning.found import Found, best_of_each_kind
 from fitune.planning.head import Line, detail_lines, print_lines
 from fitune.planning.memory import merge_host
 from fitune.planning.plan import GPU_COUNT, GPU_MEMORY, Plan
-from fitune.planning.search import Found, best_of_each_kind
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import METHODS
 from fitune.planning.words import places, timed

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.machines import GPUS, MEMORIES, METHODS, MODELS, cell, host_gib
+from fitune.planning.found import NO_GAIN
 from fitune.planning.limits import given_machine
 from fitune.planning.plan import TIME_ERROR
-from fitune.planning.search import NO_GAIN, find
+from fitune.planning.search import find
 from fitune.planning.words import places
 
 ROOT = Path(__file__).resolve().parents[2]
