@@ -80,13 +80,14 @@ def sets_of(entry: dict, options: argparse.Namespace) -> dict:
 
 
 def planned(entry: dict, options: argparse.Namespace) -> dict:
-    """GiB and seconds that `plan` says of the run."""
-    sets = sets_of(entry, options)
-    run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
-    setup = setup_of(run, find_shape(run.recipe.base.model))
+    """GiB and seconds that `plan` says of the run here, and the rows and layers it chooses for this GPU's speed."""
     gpu = gpu_model(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    sets = tuple(f"{key}={value}" for key, value in sets_of(entry, options).items())
+    run = resolve(entry["recipe"], entry["profile"], sets, gpu=gpu)
+    setup = setup_of(run, find_shape(run.recipe.base.model))
     peak = gpu_peak(setup)
     return {
+        "micro_batch": setup.micro_batch, "kept_layers": setup.kept_layers,
         "allocated_gib": round(peak.allocated / GIB, 2), "all_gib": round(peak.total / GIB, 2),
         "host_gib": round(host_peak(setup) / GIB, 2),
         "step_seconds": round(step_seconds(setup, gpu)["total"], 2) if gpu else None,

@@ -104,6 +104,21 @@ def test_what_is_measured_or_would_not_end_in_time_is_not_begun(tmp_path, monkey
     assert set(full_runs.Report(tmp_path / "result.json", "def").runs) == {"a", "b"}
 
 
+def test_plan_is_asked_for_the_gpu_that_is_here(tmp_path, monkeypatch):
+    """train takes rows and layers by its speed: an H200 held to 12 GB keeps fewer layers and takes more rows."""
+    folder = tmp_path / "1b-bf16"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(random_checkpoint.config("1b", None)))
+    monkeypatch.setattr(full_runs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(full_runs.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    options = argparse.Namespace(models=tmp_path, data=tmp_path)
+    said = full_runs.planned(ENTRIES[0], options)
+    sets = {"base.model": str(folder), **ENTRIES[0]["set"]}
+    slow = resolve(ENTRIES[0]["recipe"], ENTRIES[0]["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
+    assert said["micro_batch"] > slow.profile.micro_batch and said["kept_layers"] < slow.profile.kept_layers
+    assert said["allocated_gib"] < said["all_gib"] <= 11.7 and said["step_seconds"] < 5
+
+
 def test_an_unknown_name_is_said():
     with pytest.raises(SystemExit, match="--only 9b: not in full_runs"):
         full_runs.entries(["9b", "1b, 12 GB"])
