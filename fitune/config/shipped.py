@@ -23,6 +23,16 @@ ACCELERATE_CONFIGS = SHIPPED / "accelerate_configs"
 EXAMPLES = SHIPPED / "examples"
 
 
+def python_path() -> dict[str, str]:
+    """The environment variable with which another Python finds this package, whatever its working folder.
+
+    An installed package is found by itself, and its folder must not come before Python's own.
+    """
+    if not CHECKOUT:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
+
+
 def names(folder: Path) -> list[str]:
     """Names of the YAML files in a folder, without the ending."""
     return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -7,11 +7,13 @@ The answer is the last line. The exit code is 1 where there is none, and the las
 
 import json
 import math
+import os
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+from fitune.config.shipped import python_path
 from fitune.errors import FituneError
 from fitune.export.llama_cpp import Post, leave, likeliest_tokens, start_llama_cpp
 
@@ -26,7 +28,8 @@ Answers = list[list[tuple[int, float]]]
 def ask_gguf(file: Path, beginnings: list[list[int]]) -> Answers:
     """Token ids in, answers out. FituneError where llama.cpp cannot load the file or fails."""
     command = [sys.executable, "-m", "fitune.export.gguf_answers", str(file)]
-    done = subprocess.run(command, input=json.dumps(beginnings), capture_output=True, text=True)
+    environment = os.environ | python_path()
+    done = subprocess.run(command, input=json.dumps(beginnings), capture_output=True, text=True, env=environment)
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         why = said[-1] if said else f"llama.cpp ended with exit code {done.returncode}"

@@ -14,7 +14,7 @@ from fitune.columns import columns, short
 from fitune.config import run as runs
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
-from fitune.config.shipped import CHECKOUT
+from fitune.config.shipped import python_path
 from fitune.environment import HEARTBEATS
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.run_folder import launch_config, settings_to_train
@@ -164,8 +164,7 @@ def _first_failure(failures: dict, told: Collection[int], explained: Collection[
 
 
 def _set_environment(run: Run) -> None:
-    if CHECKOUT:  # an installed package is found by itself, and its folder must not come before Python's own
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    os.environ.update(python_path())
     if run.accelerate.use_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // run.accelerate.num_processes)))
     else:

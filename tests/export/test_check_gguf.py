@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from fitune.errors import FituneError
 from fitune.export import check_gguf as checking
 from fitune.export.check_gguf import check_gguf, compare_gguf, round_to
-from fitune.export.gguf_answers import LIKELIEST, likeliest
+from fitune.export.gguf_answers import LIKELIEST, ask_gguf, likeliest
 from fitune.export.prompts import prompts_for
 
 FILE = Path("mine.gguf")
@@ -162,6 +162,14 @@ def test_a_block_holds_as_many_values_as_its_type(kind, steps):
     largest = (of_rounded - blocks).abs().amax(1) / spread * (steps - 1)
     assert 0.3 < largest.max() < 0.5 + 1e-3
     assert round_to(kind, torch.zeros(1, 64)).eq(0).all()
+
+
+def test_the_process_that_asks_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(FituneError, match=r"the check of mine.gguf failed: .*; --no-check skips it") as caught:
+        ask_gguf(FILE, [[1]])
+    assert "fitune.export" not in str(caught.value), "the file is missing, or llama.cpp is; fitune is not"
 
 
 def test_it_asks_for_enough_tokens():
