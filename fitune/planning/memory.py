@@ -62,6 +62,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     before = {**resident(s), "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
     stay = not (s.offload or s.optimizer_offload)
     left = s.gradients if s.accumulated_on_gpu or stay else s.leaving_gradients
+    left = s.waiting_gradients if s.adapters_wait else left
     after = {**resident(s), "gradients": left, **fixed}
     not_yet = s.last_gradients if stay and not s.accumulated_on_gpu else 0.0
     stepping = {**resident(s), "gradients": s.gradients * stay, **fixed}

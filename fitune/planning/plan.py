@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fitune.config.base_model import refuse_length_beyond
@@ -111,8 +111,7 @@ class Plan:
 
 def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) -> Plan:
     """Needs, verdicts and time of one run; what else would fit is for `fitune.planning.search` to find."""
-    shape = find_shape(run.recipe.base.model, run.recipe.base.revision)
-    setup = setup_of(run, shape)
+    setup = setup_to_train(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
     space = disk(setup, kept_checkpoints(run))
     if has_weights(run.recipe.base.model, run.recipe.base.revision):
         space["download"] = 0.0
@@ -126,6 +125,19 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) 
         verdicts=verdicts(setup, limits, space),
         time=_time(run, setup, gpu, **options) if setup.on_gpu else None,
     )
+
+
+def setup_to_train(run: Run, shape: ModelShape) -> Setup:
+    """The same as `setup_of` with gradients of adapters that wait for a step's last micro batch, where there is room.
+
+    Several ranks then reduce them once a step. A profile that states no GPU memory, as for CPUs, has room.
+    """
+    setup = setup_of(run, shape)
+    if setup.full or setup.shards == 1 or setup.accumulation == 1:
+        return setup
+    waiting, card = replace(setup, adapters_wait=True), run.profile.gpu_memory_gib
+    has_room = card is None or gpu_peak(waiting).total / GIB * (1 + ERROR) <= card
+    return waiting if has_room else setup
 
 
 def setup_of(run: Run, shape: ModelShape) -> Setup:

@@ -56,6 +56,8 @@ class Setup:
     on_gpu: bool = True
     replicas: int = 1
     "Copies of the model: with hybrid sharding one for each machine."
+    adapters_wait: bool = False
+    "Each rank adds up its own gradients of the adapters, whole, until a step's last micro batch."
     saves: bool = True
     "Writes checkpoints on the way."
     async_save: bool = False
@@ -173,7 +175,9 @@ class Setup:
 
     @property
     def waiting_gradients(self) -> float:
-        """The same between micro batches: in float32 until replicas add theirs up."""
+        """The same between micro batches: in float32 until replicas add theirs up, and whole until all ranks do."""
+        if self.adapters_wait:
+            return self.trainable * FP32
         return self.trainable / self.shards * FP32 if self.reduced_once else self.gradients
 
     @property
@@ -196,7 +200,7 @@ class Setup:
     @property
     def accumulated_on_gpu(self) -> bool:
         """Whether gradients wait there for the next micro batch: an adapter's of one rank or a replica always do."""
-        on_gpu = not self.offload or (not self.full and (self.ranks == 1 or self.replicas > 1))
+        on_gpu = not self.offload or (not self.full and (self.ranks == 1 or self.replicas > 1 or self.adapters_wait))
         return self.accumulation > 1 and on_gpu and not self.optimizer_offload
 
     @property

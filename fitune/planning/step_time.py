@@ -171,7 +171,8 @@ def _network_seconds(s: Setup, model: GpuModel, between_machines: float) -> floa
 def _shards_bytes(s: Setup) -> float:
     """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
     gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 2 * s.gathered_head
-    return (gathered + s.trainable * FP32) * (s.shards - 1) / s.shards
+    reduced = s.trainable * FP32 / (s.accumulation if s.adapters_wait else 1)
+    return (gathered + reduced) * (s.shards - 1) / s.shards
 
 
 def _replicas_bytes(s: Setup) -> float:

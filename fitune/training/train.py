@@ -35,8 +35,8 @@ from fitune.model.sharding import kept_in_host_ram, ranks_of_a_copy, shard, shar
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.compute import FP8_CAPABILITY
 from fitune.planning.memory import gpu_peak
-from fitune.planning.plan import setup_of
-from fitune.planning.sizes import GIB
+from fitune.planning.plan import setup_to_train
+from fitune.planning.sizes import GIB, Setup
 from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
 from fitune.training.distributed import (
@@ -91,12 +91,15 @@ def train(run: Run) -> None:
             model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8, bar=report.bar)
     heartbeat.count_layers(decoder(model).model.layers)
     report.begin("mapping the rows")
-    measurements = Measurements(run.folder, loading.report, _planned_gib(run, base_folder))
+    setup = _planned(run, base_folder)
+    planned_gib = gpu_peak(setup).allocated / GIB if setup and setup.on_gpu else None
+    measurements = Measurements(run.folder, loading.report, planned_gib)
     trainer = ShardedSFTTrainer(
         run,
         base_record=base_record,
         identity=identity,
         heartbeat=heartbeat,
+        adapters_wait=setup is not None and setup.adapters_wait,
         arguments=arguments,
         model=model,
         processing_class=tokenizer,
@@ -194,12 +197,10 @@ def _check_compute(run: Run, mesh) -> None:
         )
 
 
-def _planned_gib(run: Run, base_folder: Path) -> float | None:
-    """What `plan` says that torch allocates on each GPU at its peak; None on the CPU, and where there is no plan."""
-    if run.accelerate.use_cpu:
-        return None
+def _planned(run: Run, base_folder: Path) -> Setup | None:
+    """What `plan` reckons with; None for a model that it doesn't know."""
     try:
-        return gpu_peak(setup_of(run, find_shape(str(base_folder)))).allocated / GIB
+        return setup_to_train(run, find_shape(str(base_folder)))
     except UsageError:
         return None
 

@@ -44,7 +44,8 @@ class ShardedSFTTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints hold each rank's rows, and whose result is gathered tensor by tensor.
 
     `base_record` is what a trained adapter remembers of its base, `identity` what a checkpoint does; a trainer that
-    saves nothing needs neither. `heartbeat` tells the launcher that this rank gets on. `arguments` are those of
+    saves nothing needs neither. `heartbeat` tells the launcher that this rank gets on. `adapters_wait`: each rank adds
+    up its own gradients of the adapters until a step's last micro batch. `arguments` are those of
     `training_arguments(run)`, where they were made before the model was loaded.
     """
 
@@ -56,11 +57,13 @@ class ShardedSFTTrainer(SFTTrainer):
         heartbeat: Heartbeat | None = None,
         arguments: SFTConfig | None = None,
         *,
+        adapters_wait: bool = False,
         train_dataset: TokenisedRows,
         eval_dataset: TokenisedRows | None = None,
         **kwargs,
     ):
         self.run, self.base_record, self.identity, self.heartbeat = run, base_record, identity, heartbeat or Heartbeat()
+        self.adapters_wait = adapters_wait
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
         self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
@@ -117,13 +120,14 @@ class ShardedSFTTrainer(SFTTrainer):
     def _leave_gradients_to_the_last_pass(self, model: FSDPModule) -> None:
         """Gradients stay on the GPU until the last micro batch of a step, where that saves more than it takes.
 
-        With one rank an adapter's are whole anyway. Offloaded, each micro batch would else wait for its gradients to be
-        added up in host RAM, layer by layer. With hybrid sharding they cross the network between machines only then;
-        method full's wait on the GPU only if they live there.
+        With one rank an adapter's are whole anyway; several ranks keep theirs whole where there is room, and reduce
+        them once. Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by
+        layer. With hybrid sharding they cross the network between machines only then; method full's wait on the GPU
+        only if they live there.
         """
         is_last, full = self.accelerator.sync_gradients, self.run.recipe.method == "full"
         leave_the_gpu = self.run.accelerate.offload_params or self.run.profile.optimizer_offload
-        if self.args.world_size == 1 and not full:
+        if self.adapters_wait or (self.args.world_size == 1 and not full):
             model.set_requires_gradient_sync(is_last)
         elif self.run.replicas > 1 and not (full and leave_the_gpu):
             model.set_requires_all_reduce(is_last)

@@ -17,8 +17,9 @@ from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import given_machine
 from fitune.planning.machine import Machine
 from fitune.planning.memory import checkpoint_copy, gpu_peak, host_peak
-from fitune.planning.plan import setup_of
+from fitune.planning.plan import setup_of, setup_to_train
 from fitune.planning.search import find
+from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
 from fitune.planning.words import ON_GPUS, places
 
@@ -71,6 +72,21 @@ def test_gradients_that_wait_for_the_last_pass_are_float32():
     assert setup.accumulated_on_gpu and setup.waiting_gradients == 2 * setup.gradients
     in_ram = replace(setup, optimizer_offload=True)
     assert not in_ram.reduced_once and not in_ram.accumulated_on_gpu
+
+
+def test_adapters_gradients_wait_whole_where_a_gpu_has_room():
+    """They are reduced once a step then: the rest of the traffic is weights gathered for each micro batch."""
+    run = _all_on_the_gpus("llama3_70b_qlora", ("global_batch_size=32",), given_machine(8, 24, 1024), 1)
+    shape = find_shape(run.recipe.base.model)
+    reduced_often, waiting = setup_of(run, shape), setup_to_train(run, shape)
+    assert waiting == replace(reduced_often, adapters_wait=True) and waiting.accumulation > 1
+    assert waiting.waiting_gradients == 8 * reduced_often.waiting_gradients == waiting.trainable * 4
+    assert reduced_often.trainable * 4 > gpu_peak(waiting).total - gpu_peak(reduced_often).total > 0
+    saved = [step_seconds(setup, H100)["network"] for setup in (reduced_often, waiting)]
+    passes_saved = (waiting.accumulation - 1) * waiting.trainable * 4 * 7 / 8
+    assert saved[0] - saved[1] == pytest.approx(passes_saved / (H100.peer_link_gb_s * 0.85e9))
+    full_card = run.profile.model_copy(update={"gpu_memory_gib": gpu_peak(reduced_often).total / GIB})
+    assert setup_to_train(run.model_copy(update={"profile": full_card}), shape) == reduced_often
 
 
 def test_the_network_between_machines_is_crossed_once_a_step_by_gradients_on_the_gpu():

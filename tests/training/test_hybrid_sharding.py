@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fitune.errors import FituneError
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import Share, local_part, local_rows, share_of
+from fitune.planning.plan import setup_of
+from fitune.training import train
 from fitune.training.evaluate import evaluate
 from fitune.training.replicas import refuse_replicas_apart
 
@@ -171,15 +173,36 @@ def _train_and_count(run) -> list[bool]:
     return found
 
 
+def _without_room(run) -> list[bool]:
+    """The same on GPUs that have no room for whole gradients of the adapters."""
+    train.setup_to_train = setup_of
+    return _train_and_count(run)
+
+
+ONE_STEP = OPTIONS | {"training": TRAINING | {"max_steps": 1, "save_strategy": "no"}}
+
+
 def test_gradients_cross_the_network_once_a_step(tiny_base, make_run, tmp_path):
-    options = OPTIONS | {"training": TRAINING | {"max_steps": 1, "save_strategy": "no"}}
-    once = make_run(tiny_base, tmp_path / "once", "lora", **TWO_BY_TWO, **options)
+    once = make_run(tiny_base, tmp_path / "once", "lora", **TWO_BY_TWO, **ONE_STEP)
     layers, passes = 2, once.gradient_accumulation_steps
-    for crossed in run_ranks(_train_and_count, 4, once):
+    for crossed in run_ranks(_without_room, 4, once):
         assert crossed == [False] * layers * (passes - 1) + [True] * layers
-    often = make_run(tiny_base, tmp_path / "often", "full", **TWO_BY_TWO, **options | {"offload_params": True})
+    often = make_run(tiny_base, tmp_path / "often", "full", **TWO_BY_TWO, **ONE_STEP | {"offload_params": True})
     for crossed in run_ranks(_train_and_count, 4, often):
         assert all(crossed), "gradients that live in host RAM don't wait on the GPU"
+
+
+@pytest.mark.parametrize("options", [TWO_BY_TWO, {"processes": 2}, {"processes": 2, "offload_params": True}], ids=str)
+def test_adapters_are_reduced_once_a_step_where_there_is_room(options, uneven_base, make_run, tmp_path):
+    once, often = (make_run(uneven_base, tmp_path / name, "qlora", **options, **ONE_STEP) for name in ("once", "often"))
+    layers, passes, ranks = 2, once.gradient_accumulation_steps, options["processes"]
+    assert passes > 1
+    for crossed in run_ranks(_train_and_count, ranks, once):
+        assert crossed == [True] * layers
+    for crossed in run_ranks(_without_room, ranks, often):
+        assert len(crossed) == layers * passes
+    norms = _curve(once, "grad_norm"), _curve(often, "grad_norm")
+    assert_curve_equal_but_for_rounding(*norms, additions_to_a_step(once), of="grad_norm")
 
 
 def _tampered(run) -> str | None:
