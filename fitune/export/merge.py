@@ -118,7 +118,7 @@ def merge_adapter(
             _write_weights(unfinished, tuned, specs, max_shard_bytes, progress)
             write_small_files(base, adapter, unfinished, _merged_config(config, tuned), dtype)
             named = record or BaseRecord(str(base), None, base_fingerprint(checkpoint))
-            write_model_card(unfinished, run, named.model, named.revision, base)
+            write_model_card(unfinished, run, named.model, named.revision, base, onto=onto)
             compared = None
             if check:
                 refuse_another_architecture(unfinished, base, changed={"vocab_size", "tie_word_embeddings"})

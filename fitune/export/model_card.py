@@ -29,11 +29,13 @@ OLDER_LOADERS = (
 SETTINGS = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "optim", "weight_decay")
 
 
-def write_model_card(folder: Path, run: Run | None, base: str, revision: str | None, base_folder: Path) -> None:
+def write_model_card(
+    folder: Path, run: Run | None, base: str, revision: str | None, base_folder: Path, *, onto: str | None = None
+) -> None:
     """Into `folder`, an adapter's or a model's, which holds its template already.
 
     `run` is None for an adapter from elsewhere; `base` a Hub id or a local folder, of which only the name is told;
-    `base_folder` where its licence lies.
+    `base_folder` where its licence lies; `onto` which of its weights an adapter was added to, if one was.
     """
     is_adapter = (folder / "adapter_config.json").exists()
     licence = _licence(base_folder)
@@ -41,6 +43,7 @@ def write_model_card(folder: Path, run: Run | None, base: str, revision: str | N
         _front_matter(run, base, licence, is_adapter),
         f"# {_title(run, base, is_adapter)}",
         _base(base, revision, run, licence),
+        _merged(onto, run),
         OLDER_LOADERS if is_adapter and is_misread_by_older(_json(base_folder / "config.json")) else "",
         *((_data(run), _settings(run), _losses(run)) if run else ()),
         _template(folder),
@@ -81,6 +84,18 @@ def _base(base: str, revision: str | None, run: Run | None, licence: str) -> str
     terms = f"The base's licence ({licence}) holds for this model too; see its file beside this one where there is one."
     built = " Built with Meta Llama 3." if licence.startswith("llama3") else ""
     return f"Base: `{_name(base)}`{at}.{method} {terms}{built}"
+
+
+def _merged(onto: str | None, run: Run | None) -> str:
+    """Which numbers are of this model."""
+    if onto == "trained":
+        return "Merged: the base's layers went through NF4 and back, as in training; then the adapter was added."
+    if onto == "original" and run and run.recipe.method == "qlora":
+        return (
+            "Merged: the adapter was added to the base's own weights. It was trained and measured beside weights in "
+            "NF4, so that no loss here is of this model."
+        )
+    return "Merged: the adapter was added to the base's weights as they are stored." if onto else ""
 
 
 def _licence(folder: Path) -> str:

@@ -126,6 +126,7 @@ def test_onto_says_which_weights_the_adapter_is_added_to(run, tiny_base, tmp_pat
         assert outcome.exit_code == 0, outcome.output
         _assert_merged(output, tiny_base, run.result_folder, through_nf4=onto == "trained")
         assert read_merge_record(output).onto == onto
+        assert ("no loss here is of this model" in (output / "README.md").read_text()) == (onto == "original")
     assert distance(_logits(tmp_path / "trained"), _logits(tmp_path / "original")) > 0.05
 
 

@@ -107,3 +107,20 @@ def test_of_a_checkpoint_only_what_was_logged_up_to_it_counts(run, tmp_path):
     at_one = run.model_copy(update={"checkpoint": str(run.folder / "checkpoints" / "checkpoint-1")})
     _, body = card(tmp_path, at_one)
     assert "Last training loss: 2.5000, step 1." in body and "held-out loss" not in body
+
+
+@pytest.mark.parametrize(
+    ("method", "onto", "said"),
+    [
+        ("qlora", "trained", "went through NF4 and back, as in training"),
+        ("qlora", "original", "no loss here is of this model"),
+        ("lora", "original", "added to the base's weights as they are stored."),
+        (None, "original", "added to the base's weights as they are stored."),
+        ("qlora", None, None),
+    ],
+)
+def test_a_merged_model_says_which_numbers_are_its_own(run, tmp_path, method, onto, said):
+    of = run.model_copy(update={"recipe": run.recipe.model_copy(update={"method": method})}) if method else None
+    write_model_card(tmp_path, of, "org/base", None, tmp_path, onto=onto)
+    merged = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("Merged: ")]
+    assert len(merged) == (onto is not None) and all(said in line for line in merged)
