@@ -6,7 +6,7 @@ import torch
 
 from fitune.config.schema import Run
 from fitune.data.file_formats import first_line
-from fitune.errors import UsageError
+from fitune.errors import UsageError, is_out_of_memory
 from fitune.progress import bar
 from fitune.training.given_model import GivenModel
 from fitune.training.train import load_sharded_model
@@ -30,12 +30,24 @@ def load_plain(given: GivenModel) -> torch.nn.Module:
     except (OSError, ValueError) as error:  # no safetensors, or an architecture that brings code of its own
         raise UsageError(f"{given.base}: cannot be loaded: {first_line(error)}") from None
     if given.is_adapter:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, not ours to mend
-            model = PeftModel.from_pretrained(model, given.folder)
+        model = _with_adapter(model, given)
     return model.eval()
+
+
+def _with_adapter(model: torch.nn.Module, given: GivenModel) -> torch.nn.Module:
+    """UsageError for an adapter that is not as its adapter_config.json says."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, not ours to mend
+        try:
+            return PeftModel.from_pretrained(model, given.folder)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            if is_out_of_memory(error):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # the first may be a title
+            why = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+            raise UsageError(f"{given.folder}: PEFT cannot load it: {why}") from None
 
 
 def load_over_processes(run: Run, given: GivenModel, mesh) -> torch.nn.Module:

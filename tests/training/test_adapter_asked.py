@@ -1,6 +1,7 @@
 """An adapter's folder, from fitune or elsewhere, asked and measured over processes as PEFT does on one device."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -177,3 +178,19 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(make, u
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     result = CliRunner().invoke(cli, ["generate", str(adapter), "--prompt", "Hi"])
     assert result.exit_code == 2 and "wrong base?" in result.stderr and result.stderr.count("\n") <= 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"r": 5}, "size mismatch for .*lora_A"), ({"peft_type": "LORAX"}, "LORAX")],
+    ids=["another rank", "a kind of adapter that there is not"],
+)
+def test_an_adapter_that_is_not_as_its_config_says_is_refused_in_one_line(make, tmp_path, changed, said):
+    adapter = Path(shutil.copytree(make("plain"), tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changed))
+    result = CliRunner().invoke(cli, ["generate", str(adapter), "--text", "Once"])
+    assert result.exit_code == 2, result.output
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(f"{adapter}: PEFT cannot load it: .*{said}", line)
+    assert "Traceback" not in result.stderr and result.stderr.endswith(f"{line}\n")
