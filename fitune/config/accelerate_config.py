@@ -38,6 +38,7 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
         "num_machines": data.get("num_machines", 1),
         "main_process_ip": data.get("main_process_ip"),
         "main_process_port": data.get("main_process_port"),
+        "gpu_ids": _gpu_ids(data, path),
         "use_cpu": use_cpu,
         "mixed_precision": data.get("mixed_precision", "no"),
         "offload_params": fsdp.get("fsdp_offload_params", False),
@@ -52,6 +53,14 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
     if not use_cpu and config.mixed_precision != "bf16":
         raise UsageError(f"{path}: mixed_precision must be bf16 on GPUs: packed rows have no kernel in float32")
     return config
+
+
+def _gpu_ids(data: dict, path: Path) -> str | None:
+    """None: all that are visible. accelerate takes text alone, and YAML reads a single number as no text."""
+    given = data.get("gpu_ids")
+    if given is not None and not isinstance(given, str):
+        raise UsageError(f'{path}: gpu_ids must be text, not {given!r}; write gpu_ids: "{given}"')
+    return None if given == "all" else given
 
 
 def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:
@@ -78,6 +87,7 @@ def written_out(config: AccelerateConfig) -> str:
     lines += [] if config.reshard_after_forward else ["  fsdp_reshard_after_forward: false"]
     lines += ["use_cpu: true"] if config.use_cpu else [f"mixed_precision: {config.mixed_precision}"]
     lines += [f"num_processes: {config.num_processes}"]
+    lines += [f'gpu_ids: "{config.gpu_ids}"  # the others stay idle'] if config.gpu_ids else []
     if config.num_machines > 1:
         lines += [
             f"num_machines: {config.num_machines}",

@@ -276,6 +276,8 @@ class AccelerateConfig(Strict):
     "Address of machine 0, where there are several."
     main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     "A port on machine 0, the same on all machines; 0 takes any free one, where there is one machine."
+    gpu_ids: str | None = None
+    "The GPUs of this machine that processes see, as CUDA_VISIBLE_DEVICES names them, in quotes where it is one number."
     use_cpu: Flag = False
     "Train on the CPU. Only tiny models do that in reasonable time."
     mixed_precision: Literal["no", "bf16"] = "no"

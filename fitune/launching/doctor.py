@@ -116,10 +116,12 @@ def _gpus() -> list[Finding]:
     try:
         machine.refuse_missing_bf16()
     except FituneError as error:
-        found.append(Finding("bf16", False, *_in_two(str(error))))
-    if machine.uneven:
+        idle = f"{str(error).rsplit('; ', 1)[0]}: it stays idle"
+        able = machine.with_bf16.gpus
+        found.append(Finding("bf16", None, idle) if able else Finding("bf16", False, *_in_two(str(error))))
+    if machine.with_bf16.uneven:
         found.append(
-            Finding("uneven GPUs", None, machine.uneven, f"without it: {machine.without_the_weakest.in_variable}")
+            Finding("uneven GPUs", None, f"{machine.with_bf16.uneven}; train leaves out those that slow a run down")
         )
     if len(machine.gpus) > 1:
         found += _shared_memory()
@@ -144,17 +146,19 @@ def _shared_memory() -> list[Finding]:
 
 
 def _fp8() -> list[Finding]:
-    """Whether the first GPU multiplies fp8, where the table of GPUs knows it."""
+    """Whether the GPUs multiply fp8, where the table of GPUs knows them."""
     from fitune.planning.compute import FP8_CAPABILITY, has_fp8
     from fitune.planning.hardware import this_machine
 
-    gpu = this_machine().known_model
-    if gpu is None or not gpu.has_bf16:
-        return []
-    if has_fp8(gpu):
-        return [Finding("fp8", True, f"{gpu.name} has it: --set profile.compute=fp8 (see docs/fp8.md)")]
-    capability = f"compute capability {gpu.capability:.1f}, fp8 needs {FP8_CAPABILITY}"
-    return [Finding("fp8", None, f"{gpu.name} has none ({capability}): profile.compute stays bf16")]
+    models = {gpu.known_model.name: gpu.known_model for gpu in this_machine().with_bf16.gpus if gpu.known_model}
+    have = [name for name, model in models.items() if has_fp8(model)]
+    lack = [f"{name} has none (compute capability {model.capability:.1f}, fp8 needs {FP8_CAPABILITY})"
+            for name, model in models.items() if name not in have]  # fmt: skip
+    if have:
+        rest = f"; {'; '.join(lack)}" if lack else ""
+        can = f"{' and '.join(have)} {'has' if len(have) == 1 else 'have'} it"
+        return [Finding("fp8", True, f"{can}: --set profile.compute=fp8 (see docs/fp8.md){rest}")]
+    return [Finding("fp8", None, f"{'; '.join(lack)}: profile.compute stays bf16")] if lack else []
 
 
 def _host_memory() -> Finding:
@@ -209,15 +213,18 @@ def _base_model(model: str | None) -> Finding:
 
 def _fastest() -> list[Finding]:
     """What `train` would choose for 8B and for 70B on this machine."""
+    from fitune.planning.found import why_left_out
     from fitune.planning.hardware import this_machine
     from fitune.planning.search import find
 
     machine, findings = this_machine(), []
-    if not machine.gpus or not machine.model.has_bf16:
+    if not machine.with_bf16.gpus:
         return []  # which has been said
     for recipe in ("llama3_8b_qlora", "llama3_70b_qlora"):
         try:
-            found = Finding("fastest", True, f"{recipe}: {find(recipe, (), machine).in_one_line()}")
+            fastest = find(recipe, (), machine)
+            lines = [fastest.in_one_line(), *why_left_out(fastest)]
+            found = Finding("fastest", True, f"{recipe}: {'; '.join(lines)}")
         except FituneError as error:
             found = Finding("fastest", None, str(error))
         findings.append(found)

@@ -1,13 +1,26 @@
-"""The run that `train` and `show` take where no profile is given."""
+"""The run that `train` and `show` take where no profile is given, and the GPUs of one that goes on."""
 
 from pathlib import Path
 
 import click
 
+from fitune.config.run import FOUND
 from fitune.config.schema import Run
 from fitune.launching.run_folder import found_before
 from fitune.planning.hardware import this_machine
-from fitune.planning.search import find, part_alone
+from fitune.planning.search import find, with_fastest_gpus
+
+
+def on_gpus_here(run: Run) -> Run:
+    """A run that `plan` found and that goes on: on the GPUs that it was started on, or where one of them is gone, or
+    hidden, on those that are fastest for it now."""
+    accelerate = run.accelerate
+    if run.profile.accelerate_config != FOUND or accelerate.use_cpu or accelerate.num_machines > 1:
+        return run
+    machine = this_machine()
+    if accelerate.gpu_ids and not machine.shown_by(accelerate.gpu_ids).missing:
+        return run
+    return with_fastest_gpus(run, machine)
 
 
 def fastest_here(
@@ -16,11 +29,10 @@ def fastest_here(
 ) -> Run:  # fmt: skip
     """What is fastest on this machine, or was when a run that goes on was started; says what it is unless `quiet`."""
     machine = this_machine()
-    if resume and output and (run := found_before(recipe, sets, Path(output), len(machine.gpus))):
+    if resume and output and (run := found_before(recipe, sets, Path(output), len(machine.with_bf16.gpus))):
         return run
     found = find(recipe, sets, machine, output=output, machines=machines)
     if not quiet:
-        uneven = part_alone(recipe, sets, machine, machines=machines)
-        for line in filter(None, (found.in_one_line(), found.why_idle(), uneven)):
+        for line in filter(None, (found.in_one_line(), found.why_idle(), found.uneven)):
             click.echo(line, err=True)
     return found.plan.run

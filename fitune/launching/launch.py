@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fitune.columns import columns, short
 from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import python_path
@@ -21,6 +22,7 @@ from fitune.launching.run_folder import launch_config, settings_to_train
 from fitune.launching.run_status import read_status
 from fitune.launching.signals import interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
+from fitune.planning.hardware import this_machine
 
 TRAINING = "fitune.training.train"
 LONG_WORD = 14
@@ -124,9 +126,9 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _set_environment(run)
-    config = str(launch_config(run, settings))
+    config = launch_config(run, settings)
     place_flags = [str(word) for name, value in place.items() if value is not None for word in (f"--{name}", value)]
-    flags = ["--config_file", config, *place_flags, "-m", module]
+    flags = ["--config_file", str(config), *_gpu_flags(config), *place_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = "SIGQUIT"  # torch's own way with the others gives ranks 30 s, and prints tracebacks
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -138,6 +140,13 @@ def launch(
         except (ValueError, FileNotFoundError) as error:
             raise FituneError(f"accelerate launch refused {config}: {error}") from None
     return 0
+
+
+def _gpu_flags(config: Path) -> list[str]:
+    """Takes any GPUs where a run's file names some that are not here or are hidden, as `eval` may meet it."""
+    gpu_ids = read_accelerate_config(config).gpu_ids
+    missing = gpu_ids and this_machine().shown_by(gpu_ids).missing
+    return ["--gpu_ids", "all"] if missing else []
 
 
 def _first_failure(failures: dict, told: Collection[int], explained: Collection[int]) -> int:

@@ -44,11 +44,12 @@ def _check_gpus(run: Run) -> None:
     """
     from fitune.planning.compute import refuse_missing_fp8
     from fitune.planning.hardware import this_machine
+    from fitune.planning.limits import machine_of
 
-    machine = this_machine()
+    machine = machine_of(run)
     if not run.accelerate.use_cpu:
         machine.refuse_missing_gpus()
-        machine.refuse_missing_bf16()
+        this_machine().shown_by(run.accelerate.gpu_ids).refuse_missing_bf16(len(machine.gpus))
         if run.accelerate.num_processes > run.accelerate.num_machines and (short := short_of_shared_memory()):
             print(f"note: {'; '.join(short)}", file=sys.stderr)
     if gpu := machine.known_model:

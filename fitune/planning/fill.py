@@ -15,8 +15,7 @@ from fitune.errors import UsageError
 from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model
-from fitune.planning.hardware import this_machine
-from fitune.planning.limits import Limits, limits_of, limits_to_fill
+from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
 from fitune.planning.plan import ERROR, setup_of, verdicts
 from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
@@ -34,8 +33,9 @@ def resolve(
 
 
 def filled_here(run: Run) -> Run:
-    """The run filled for this machine's GPUs, as far as its profile states their memory."""
-    return filled(settled(run, this_machine().known_model), limits_to_fill(run), this_machine().model)
+    """The run filled for the GPUs that it takes here, as far as its profile states their memory."""
+    machine = machine_of(run)
+    return filled(settled(run, machine.known_model), limits_to_fill(run), machine.model)
 
 
 def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:

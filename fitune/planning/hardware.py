@@ -9,10 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from fitune.config.host_limits import host_memory_gib
-from fitune.planning.machine import Gpu, Machine
+from fitune.planning.machine import IDENTITIES, Gpu, Machine
 from fitune.planning.sizes import GIB
 
-VISIBLE, IDENTITIES = "CUDA_VISIBLE_DEVICES", ("GPU-", "MIG-")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PCIE_GB_S_PER_LANE = {1: 0.25, 2: 0.5, 3: 1.0, 4: 2.0, 5: 4.0, 6: 8.0}
 "By generation, per direction."
 FIELDS = ("uuid", "name", "memory.total", "memory.free")

@@ -37,13 +37,13 @@ def print_lines(lines: list[Line], console: Console) -> None:
             console.print(Text(("" if place else line.label).ljust(width)) + part)
 
 
-def head_lines(plan: Plan, outlook: Outlook, ways: list[Way], found: Found | None, uneven: str | None) -> list[Line]:
-    """From the verdicts to the run's own settings. `found` is what a search chose, `uneven` its note on the GPUs."""
+def head_lines(plan: Plan, outlook: Outlook, ways: list[Way], found: Found | None) -> list[Line]:
+    """From the verdicts to the run's own settings. `found` is what a search chose."""
     lines = [_verdict(verdict) for verdict in plan.verdicts]
     if not plan.fits:
         lines.append(Line("next", way_out(plan, outlook.changes), "bold"))
     if found:
-        lines += _choice(found, uneven)
+        lines += _choice(found)
     if plan.time:
         lines += _estimate(plan.time)
     lines += [Line("" if place else "network", line) for place, line in enumerate(network_lines(ways))]
@@ -56,10 +56,10 @@ def _verdict(verdict: Verdict) -> Line:
     return Line(verdict.resource, Text.assemble(mark, verdict.in_words))
 
 
-def _choice(found: Found, uneven: str | None) -> list[Line]:
+def _choice(found: Found) -> list[Line]:
     lines = [Line("chosen", f"{described(found.plan)}, {timed(found.plan)}")]
     lines += [Line("next best", found.next_best)] if found.runner_up else []
-    notes = {"idle": found.why_idle(), "uneven": uneven}
+    notes = {"idle": found.why_idle(), "uneven": found.uneven}
     return lines + [Line(label, note, "magenta") for label, note in notes.items() if note]
 
 

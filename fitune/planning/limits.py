@@ -49,6 +49,12 @@ def limits_to_fill(run: Run) -> Limits:
     return replace(stated, gpu=min(stated.gpu, here.gpu), host=min(stated.host, here.host), unified=here.unified)
 
 
+def machine_of(run: Run) -> Machine:
+    """This machine with the GPUs that the run's ranks take, and no others."""
+    accelerate = run.accelerate
+    return this_machine().shown_by(accelerate.gpu_ids).first(accelerate.num_processes // accelerate.num_machines)
+
+
 def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
     """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
     if gpus < 1:
@@ -64,7 +70,7 @@ def limits_for_training(run: Run) -> Limits:
 
     With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
     """
-    limits = limits_here(this_machine())
+    limits = limits_here(machine_of(run))
     if cap := number(GPU_CAP):
         limits = replace(limits, gpus=run.accelerate.num_processes, gpu=cap + MEASURED.outside_allocator / GIB)
     saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())

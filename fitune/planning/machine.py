@@ -9,6 +9,8 @@ from fitune.planning.gpu_models import BF16_CAPABILITY, GpuModel, likely_model, 
 
 UNEVEN = 1.2
 "GPUs that differ by less count as alike."
+IDENTITIES = ("GPU-", "MIG-")
+"What a UUID begins with."
 TINY = 1e-3
 "Less is none: of a GPU that others have filled."
 
@@ -30,6 +32,18 @@ class Gpu:
     "UUID."
     shown_as: str = ""
     "In CUDA_VISIBLE_DEVICES."
+
+    @property
+    def in_words(self) -> str:
+        """What it is called in a shop, with its memory."""
+        model, gigabytes = look_up(self.name), f"{self.total_gib:.0f} GB"
+        name = model.name if model else self.name.removeprefix("NVIDIA ")
+        return name if gigabytes.replace(" ", "") in name.replace(" ", "") else f"{name}, {gigabytes}"
+
+    def is_called(self, name: str) -> bool:
+        """Whether CUDA takes `name` for it: its number, or its UUID, which may be cut short."""
+        is_short = name.startswith(IDENTITIES) and self.identity.startswith(name)
+        return is_short or name in (self.shown_as, self.identity)
 
     @property
     def known_model(self) -> GpuModel | None:
@@ -89,21 +103,40 @@ class Machine:
     @property
     def uneven(self) -> str | None:
         """What its GPUs hold each other back by, in one line; None where they are alike."""
-        said, _ = self._unevenness()
-        return said
-
-    @property
-    def without_the_weakest(self) -> "Machine":
-        """The GPUs that have clearly more of what they differ in."""
-        return self._unevenness()[1]
-
-    def _unevenness(self) -> tuple[str | None, "Machine"]:
         for said, measure in MEASURES.items():
             sizes = [measure(gpu) for gpu in self.gpus]
-            least = max(UNEVEN * min(sizes, default=0), TINY)
-            if least <= max(sizes, default=0):
-                return said.format(", ".join(f"{size:.3g}" for size in sizes)), self._with_at_least(least, measure)
-        return None, self
+            if len(_steps(sizes)) > 1:
+                return said.format(", ".join(f"{size:.3g}" for size in sizes))
+        return None
+
+    @property
+    def with_bf16(self) -> "Machine":
+        """The GPUs that can train."""
+        return self._with_at_least(BF16_CAPABILITY, lambda gpu: gpu.model.capability)
+
+    def first(self, count: int) -> "Machine":
+        """The GPUs that `count` ranks take."""
+        return replace(self, gpus=self.gpus[:count])
+
+    def shown_by(self, gpu_ids: str | None) -> "Machine":
+        """What ranks see that are started with an accelerate config's `gpu_ids`; None: all.
+
+        One that is not here, or that CUDA_VISIBLE_DEVICES hides, is `missing`.
+        """
+        if gpu_ids is None:
+            return self
+        ids = [name.strip() for name in gpu_ids.split(",")]
+        found = [next((gpu for gpu in self.gpus if gpu.is_called(name)), None) for name in ids]
+        shown = tuple(gpu for gpu in found if gpu)
+        absent = [name for name, gpu in zip(ids, found, strict=True) if gpu is None]
+        there = ", ".join(gpu.shown_as for gpu in self.gpus)
+        missing = f"gpu_ids {gpu_ids}: GPU {absent[0]} is not here, or hidden; there are: {there}" if absent else ""
+        return replace(self, gpus=shown, missing=self.missing or missing)
+
+    @property
+    def gpu_ids(self) -> str:
+        """For an accelerate config: by UUID, which means the same in any order and beside any CUDA_VISIBLE_DEVICES."""
+        return ",".join(gpu.identity or gpu.shown_as for gpu in self.gpus)
 
     @property
     def in_variable(self) -> str:
@@ -111,7 +144,8 @@ class Machine:
         return "CUDA_VISIBLE_DEVICES=" + ",".join(gpu.shown_as or str(n) for n, gpu in enumerate(self.gpus))
 
     def parts(self) -> Iterator["Machine"]:
-        """Itself without GPUs that hold the others back: those that have clearly more of one measure or of several."""
+        """Itself, then without GPUs that hold the others back: those with clearly more of one measure or of several."""
+        yield self
         seen = {self.gpus, ()}
         for least in product(*(_steps([measure(gpu) for gpu in self.gpus]) for measure in MEASURES.values())):
             part = self
@@ -129,12 +163,12 @@ class Machine:
         if self.missing:
             raise UsageError(self.missing)
 
-    def refuse_missing_bf16(self) -> None:
-        """Raises UsageError if one of its GPUs cannot compute in bf16."""
-        lacking = [gpu for gpu in self.gpus if not gpu.model.has_bf16]
+    def refuse_missing_bf16(self, ranks: int | None = None) -> None:
+        """Raises UsageError if one of the GPUs that `ranks` take, None: all, cannot compute in bf16."""
+        lacking = [gpu for gpu in self.gpus[:ranks] if not gpu.model.has_bf16]
         if not lacking:
             return
-        others = self._with_at_least(BF16_CAPABILITY, lambda gpu: gpu.model.capability)
+        others = self.with_bf16
         instead = f"leave it out: {others.in_variable}" if others.gpus else "use a newer GPU"
         raise UsageError(
             f"{lacking[0].name} has compute capability {lacking[0].model.capability:.1f} and no bf16, in which fitune "

@@ -13,6 +13,7 @@ from fitune.config.schema import Recipe, Run
 from fitune.errors import UsageError, nearest
 from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.limits import Limits
+from fitune.planning.machine import Gpu
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
 from fitune.planning.sizes import BF16, EIGHT_BIT_STATE, FP32, GIB, Setup
 from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
@@ -99,6 +100,12 @@ class Plan:
     "Bytes by purpose."
     verdicts: list[Verdict]
     time: Time | None
+    cards: tuple[Gpu, ...] = ()
+    "The GPUs among which it was searched for: its ranks take the first ones. None for a run that was not."
+
+    @property
+    def used_cards(self) -> tuple[Gpu, ...]:
+        return self.cards[: self.setup.ranks // self.setup.machines]
 
     @property
     def fits(self) -> bool:

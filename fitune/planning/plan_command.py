@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from fitune.planning.found import Found
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
-from fitune.planning.limits import Limits, given_machine, limits_here, limits_of
+from fitune.planning.limits import Limits, given_machine, limits_of
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import merge_host
 from fitune.planning.network import ways_to_spread
@@ -28,7 +29,6 @@ from fitune.planning.plan import Plan, make_plan, needed_disk
 from fitune.planning.presets import own_profiles, preset_run
 from fitune.planning.report import DETAILS_HINT, print_asking, print_matrix, print_plan, print_tried
 from fitune.planning.search import find as find_fastest
-from fitune.planning.search import part_alone
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import matrix
 from fitune.planning.words import described
@@ -64,10 +64,11 @@ def plan_command(
     else:
         machine = _machine(gpus, gpu_memory, host_memory, gpu)
         named = _named_model(gpu, gpu_tflops, machine.gpu_memory_gib)
-        model, known = named or machine.model, named or machine.known_model
-        found = find_fastest(recipe, sets, machine, model, machines=machines)
-        refuse_missing_fp8(found.plan.run, known)
-        plan = make_plan(found.plan.run, limits_here(machine), model, **options)
+        found = find_fastest(recipe, sets, machine, named, machines=machines)
+        chosen = replace(machine, gpus=found.plan.cards)
+        model = named or chosen.model
+        refuse_missing_fp8(found.plan.run, named or chosen.known_model)
+        plan = make_plan(found.plan.run, found.plan.limits, model, **options)
     on_own_profiles = plans_with(own, recipe, sets, plan.limits, model, **options) if found else []
     outlook, ways = look_around(plan, own), ways_to_spread(plan, model, **options)
     if in_json:
@@ -75,8 +76,7 @@ def plan_command(
         more |= search_as_json(found) | {"own_profiles": own_as_json(on_own_profiles)} if found else {}
         print(json.dumps(as_json(plan, outlook) | more, indent=2))
         return
-    uneven = part_alone(recipe, sets, machine, gpu=named, machines=machines) if found else None
-    print_plan(plan, head_lines(plan, outlook, ways, found, uneven), console, details=details)
+    print_plan(plan, head_lines(plan, outlook, ways, found), console, details=details)
     if found and find:
         print_tried(found, on_own_profiles, console)
         console.print()
@@ -173,6 +173,7 @@ def search_as_json(found: Found) -> dict:
     """What a search adds to `plan --json`."""
     return {
         "gpus_there": found.gpus, "gpus_idle": found.idle, "why_idle": found.why_idle(),
+        "gpu_ids": found.plan.run.accelerate.gpu_ids,
         "tried": [{"choice": described(plan)} | _outcome(plan) for plan in found.tried],
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from fitune.planning.memory import merge_host
 from fitune.planning.plan import GPU_COUNT, GPU_MEMORY, Plan
 from fitune.planning.sizes import GIB
 from fitune.planning.tiers import METHODS
-from fitune.planning.words import places, timed
+from fitune.planning.words import numbers, places, timed
 
 BAR = 32  # characters
 SHOWN_GIB = 0.005
@@ -136,13 +136,16 @@ def _bar(value: float, most: float, style: str, *, rest: bool = False) -> Text:
 
 def print_tried(found: Found, own: Sequence[Plan], console: Console) -> None:
     """The best of each kind that a search tried, and what profiles of one's own come to there."""
-    _print_plans("tried, the best of each kind first", best_of_each_kind(found)[:TRIED_SHOWN], console)
+    best = best_of_each_kind(found)[:TRIED_SHOWN]
+    _print_plans("tried, the best of each kind first", best, console, names_gpus=found.names_gpus)
     if own:
         _print_plans("profiles of your own, there", own, console, named=True)
 
 
-def _print_plans(title: str, plans: Sequence[Plan], console: Console, *, named: bool = False) -> None:
-    """One line each, `named` by its profile; narrow enough for 80 columns."""
+def _print_plans(
+    title: str, plans: Sequence[Plan], console: Console, *, named: bool = False, names_gpus: bool = False
+) -> None:
+    """One line each, `named` by its profile, its GPUs counted or by number; narrow enough for 80 columns."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("profile" if named else "")
     for column in ("GPUs", "rows", "kept", "a step", "GPU GiB", "RAM GiB"):
@@ -152,7 +155,8 @@ def _print_plans(title: str, plans: Sequence[Plan], console: Console, *, named: 
         gpu = f"{plan.gpu.total / GIB:.1f}" if plan.gpu else "-"
         ram = f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}"
         kept = f"{s.kept_layers}/{s.shape.layers}"
-        table.add_row(name, str(s.ranks * s.on_gpu), str(s.micro_batch), kept, _outcome(plan), gpu, ram)
+        gpus = numbers(plan.used_cards) if names_gpus else str(s.ranks * s.on_gpu)
+        table.add_row(name, gpus, str(s.micro_batch), kept, _outcome(plan), gpu, ram)
     console.print(table)
 
 

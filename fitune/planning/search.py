@@ -1,14 +1,15 @@
-"""The fastest way to train a recipe on a machine: how many of its GPUs, what lies in host RAM, rows and kept layers.
+"""The fastest way to train a recipe on a machine: which of its GPUs, what lies in host RAM, rows and kept layers.
 
-Each number of ranks is tried with weights on the GPUs, with the embedding in host RAM and with all weights there, and
-each of these with and without the layers' inputs in host RAM; full fine-tuning also with small optimizer states, which
-may lie in host RAM. `fitune.planning.fill` then finds the rows a pass and the kept layers. The shortest predicted step
-wins.
+GPUs that differ are tried together, where the weakest counts, and without those that hold the others back. Each number
+of ranks is tried with weights on the GPUs, with the embedding in host RAM and with all weights there, and each of these
+with and without the layers' inputs in host RAM; full fine-tuning also with small optimizer states, which may lie in
+host RAM. `fitune.planning.fill` then finds the rows a pass and the kept layers. The shortest predicted step wins.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fitune.planning.fill import filled, fits, with_room_for_error
 from fitune.planning.found import NO_GAIN, Found, seconds_of
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.instead import what_fits
-from fitune.planning.limits import Limits, limits_here
+from fitune.planning.limits import limits_here
 from fitune.planning.machine import Machine
 from fitune.planning.outlook import no_gpu, shortfall
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
@@ -36,7 +37,6 @@ from fitune.planning.words import (
     STATES_IN_RAM,
     described,
     machine_in_words,
-    timed,
 )  # fmt: skip
 
 PLACES = (ON_GPUS, STATES_IN_RAM, EMBEDDING_IN_RAM, ALL_IN_RAM)
@@ -53,46 +53,53 @@ def find(
     """The fastest way to train a recipe on `machine`, or on as many like it.
 
     What `sets` gives of a profile is as given. `gpu` is the model whose speed counts. Raises UsageError if nothing
-    fits, naming what comes closest, or the GPUs that hold the others back.
+    fits, naming what comes closest.
     """
     stem = name_of(recipe_name)
     machine.refuse_missing_gpus()
-    machine.refuse_missing_bf16()
-    plans = _tried(recipe_name, sets, machine, gpu or machine.model, output=output, machines=machines)
+    if not machine.with_bf16.gpus:
+        machine.refuse_missing_bf16()
+    plans = _tried(recipe_name, sets, machine, gpu, output=output, machines=machines)
     if not plans:
         raise UsageError(f"{stem}: {no_gpu()}")
     best = _fewest_ranks(plans)
     if not best.fits:
         raise UsageError(f"{stem} {_why_not(best, recipe_name, sets, machine, output=output, machines=machines)}")
-    return Found(best, [plan for plan in plans if plan is not best], len(machine.gpus) * machines)
+    return Found(best, [plan for plan in plans if plan is not best], machine, machines)
 
 
 def _tried(
     recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None, *, output: str | None,
     machines: int,
 ) -> list[Plan]:  # fmt: skip
-    """All that can be tried, filled: the fastest that fit first, then those that come closest."""
+    """All that can be tried, filled: the fastest that fit first, then those that come closest.
+
+    Several machines start by one file, and a GPU's name means another one on each: all of their GPUs count.
+    """
     recipe_overrides, profile_overrides = runs.parse_sets(sets)
     recipe, stem = runs.load_recipe(recipe_name, recipe_overrides), name_of(recipe_name)
     if "accelerate_config" in profile_overrides:
         raise UsageError("--set profile.accelerate_config: give --profile too; without one, plan finds both")
-    if machine.gpus:
-        candidates = _candidates(stem, recipe, profile_overrides, machine, machines, output)
-    else:
+    if not machine.gpus:
         candidates = _on_the_cpu(stem, recipe, profile_overrides, output)
-    return sorted(_plans(candidates, limits_here(machine), gpu), key=_rank)
+        return sorted(_plans(candidates, machine, gpu), key=_rank)
+    _refuse_too_many(profile_overrides, machine, machines)
+    parts = [machine] if machines > 1 else list(machine.with_bf16.parts())
+    plans = []
+    for part in parts:
+        candidates = _candidates(stem, recipe, profile_overrides, part, machines, output)
+        plans += _plans(candidates, part, gpu, names_gpus=part.gpus != machine.gpus)
+    return sorted(plans, key=_rank)
 
 
 def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str:
-    """Where nothing fits: the GPUs that hold the others back, or what comes closest, and what fits instead."""
+    """Where nothing fits: what comes closest, and what fits instead."""
     there = machine_in_words(machine)
-    if part := part_alone(recipe_name, sets, machine, **options):
-        return f"does not fit {there}; {part}"
 
     def does_fit(recipe: str) -> bool:
         of_profile = tuple(item for item in sets if item.startswith("profile."))
         with suppress(UsageError):  # what is set is not for its method
-            return any(plan.fits for plan in _tried(recipe, of_profile, machine, machine.model, **options))
+            return any(plan.fits for plan in _tried(recipe, of_profile, machine, None, **options))
         return False
 
     closest = f"does not fit {there}; nearest: {described(nearest)}: {shortfall(nearest)}"
@@ -102,21 +109,12 @@ def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Ma
     return f"{closest}; what fits: {other}" if other else closest
 
 
-def part_alone(recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str | None:
-    """What the fastest part of uneven GPUs comes to alone, in one line; None where all count alike or no part fits.
-
-    `options` are those of `find`.
-    """
-    if machine.uneven is None:
-        return None
-    found = []
-    for part in machine.parts():
-        with suppress(UsageError):
-            found.append((find(recipe_name, sets, part, **options).plan, part))
-    if not found:
-        return None
-    plan, part = min(found, key=lambda one: (*_rank(one[0]), one[0].setup.ranks))
-    return f"{machine.uneven}; {part.in_variable} alone: {described(plan)}, {timed(plan)}"
+def _refuse_too_many(overrides: dict, machine: Machine, machines: int) -> None:
+    """Raises UsageError for a number of GPUs that there can't be."""
+    asked, there = overrides.get("num_gpus"), len(machine.gpus)
+    if asked is not None and asked not in (count * machines for count in range(1, there + 1)):
+        each = f", and each of {machines} machines takes as many" if machines > 1 else ""
+        raise UsageError(f"--set profile.num_gpus={asked}: this machine has {there}{each}")
 
 
 def _candidates(
@@ -126,11 +124,6 @@ def _candidates(
     counts = range(1, len(machine.gpus) + 1)
     if "num_gpus" in overrides:
         counts = [count for count in counts if count * machines == overrides["num_gpus"]]
-        if not counts:
-            each = f", and each of {machines} machines takes as many" if machines > 1 else ""
-            raise UsageError(
-                f"--set profile.num_gpus={overrides['num_gpus']}: this machine has {len(machine.gpus)}{each}"
-            )
     for count in counts:
         for place in PLACES[:1] if machine.unified else PLACES:
             if place == EMBEDDING_IN_RAM and recipe.method == "full":
@@ -150,15 +143,37 @@ def _states(recipe: Recipe, place: str) -> tuple[str, ...]:
     return small if place == STATES_IN_RAM else ("fp32", *small)
 
 
-def _plans(candidates: Iterator[Run], limits: Limits, gpu: GpuModel | None) -> list[Plan]:
-    """The candidates, filled. Of the ranks whose GPUs hold everything anyway, those with less on them are left out."""
-    plans, hold_all = [], set()
+def _plans(
+    candidates: Iterator[Run], machine: Machine, gpu: GpuModel | None, *, names_gpus: bool = False
+) -> list[Plan]:
+    """The candidates, filled. Of the ranks whose GPUs hold everything anyway, those with less on them are left out.
+
+    `gpu` is the model whose speed counts, None: the machine's. With `names_gpus` the runs take its GPUs by name.
+    """
+    plans, hold_all, limits, gpu = [], set(), limits_here(machine), gpu or machine.model
     for run in candidates:
         ranks = run.accelerate.num_processes
         if ranks not in hold_all:
-            plans.append(make_plan(filled(run, limits, gpu), limits, gpu))
+            run = with_gpus(run, machine) if names_gpus else run
+            plans.append(replace(make_plan(filled(run, limits, gpu), limits, gpu), cards=machine.gpus))
             hold_all |= {ranks} if _holds_all(plans[-1]) else set()
     return plans
+
+
+def with_gpus(run: Run, machine: Machine | None) -> Run:
+    """The run, whose ranks take the first GPUs of `machine` by name; None: the first that they see."""
+    gpu_ids = machine.first(run.accelerate.num_processes).gpu_ids if machine else None
+    return run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"gpu_ids": gpu_ids})})
+
+
+def with_fastest_gpus(run: Run, machine: Machine) -> Run:
+    """A run of one machine on the GPUs that are fastest for as many ranks as it has."""
+    ranks = run.accelerate.num_processes
+    parts = [part for part in machine.with_bf16.parts() if len(part.gpus) >= ranks]
+    if not parts:
+        return with_gpus(run, None)  # too few, which is refused where all is checked
+    best = min(parts, key=lambda part: _rank(make_plan(run, limits_here(part), part.model)))
+    return with_gpus(run, best if best.gpus != machine.gpus else None)
 
 
 def _holds_all(plan: Plan) -> bool:

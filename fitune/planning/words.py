@@ -1,8 +1,9 @@
 """Plans and machines in a few words, as `plan`, `train` and `doctor` say them."""
 
 import math
+from collections.abc import Sequence
 
-from fitune.planning.machine import Machine
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.plan import Plan
 
 ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
@@ -15,8 +16,15 @@ def described(plan: Plan) -> str:
     """A plan's choices in a few words."""
     setup = plan.setup
     ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
+    if plan.run.accelerate.gpu_ids:
+        ranks += f" ({numbers(plan.used_cards)})"
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
     return ", ".join([ranks, *places(plan), rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
+
+
+def numbers(gpus: Sequence[Gpu]) -> str:
+    """As nvidia-smi numbers them."""
+    return ", ".join(gpu.shown_as for gpu in gpus)
 
 
 def places(plan: Plan) -> list[str]:
@@ -45,6 +53,7 @@ def machine_in_words(machine: Machine) -> str:
     count = len(machine.gpus)
     free, total = machine.gpu_memory_gib, max((gpu.total_gib for gpu in machine.gpus), default=0.0)
     taken = f" (of {total:.1f}, others use the rest)" if free < MOSTLY_FREE * total and not machine.uneven else ""
-    gpus = f"{count} GPU{'s' * (count > 1)} with {free:.1f} GiB free{taken}" if count else "a machine without GPUs"
+    each = ", ".join(f"{gpu.free_gib:.1f}" for gpu in machine.gpus) if machine.uneven else f"{free:.1f}"
+    gpus = f"{count} GPU{'s' * (count > 1)} with {each} GiB free{taken}" if count else "a machine without GPUs"
     host = "" if math.isinf(machine.host_available_gib) else f" and {machine.host_available_gib:.1f} GiB of free RAM"
     return gpus + host

@@ -11,7 +11,7 @@ from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
 from fitune.launching import doctor, preflight
-from fitune.planning import compute, hardware
+from fitune.planning import compute, hardware, limits
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.machine import Gpu, Machine
@@ -28,6 +28,7 @@ def _plan(*arguments: str):
 def _on(monkeypatch, name: str) -> None:
     machine = Machine((Gpu(name, 80.0, 79.0),), 500.0, 500.0)
     monkeypatch.setattr(hardware, "this_machine", lambda: machine)
+    monkeypatch.setattr(limits, "this_machine", lambda: machine)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,6 @@ def test_a_card_with_less_free_memory_than_its_profile_states_is_filled_as_far_a
     run = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path / "run"))
     busy = Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 14.0),), 64, 60)
     monkeypatch.setattr(limits, "this_machine", lambda: busy)
-    monkeypatch.setattr("fitune.planning.fill.this_machine", lambda: busy)
     monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
     here = filled_here(run)
     assert here.profile.kept_layers < resolve("llama3_8b_qlora", "single_gpu").profile.kept_layers
