@@ -7,7 +7,7 @@ host RAM. `fitune.planning.fill` then finds the rows a pass and the kept layers.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -57,7 +57,7 @@ def find(
     """
     stem = name_of(recipe_name)
     machine.refuse_missing_gpus()
-    if not machine.with_bf16.gpus:
+    if machines > 1 or not machine.with_bf16.gpus:
         machine.refuse_missing_bf16()
     plans = _tried(recipe_name, sets, machine, gpu, output=output, machines=machines)
     if not plans:
@@ -87,7 +87,9 @@ def _tried(
     parts = [machine] if machines > 1 else list(machine.with_bf16.parts())
     plans = []
     for part in parts:
-        candidates = _candidates(stem, recipe, profile_overrides, part, machines, output)
+        fewer = max((len(other.gpus) for other in parts if set(other.gpus) < set(part.gpus)), default=0)
+        counts = range(fewer + 1, len(part.gpus) + 1)  # fewer are as fast or faster on a smaller part
+        candidates = _candidates(stem, recipe, profile_overrides, part, counts, machines, output)
         plans += _plans(candidates, part, gpu, names_gpus=part.gpus != machine.gpus)
     return sorted(plans, key=_rank)
 
@@ -118,10 +120,10 @@ def _refuse_too_many(overrides: dict, machine: Machine, machines: int) -> None:
 
 
 def _candidates(
-    stem: str, recipe: Recipe, overrides: dict, machine: Machine, machines: int, output: str | None
-) -> Iterator[Run]:
-    """Every number of ranks with every placement, rows and kept layers left to fill."""
-    counts = range(1, len(machine.gpus) + 1)
+    stem: str, recipe: Recipe, overrides: dict, machine: Machine, counts: Iterable[int], machines: int,
+    output: str | None,
+) -> Iterator[Run]:  # fmt: skip
+    """Each number of ranks a machine with every placement, rows and kept layers left to fill."""
     if "num_gpus" in overrides:
         counts = [count for count in counts if count * machines == overrides["num_gpus"]]
     for count in counts:

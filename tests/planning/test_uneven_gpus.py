@@ -12,6 +12,7 @@ from fitune.errors import UsageError
 from fitune.launching import doctor
 from fitune.launching.fastest_here import on_gpus_here
 from fitune.launching.preflight import _check_gpus
+from fitune.launching.run_folder import open_run_folder
 from fitune.planning.fill import filled_here, resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import limits_for_training, machine_of
@@ -97,6 +98,18 @@ def test_gpus_that_are_faster_together_than_the_fastest_alone_are_all_taken():
     assert found.uneven == "the GPUs do 71, 71, 165 TFLOP/s: all wait for the slowest"
 
 
+def test_no_number_of_gpus_is_tried_on_those_that_are_slower_for_it():
+    """16 GPUs of many kinds have many parts, and `plan` answers at once."""
+    kinds = [LARGE, SMALL, OLDER, NARROW]
+    many = [replace(kinds[n % 4], identity=f"{n:x}", shown_as=str(n), free_gib=11.7 - n % 3 * 3) for n in range(16)]
+    assert len(list(machine(*many).parts())) > 10
+    found = find("llama3_8b_qlora", (), machine(*many))
+    tried = {(plan.setup.ranks, plan.cards) for plan in (found.plan, *found.tried)}
+    for ranks, cards in tried:
+        assert not any(len(other) >= ranks and set(other) < set(cards) for _, other in tried)
+    assert {ranks for ranks, _ in tried} == set(range(1, 17))
+
+
 def test_gpus_that_are_alike_are_not_named():
     found = find("llama3_8b_qlora", (), machine(LARGE, TWIN))
     assert found.plan.run.accelerate.gpu_ids is None and not found.names_gpus and found.why_idle() is None
@@ -109,6 +122,8 @@ def test_all_can_be_asked_for_and_several_machines_take_all():
     assert everything.uneven.endswith("the smallest counts for all")
     with pytest.raises(UsageError, match=r"num_gpus=4: this machine has 3$"):
         find("llama3_8b_qlora", ("profile.num_gpus=4",), machine(LARGE, SMALL, TWIN))
+    with pytest.raises(UsageError, match="no bf16"):
+        find("llama3_8b_qlora", (), machine(LARGE, T4), machines=2)
     two = find("llama3_8b_qlora", ("profile.num_gpus=6",), machine(LARGE, SMALL, TWIN), machines=2)
     assert two.plan.run.accelerate.gpu_ids is None
     assert two.uneven.endswith("; to leave GPUs out, set CUDA_VISIBLE_DEVICES on each machine")
@@ -205,6 +220,20 @@ def test_a_run_that_goes_on_takes_its_gpus_again_and_others_where_one_is_gone(tm
     assert on_gpus_here(alike).accelerate.gpu_ids == "a,f"  # a card was added
     of_a_profile = resolve("llama3_8b_qlora", "fsdp_2x40gb", output=str(tmp_path / "run"))
     assert on_gpus_here(of_a_profile) is of_a_profile
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_train_resume_starts_on_the_gpus_that_are_there(by_folder, tmp_path, monkeypatch):
+    run = found_run(tmp_path, SMALL, LARGE, TWIN)
+    with open_run_folder(run, resume=False):
+        pass
+    folder = str(run.folder)
+    words = [folder] if by_folder else ["llama3_8b_qlora", "--output", folder]
+    for gpus, gpu_ids in (((SMALL, LARGE, TWIN), "a,f"), ((LARGE, SMALL, OLDER, T4), "a,c")):
+        here(monkeypatch, *gpus)
+        done = CliRunner().invoke(cli, ["train", *words, "--resume", "--dry-run"])
+        assert done.exit_code == 0, done.output
+        assert f"  gpu_ids: {gpu_ids}\n" in done.stdout
 
 
 def test_gpus_that_hardly_differ_are_not_tried_in_every_part():
