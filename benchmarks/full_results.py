@@ -41,6 +41,17 @@ def setup_of_full_run(entry: dict) -> Setup:
     return setup_of(run, replace(shape, layers=entry.get("layers", shape.layers)))
 
 
+def card_gib(entry: dict) -> tuple[float, float] | None:
+    """What tensors and CUDA needed of the fullest GPU, and what it showed; None where that wasn't the run's alone.
+
+    The allocator keeps free memory as long as the card has room: a card may have as little as what was needed.
+    """
+    if "peak_by_nvidia_smi_gib" not in entry or "disturbed" in entry:
+        return None
+    outside = entry["peak_by_nvidia_smi_gib"] - entry["peak_reserved_gib"]
+    return entry["peak_allocated_gib"] + outside, entry["peak_by_nvidia_smi_gib"]
+
+
 def gpu_of(entry: dict) -> str:
     return entry["gpu_name"].removeprefix("NVIDIA ").split()[0]
 
@@ -48,26 +59,32 @@ def gpu_of(entry: dict) -> str:
 def full_table() -> str:
     lines = [
         "| run | date | GPUs | rows x passes | layers kept | GiB, predicted | measured | off | s a step, predicted "
-        "| measured | off |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| measured | off | card GiB, predicted | needed | kept |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in full_runs():
         setup = setup_of_full_run(entry)
         memory, took = gpu_peak(setup).allocated / GIB, entry["peak_allocated_gib"]
+        card = " | ".join(f"{size:.1f}" for size in card_gib(entry) or ()) or " | "
         predicted, seconds = step_seconds(setup, gpu_model(entry["gpu_name"]))["total"], median(entry["step_seconds"])
         lines.append(
-            f"| {entry['name']} | {entry['date']} | {setup.ranks} {gpu_of(entry)} "
+            f"| {entry['name']}{' *' * ('disturbed' in entry)} | {entry['date']} | {setup.ranks} {gpu_of(entry)} "
             f"| {setup.micro_batch} x {setup.accumulation} | {setup.kept_layers} of {setup.shape.layers} "
             f"| {memory:.1f} | {took:.1f} | {memory / took - 1:+.1%} "
-            f"| {predicted:.2f} | {seconds:.2f} | {predicted / seconds - 1:+.0%} |"
+            f"| {predicted:.2f} | {seconds:.2f} | {predicted / seconds - 1:+.0%} "
+            f"| {gpu_peak(setup).total / GIB:.1f} | {card} |"
         )
     return "\n".join(lines)
 
 
 def optimizer_table() -> str:
-    """What each kind of optimizer state takes: the newest run of each model on one GPU that recomputes all layers."""
+    """What each kind of optimizer state takes: the newest run of each model on one GPU that recomputes all layers.
+
+    Runs that were disturbed are left out: their speed is not theirs alone.
+    """
     newest = {}
-    for entry in sorted(full_runs(), key=lambda entry: entry["date"]):
+    undisturbed = (entry for entry in full_runs() if "disturbed" not in entry)
+    for entry in sorted(undisturbed, key=lambda entry: entry["date"]):
         setup = setup_of_full_run(entry)
         if setup.ranks == 1 and not (setup.kept_layers or setup.offload):
             newest[_model_of(entry), _states_of(entry)] = entry, setup

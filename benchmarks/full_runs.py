@@ -41,6 +41,8 @@ from fitune.planning.step_time import step_seconds
 ENTRIES = ROOT / "benchmarks" / "full_runs.json"
 SETTLES_SECONDS = 3
 "What a GPU's memory takes to be free after a run."
+IDLE_GIB = 0.6
+"What nvidia-smi shows of a GPU that nobody uses, at most: the driver's own. A CUDA context is 0.5 and more beside it."
 
 
 class Report:
@@ -118,6 +120,7 @@ def measured(entry: dict, gpus: str, seconds: float, options: argparse.Namespace
     if cap := entry.get("cap_gib"):
         environment[GPU_CAP] = str(cap)
     log, found = options.work / f"{folder.name}.log", folder / "measurements.json"
+    of_others = used_gib(gpus)
     end, began, peak = time.monotonic() + seconds, time.monotonic(), 0.0
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -132,6 +135,8 @@ def measured(entry: dict, gpus: str, seconds: float, options: argparse.Namespace
         outcome = "no time left" if time.monotonic() >= end else f"exit code {process.returncode}"
         return {"error": f"{outcome}: {log.read_text(errors='replace')[-2000:]}"}
     result = described(folder) | {"peak_by_nvidia_smi_gib": round(peak, 1), "seconds": round(time.monotonic() - began)}
+    if of_others > IDLE_GIB:
+        result["disturbed"] = f"{of_others:.1f} GiB of the GPU were in use before"
     shutil.rmtree(folder)
     time.sleep(SETTLES_SECONDS)
     return result

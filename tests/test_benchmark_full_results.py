@@ -41,7 +41,8 @@ def test_the_newest_run_of_a_kind_counts_and_no_other_setting_does(table):
     name = "8b, in memory, two rows"
     older, newer = entry(name, date="2026-11-27"), entry(name, peak_allocated_gib=50.5)
     kept, several = entry(name, kept_layers=8), entry("70b, 20 layers, 2 GPUs", gpus=2)
-    (line,) = table(newer, older, kept, several)
+    disturbed = entry(name, date="2026-11-29", disturbed="2.7 GiB of the GPU were in use before")
+    (line,) = table(newer, older, kept, several, disturbed)
     assert line.startswith("| 8B | AdamW, `bf16_8bit` | ") and "| 50.5 |" in line
 
 
@@ -51,3 +52,12 @@ def test_a_run_with_fewer_layers_is_planned_with_them():
     )
     assert (ten.shape.layers, twenty.shape.layers) == (10, 20) and not ten.saves
     assert (ten.micro_batch, ten.accumulation, ten.ranks) == (2, 4, 2)
+
+
+def test_what_a_card_showed_counts_where_it_was_the_runs_alone():
+    took = entry("8b, 24 GB, two rows", peak_reserved_gib=10.5, peak_by_nvidia_smi_gib=12.0)
+    assert full_results.card_gib(took) == (pytest.approx(9.87 + 1.5), 12.0)
+    assert (
+        full_results.card_gib(took | {"disturbed": "yes"}) is None
+        and full_results.card_gib(entry("1b, RMSprop")) is None
+    )

@@ -104,6 +104,13 @@ def test_what_is_measured_or_would_not_end_in_time_is_not_begun(tmp_path, monkey
     assert set(full_runs.Report(tmp_path / "result.json", "def").runs) == {"a", "b"}
 
 
+@pytest.mark.parametrize(("used", "disturbed"), [(0.4, False), (2.7, True)])
+def test_a_gpu_that_something_else_uses_is_said(used, disturbed, run, monkeypatch):
+    """What nvidia-smi showed of such a card was once held against `plan`."""
+    monkeypatch.setattr(full_runs, "used_gib", lambda gpus: used)
+    assert run(MEASURES, 60).get("disturbed") == ("2.7 GiB of the GPU were in use before" if disturbed else None)
+
+
 def test_plan_is_asked_for_the_gpu_that_is_here(tmp_path, monkeypatch):
     """train takes rows and layers by its speed: an H200 held to 12 GB keeps fewer layers and takes more rows."""
     folder = tmp_path / "1b-bf16"
