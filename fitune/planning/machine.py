@@ -11,6 +11,8 @@ UNEVEN = 1.2
 "GPUs that differ by less count as alike."
 IDENTITIES = ("GPU-", "MIG-")
 "What a UUID begins with."
+MOSTLY_FREE = 0.9
+"A driver and a screen take less than the rest of a GPU's memory."
 TINY = 1e-3
 "Less is none: of a GPU that others have filled."
 
@@ -35,10 +37,16 @@ class Gpu:
 
     @property
     def in_words(self) -> str:
-        """What it is called in a shop, with its memory."""
+        """What it is called in a shop, its memory, and what keeps it from being as fast as another one of its name."""
         model, gigabytes = look_up(self.name), f"{self.total_gib:.0f} GB"
-        name = model.name if model else self.name.removeprefix("NVIDIA ")
-        return name if gigabytes.replace(" ", "") in name.replace(" ", "") else f"{name}, {gigabytes}"
+        words = [model.name if model else self.name.removeprefix("NVIDIA ")]
+        if gigabytes.replace(" ", "") not in words[0].replace(" ", ""):
+            words.append(gigabytes)
+        if self.free_gib < MOSTLY_FREE * self.total_gib:
+            words.append(f"{self.free_gib:.1f} GiB free")
+        if model and self.link_gb_s and self.link_gb_s < model.host_link_gb_s and not self.unified:
+            words.append(f"on a link of {self.link_gb_s:g} GB/s")
+        return ", ".join(words)
 
     def is_called(self, name: str) -> bool:
         """Whether CUDA takes `name` for it: its number, or its UUID, which may be cut short."""

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from fitune.planning.machine import Gpu, Machine
+from fitune.planning.machine import MOSTLY_FREE, Gpu, Machine
 from fitune.planning.plan import Plan
 
 ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
-MOSTLY_FREE = 0.9
-"A driver and a screen take less than the rest of a GPU's memory."
 STATES_IN_RAM = "gradients and optimizer states in RAM"
 
 

@@ -10,7 +10,7 @@ from fitune.config import run as runs
 from fitune.config.command_name import command
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
-from fitune.launching.fastest_here import fastest_here, on_gpus_here
+from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
 from fitune.launching.launch import TRAINING, Place, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.preflight import check_before_training, fetch_base
@@ -42,6 +42,8 @@ def train_command(
             runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
     chosen, plan_chooses_saving = run.left_to_plan, run.profile.async_save == AUTO
     run = filled_here(on_gpus_here(as_started(run)) if resume else run)
+    if not quiet and (said := faster_gpus(run)):
+        click.echo(f"note: {said}", err=True)
     if dry_run:
         click.echo(dry_run_text(run))
         return 0

@@ -61,9 +61,9 @@ def test_one_narrow_link_slows_all_that_exchange_weights():
         ((OLDER, LARGE), "the GPUs do 71, 165 TFLOP/s: all wait for the slowest", "a",
          r"GPU 2 \(RTX 3090, 24 GB\) stays idle: with it \d+ s a step instead of \d\.\d"),
         ((LARGE, NARROW, TWIN), "the GPUs have links of 32, 1, 32 GB/s: all wait for the slowest", "a,f",
-         r"GPU 3 \(RTX 4090, 24 GB\) stays idle: with it \d+ s a step instead of \d\.\d"),
+         r"GPU 3 \(RTX 4090, 24 GB, on a link of 1 GB/s\) stays idle: with it \d+ s a step instead of \d\.\d"),
         ((FULL, LARGE), "the GPUs have 0, 23.5 GiB free: the smallest counts for all", "a",
-         r"GPU 4 \(RTX 4090, 24 GB\) stays idle: with it the run does not fit: GPU memory: needs .* of 0\.0, .*"),
+         r"GPU 4 \(RTX 4090, 24 GB, 0\.0 GiB free\) stays idle: with it the run does not fit: .* of 0\.0, .*"),
         ((SMALL, LARGE, replace(SMALL, identity="z", shown_as="9"), TWIN), "the GPUs have 11.7, 23.5, 11.7, 23.5 GiB "
          "free: the smallest counts for all", "a,f",
          r"GPUs 1, 9 \(RTX 3060, 12 GB\) stay idle: with them \d+ s a step instead of \d\.\d"),
@@ -202,6 +202,18 @@ def test_a_profile_takes_the_first_gpus_and_asks_no_others(monkeypatch):
     monkeypatch.setattr("fitune.planning.hardware.this_machine", lambda: machine(T4, LARGE))
     with pytest.raises(UsageError, match=r"Tesla T4 .* leave it out: CUDA_VISIBLE_DEVICES=0$"):
         _check_gpus(run)
+
+
+def test_a_profile_says_which_gpus_would_be_faster_for_it(monkeypatch):
+    def noted(*gpus: Gpu) -> list[str]:
+        here(monkeypatch, *gpus)
+        done = CliRunner().invoke(cli, ["train", "llama3_8b_qlora", "--profile", "single_gpu", "--dry-run"])
+        assert done.exit_code == 0, done.output
+        return [line for line in done.stderr.splitlines() if "faster" in line]
+
+    first = "note: the profile takes the first GPUs, 1 (RTX 3060, 12 GB)"
+    assert noted(SMALL, LARGE) == [f"{first}; for faster ones: CUDA_VISIBLE_DEVICES=0"]
+    assert noted(LARGE, SMALL) == noted(LARGE, TWIN) == noted(NARROW, LARGE) == []  # one GPU exchanges nothing
 
 
 def test_a_run_that_goes_on_takes_its_gpus_again_and_others_where_one_is_gone(tmp_path, monkeypatch):
