@@ -48,7 +48,8 @@ class AdamW8bit(torch.optim.Optimizer):
         self._host: HostGradients | None = None
         offloaded = [parameter for _, parameter in self._parameters() if block_of(parameter)] if offload else []
         if offloaded:
-            self._host = HostGradients(offloaded)
+            stay = [parameter for _, parameter in self._parameters() if not block_of(parameter)]
+            self._host = HostGradients(offloaded, stay)
 
     def let_gradients_go(self) -> None:
         """With `offload`: those of the pass before leave the GPU, the last of which is the embedding's, 1 GiB of 8B.

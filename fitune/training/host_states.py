@@ -68,9 +68,9 @@ class _Leaving:
 
 
 class HostGradients:
-    """The gradients of `parameters`, bf16, added up in host RAM over the passes of a step."""
+    """The gradients of `parameters`, bf16, added up in host RAM over the passes of a step; those of `stay` don't go."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
+    def __init__(self, parameters: list[torch.nn.Parameter], stay: list[torch.nn.Parameter]):
         self.device = local_part(parameters[0]).device
         self.of = {p: host_zeros(local_part(p).shape, torch.bfloat16, self.device) for p in parameters}
         "Parameter -> this rank's rows in host RAM, valid once the parameter is in `norms`."
@@ -81,6 +81,8 @@ class HostGradients:
         self._written: dict[torch.nn.Parameter, torch.cuda.Event] = {}
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._take)
+        for parameter in stay:
+            parameter.register_post_accumulate_grad_hook(_set_apart)
 
     def forget(self) -> None:
         """Begins a new step."""
@@ -136,6 +138,14 @@ class HostGradients:
             self.ring.wait(event)
             with self.ring.inwards():
                 self.ring.wait(event)
+
+
+@torch.no_grad()
+def _set_apart(parameter: torch.nn.Parameter) -> None:
+    """Copies a small gradient. FSDP's are parts of a unit's one buffer: a norm's would keep its layer's on the GPU."""
+    mine = local_part(parameter.grad)
+    if mine.untyped_storage().nbytes() > mine.nbytes:
+        parameter.grad = parameter.grad.clone()
 
 
 class Ring:

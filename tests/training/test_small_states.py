@@ -15,6 +15,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
+from fitune.model.sharding import local_part
 from fitune.training import adamw_8bit, host_states, loss
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -111,12 +112,13 @@ def test_states_and_gradients_in_host_ram_train_the_same_and_resume_without_it(u
 
 def _train_while_gradients_leave(run) -> None:
     """As on a GPU, where a gradient stays until the event of its copy has been waited for."""
-    at_the_loss, freed, kept = [], [], []
+    at_the_loss, freed, kept, beyond_its_own = [], [], [], []
 
     class Watched(host_states.HostGradients):
-        def __init__(self, parameters):
-            super().__init__(parameters)
+        def __init__(self, parameters, stay):
+            super().__init__(parameters, stay)
             kept.append(self)
+            self.stay = stay
 
         def let_go(self):
             freed.append(len(self._leaving))
@@ -126,6 +128,8 @@ def _train_while_gradients_leave(run) -> None:
         @staticmethod
         def apply(*args):
             at_the_loss.append(sum(len(gradients._leaving) for gradients in kept))
+            there = [local_part(p.grad) for gradients in kept for p in gradients.stay if p.grad is not None]
+            beyond_its_own.extend(gradient.untyped_storage().nbytes() - gradient.nbytes for gradient in there)
             return ChunkedLogProbFunction.apply(*args)
 
     host_states.Ring.event, host_states.Ring.wait = lambda ring: object(), lambda ring, event: None
@@ -133,13 +137,18 @@ def _train_while_gradients_leave(run) -> None:
     train_here(run)
     assert len(at_the_loss) == STEPS * run.gradient_accumulation_steps and not any(at_the_loss)
     assert sum(map(bool, freed)) >= STEPS, "none was on its way: this shows nothing"
+    assert beyond_its_own and not any(beyond_its_own), "a small gradient keeps the buffer of a whole layer's"
 
 
-def test_no_gradient_of_the_pass_before_lies_on_the_gpu_while_the_loss_is_computed(tiny_base, make_run, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_gradient_of_the_pass_before_lies_on_the_gpu_while_the_loss_is_computed(
+    ranks, tiny_base, make_run, tmp_path
+):
+    """On two ranks FSDP makes all gradients of a layer as parts of one buffer, which each of them keeps alive."""
     options = OPTIONS | {"optimizer_offload": True, "training": TRAINING | {"save_strategy": "no"}}
-    run = make_run(tiny_base, tmp_path / "run", "full", processes=1, **options)
+    run = make_run(tiny_base, tmp_path / "run", "full", processes=ranks, **options)
     assert run.gradient_accumulation_steps > 1
-    run_ranks(_train_while_gradients_leave, 1, run)
+    run_ranks(_train_while_gradients_leave, ranks, run)
 
 
 def test_it_learns_what_float32_learns(uneven_base, make_run, tmp_path):
