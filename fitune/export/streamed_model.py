@@ -76,7 +76,7 @@ def logits_side_by_side(
     longest = max(map(len, prompts))
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # what follows is not seen
     matrices = sum(1 for shape in shapes.values() if len(shape) == 2)
-    with bar("checking", matrices - (not tied)) as advance:
+    with bar("checking matrices", matrices - (not tied)) as advance:
         model = streamed_model(folder, weights, len(prompts), tied=tied, on_layer=advance)
         return model(input_ids=ids.repeat(variants, 1), use_cache=False).logits.chunk(variants)
 
