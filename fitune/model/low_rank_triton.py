@@ -53,7 +53,7 @@ def fill(out, low, up, widths: list[int], *, residual=None, add: bool, dropout: 
     """
     (tokens, channels), rank = out.shape, up.shape[1]
     columns = _columns(widths)
-    second, third = [*widths, channels][0], sum([*widths, channels][:2])
+    second, third = borders(widths)
     addend = (out, 0) if residual is None else (residual, residual.stride(0))
     _kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(channels, columns))](
         out, out.stride(0), low, low.stride(0), up, *up.stride(), *addend, *dropping(dropout, out), tokens,
@@ -61,6 +61,11 @@ def fill(out, low, up, widths: list[int], *, residual=None, add: bool, dropout: 
         DROP=dropout is not None, TOKENS=TOKENS, COLUMNS=columns,
         RANKS=min(RANKS, max(16, triton.next_power_of_2(rank))),
     )  # fmt: skip
+
+
+def borders(widths: list[int]) -> tuple[int, int]:
+    """The columns where the second and third linear begin; behind the last column where there is none."""
+    return widths[0], sum(widths[:2])
 
 
 def _columns(widths: list[int]) -> int:

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fitune.model.low_rank_triton import borders
+
 TOKENS, COLUMNS = 64, 512  # of dy, for one program at a time: the fastest of 21 shapes on an H200
 RANKS = 16  # of a linear, at most: with 32 there is room for half as many columns, which gains nothing
 PROGRAMS = 256  # about: two for each multiprocessor
@@ -97,7 +99,7 @@ def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tens
     parts = triton.cdiv(tokens, share)
     low_parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=dy.device)
     up_parts = torch.empty(parts, channels, rank, dtype=torch.float32, device=dy.device)
-    second, third = widths[0], sum(widths[:2])
+    second, third = borders(widths)
     _kernel[(blocks, parts)](
         dy, dy.stride(0), low, low.stride(0), up, low_parts, up_parts, tokens, share, SECOND=second, THIRD=third,
         CHANNELS=channels, RANK=rank, TOKENS=TOKENS, COLUMNS=COLUMNS, RANKS=RANKS, num_warps=8,
