@@ -116,9 +116,9 @@ def _gpus() -> list[Finding]:
     try:
         machine.refuse_missing_bf16()
     except FituneError as error:
-        idle = f"{str(error).rsplit('; ', 1)[0]}: it stays idle"
+        lacks, to_do = _in_two(str(error))
         able = machine.with_bf16.gpus
-        found.append(Finding("bf16", None, idle) if able else Finding("bf16", False, *_in_two(str(error))))
+        found.append(Finding("bf16", None, f"{lacks}: it stays idle") if able else Finding("bf16", False, lacks, to_do))
     if machine.with_bf16.uneven:
         found.append(
             Finding("uneven GPUs", None, f"{machine.with_bf16.uneven}; train leaves out those that slow a run down")
