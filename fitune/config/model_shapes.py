@@ -98,6 +98,8 @@ def find_shape(model: str, revision: str | None = None) -> ModelShape:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return read_config(folder / "config.json")
+    if folder.exists():
+        raise UsageError(f"{model}: is a file; give the model's folder or a Hugging Face id")
     cached = cached_config(model, revision)
     if cached:
         return read_config(cached)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitune.config.gguf_files import refuse_gguf
 from fitune.config.recipe_paths import found_beside, refuse_missing
-from fitune.config.shipped import RECIPES, find, is_path
+from fitune.config.shipped import RECIPES, find, is_path, names
 from fitune.config.yaml_file import line_of, read_yaml
 from fitune.errors import UsageError
 
@@ -28,6 +29,8 @@ def read_recipe_files(name: str) -> list[RecipeFile]:
 
     Raises UsageError, file and line named, for a recipe that is not there and for one that extends itself.
     """
+    if name not in names(RECIPES):
+        refuse_gguf(Path(name), "recipe")
     files = [_read(find(name, RECIPES, "recipe"))]
     seen = {files[0][0].path.resolve()}
     while (parent := files[-1][1]) is not None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fitune.config.adapter_folder import is_adapter, named_base, was_trained_in_nf4
+from fitune.config.gguf_files import gguf_files
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, read_adapter
@@ -24,8 +25,7 @@ def server_command(given: Path, run: Run | None, port: int) -> list[str]:
     """Of a run or its checkpoint, an adapter's or a model's folder, a GGUF or its folder. UsageError for others."""
     if run is not None:
         given = run.result_folder
-    files = [given] if given.suffix == ".gguf" else sorted(given.glob("*.gguf"), key=lambda file: file.stat().st_size)
-    if files:
+    if files := gguf_files(given):
         return ["llama-server", "--model", str(files[0]), "--jinja", "--port", str(port)]
     if is_adapter(given):
         return _with_adapter(given, port)

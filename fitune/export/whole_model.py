@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.config.adapter_folder import is_adapter, named_base
+from fitune.config.gguf_files import refuse_gguf
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.errors import UsageError
@@ -33,6 +34,7 @@ def whole_model(
     options = {"base": base, "onto": onto, "force": force, "check": check}
     if run is None and not is_adapter(given):
         if not (given / "config.json").is_file():
+            refuse_gguf(given, "run, adapter or model's folder")
             raise UsageError(f"{given}: neither a run, an adapter nor a model's folder")
         return _as_it_is(given, given, base, onto, check=check)
     if run is not None and run.recipe.method == "full":

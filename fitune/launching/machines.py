@@ -53,6 +53,16 @@ def check_machine_flags(
         raise UsageError(f"the run takes {machines} machines: give each of them the same --main-process-port")
 
 
+def refuse_machine_flags(
+    given: Path, machine_rank: int | None, main_process_ip: str | None, main_process_port: int | None
+) -> None:
+    """Raises UsageError for machine flags beside what one machine does alone."""
+    if machine_rank is not None or main_process_ip or main_process_port:
+        raise UsageError(
+            f"{given}: one machine does this alone; leave out --machine-rank, --main-process-ip and --main-process-port"
+        )
+
+
 class Machines:
     """This machine among those of a run. A context manager: it shows itself from its beginning to its end."""
 

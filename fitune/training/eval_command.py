@@ -3,9 +3,10 @@
 import tempfile
 from pathlib import Path
 
+from fitune.config.gguf_files import SUFFIX, refuse_gguf
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
-from fitune.launching.machines import check_machine_flags
+from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.report.page import show_page_after_a_command
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none
 
@@ -14,18 +15,22 @@ def eval_command(
     given: Path, data: Path | None, *, tasks: str | None, load: str, force: bool, place: Place, **of_tasks
 ) -> int:
     """The exit code; `of_tasks` are the flags that belong to --tasks, `place` this machine's among several."""
-    if given.suffix == ".gguf" and given.is_file():
-        _evaluate_gguf(given, data)  # which leaves by itself
+    _refuse_ignored_flags(data, tasks=tasks, load=load, **of_tasks)
+    if not tasks and given.suffix == SUFFIX and given.is_file():
+        refuse_machine_flags(given, **place)
+        _evaluate_gguf(given, data, load)  # which leaves by itself
     run = finished_run_or_none(given)
     if tasks:
         from fitune.training.tasks import tasks_command
 
+        refuse_machine_flags(given, **place)
         tasks_command(given, run, tasks.split(","), force=force, **of_tasks)
         return 0
     if run is None:
+        refuse_gguf(given, "run, adapter or model's folder")
+        refuse_machine_flags(given, **place)
         if data is None:
             raise UsageError(f"{given}: no run, so it knows no held-out rows: give --data FOLDER, which prepare wrote")
-        _refuse_folder_of_gguf(given)
         return _evaluate_folder(given, data, load, force)
     if load != "auto":
         raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for folders of models")
@@ -36,6 +41,17 @@ def eval_command(
     if not code:
         show_page_after_a_command(run.folder, place)
     return code
+
+
+def _refuse_ignored_flags(data: Path | None, *, tasks: str | None, load: str, include, limit, file) -> None:
+    """UsageError for a flag that would do nothing: of held-out rows beside --tasks, of --tasks without it."""
+    of_tasks = {"--include": include, "--limit": limit, "--json": file}
+    of_rows = {"--data": data, "--load": load != "auto"}
+    ignored = [flag for flag, is_given in (of_rows if tasks else of_tasks).items() if is_given]
+    if ignored and tasks:
+        raise UsageError(f"{ignored[0]} is for held-out rows; lm-eval's tasks bring their own: leave it or --tasks out")
+    if ignored:
+        raise UsageError(f"{ignored[0]} is for lm-eval's tasks: add --tasks NAME, or leave it out")
 
 
 def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
@@ -53,12 +69,9 @@ def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
     return 0
 
 
-def _refuse_folder_of_gguf(given: Path) -> None:
-    if files := sorted(str(file) for file in given.glob("*.gguf")):
-        raise UsageError(f"{given}: give one of the files in it: {', '.join(files)}")
-
-
-def _evaluate_gguf(file: Path, data: Path | None) -> None:
+def _evaluate_gguf(file: Path, data: Path | None, load: str) -> None:
+    if load != "auto":
+        raise UsageError(f"--load {load}: llama.cpp holds a GGUF as it is; --load is for folders of models")
     if data is None:
         raise UsageError(f"{file}: knows no held-out rows: give --data FOLDER, which prepare wrote")
     from fitune.export.llama_cpp import leave

@@ -4,9 +4,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fitune.config.gguf_files import SUFFIX
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
-from fitune.launching.machines import check_machine_flags
+from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.planning.asked_folder import is_asked_as_folder
 from fitune.report.page import show_page_after_a_command
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run, finished_run_or_none
@@ -23,11 +24,13 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
             raise UsageError(
                 "--serve starts a server, which is asked over its port: leave out --prompt, --text, --test and --chat"
             )
+        refuse_machine_flags(given, **place)
         return _serve(given, serve)
     load = asked.pop("load")
     if not asks:
         raise UsageError('nothing to ask: give --prompt "...", --text "...", --test N or --chat')
     if is_asked_as_folder(given):
+        refuse_machine_flags(given, **place)
         return _ask_model(given, asked, load)
     if load != "auto":
         raise UsageError(f"--load {load}: a run is asked as it was trained; --load is for folders of models")
@@ -37,7 +40,7 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
 def _serve(given: Path, port: int) -> int:
     from fitune.export.serve import note_on, serve, server_command
 
-    run = None if given.suffix == ".gguf" else finished_run_or_none(given)
+    run = None if given.suffix == SUFFIX and given.is_file() else finished_run_or_none(given)
     command = server_command(given, run, port)
     if note := note_on(given, run):
         print(note, file=sys.stderr)

@@ -198,19 +198,9 @@ def test_method_full_is_copied(tiny_base, make_run, tmp_path):
 
 
 def test_what_runs_leave_is_no_run(run, tiny_base, tmp_path):
-    file = tmp_path / "mine.gguf"
-    file.write_bytes(b"GGUF\xc3")
-    for given in (file, tmp_path):
-        said = _refused(given, "--output", tmp_path / "out")
-        assert f"{given}: a GGUF, no run: " in said and f"generate {given} --serve" in said
-        assert _invoke("generate", given, "--prompt", "Hi").stderr == said
     assert f"{tiny_base}: a model's folder, no run's" in _refused(tiny_base, "--output", tmp_path / "out")
     outcome = _invoke("report", run.result_folder)
     assert outcome.exit_code == 2 and f"{run.result_folder}: an adapter's folder, no run's" in outcome.stderr
-    outcome = _invoke("plan", file)
-    assert outcome.exit_code == 2 and f"{file}: no text in UTF-8; expected YAML" in outcome.stderr
-    outcome = _invoke("eval", tmp_path, "--data", tmp_path)
-    assert outcome.exit_code == 2 and f"{tmp_path}: give one of the files in it: {file}" in outcome.stderr
 
 
 def test_what_is_not_a_run_is_refused(run, tmp_path):

@@ -69,3 +69,20 @@ def test_without_lm_eval_one_line_says_how_to_install_it(tiny_base, monkeypatch)
     outcome = evaluate(tiny_base, "--tasks", "hellaswag")
     assert outcome.exit_code == 2
     assert outcome.stderr == 'error: eval --tasks uses lm-eval: pip install "lm_eval[hf]"\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tasks", "hellaswag", "--data", "rows.jsonl"), "--data is for held-out rows; lm-eval's tasks bring"),
+        (("--tasks", "hellaswag", "--load", "nf4"), "--load is for held-out rows; lm-eval's tasks bring"),
+        (("--tasks", "hellaswag", "--machine-rank", "0"), "one machine does this alone; leave out --machine-rank"),
+        (("--data", "rows.jsonl", "--limit", "3"), "--limit is for lm-eval's tasks: add --tasks NAME"),
+        (("--data", "rows.jsonl", "--json", "out.json"), "--json is for lm-eval's tasks: add --tasks NAME"),
+        (("--data", "rows.jsonl", "--machine-rank", "0"), "one machine does this alone; leave out --machine-rank"),
+    ],
+    ids=["data", "load", "machine beside tasks", "limit", "json", "machine"],
+)
+def test_a_flag_that_would_do_nothing_is_refused(tiny_base, words, said):
+    outcome = evaluate(tiny_base, *words)
+    assert outcome.exit_code == 2 and said in outcome.stderr
