@@ -58,7 +58,8 @@ def _checked(name: str, value: Any, source: str) -> Any:
         raise UsageError(f"{source}: training.{name} is not a field of TRL's SFTConfig{hint}")
     value = _convert(name, value, fields[name], source)
     _check_limits(name, value, source)
-    return value
+    is_count = name.endswith("_steps") and isinstance(value, float) and value.is_integer()
+    return int(value) if is_count else value  # a float to TRL, which may be a share of all steps; run.yaml has 50
 
 
 def _convert(name: str, value: Any, annotation: str, source: str) -> Any:

@@ -121,6 +121,15 @@ def test_a_run_from_before_layers_were_kept_is_still_read(tmp_path):
     assert runs.load(tmp_path) == run
 
 
+def test_steps_are_written_as_whole_numbers_and_read_either_way(tmp_path):
+    sets = ("training.save_steps=50", "training.logging_steps=5.0", "training.warmup_steps=0.1")
+    run = resolve("tiny_qlora", "cpu_2proc", sets, tmp_path)
+    text = runs.dump(run)
+    assert "save_steps: 50\n" in text and "logging_steps: 5\n" in text and "warmup_steps: 0.1\n" in text
+    (tmp_path / "run.yaml").write_text(text.replace("save_steps: 50\n", "save_steps: 50.0\n"), encoding="utf-8")
+    assert runs.load(tmp_path) == run
+
+
 MISTAKES = {
     # what is wrong: file, text, its replacement, what the message must say beside the file
     "unknown key": ("recipe", "max_length", "max_lenght", ["'max_lenght'", "did you mean 'max_length'?"]),
