@@ -22,7 +22,11 @@ class Measured:
     fragmentation: float = 0.01
     "Share of what is allocated that lies in holes: 0.8 to 1.1 GiB in five runs, with `freed_layers` on top."
     outside_allocator: float = 1.3 * GIB
-    "Per process: CUDA context, kernels, NCCL. 1.28 to 1.35 with one rank, 1.14 with four (NCCL over loopback)."
+    """Per process: CUDA context, kernels, NCCL. 1.27 to 1.40 with one rank, 1.11 to 1.15 where ranks share a GPU.
+
+    1.55 to 1.60 of a rank among several, each on a GPU of its own (`benchmarks/results/tiers-h200x4-2026-11-27.json`).
+    Their holes are fewer than `freed_layers` says: what each such run needed lies 0.75 GiB or more below the sum.
+    """
     loading: float = 2.25 * GIB
     "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.1 to 2.35."
     training: float = 2.2 * GIB
