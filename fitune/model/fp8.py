@@ -12,6 +12,11 @@ forward computed.
 The linears that read one input are one product: q, k and v, gate and up. On a GPU `torch._scaled_mm` multiplies and
 Triton kernels round (`fitune.model.fp8_triton`); elsewhere the same numbers are multiplied in float32.
 
+NF4 weights become V just before each product. Those of method lora are kept as V and s (`fitune.model.fp8_linear`).
+Where one linear reads an input, forward takes its V as it lies. Else their bytes are copied side by side: one product
+then does what several would, with the bits that it has when weights are rounded on the way, and backward needs their
+sum. Backward also needs V with its columns in a row, for which there is no product of fp8 otherwise.
+
 A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
 """
 
@@ -23,6 +28,7 @@ from torch import nn
 
 from fitune.errors import UsageError
 from fitune.model.e4m3 import E4M3, scales_for
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import BLOCK, NF4Linear
 from fitune.model.products import weight
 
@@ -82,17 +88,37 @@ def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple
 def row_scales(bases: list[nn.Linear]) -> torch.Tensor:
     """s of the stacked weights, float32 [all outputs]. Found at the first use and kept: they do not change."""
     if getattr(bases[0], "fp8_scales", None) is None:
-        bases[0].fp8_scales = torch.cat([scales_for(_largest_by_row(base)) for base in bases])
+        bases[0].fp8_scales = torch.cat([_scales(base) for base in bases])
+        for base, part in zip(bases, bases[0].fp8_scales.split(_outputs(bases)), strict=True):
+            if isinstance(base, FP8Linear):
+                base.scales = part  # so that they are there once
     return bases[0].fp8_scales
 
 
-def _largest_by_row(base: nn.Linear) -> torch.Tensor:
-    """A row of NF4 has the largest of its blocks' scales: in each block at least one code stands for 1 or -1."""
+def _outputs(bases: list[nn.Linear]) -> list[int]:
+    return [base.out_features for base in bases]
+
+
+def _scales(base: nn.Linear) -> torch.Tensor:
+    """s of one weight. A row of NF4 has the largest of its blocks' scales: a code of each block stands for 1 or -1."""
+    if isinstance(base, FP8Linear):
+        return base.scales
     if _is_doubly_quantised(base):
         state = base.quant_state
         blocks = dequantize_blockwise(state.absmax, state.state2) + state.offset
-        return blocks.view(base.out_features, -1).abs().amax(dim=1)
-    return torch.linalg.vector_norm(weight(base, torch.float32), float("inf"), dim=1)
+        return scales_for(blocks.view(base.out_features, -1).abs().amax(dim=1))
+    return _scales_of_rows(weight(base, torch.float32))
+
+
+def _scales_of_rows(matrix: torch.Tensor) -> torch.Tensor:
+    return scales_for(torch.linalg.vector_norm(matrix, float("inf"), dim=1))
+
+
+def round_weight(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(V, s) of rows of a weight [rows, in]: what their products would round it to."""
+    values, scales = torch.empty_like(matrix, dtype=E4M3), _scales_of_rows(matrix)
+    _round_matrix(matrix, scales, values)
+    return values, scales
 
 
 def _is_doubly_quantised(base: nn.Linear) -> bool:
@@ -102,24 +128,35 @@ def _is_doubly_quantised(base: nn.Linear) -> bool:
 
 def _stacked(bases: list[nn.Linear], *, transposed: bool = False) -> torch.Tensor:
     """V of all bases: e4m3 [all outputs, in], or [in, all outputs]; always rows of what is summed over."""
-    rows, columns = sum(base.out_features for base in bases), bases[0].in_features
-    device = bases[0].weight.device
-    whole = torch.empty((columns, rows) if transposed else (rows, columns), dtype=E4M3, device=device)
+    if len(bases) == 1 and isinstance(bases[0], FP8Linear) and not transposed:
+        return bases[0].weight
+    rows_of, columns = _outputs(bases), bases[0].in_features
+    shape = (columns, sum(rows_of)) if transposed else (sum(rows_of), columns)
+    whole = torch.empty(shape, dtype=E4M3, device=bases[0].weight.device)
     by_output = whole.t() if transposed else whole
-    rows_of = [base.out_features for base in bases]
     for base, part, scales in zip(bases, by_output.split(rows_of), row_scales(bases).split(rows_of), strict=True):
-        _round_weight(base, scales, part)
+        _put_values(base, scales, part)
     return whole
 
 
-def _round_weight(base: nn.Linear, scales: torch.Tensor, out: torch.Tensor) -> None:
+def _put_values(base: nn.Linear, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out (e4m3 [out, in], any strides) with V."""
-    if not out.is_cuda:
-        out.copy_(weight(base, torch.float32).float() * scales.reciprocal().unsqueeze(1))
-    elif _is_doubly_quantised(base):
+    if isinstance(base, FP8Linear):
+        if out.is_cuda and not out.is_contiguous():
+            _kernels().transpose(base.weight, out)
+        else:
+            out.copy_(base.weight)
+    elif out.is_cuda and _is_doubly_quantised(base):
         _kernels().round_nf4(base.weight.view(torch.uint8).view(-1, 1), base.quant_state, scales, out)
     else:
-        _kernels().round_matrix(weight(base, torch.bfloat16), scales, out)
+        _round_matrix(weight(base, torch.bfloat16 if out.is_cuda else torch.float32), scales, out)
+
+
+def _round_matrix(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    if out.is_cuda:
+        _kernels().round_matrix(matrix, scales, out)
+    else:
+        out.copy_(matrix.float() * scales.reciprocal().unsqueeze(1))
 
 
 def _product(values, scales, weights, weight_scales, out, residual=None) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 The linears that read one input are given together. Weights packed in NF4 are dequantised just before: stacked where one
 is larger than the others together, as that of q is, else one at a time. The allocator gives each the memory of the last
-one.
+one. Weights kept in fp8 are dequantised one at a time, in evaluations while training; its steps multiply them as they
+are (`fitune.model.fp8`).
 """
 
 import copy
@@ -12,6 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import BLOCK, NF4Linear
 
 ADDS_IN_PLACE = True
@@ -20,6 +22,8 @@ ADDS_IN_PLACE = True
 
 def weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """[out, in], of an NF4 weight in `out` if it is given."""
+    if isinstance(base, FP8Linear):
+        return base.dequantised(dtype)
     if not isinstance(base, NF4Linear):
         return base.weight
     packed, state = base.weight.view(torch.uint8).view(-1, 1), base.quant_state

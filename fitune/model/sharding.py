@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from fitune.config.schema import Run
 from fitune.errors import FituneError
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import NF4Linear
 from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
 from fitune.model.skeleton import decoder, is_tied
@@ -156,7 +157,7 @@ def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPreci
 
     No output is cast: each unit's has the dtype it computes in, and the loss, summed up in float32, must keep it.
     With a frozen base nothing is cast on the way: weights are stored as they are used, and a parameter group of mixed
-    dtypes (base and float32 LoRA) is gathered as bytes, so that packed NF4 arrives bit for bit.
+    dtypes (base and float32 LoRA) is gathered as bytes, so that packed NF4 and fp8 arrive bit for bit.
     """
     frozen_base = any(not parameter.requires_grad for parameter in model.parameters())
     kept_as_computed = all(parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -166,14 +167,14 @@ def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPreci
 
 
 def _check_gathered_as_bytes(model: nn.Module) -> None:
-    """Refuses a layer whose packed NF4 weights would be gathered as floats on a GPU (bitsandbytes#1945)."""
+    """Refuses a layer whose NF4 or fp8 weights would be gathered as floats on a GPU (bitsandbytes#1945)."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, FSDPModule) or not any(isinstance(m, NF4Linear) for m in layer.modules()):
+        if not isinstance(layer, FSDPModule) or not any(isinstance(m, NF4Linear | FP8Linear) for m in layer.modules()):
             continue
         dtypes = {p.dtype for p in group_parameters(layer)}
         on_gpu = any(p.device_mesh.device_type == "cuda" for p in group_parameters(layer))
         if on_gpu and len(dtypes) == 1:
-            raise FituneError(f"{name}: all parameters are {dtypes.pop()}; NF4 weights would be gathered as floats")
+            raise FituneError(f"{name}: all parameters are {dtypes.pop()}; its weights would be gathered as floats")
 
 
 def group_parameters(unit: nn.Module) -> list[DTensor]:

@@ -17,7 +17,8 @@ from fitune.config.schema import Lora, Recipe
 from fitune.config.shipped import how_to_install
 from fitune.errors import UsageError
 from fitune.model.attention import PACKED_ATTENTION
-from fitune.model.layer import use_written_out_layers
+from fitune.model.fp8_linear import FP8Linear
+from fitune.model.layer import use_fp8_products, use_written_out_layers
 from fitune.model.nf4 import NF4Linear
 
 
@@ -30,15 +31,17 @@ def build_skeleton(
     trained_dtype: torch.dtype = torch.float32,
     *,
     adapter: bool = True,
+    fp8: bool = False,
 ) -> nn.Module:
     """What `recipe.method` trains, all parameters on meta: a LlamaForCausalLM or its like, or a PeftModel around it.
 
-    Without `adapter` the frozen model alone, to be asked.
+    Without `adapter` the frozen model alone, to be asked. With `fp8` its layers train with fp8 products.
 
-    Frozen weights have `compute_dtype` (or packed NF4), an adapter float32: its optimizer needs the precision, and
-    `_LoraLinear` casts it for the computation. Method full's have `trained_dtype`, which FSDP casts. A frozen head has
-    a parameter of its own, even where it is the embedding; method full trains both as the one tensor that they are.
-    Raises UsageError for a base that the recipe cannot be trained on.
+    Frozen weights have `compute_dtype` (or are packed NF4, or e4m3 with `fp8`), an adapter float32: its optimizer needs
+    the precision, and `_LoraLinear` casts it for the computation. Method full's have `trained_dtype`, which FSDP casts.
+    A frozen head has a parameter of its own, even where it is the embedding; method full trains both as the one tensor
+    that they are.
+    Raises UsageError for a base that the recipe cannot be trained on, or whose sizes forbid fp8.
     """
     check_base_model(base_folder, recipe)
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
@@ -59,8 +62,12 @@ def build_skeleton(
     if recipe.method == "full":
         return model
     if recipe.method == "qlora":
-        _quantise_linears(model)
+        _replace_linears(model, NF4Linear)
+    elif fp8:
+        _replace_linears(model, FP8Linear)
     use_written_out_layers(model)
+    if fp8:
+        use_fp8_products(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if not adapter:
@@ -91,10 +98,10 @@ def _use_liger_kernels(model: PreTrainedModel) -> None:
     )
 
 
-def _quantise_linears(model: PreTrainedModel) -> None:
-    """NF4 for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
+def _replace_linears(model: PreTrainedModel, kind: type[NF4Linear] | type[FP8Linear]) -> None:
+    """`kind` for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
 
-    Their rows are whole blocks, or `check_base_model` has refused them: on CPUs with AVX-512, bitsandbytes 0.50.2
+    Rows of NF4 are whole blocks, or `check_base_model` has refused them: on CPUs with AVX-512, bitsandbytes 0.50.2
     multiplies as if every row began one.
     """
     for layer in model.model.layers:
@@ -102,8 +109,7 @@ def _quantise_linears(model: PreTrainedModel) -> None:
             if isinstance(module, nn.Linear):
                 parent, _, child = name.rpartition(".")
                 options = {"bias": module.bias is not None, "dtype": module.weight.dtype, "device": "meta"}
-                quantised = NF4Linear(module.in_features, module.out_features, **options)
-                setattr(layer.get_submodule(parent), child, quantised)
+                setattr(layer.get_submodule(parent), child, kind(module.in_features, module.out_features, **options))
 
 
 def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizerBase) -> nn.Module:

@@ -30,7 +30,6 @@ from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_folder import begin_to_train, finish
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
-from fitune.model.layer import use_fp8_products
 from fitune.model.sharding import kept_in_host_ram, ranks_of_a_copy, shard, share_of, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.compute import FP8_CAPABILITY
@@ -143,9 +142,9 @@ def load_sharded_model(
     """
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     stored = trained_dtype(run)
-    model = build_skeleton(run.recipe, base_folder, tokenizer, dtype, mesh.device_type, stored, adapter=adapter)
-    if fp8:
-        use_fp8_products(decoder(model))
+    model = build_skeleton(
+        run.recipe, base_folder, tokenizer, dtype, mesh.device_type, stored, adapter=adapter, fp8=fp8
+    )
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, dtype)
     device = compute_device(mesh)

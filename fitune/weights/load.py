@@ -1,4 +1,4 @@
-"""Fills a sharded skeleton: each rank streams only its own rows from safetensors, quantising on the way if asked.
+"""Fills a sharded skeleton: each rank streams only its own rows from safetensors, to NF4 or fp8 on the way if asked.
 
 A checkpoint is either in full precision (bf16, fp16, fp32) or in bitsandbytes' NF4 format, as
 `fitune.weights.accounting` has it.
@@ -19,6 +19,8 @@ from torch import nn
 from fitune.config.read_buffers import CHUNK_BYTES
 from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import FituneError
+from fitune.model.fp8 import round_weight
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.model.sharding import fsdp_parameters, local_part, local_rows, pad
 from fitune.model.skeleton import decoder, is_tied
@@ -95,6 +97,7 @@ class _Loader:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, placement: Placement, seed: int):
         self.modules = quantised_linears(model)
+        self.in_fp8 = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, FP8Linear)}
         self.token_ids = {
             f"{name}.trainable_tokens_delta.{adapter}": ids
             for name, module in model.named_modules()
@@ -113,6 +116,8 @@ class _Loader:
             raise FituneError(f"{name}: FSDP keeps {local.shape[0]} rows here, expected {stop - start}")
         if source is None:
             local.copy_(self._initial_adapter(name, parameter.shape)[start:stop])
+        elif name in self.in_fp8:
+            yield from self._rounding(self.in_fp8[name], source, start, stop, local)
         elif name not in self.modules:
             info = self.checkpoint[source]
             row_bytes = info.nbytes // info.shape[0]
@@ -194,6 +199,30 @@ class _Loader:
             if self.placement.shards > 1:
                 dist.all_reduce(absmax, group=self.placement.group)
             module.quant_state = double_quantised(absmax, info.shape, info.dtype)
+
+        yield share
+
+    def _rounding(self, module: FP8Linear, source: str, start: int, stop: int, local: torch.Tensor) -> Iterator[Step]:
+        """Rounds rows [start, stop), some at a time, and shares the scales of all rows among the ranks."""
+        info, device = self.checkpoint[source], self.placement.device
+        scales = torch.zeros(info.shape[0], dtype=torch.float32, device=device)
+
+        def round_rows(data: torch.Tensor, low: int, high: int) -> None:
+            rows = data.view(info.dtype).view(high - low, -1).to(device).to(module.computed_in)
+            values, scales[low:high] = round_weight(rows)
+            local[low - start : high - start] = values
+
+        row_bytes = info.nbytes // info.shape[0]
+        step = max(1, CHUNK_BYTES // row_bytes)
+        for low in range(start, stop, step):
+            high = min(low + step, stop)
+            consume = partial(round_rows, low=low, high=high)
+            yield Read(source, low * row_bytes, high * row_bytes, consume=consume)
+
+        def share() -> None:
+            if self.placement.shards > 1:
+                dist.all_reduce(scales, group=self.placement.group)
+            module.scales = scales
 
         yield share
 

@@ -8,24 +8,31 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks, train_here, whole
 from rounding import distance
-from torch.distributed.device_mesh import init_device_mesh
 
 from fitune.data.dataset import load_tokenizer
+from fitune.model.fp8_linear import FP8Linear
+from fitune.model.layer import use_fp8_products
+from fitune.model.sharding import new_mesh
+from fitune.model.skeleton import decoder
 from fitune.training.train import load_sharded_model
 
 TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(0))
 STEPS = 20
 
 
-def _logits_and_gradients(runs: list, fp8: bool) -> list[dict[str, torch.Tensor]]:
-    """Of each run's model, adapter B not zero."""
+def _logits_and_gradients(runs: list, fp8: bool, on_the_way: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Of each run's model, adapter B not zero; `on_the_way` rounds weights that are loaded as they are."""
     found = []
     for run in runs:
         base = Path(run.recipe.base.model)
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=fp8).train()
+        mesh = new_mesh("cpu", run)
+        kept = fp8 and not on_the_way
+        model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=kept).train()
+        assert any(isinstance(m, FP8Linear) for m in model.modules()) == (kept and run.recipe.method == "lora")
+        if on_the_way:
+            use_fp8_products(decoder(model))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.fill_(0.01)
@@ -49,6 +56,24 @@ def test_ranks_and_offload_change_no_bit(method, tiny_base, make_run, tmp_path):
         assert set(found) == set(expected)
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("stored", ["tiny_base", "uneven_base"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_kept_weights_train_as_if_rounded_on_the_way(mixed_precision, stored, make_run, tmp_path, request):
+    """Wherever they lie, of a base in float32 and one in bf16; all linears have adapters, or some."""
+    base = request.getfixturevalue(stored)
+    some = {"lora": {"target_modules": ["k_proj", "up_proj"]}}
+    in_ram = [{"offload_params": True}, {"embedding_offload": True}, some | {"offload_params": True}]
+    hybrid = [{"machines": 2, "hybrid_sharding": True}]
+    for world_size, places in ((1, [{}, some, *in_ram]), (2, [{}, some, *in_ram]), (4, hybrid)):
+        options = {"processes": world_size, "mixed_precision": mixed_precision}
+        runs = [make_run(base, tmp_path, "lora", **options, **place) for place in places]
+        kept, on_the_way = (run_ranks(_logits_and_gradients, world_size, runs, True, way)[0] for way in (False, True))
+        for found, expected in zip(kept, on_the_way, strict=True):
+            assert set(found) == set(expected)
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), name
 
 
 def test_a_run_learns_as_one_in_full_precision(tiny_base, make_run, tmp_path):

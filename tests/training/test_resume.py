@@ -59,11 +59,19 @@ def _interrupted_copy(run, folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("method", "base"), [("full", "tiny_base"), ("full", "tied_base"), ("lora", "tiny_base"), ("qlora", "tiny_base")]
+    ("method", "base", "compute"),
+    [
+        ("full", "tiny_base", "bf16"),
+        ("full", "tied_base", "bf16"),
+        ("lora", "tiny_base", "bf16"),
+        ("lora", "tiny_base", "fp8"),
+        ("qlora", "tiny_base", "bf16"),
+    ],
 )
-def test_resumed_run_equals_the_uninterrupted_one(method, base, make_run, tmp_path, request):
+def test_resumed_run_equals_the_uninterrupted_one(method, base, compute, make_run, tmp_path, request):
     """On two ranks, packed, accumulated, resumed within the second epoch, with dropout; then on one rank."""
     options = {"batch": 16, "micro_batch": 2, "packing": True, "max_length": 112, "training": TRAINING}
+    options |= {"compute": compute}
     options |= {"lora": {"dropout": 0.2}} if method == "qlora" else {}
     base = request.getfixturevalue(base)
     run = make_run(base, tmp_path / "run", method, processes=2, **options)
