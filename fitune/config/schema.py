@@ -209,7 +209,8 @@ class Profile(Strict):
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
     """
     compute: Literal["auto", "bf16", "fp8"] = AUTO
-    """In what a frozen base is multiplied in training: `fp8` needs a GPU of compute capability 8.9 or higher.
+    """In what a frozen base is multiplied in training: `fp8` needs a GPU of compute capability 8.9 or higher. Method
+    lora then keeps the linears' weights so, a byte each.
     `auto`: bf16, but where it was shown that fp8 learns as well (`fitune.planning.compute`). CPUs compute in float32,
     and emulate fp8.
     """
@@ -325,6 +326,11 @@ class Run(Strict):
     def shards(self) -> int:
         """Ranks that hold one copy between them."""
         return self.accelerate.num_processes // self.replicas
+
+    @property
+    def keeps_base_in_fp8(self) -> bool:
+        """Whether training holds the decoder layers' frozen weights in fp8, not only multiplies them so."""
+        return self.recipe.method == "lora" and self.profile.compute == "fp8"
 
     @property
     def folder(self) -> Path:

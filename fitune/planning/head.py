@@ -101,7 +101,7 @@ def _run(plan: Plan) -> Iterator[Line]:
 
 
 def _fp8_note(plan: Plan) -> str:
-    """Whether the time of a run in fp8 was measured. Its memory is that of bf16 but for scales, which are counted."""
+    """Whether the time of a run in fp8 was measured."""
     if not plan.setup.fp8:
         return ""
     there = plan.time is not None and plan.time.gpu == FP8_MEASURED_ON

@@ -51,7 +51,7 @@ class Setup:
     "Layers that keep their activations; the others compute them again."
     activation_offload: bool = False
     fp8: bool = False
-    "The frozen linears are multiplied in fp8."
+    "The frozen linears are multiplied in fp8; method lora keeps them so."
     reshard: bool = True
     on_gpu: bool = True
     replicas: int = 1
@@ -90,8 +90,8 @@ class Setup:
 
     @property
     def weight(self) -> float:
-        """Bytes of one decoder-layer weight as stored: trained ones, packed NF4, or as it computes."""
-        return {"full": self.trained, "qlora": NF4}.get(self.method, self.compute)
+        """Bytes of one decoder-layer weight as stored: trained ones, packed NF4, fp8, or as it computes."""
+        return {"full": self.trained, "qlora": NF4, "lora": FP8 if self.fp8 else self.compute}[self.method]
 
     @property
     def lora_per_layer(self) -> int:

@@ -107,7 +107,7 @@ def _attention_flops(s: Setup) -> float:
 def _memory_bytes(s: Setup) -> float:
     """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4.
 
-    For fp8 it rounds the linears' inputs, which it reads twice, and the weights.
+    For fp8 it rounds the linears' inputs, which it reads twice, and the weights, or turns those that are kept so.
     """
     weights, dequantised, rounded = s.shape.layer_linear_weights, 0.0, 0.0
     if s.fp8:

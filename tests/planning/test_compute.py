@@ -1,10 +1,12 @@
 """`profile.compute`: who may ask for fp8, what auto takes, what `plan` and `doctor` say of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import run_ranks
 
 from fitune.cli import cli
 from fitune.config import run as runs
@@ -15,6 +17,7 @@ from fitune.planning import compute, hardware, limits
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.machine import Gpu, Machine
+from fitune.planning.memory import resident
 from fitune.planning.plan import setup_of
 from fitune.planning.step_time import step_seconds
 
@@ -133,3 +136,33 @@ def test_plan_counts_its_memory_and_its_speed():
     assert guess in _plan("llama3_8b_qlora", "--gpus", "2", "--gpu", "H200", "--set", FP8).output
     assert json.loads(_plan(*flags, "--json").output)["compute"] == "fp8"
     assert json.loads(_plan(*flags[:-2], "--json").output)["compute"] == "bf16"
+
+
+def _bytes_held(run) -> dict[str, int]:
+    """What this rank holds after a pass, under the names that `plan` has for it."""
+    from fitune.data.dataset import load_tokenizer
+    from fitune.model.sharding import local_part, new_mesh
+    from fitune.training.distributed import join
+    from fitune.training.train import load_sharded_model
+
+    mesh = new_mesh("cpu", run) if torch.distributed.is_initialized() else join(run)
+    base = Path(run.recipe.base.model)
+    model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=True).train()
+    tokens = torch.arange(1, 9).unsqueeze(0)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    held = dict.fromkeys(("sharded weights", "embedding and head", "LoRA weights"), 0)
+    for name, parameter in model.named_parameters():
+        of_embedding = "embed_tokens" in name or "lm_head" in name
+        kind = "LoRA weights" if "lora_" in name else "embedding and head" if of_embedding else "sharded weights"
+        held[kind] += local_part(parameter).nbytes
+    kept = [vars(module).get(name) for module in model.modules() for name in ("scales", "fp8_scales")]
+    storages = {scales.untyped_storage().data_ptr(): scales.untyped_storage() for scales in kept if scales is not None}
+    return held | {"quantisation statistics": sum(storage.nbytes() for storage in storages.values())}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_plan_counts_the_bytes_that_lora_keeps_in_fp8(ranks, tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path, "lora", processes=ranks, mixed_precision="bf16", compute="fp8")
+    planned = resident(setup_of(run, find_shape(str(tiny_base))))
+    for held in run_ranks(_bytes_held, ranks, run):
+        assert held == {name: planned[name] for name in held}

@@ -91,6 +91,22 @@ def test_optimizer_states_of_70b(row, sets):
     assert f"| {row} | {said} |" in one_line("memory.md")
 
 
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("recipe", "profile"), [("llama3_8b_lora", "fsdp_1x48gb"), ("llama3_70b_lora", "fsdp_lora_8x80gb")]
+)
+def test_lora_in_fp8(recipe, profile, compute):
+    one_row = ("profile.micro_batch=1", "profile.kept_layers=0", "profile.embedding_offload=false")
+    setup = planned(recipe, profile, (*one_row, f"profile.compute={compute}")).setup
+    ranks = (replace(setup, ranks=cards, accumulation=-(-8 // cards), adapters_wait=False) for cards in (1, 2, 3, 4, 8))
+    of_cards = [f"{gpu_peak(setup).total / 2**30:.1f}" for setup in ranks]
+    assert f"| `{recipe}` | `{compute}` | {' | '.join(of_cards)} |" in one_line("fp8.md")
+    if recipe == "llama3_70b_lora":
+        on_four, on_three, on_two = of_cards[3], of_cards[2], of_cards[1]
+        text = f"{on_four} GiB on each of four, {on_three} on each of three"
+        assert (text if compute == "bf16" else f"it takes {on_two} on each of two") in one_line("memory.md")
+
+
 def test_how_tight_the_largest_profile_is():
     page = one_line("clusters.md")
     exact, small = (planned("llama3_70b_full", "fsdp_full_16x80gb", sets) for sets in ((), SMALL))
