@@ -146,8 +146,8 @@ def _losses(run: Run) -> str:
         for label in ("base", "tuned"):
             m = report[label]
             lines.append(f"| {label} | {m['loss']:.4f} | {m['perplexity']:.2f} | {m['token_accuracy']:.1%} |")
-    logged = _logged(run)
-    for key, said in (("loss", "Last training loss"), ("eval_loss", "Last held-out loss while training")):
+    logged, beside = _logged(run), ", beside the base rounded to fp8" * run.keeps_base_in_fp8
+    for key, said in (("loss", "Last training loss"), ("eval_loss", f"Last held-out loss while training{beside}")):
         if found := [line for line in logged if key in line]:
             lines += ["", f"{said}: {found[-1][key]:.4f}, step {found[-1]['step']}."]
     return "\n".join(["## Losses", "", *lines]).replace("\n\n\n", "\n\n") if lines else ""

@@ -79,6 +79,14 @@ def test_data_settings_losses_and_template(run, tmp_path):
         assert said in body, said
 
 
+def test_a_base_kept_in_fp8_is_named_beside_the_loss(run, tmp_path):
+    _, body = card(tmp_path, run)
+    assert "Last held-out loss while training: 2.1250, step 2." in body
+    in_fp8 = run.model_copy(update={"profile": run.profile.model_copy(update={"compute": "fp8"})})
+    _, body = card(tmp_path, in_fp8)
+    assert "Last held-out loss while training, beside the base rounded to fp8: 2.1250, step 2." in body
+
+
 def test_a_local_base_is_named_without_its_path_and_an_unknown_licence_is_other(tmp_path):
     front, body = card(tmp_path, None, base=str(tmp_path / "secret" / "my-base"), licence="All mine.")
     assert front["license"] == "other" and "base_model" not in front

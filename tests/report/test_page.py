@@ -89,6 +89,13 @@ def test_gpu_memory_is_shown_beside_the_plan(tmp_path):
     assert "measured: 6.5 at step 20" in chart and "planned: 7 at step 20" in chart
 
 
+@pytest.mark.parametrize(("method", "said"), [("lora", True), ("qlora", False)])
+def test_a_base_kept_in_fp8_is_named_beside_the_losses(method, said, tmp_path):
+    sets = (f"method={method}", "profile.compute=fp8")
+    page = Page(write_page(unfinished_run(tmp_path / "run", sets=sets)))
+    assert ("Training kept the base rounded to fp8" in page.text()) == said
+
+
 def test_texts_are_shown_not_run(tmp_path):
     page = Page(write_page(finished_run(tmp_path / "first")))
     tags = {tag for tag, _ in page.elements}
