@@ -92,7 +92,12 @@ def _train_once(run: Run, resume: bool, place: Place, show: Show) -> tuple[int, 
 
 
 def launch_until_stopped(
-    run: Run, module: str, *arguments: str, place: Place = NO_PLACE, interrupts_go_on: bool = False
+    run: Run,
+    module: str,
+    *arguments: str,
+    config: Path | None = None,
+    place: Place = NO_PLACE,
+    interrupts_go_on: bool = False,
 ) -> int:
     """`launch` for what has nothing to save: a signal ends all processes; the exit code is then 128 + its number.
 
@@ -100,7 +105,7 @@ def launch_until_stopped(
     """
     interrupts = interrupts_passed_on(module) if interrupts_go_on else nullcontext()
     with passed_on_to_ranks(module) as received, interrupts:
-        code = launch(run, module, *arguments, place=place, told=received)
+        code = launch(run, module, *arguments, config=config, place=place, told=received)
     if received:
         say_while_training("stopped")
         return 128 + received[0]
@@ -112,21 +117,23 @@ def launch(
     module: str,
     *arguments: str,
     settings: Path | None = None,
+    config: Path | None = None,
     place: Place = NO_PLACE,
     told: Collection[int] = (),
     explained: Collection[int] = (),
 ) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
 
-    `settings` stands for the folder's run.yaml, `place` goes before what the config file says of this machine. What
-    went wrong is printed by then. A process that was killed counts as CRASHED, and is named unless its pid is in
-    `explained` by then. TOLD: one was ended by a signal that was passed on to it, as those in `told` were.
+    `settings` stands for the folder's run.yaml, `config` for its accelerate config, `place` goes before what that says
+    of this machine. What went wrong is printed by then. A process that was killed counts as CRASHED, and is named
+    unless its pid is in `explained` by then. TOLD: one was ended by a signal that was passed on to it, as those in
+    `told` were.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _set_environment(run)
-    config = launch_config(run, settings)
+    config = config or launch_config(run, settings)
     place_flags = [str(word) for name, value in place.items() if value is not None for word in (f"--{name}", value)]
     flags = ["--config_file", str(config), *_gpu_flags(config), *place_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])

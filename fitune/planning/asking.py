@@ -6,11 +6,11 @@ conversation are all that takes memory.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
-from fitune.planning.limits import limits_here
+from fitune.planning.limits import Limits, limits_here
 from fitune.planning.machine import Machine
 from fitune.planning.memory import MEASURED, host_moments, resident
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
@@ -95,7 +95,11 @@ def fits(way: Holding, machine: Machine) -> bool:
 
 def why_not(way: Holding, machine: Machine) -> str:
     """What there is too little of, '' where it fits."""
-    limits = limits_here(machine)
+    return what_lacks(way, limits_here(machine))
+
+
+def what_lacks(way: Holding, limits: Limits) -> str:
+    """As `why_not`."""
     host = way.host + way.gpu * way.ranks * limits.unified
     if way.ranks and not limits.unified and way.gpu > (limits.gpu or 0):
         return f"{way.gpu:.1f} GiB of each GPU are needed, {limits.gpu:.1f} are free"
@@ -105,12 +109,23 @@ def why_not(way: Holding, machine: Machine) -> str:
 
 
 def _on_gpus(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: int) -> Holding:
-    setup = _setup(asked, load, ranks, offload, tokens)
+    return _holding(_setup(asked, load, ranks, offload, tokens), load)
+
+
+def as_trained(trained: Setup) -> Holding:
+    """How a run's own processes hold it when it is asked: never in fp8, a full run's weights in their trained dtype."""
+    tokens = min(TOKENS, trained.shape.max_positions)
+    asked = {"micro_batch": 1, "max_length": tokens, "accumulation": 1, "packing": False, "kept_layers": 0}
+    load = NF4_BITS if trained.method == "qlora" else STORED
+    return _holding(replace(trained, **asked, activation_offload=False, fp8=False, saves=False), load)
+
+
+def _holding(setup: Setup, load: str) -> Holding:
     inside = asking_moment(setup)
     slack = MEASURED.fragmentation * sum(inside.values()) + setup.unsharded_layer
     total = sum(inside.values()) + slack + MEASURED.outside_allocator
-    host = sum(host_moments(setup)["load"].values()) + setup.trainable * FP32 * offload
-    return Holding(load, ranks, offload, total / GIB, host / GIB)
+    host = sum(host_moments(setup)["load"].values()) + setup.trainable * FP32 * setup.offload
+    return Holding(load, setup.ranks, setup.offload, total / GIB, host / GIB)
 
 
 def asking_moment(s: Setup) -> dict[str, float]:

@@ -66,14 +66,23 @@ def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None
 
 
 def limits_for_training(run: Run) -> Limits:
-    """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download.
-
-    With FITUNE_GPU_CAP_GIB several ranks share the machine's GPUs, each held to that much of torch's memory.
-    """
-    limits = limits_here(machine_of(run))
-    if cap := number(GPU_CAP):
-        limits = replace(limits, gpus=run.accelerate.num_processes, gpu=cap + MEASURED.outside_allocator / GIB)
+    """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download."""
+    limits = _held_to_cap(limits_here(machine_of(run)), run)
     saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
     return replace(
         limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
     )  # a resumed run's checkpoints are there already
+
+
+def limits_for_asking(run: Run) -> Limits:
+    """What is free here for a run that is only asked: on any GPUs where those that it was trained on are not here."""
+    here, ranks = this_machine(), run.accelerate.num_processes
+    shown = here.shown_by(run.accelerate.gpu_ids)
+    return _held_to_cap(limits_here((here if shown.missing else shown).first(ranks)), run)
+
+
+def _held_to_cap(limits: Limits, run: Run) -> Limits:
+    """With FITUNE_GPU_CAP_GIB ranks may share the machine's GPUs, each held to that much of torch's memory."""
+    if not (cap := number(GPU_CAP)):
+        return limits
+    return replace(limits, gpus=run.accelerate.num_processes, gpu=cap + MEASURED.outside_allocator / GIB)

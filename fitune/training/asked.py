@@ -25,6 +25,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="draws the same answers again")
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
+    parser.add_argument("--held-by", type=Path, help="the accelerate config that starts it, if it is not the run's")
     parser.add_argument("--json", type=Path, help="also write the answers to this file")
     return parser.parse_args(arguments)
 

@@ -8,6 +8,7 @@ from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.report.page import show_page_after_a_command
+from fitune.training.asked_here import held_by_flag, held_here
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none
 
 
@@ -37,7 +38,9 @@ def eval_command(
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=data is None)
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
-    code = launch_until_stopped(run, "fitune.training.evaluate", *words, place=place)
+    with held_here(run) as config:
+        words += held_by_flag(config)
+        code = launch_until_stopped(run, "fitune.training.evaluate", *words, config=config, place=place)
     if not code:
         show_page_after_a_command(run.folder, place)
     return code
@@ -61,6 +64,7 @@ def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
 
     rows = rows_file(data)  # looked for before anything starts
     model = given_model(given, force=force)
+    model.check_chat_template("without one, answers cannot be told from questions")
     if way := how_to_hold(model, load, exact=True):
         with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
             run = run_to_ask(model, way, Path(scratch))

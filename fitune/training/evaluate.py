@@ -20,6 +20,7 @@ from fitune.export.chat_record import refuse_another_chat
 from fitune.export.model_card import write_model_card
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
+from fitune.training.asked_here import as_held
 from fitune.training.distributed import is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.token_metrics import token_metrics
@@ -93,10 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="on a base that may not be the adapter's own, too")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
     parser.add_argument("--data", type=Path, help="a prepared folder whose test rows are taken instead of the run's")
+    parser.add_argument("--held-by", type=Path, help="the accelerate config that starts it, if it is not the run's")
     options = parser.parse_args(arguments)
     run_stage(
         options.run,
-        lambda run: evaluate(run, options.force, options.data),
+        lambda run: evaluate(as_held(run, options.held_by), options.force, options.data),
         explain_in_eval,
         checkpoint=options.checkpoint,
     )

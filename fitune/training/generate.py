@@ -21,6 +21,7 @@ from fitune.export.chat_record import refuse_another_chat
 from fitune.report.run_files import ANSWERS
 from fitune.training.answerer import Answerer, made_to_generate
 from fitune.training.asked import Asked, parse_options, questions, report
+from fitune.training.asked_here import as_held
 from fitune.training.chat import Interrupts, chat
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_generate
@@ -95,7 +96,12 @@ def _keep_held_out(
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
-    run_stage(options.run, lambda run: generate(run, options), explain_in_generate, checkpoint=options.checkpoint)
+    run_stage(
+        options.run,
+        lambda run: generate(as_held(run, options.held_by), options),
+        explain_in_generate,
+        checkpoint=options.checkpoint,
+    )
 
 
 if __name__ == "__main__":

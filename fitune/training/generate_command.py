@@ -10,6 +10,7 @@ from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.planning.asked_folder import is_asked_as_folder
 from fitune.report.page import show_page_after_a_command
+from fitune.training.asked_here import held_by_flag, held_here
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run, finished_run_or_none
 
 
@@ -55,6 +56,8 @@ def _ask_model(folder: Path, asked: dict, load: str) -> int:
     from fitune.training.model_run import how_to_hold, run_to_ask
 
     given = given_model(folder, force=asked["force"])
+    if asked["prompt"] or asked["chat"]:
+        given.check_chat_template("give it --text to go on with")
     if way := how_to_hold(given, load):
         with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
             run, chats = run_to_ask(given, way, Path(scratch)), bool(asked["chat"])
@@ -71,10 +74,10 @@ def _ask_run(folder: Path, asked: dict, place: Place) -> int:
     run = finished_run(folder)
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
-    words = [*checkpoint_flag(run), *_as_typed(asked)]
-    code = launch_until_stopped(
-        run, "fitune.training.generate", *words, place=place, interrupts_go_on=bool(asked["chat"])
-    )
+    with held_here(run) as config:
+        words = [*checkpoint_flag(run), *held_by_flag(config), *_as_typed(asked)]
+        started = {"config": config, "place": place, "interrupts_go_on": bool(asked["chat"])}
+        code = launch_until_stopped(run, "fitune.training.generate", *words, **started)
     if asked["test"] and not code:
         show_page_after_a_command(run.folder, place)
     return code

@@ -9,7 +9,6 @@ trained with.
 import argparse
 
 from fitune.config.schema import Run
-from fitune.errors import UsageError
 from fitune.model.skeleton import decoder
 from fitune.training.answerer import Answerer, made_to_generate
 from fitune.training.asked import parse_options, questions, report
@@ -24,7 +23,7 @@ from fitune.training.train import run_stage
 def generate_from_model(given: GivenModel, options: argparse.Namespace) -> None:
     """Loaded by plain transformers and PEFT on one device."""
     interrupts = Interrupts() if options.chat else None
-    tokenizer = _tokenizer(given, options)
+    tokenizer = given.tokenizer()
     model = load_plain(given)
     _ask(given, model, tokenizer, next(model.parameters()).device, options, interrupts)
 
@@ -33,19 +32,10 @@ def generate_over_processes(run: Run, options: argparse.Namespace) -> None:
     """As `run`, which `model_run.run_to_ask` wrote, says. Call on all ranks."""
     interrupts = Interrupts() if options.chat else None
     mesh, given = join(run), model_of(run)
-    device, tokenizer = compute_device(mesh), _tokenizer(given, options)
+    device, tokenizer = compute_device(mesh), given.tokenizer()
     model = made_to_generate(load_over_processes(run, given, mesh), device)
     _ask(given, model, tokenizer, device, options, interrupts)
     leave()
-
-
-def _tokenizer(given: GivenModel, options: argparse.Namespace):
-    tokenizer = given.tokenizer()
-    if (options.prompt or options.chat) and not tokenizer.chat_template:
-        raise UsageError(
-            f"{given.folder}: has no chat template, as base models have none; give it --text to go on with"
-        )
-    return tokenizer
 
 
 def _ask(given: GivenModel, model, tokenizer, device, options: argparse.Namespace, interrupts: Interrupts | None):

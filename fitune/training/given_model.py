@@ -31,6 +31,13 @@ class GivenModel:
         record = read_chat_record(self.folder)
         return record.system_message if record else None
 
+    def check_chat_template(self, instead: str) -> None:
+        """Raises UsageError where there is none, as in most base models. Reads small files alone."""
+        from fitune.export.tokenizer_files import template_of
+
+        if not (template_of(self.folder) or template_of(self._folder_of_texts())):
+            raise UsageError(f"{self.folder}: has no chat template, as base models have none; {instead}")
+
     def tokenizer(self):
         """The folder's own. PEFT alone saves none beside an adapter: then it is the base's, as is the chat template."""
         from fitune.data.chat_template import read_tokenizer

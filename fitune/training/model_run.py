@@ -35,7 +35,7 @@ def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding
             raise why_not
     if not way.gathers and way.load == as_it_is:
         return None
-    print(f"{given.folder}: {way}: {_needs(way)}", file=sys.stderr)
+    print(f"{given.folder}: {way}: {needs(way)}", file=sys.stderr)
     return way
 
 
@@ -52,7 +52,8 @@ def _cannot_be_held(adapter: Path) -> UsageError | None:
     return None
 
 
-def _needs(way: Holding) -> str:
+def needs(way: Holding) -> str:
+    """In words."""
     return f"{way.gpu:.1f} GiB of each GPU, {way.host:.1f} of RAM" if way.ranks else f"{way.host:.1f} GiB of RAM"
 
 
@@ -72,12 +73,12 @@ def run_to_ask(given: GivenModel, way: Holding, folder: Path) -> Run:
         description="Made by generate and eval.", accelerate_config=FOUND, num_gpus=way.ranks,
         gpu_memory_gib=way.gpu or None, host_memory_gib=way.host, micro_batch=1, kept_layers=0,
     )  # fmt: skip
-    return _written(
-        Run(
-            fitune=__version__, recipe_name=given.folder.name, profile_name="asked", output_dir=str(folder),
-            recipe=recipe, profile=profile, accelerate=_processes(way, folder), gradient_accumulation_steps=1,
-        ),
+    run = Run(
+        fitune=__version__, recipe_name=given.folder.name, profile_name="asked", output_dir=str(folder),
+        recipe=recipe, profile=profile, accelerate=write_processes(way, folder), gradient_accumulation_steps=1,
     )  # fmt: skip
+    (folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    return run
 
 
 def _lora(given: GivenModel) -> Lora:
@@ -94,14 +95,11 @@ def _lora(given: GivenModel) -> Lora:
     return Lora(r=held.rank, alpha=alpha, dropout=0, target_modules=held.modules, trainable_tokens=tokens)
 
 
-def _processes(way: Holding, folder: Path) -> AccelerateConfig:
-    return AccelerateConfig(
+def write_processes(way: Holding, folder: Path) -> AccelerateConfig:
+    """accelerate.yaml in `folder`, which starts as many processes as `way` takes."""
+    config = AccelerateConfig(
         path=str(folder / FOUND), num_processes=max(1, way.ranks), use_cpu=not way.ranks, main_process_port=0,
         mixed_precision="bf16" if way.ranks else "no", offload_params=way.offload,
     )  # fmt: skip
-
-
-def _written(run: Run) -> Run:
-    Path(run.accelerate.path).write_text(written_out(run.accelerate), encoding="utf-8")
-    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
-    return run
+    Path(config.path).write_text(written_out(config), encoding="utf-8")
+    return config

@@ -85,8 +85,9 @@ def test_what_cannot_be_measured_is_refused(run, prepared, tmp_path):
         evaluate_folder(given_model(run.result_folder), tmp_path)
     bare = Path(shutil.copytree(run.result_folder, tmp_path / "bare"))
     (bare / "chat_template.jinja").unlink()
-    with pytest.raises(UsageError, match="bare: has no chat template"):
-        evaluate_folder(given_model(bare), prepared)
+    outcome = CliRunner().invoke(cli, ["eval", str(bare), "--data", str(prepared)])
+    assert outcome.exit_code == 2
+    assert "bare: has no chat template, as base models have none; without one, answers cannot be told" in outcome.stderr
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n')
     with pytest.raises(UsageError, match=r"bad.jsonl:1"):

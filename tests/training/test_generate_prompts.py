@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_tokenizer import tiny_tokenizer
 
+from fitune.cli import cli
 from fitune.config.schema import Data, Recipe
 from fitune.data.chat_template import apply_chat_template_choice, template_hash
 from fitune.errors import UsageError
@@ -82,13 +84,14 @@ def test_a_model_that_was_merged_is_asked_with_the_system_message_that_was_train
     assert asked[0][0] == [{"role": "system", "content": "Be brief."}, question]
 
 
-@pytest.mark.parametrize(("prompt", "chat"), [(["Hi"], False), ([], True)])
-def test_a_model_without_a_chat_template_is_asked_with_text_only(prompt, chat, tmp_path, monkeypatch):
-    """Said before a weight is loaded: the folder holds none."""
-    monkeypatch.setattr("fitune.data.chat_template.read_tokenizer", lambda _: tiny_tokenizer())
-    monkeypatch.setattr(generating, "Interrupts", lambda: None)
-    with pytest.raises(UsageError, match=r"has no chat template, .*; give it --text to go on with"):
-        generate_from_model(given_model(tmp_path), Namespace(prompt=prompt, chat=chat))
+@pytest.mark.parametrize("flags", [["--prompt", "Hi"], ["--chat"], ["--chat", "--load", "nf4"]])
+def test_a_model_without_a_chat_template_is_asked_with_text_only(flags, tmp_path):
+    """Said before anything is loaded: the folder holds no weight."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(cli, ["generate", str(tmp_path), *flags])
+    assert result.exit_code == 2
+    assert f"{tmp_path}: has no chat template, as base models have none; give it --text to go on with" in result.stderr
 
 
 def test_another_template_or_system_message_than_was_trained_is_refused(tmp_path):

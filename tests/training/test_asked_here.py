@@ -1,0 +1,124 @@
+"""A run is asked and measured on other hardware than it was trained on, and says so."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from ranks import run_ranks
+from rounding import additions_to_logits, rounding
+from test_evaluate_generate import write_adapter
+from transformers import LlamaConfig
+
+from fitune.cli import cli
+from fitune.config import run as runs
+from fitune.config.accelerate_config import written_out
+from fitune.config.schema import AccelerateConfig
+from fitune.errors import UsageError
+from fitune.planning import limits
+from fitune.planning.limits import given_machine
+from fitune.planning.machine import Gpu, Machine
+from fitune.training import asked_here
+from fitune.training.asked_here import as_held, held_here
+
+ADDITIONS = 256
+
+
+@pytest.fixture
+def machine_is(monkeypatch):
+    def set_to(machine: Machine) -> None:
+        monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
+        for module in (limits, asked_here):
+            monkeypatch.setattr(module, "this_machine", lambda: machine)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("recipe", "profile", "gpus", "gib", "host", "taken"),
+    [
+        ("llama3_70b_qlora", "fsdp_4x24gb", 4, 23.6, 64, None),
+        ("llama3_70b_qlora", "fsdp_4x24gb", 1, 47.4, 64, "weights in NF4, on 1 GPU"),
+        ("llama3_70b_qlora", "fsdp_4x24gb", 3, 23.6, 64, "weights in NF4, on 3 GPUs"),
+        ("llama3_70b_qlora", "fsdp_1x48gb", 1, 11.6, 64, "weights in NF4, on 1 GPU, from host RAM layer by layer"),
+        ("llama3_70b_qlora", "fsdp_offload_1x12gb", 1, 11.6, 64, None),
+        ("llama3_8b_qlora", "single_gpu_8gb", 1, 7.6, 32, None),
+        ("llama3_8b_lora", "fsdp_2x40gb", 1, 39.4, 64, "weights as stored, on 1 GPU"),
+        ("llama3_8b_lora", "fsdp_1x48gb", 1, 11.6, 64, "weights as stored, on 1 GPU, from host RAM layer by layer"),
+        ("llama3_8b_qlora", "single_gpu", 0, 0, 64, "weights in NF4, on the CPU"),
+        ("llama3_8b_full", "fsdp_2x80gb", 2, 79, 64, None),
+    ],
+)
+def test_a_run_is_held_as_in_training_where_that_fits_and_else_in_another_way_that_is_said(
+    machine_is, tmp_path, capsys, recipe, profile, gpus, gib, host, taken
+):
+    machine_is(given_machine(gpus, gib, host) if gpus else Machine((), host, host))
+    run = runs.resolve(recipe, profile, ("profile.micro_batch=1", "profile.kept_layers=0"), str(tmp_path / "run"))
+    with held_here(run) as config:
+        said, held = capsys.readouterr().err, as_held(run, config)
+    assert (said.split(": ")[1] if said else None) == taken
+    assert (held is run) == (taken is None)
+    if taken and gpus:
+        assert f"on {held.accelerate.num_processes} GPU" in taken and held.profile.num_gpus <= gpus
+        assert held.accelerate.offload_params == ("host RAM" in taken)
+    assert held.folder == run.folder and held.recipe == run.recipe
+
+
+def test_a_full_run_is_refused_with_its_models_folder(machine_is, tmp_path):
+    machine_is(given_machine(1, 79, 64))
+    run = runs.resolve("llama3_8b_full", "fsdp_2x80gb", (), str(tmp_path / "run"))
+    message = rf"it was trained on 2 GPUs, 1 are here; give its model, .*: {run.folder}/model$"
+    with pytest.raises(UsageError, match=message), held_here(run):
+        pass
+
+
+def test_gpus_that_are_gone_are_replaced_by_others(machine_is, tmp_path):
+    run = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path / "run"))
+    run = run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"gpu_ids": "GPU-gone"})})
+    machine_is(Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 23.5, identity="GPU-here"),), 64, 60))
+    with held_here(run) as config:
+        assert config is None
+
+
+def test_what_no_way_here_holds_is_refused_before_anything_starts(machine_is, tmp_path):
+    machine_is(given_machine(1, 11.6, 16))
+    run = runs.resolve("llama3_70b_qlora", "fsdp_1x48gb", (), str(tmp_path / "run"))
+    message = r"adapter: too large to ask here: .* of RAM are needed, 16\.0 are free, .*, or see `plan .*/adapter`"
+    with pytest.raises(UsageError, match=message), held_here(run):
+        pass
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_commands_hold_a_run_of_two_gpus_on_this_machine(
+    make_run, tiny_base, machine_is, tmp_path, capfd, method, plain_linear4bit
+):
+    """The real `generate` and `eval`, on a machine without a GPU: answers and losses are those of its own processes."""
+    made = make_run(tiny_base, tmp_path / "run", method)
+    run_ranks(write_adapter, 1, made)
+    (made.folder / "run.yaml").write_text(runs.dump(made))
+    (made.folder / "accelerate.yaml").write_text(written_out(made.accelerate))
+    ask = ["generate", str(made.folder), "--prompt", "River stone letter.", "--max-new-tokens", "8", "--json"]
+
+    def asked(name: str) -> tuple[list, dict, str]:
+        said = ""
+        for command in ([*ask, str(tmp_path / name)], ["eval", str(made.folder)]):
+            result = CliRunner().invoke(cli, command)
+            assert result.exit_code == 0, result.output + capfd.readouterr().err
+            said += result.stderr
+        return json.loads((tmp_path / name).read_text()), json.loads((made.folder / "eval.json").read_text()), said
+
+    own_answers, own_losses, _ = asked("own.json")
+    machine_is(Machine((), 64, 60))
+    gpus = AccelerateConfig(path=str(tmp_path / "two.yaml"), num_processes=2, mixed_precision="bf16")
+    (tmp_path / "two.yaml").write_text(written_out(gpus))
+    (made.folder / "accelerate.yaml").unlink()
+    (made.folder / "run.yaml").write_text(runs.dump(made.model_copy(update={"accelerate": gpus})))
+    before = (made.folder / "run.yaml").read_text()
+    answers, losses, said = asked("here.json")
+    assert answers == own_answers
+    error = rounding(additions_to_logits(LlamaConfig.from_pretrained(tiny_base), ADDITIONS))
+    for who in ("base", "tuned"):
+        assert losses[who]["tokens"] == own_losses[who]["tokens"]
+        assert losses[who]["loss"] == pytest.approx(own_losses[who]["loss"], rel=error)
+    assert (made.folder / "run.yaml").read_text() == before
+    way = "as stored" if method == "lora" else "in NF4"
+    assert said.count(f"{made.folder}: weights {way}, on the CPU: ") == 2
