@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from fitune.config.command_name import command
 from fitune.config.schema import Run
 from fitune.errors import FituneError, is_out_of_gpu_memory
 from fitune.planning.limits import limits_of
@@ -38,8 +37,7 @@ def explain_in_eval(run: Run, rank: int, error: BaseException) -> FituneError:
         return explain_out_of_memory(run, rank, error)
     rows, file = run.profile.micro_batch, run.folder / "run.yaml"
     fewer = f"try micro_batch: {rows // 2} under profile: in {file}" if rows > 1 else "take GPUs with more memory"
-    instead = _with_the_stored_base(run, "eval", f"--data {run.recipe.data.prepared}") or fewer
-    return FituneError(f"rank {rank}: {_what_ran_out(error)}; {instead}, {END_OTHERS}")
+    return FituneError(f"rank {rank}: {_what_ran_out(error)}; {fewer}, {END_OTHERS}")
 
 
 def explain_in_generate(run: Run, rank: int, error: BaseException) -> FituneError:
@@ -47,18 +45,7 @@ def explain_in_generate(run: Run, rank: int, error: BaseException) -> FituneErro
     if _in_host_ram(error):
         return explain_out_of_memory(run, rank, error)
     shorter = "ask for less with --max-new-tokens, or shorter prompts"
-    instead = _with_the_stored_base(run, "generate", "--chat") or shorter
-    return FituneError(f"rank {rank}: {_what_ran_out(error)}; {instead}, {END_OTHERS}")
-
-
-def _with_the_stored_base(run: Run, name: str, flags: str) -> str | None:
-    """What finds room for it where training kept it in fp8; None for other runs."""
-    if not run.keeps_base_in_fp8:
-        return None
-    return (
-        f"the base as stored takes twice what it took in training, in fp8: try {command()} {name} {run.result_folder} "
-        f"{flags}, which spreads it over GPUs or takes host RAM"
-    )
+    return FituneError(f"rank {rank}: {_what_ran_out(error)}; {shorter}, {END_OTHERS}")
 
 
 def explain_in_one_process(error: BaseException) -> FituneError:

@@ -44,6 +44,7 @@ def machine_is(monkeypatch):
         ("llama3_8b_qlora", "single_gpu_8gb", 1, 7.6, 32, None),
         ("llama3_8b_lora", "fsdp_2x40gb", 1, 39.4, 64, "weights as stored, on 1 GPU"),
         ("llama3_8b_lora", "fsdp_1x48gb", 1, 11.6, 64, "weights as stored, on 1 GPU, from host RAM layer by layer"),
+        ("llama3_8b_lora fp8", "single_gpu", 1, 15.6, 64, "weights as stored, on 1 GPU, from host RAM layer by layer"),
         ("llama3_8b_qlora", "single_gpu", 0, 0, 64, "weights in NF4, on the CPU"),
         ("llama3_8b_full", "fsdp_2x80gb", 2, 79, 64, None),
     ],
@@ -52,7 +53,9 @@ def test_a_run_is_held_as_in_training_where_that_fits_and_else_in_another_way_th
     machine_is, tmp_path, capsys, recipe, profile, gpus, gib, host, taken
 ):
     machine_is(given_machine(gpus, gib, host) if gpus else Machine((), host, host))
-    run = runs.resolve(recipe, profile, ("profile.micro_batch=1", "profile.kept_layers=0"), str(tmp_path / "run"))
+    recipe, _, fp8 = recipe.partition(" ")
+    sets = ("profile.micro_batch=1", "profile.kept_layers=0", f"profile.compute={fp8 or 'bf16'}")
+    run = runs.resolve(recipe, profile, sets, str(tmp_path / "run"))
     with held_here(run) as config:
         said, held = capsys.readouterr().err, as_held(run, config)
     assert (said.split(": ")[1] if said else None) == taken

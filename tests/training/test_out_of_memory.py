@@ -62,15 +62,6 @@ def test_so_have_generate_and_what_uses_one_gpu(error, tmp_path):
     assert f"{SAME_WORDS}; do without it, more slowly, with CUDA_VISIBLE_DEVICES=" in str(explain_in_one_process(error))
 
 
-def test_of_a_run_that_kept_its_base_in_fp8_another_command_finds_room(error, tmp_path):
-    run = resolve("llama3_8b_lora", "single_gpu", ("profile.compute=fp8", "profile.micro_batch=2"), str(tmp_path))
-    in_eval, in_generate = (explain(run, 0, error) for explain in (explain_in_eval, explain_in_generate))
-    twice = f"{SAME_WORDS}; the base as stored takes twice what it took in training, in fp8: try "
-    assert twice in str(in_eval) and twice in str(in_generate)
-    assert f"eval {tmp_path / 'adapter'} --data {run.recipe.data.prepared}, which" in str(in_eval)
-    assert f"generate {tmp_path / 'adapter'} --chat, which" in str(in_generate)
-
-
 def test_host_ram_is_told_from_a_gpus(tmp_path):
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. Error 12")
