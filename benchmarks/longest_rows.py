@@ -73,8 +73,8 @@ def _name(run: dict) -> str:
 
 
 def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
-    model = _with_long_positions(options.models / run["model"])
-    data = _prepared(run["tokens"], options)
+    model = with_long_positions(options.models / run["model"])
+    data = prepared(run["tokens"], options.output, options.tokenize, options.tokenizer)
     recipe, profile = PROFILES[run["model"]]
     sets = {
         "base.model": model, "data.prepared": data, "data.chat_template": "plain", "data.system_message": "null",
@@ -113,7 +113,7 @@ def _call(arguments: list, environment: dict, seconds: float) -> subprocess.Comp
     )
 
 
-def _with_long_positions(model: Path) -> Path:
+def with_long_positions(model: Path) -> Path:
     """The checkpoint under another name, its files linked and its config with Llama 3.1's positions."""
     longer = model.with_name(f"{model.name}-long")
     if not (longer / "config.json").exists():
@@ -127,26 +127,24 @@ def _with_long_positions(model: Path) -> Path:
     return longer
 
 
-def _prepared(tokens: int, options) -> Path:
+def prepared(tokens: int, output: Path, tokenize, tokenizer: Path) -> Path:
     """Rows of one example each, nearly `tokens` long: the shipped instructions' texts, shuffled and joined."""
-    data = options.output / f"data-{tokens}"
+    data = output / f"data-{tokens}"
     if (data / "report.json").exists():
         return data
     shipped = (ROOT / "examples" / "instructions" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [message["content"] for line in shipped for message in json.loads(line)["messages"]]
-    chance, rows = random.Random(0), options.output / f"rows-{tokens}.jsonl"
+    chance, rows = random.Random(0), output / f"rows-{tokens}.jsonl"
     with rows.open("w", encoding="utf-8") as stream:
         for number in range(2 * (STEPS + 1)):
             words: list[int] = []
             while len(words) < tokens:
-                words += options.tokenize(chance.choice(texts), add_special_tokens=False)["input_ids"]
-            answer = options.tokenize.decode(
-                words[: int(tokens * 0.985) - 64]
-            )  # joined again, it has a few tokens more
+                words += tokenize(chance.choice(texts), add_special_tokens=False)["input_ids"]
+            answer = tokenize.decode(words[: int(tokens * 0.985) - 64])  # joined again, it has a few tokens more
             messages = [{"role": "user", "content": f"Text {number}."}, {"role": "assistant", "content": answer}]
             stream.write(json.dumps({"messages": messages}) + "\n")
     done = _call(
-        ["prepare", "--dataset", rows, "--output", data, "--tokenizer", options.tokenizer, "--template", "plain",
+        ["prepare", "--dataset", rows, "--output", data, "--tokenizer", tokenizer, "--template", "plain",
          "--max-length", tokens, "--set", "data.test_fraction=0.4"], {}, 300,
     )  # fmt: skip
     if done.returncode:

@@ -1,6 +1,6 @@
 """One peer on the work of `benchmarks/peers.py`: QLoRA of a Llama in NF4 on one GPU, on rows of random tokens.
 
-    python benchmarks/peer_run.py trl|unsloth MODEL --rows-a-pass 8 --recompute yes|no [--cap GIB] [--dropout P]
+    python benchmarks/peer_run.py trl|unsloth MODEL --rows-a-pass 8 --recompute yes|no [--rows 8] [--length 3072]
 
 Prints one line of JSON: tokens a second by the median step, GiB allocated.
 """
@@ -12,7 +12,7 @@ import tempfile
 import time
 from itertools import pairwise
 
-STEPS, ROWS, LENGTH, SEED = 6, 8, 3072, 0
+STEPS, SEED = 6, 0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rows-a-pass", type=int, required=True)
     parser.add_argument("--recompute", choices=["yes", "no"], required=True)
+    parser.add_argument("--rows", type=int, default=8, help="Of a step. [default: 8]")
+    parser.add_argument("--length", type=int, default=3072, help="Tokens of a row. [default: 3072]")
     parser.add_argument("--cap", type=float, help="GiB for torch. [default: the whole card]")
     parser.add_argument("--dropout", type=float, default=0.0)
     options = parser.parse_args()
@@ -35,7 +37,7 @@ def main() -> None:
     model, adapter = _unsloth(options) if options.peer == "unsloth" else _trl(options)
     seconds = _train(options, model, adapter)
     report = {
-        "tokens_per_second": round(ROWS * LENGTH / statistics.median(seconds)),
+        "tokens_per_second": round(options.rows * options.length / statistics.median(seconds)),
         "step_seconds": [round(second, 3) for second in seconds],
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
@@ -45,7 +47,7 @@ def main() -> None:
 def _unsloth(options):
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(options.model, max_seq_length=LENGTH, load_in_4bit=True)
+    model, _ = FastLanguageModel.from_pretrained(options.model, max_seq_length=options.length, load_in_4bit=True)
     recompute = "unsloth" if options.recompute == "yes" else False
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=16, lora_dropout=options.dropout, target_modules=LINEARS,
@@ -76,7 +78,7 @@ def _train(options, model, adapter) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(128004)
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(0, 128000, (ROWS * (STEPS + 1), LENGTH), generator=generator).tolist()
+    ids = torch.randint(0, 128000, (options.rows * (STEPS + 1), options.length), generator=generator).tolist()
     marks = []
 
     class Clock(TrainerCallback):
@@ -88,8 +90,8 @@ def _train(options, model, adapter) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=options.rows_a_pass,
-            gradient_accumulation_steps=ROWS // options.rows_a_pass, learning_rate=1e-4, logging_steps=1,
-            save_strategy="no", report_to=[], bf16=True, max_length=LENGTH, use_liger_kernel=stock,
+            gradient_accumulation_steps=options.rows // options.rows_a_pass, learning_rate=1e-4, logging_steps=1,
+            save_strategy="no", report_to=[], bf16=True, max_length=options.length, use_liger_kernel=stock,
             gradient_checkpointing=stock and options.recompute == "yes",
             gradient_checkpointing_kwargs={"use_reentrant": False}, optim="adamw_torch_fused", disable_tqdm=True,
             dataset_kwargs={"skip_prepare_dataset": True},

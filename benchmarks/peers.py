@@ -1,11 +1,12 @@
 """fitune beside its peers on the same work and the same kind of card, in one run: `benchmarks/peers.json` says what.
 
-    python benchmarks/peers.py OUTPUT --models FOLDER --data FOLDER --seconds 500 [--only WORD ...] [--unsloth SITE]
+    python benchmarks/peers.py OUTPUT --models FOLDER --data FOLDER --tokenizer FOLDER --seconds 500 [--only WORD ...]
 
 Each entry has a GPU of its own; as many run side by side as there are GPUs, entries of several GPUs alone at the end.
 fitune runs through its own command, on packed rows that `prepare` made (`--data`); a peer through
 `benchmarks/peer_run.py`. `--models` holds checkpoints of `benchmarks/random_checkpoint.py`, by name. `--unsloth` is a
-folder of packages of its own, since Unsloth pins other versions. Writes OUTPUT/peers.json and prints a table.
+folder of packages of its own, since Unsloth pins other versions. Rows with a `length` of their own are single examples,
+as `benchmarks/longest_rows.py` makes them. Writes OUTPUT/peers.json and prints a table.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import yaml
+from longest_rows import prepared, with_long_positions
 from tier_run import ROOT, about
 
 MARGIN_GIB = 1.6
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="For rows of a length of their own.")
     parser.add_argument("--seconds", type=float, required=True, help="No entry starts that may end later.")
     parser.add_argument("--only", nargs="*", help="Entries whose name has one of these words.")
     parser.add_argument("--unsloth", help="Python path of Unsloth's packages.")
@@ -40,13 +43,14 @@ def main() -> None:
     gpus, deadline = torch.cuda.device_count(), time.monotonic() + options.seconds
     entries = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
     entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
+    options.output.mkdir(parents=True, exist_ok=True)
+    options.long = {length: _long_rows(length, options) for length in {e["length"] for e in entries if "length" in e}}
     known = about(options.commit)
     report = {
         "date": known["date"], "commit": known["commit"], "command": " ".join(sys.argv),
         "hardware": f"{gpus} x {known['gpu_name']}", "figures": "median step; GiB that torch allocated",
         "versions": known["versions"], "runs": [],
     }  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
     waiting = queue.Queue()
     for entry in entries:
         if entry.get("gpus", 1) == 1:
@@ -69,6 +73,17 @@ def main() -> None:
             _save(report, options.output)
     for run in sorted(report["runs"], key=lambda run: run["work"]):
         print(f"{run['work']:34} {run['name']:44} {_words(run)}")
+
+
+def _long_rows(length: int, options) -> Path:
+    from transformers import AutoTokenizer
+
+    return prepared(length, options.output, AutoTokenizer.from_pretrained(str(options.tokenizer)), options.tokenizer)
+
+
+def _model(entry: dict, options) -> Path:
+    model = options.models / entry["model"]
+    return with_long_positions(model) if "length" in entry else model
 
 
 def _save(report: dict, folder: Path) -> None:
@@ -102,10 +117,11 @@ def _run(entry: dict, options, gpus: str, deadline: float) -> dict:
 def _fitune(entry: dict, options):
     folder = options.output / entry["name"].replace(" ", "-").replace(",", "")
     sets = {
-        "base.model": options.models / entry["model"], "data.prepared": options.data, "data.chat_template": "plain",
-        "data.system_message": "null",
-        "training.save_strategy": "'no'", "training.report_to": "none", "training.max_steps": 6,
-        "training.logging_steps": 1, "training.disable_tqdm": "true", "global_batch_size": 8, **entry.get("set", {}),
+        "base.model": _model(entry, options), "data.prepared": options.long.get(entry.get("length"), options.data),
+        "data.chat_template": "plain", "data.system_message": "null", "max_length": entry.get("length", 3072),
+        "global_batch_size": entry.get("rows_a_step", 8), "training.save_strategy": "'no'",
+        "training.report_to": "none", "training.max_steps": 6, "training.logging_steps": 1,
+        "training.disable_tqdm": "true", **entry.get("set", {}),
     }  # fmt: skip
     command = [sys.executable, "cli.py", "train", entry["recipe"], "--profile", entry["profile"], "--output", folder,
                "--force", *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))]  # fmt: skip
@@ -122,8 +138,9 @@ def _fitune(entry: dict, options):
 
 
 def _peer(entry: dict, options):
-    command = [sys.executable, "benchmarks/peer_run.py", entry["who"], options.models / entry["model"],
-               "--rows-a-pass", entry["rows"], "--recompute", entry["recompute"]]  # fmt: skip
+    command = [sys.executable, "benchmarks/peer_run.py", entry["who"], _model(entry, options),
+               "--rows-a-pass", entry["rows"], "--recompute", entry["recompute"],
+               "--rows", entry.get("rows_a_step", 8), "--length", entry.get("length", 3072)]  # fmt: skip
     if "card_gib" in entry:
         command += ["--cap", entry["card_gib"] - MARGIN_GIB]
     path = {"PYTHONPATH": options.unsloth} if entry["who"] == "unsloth" and options.unsloth else {}
