@@ -12,7 +12,7 @@ import tempfile
 import time
 from itertools import pairwise
 
-STEPS, SEED = 6, 0
+SEED = 0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--rows-a-pass", type=int, required=True)
     parser.add_argument("--recompute", choices=["yes", "no"], required=True)
     parser.add_argument("--rows", type=int, default=8, help="Of a step. [default: 8]")
+    parser.add_argument("--steps", type=int, default=6, help="The first is not timed. [default: 6]")
     parser.add_argument("--length", type=int, default=3072, help="Tokens of a row. [default: 3072]")
     parser.add_argument("--cap", type=float, help="GiB for torch. [default: the whole card]")
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -78,7 +79,7 @@ def _train(options, model, adapter) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(128004)
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(0, 128000, (options.rows * (STEPS + 1), options.length), generator=generator).tolist()
+    ids = torch.randint(0, 128000, (options.rows * (options.steps + 1), options.length), generator=generator).tolist()
     marks = []
 
     class Clock(TrainerCallback):
@@ -89,7 +90,7 @@ def _train(options, model, adapter) -> list[float]:
     stock = options.peer == "trl"
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=options.rows_a_pass,
+            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.rows_a_pass,
             gradient_accumulation_steps=options.rows // options.rows_a_pass, learning_rate=1e-4, logging_steps=1,
             save_strategy="no", report_to=[], bf16=True, max_length=options.length, use_liger_kernel=stock,
             gradient_checkpointing=stock and options.recompute == "yes",
