@@ -140,7 +140,8 @@ def _fitune(entry: dict, options):
 def _peer(entry: dict, options):
     command = [sys.executable, "benchmarks/peer_run.py", entry["who"], _model(entry, options),
                "--rows-a-pass", entry["rows"], "--recompute", entry["recompute"],
-               "--rows", entry.get("rows_a_step", 8), "--length", entry.get("length", 3072), "--steps", entry.get("steps", 6)]  # fmt: skip
+               "--rows", entry.get("rows_a_step", 8), "--length", entry.get("length", 3072),
+               "--steps", entry.get("steps", 6)]  # fmt: skip
     if "card_gib" in entry:
         command += ["--cap", entry["card_gib"] - MARGIN_GIB]
     path = {"PYTHONPATH": options.unsloth} if entry["who"] == "unsloth" and options.unsloth else {}
