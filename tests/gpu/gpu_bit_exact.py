@@ -1,10 +1,12 @@
 """One rank of the bit-exactness check: `torchrun --nproc-per-node N tests/gpu/gpu_bit_exact.py RUN.yaml`.
 
 Compares every byte of every gathered NF4 weight, and its statistics, with the checkpoint's, before and after ten
-optimizer steps. A checkpoint in bf16 is quantised for that by bitsandbytes itself, tensor by tensor.
+optimizer steps. A checkpoint in bf16 is quantised for that by bitsandbytes itself, tensor by tensor. Where a run keeps
+its base in fp8, values and scales are compared with those of the whole weights.
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from fitune.config import run as runs
 from fitune.data.dataset import load_tokenizer
+from fitune.model.fp8 import round_weight
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import NF4Linear
 from fitune.model.skeleton import decoder
 from fitune.training.distributed import compute_device, join, leave
@@ -30,13 +34,18 @@ def changed_bytes(model, checkpoint: Checkpoint, device: torch.device) -> tuple[
         if sharded:
             layer.unshard()
         for name, module in layer.named_modules():
+            stored = f"model.layers.{index}.{name.removesuffix('.base_layer')}.weight"
             if isinstance(module, NF4Linear):
-                expected = expected_parts(
-                    checkpoint, f"model.layers.{index}.{name.removesuffix('.base_layer')}.weight", device
-                )
-                for part, wanted in zip(parts(module.weight.detach(), module.quant_state), expected, strict=True):
-                    changed += int((part != wanted).sum())
-                    compared += wanted.numel()
+                found = parts(module.weight.detach(), module.quant_state)
+                expected = expected_parts(checkpoint, stored, device)
+            elif isinstance(module, FP8Linear):
+                found = as_bytes([module.weight.detach(), module.scales])
+                expected = as_bytes(round_weight(checkpoint.read(stored).to(device, torch.bfloat16)))
+            else:
+                continue
+            for part, wanted in zip(found, expected, strict=True):
+                changed += int((part != wanted).sum())
+                compared += wanted.numel()
         if sharded:
             layer.reshard()
     return changed, compared
@@ -52,7 +61,10 @@ def expected_parts(checkpoint: Checkpoint, name: str, device: torch.device) -> l
 
 def parts(weight: torch.Tensor, state: QuantState) -> list[torch.Tensor]:
     """A double-quantised weight's tensors as bytes."""
-    tensors = [weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return as_bytes([weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code])
+
+
+def as_bytes(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
 
 
@@ -60,7 +72,8 @@ def main() -> None:
     run = runs.load(Path(sys.argv[1]))
     mesh = join(run)
     folder = Path(run.recipe.base.model)
-    model = load_sharded_model(run, folder, load_tokenizer(run.recipe, folder), mesh)
+    fp8 = run.profile.compute == "fp8"
+    model = load_sharded_model(run, folder, load_tokenizer(run.recipe, folder), mesh, fp8=fp8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     with Checkpoint(folder) as checkpoint:
@@ -83,7 +96,7 @@ def main() -> None:
     total = torch.tensor([before[0] + after[0]])
     dist.all_reduce(total)
     leave()
-    sys.exit(int(total.item() > 0 or not losses[-1] < losses[0]))
+    sys.exit(int(not after[1] or total.item() > 0 or not losses[-1] < losses[0]))
 
 
 if __name__ == "__main__":

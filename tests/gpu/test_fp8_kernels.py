@@ -7,6 +7,7 @@ from reference_layers import LAYERS, adapted, packed, padded, plain, run, writte
 
 from fitune.model import fp8
 from fitune.model.e4m3 import E4M3, LARGEST
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
@@ -42,6 +43,16 @@ def _linear(outputs: int, inputs: int) -> torch.nn.Linear:
     return base.cuda()
 
 
+def _rounded(linear: torch.nn.Linear) -> FP8Linear:
+    base = FP8Linear(linear.in_features, linear.out_features, dtype=torch.bfloat16)
+    base.weight.data, base.scales = fp8.round_weight(linear.weight.detach())
+    return base
+
+
+def _kept(outputs: int, inputs: int) -> FP8Linear:
+    return _rounded(_linear(outputs, inputs))
+
+
 @by_tokens
 @pytest.mark.parametrize("channels", [64, 576, 960, 4096, 6144, 28672, 57344])
 @pytest.mark.parametrize("with_factors", [False, True], ids=["plain", "factors"])
@@ -66,7 +77,7 @@ def test_what_is_not_finite_stays_so_in_its_own_token(bad):
             assert found[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("make", [_nf4, _linear])
+@pytest.mark.parametrize("make", [_nf4, _linear, _kept])
 @by_shape
 def test_weights_are_rounded_as_on_the_cpu_in_both_directions(shape, make):
     """Where a number lies just between two of e4m3's, the last bit of its scale decides."""
@@ -81,7 +92,7 @@ def test_weights_are_rounded_as_on_the_cpu_in_both_directions(shape, make):
     assert ((found - exact).abs() <= torch.maximum(exact.abs() / 16, torch.tensor(2.0**-10)) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("make", [_nf4, _linear])
+@pytest.mark.parametrize("make", [_nf4, _linear, _kept])
 @by_shape
 @by_tokens
 def test_products_are_those_of_the_rounded_numbers(tokens, shape, make):
@@ -95,6 +106,50 @@ def test_products_are_those_of_the_rounded_numbers(tokens, shape, make):
     _assert_close(found, expected)
     values, of_rows = (part.double() for part in fp8.quantise_rows(dy, fp8.row_scales(bases)))
     _assert_close(fp8.multiply_backward(dy, bases), values @ weights * of_rows.unsqueeze(1))
+
+
+@by_shape
+def test_kept_weights_are_rounded_as_on_the_cpu(shape):
+    """But for the last bit of a scale, which torch divides for otherwise here than there."""
+    matrix = _random(*shape, size=0.02)
+    matrix[shape[0] // 2] = 0
+    (found, scales), (expected, of_rows) = fp8.round_weight(matrix.cuda()), fp8.round_weight(matrix)
+    torch.testing.assert_close(scales.cpu(), of_rows, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+    assert (found.cpu().float() != expected.float()).float().mean() < 1e-4
+
+
+@by_shape
+def test_kept_weights_have_the_products_of_rounding_on_the_way_to_the_last_bit(shape):
+    """One linear of an input and several, forward and backward."""
+    for count in (1, 3):
+        linears = [_linear(*shape) for _ in range(count)]
+        kept, outputs = [_rounded(linear) for linear in linears], count * shape[0]
+        x, dy = _random(100, shape[1]).cuda(), _random(100, outputs).cuda()
+        forward = [fp8.multiply(x, bases, torch.empty_like(dy)) for bases in (linears, kept)]
+        backward = [fp8.multiply_backward(dy, bases) for bases in (linears, kept)]
+        assert torch.equal(fp8.row_scales(linears), fp8.row_scales(kept))
+        assert torch.equal(*forward) and torch.equal(*backward)
+
+
+@pytest.mark.parametrize("rows", [[16], [48, 16], [1024, 1024], [8192, 1024, 1024], [28672, 28672]], ids=str)
+@pytest.mark.parametrize("columns", [16, 80, 4096, 8192])
+def test_bytes_are_turned_whatever_they_are(columns, rows):
+    """Those of a NaN too."""
+    bases = [FP8Linear(columns, count, dtype=torch.bfloat16) for count in rows]
+    for base in bases:
+        bytes_ = torch.randint(0, 256, (base.out_features, columns), dtype=torch.uint8, device="cuda")
+        base.weight.data, base.scales = bytes_.view(E4M3), torch.ones(base.out_features, device="cuda")
+    by_output = torch.cat([base.weight.data.view(torch.uint8) for base in bases])
+    assert torch.equal(fp8._stacked(bases).view(torch.uint8), by_output)
+    assert torch.equal(fp8._stacked(bases, transposed=True).view(torch.uint8), by_output.t())
+
+
+@by_shape
+def test_kept_weights_are_dequantised_as_on_the_cpu(shape):
+    base = _kept(*shape)
+    found = base.dequantised(torch.bfloat16)
+    base.weight.data, base.scales = base.weight.data.cpu(), base.scales.cpu()
+    assert torch.equal(found.cpu(), base.dequantised(torch.bfloat16))
 
 
 def _assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

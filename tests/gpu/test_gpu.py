@@ -19,11 +19,21 @@ pytestmark = [
     pytest.mark.skipif(not TOKENIZER, reason="FITUNE_LLAMA3_TOKENIZER is not set to a Llama 3 tokenizer's folder"),
 ]
 
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8"
+)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """Two layers of the 8B shape in bitsandbytes' NF4 format."""
     return random_checkpoint(tmp_path_factory.mktemp("base") / "nf4")
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tmp_path_factory) -> Path:
+    """The same in bf16."""
+    return random_checkpoint(tmp_path_factory.mktemp("base") / "bf16", "--format", "bf16")
 
 
 def random_checkpoint(folder: Path, *options: str) -> Path:
@@ -52,12 +62,26 @@ def test_hybrid_sharding_gathers_every_byte(profile, base, checkpoint, tmp_path)
     assert_bit_exact(profile, checkpoint, tmp_path, machines=2)
 
 
-def assert_bit_exact(profile: str, checkpoint: Path, tmp_path: Path, machines: int = 1) -> None:
+@needs_fp8
+@pytest.mark.parametrize("profile", ["fsdp_1x48gb", "fsdp_2x40gb", "fsdp_4x24gb", "fsdp_offload_4gpu"])
+def test_weights_kept_in_fp8_are_gathered_byte_for_byte(profile, bf16_checkpoint, tmp_path):
+    assert_bit_exact(profile, bf16_checkpoint, tmp_path, recipe="llama3_8b_lora", sets=("profile.compute=fp8",))
+
+
+@needs_fp8
+def test_so_they_are_with_hybrid_sharding(bf16_checkpoint, tmp_path):
+    options = {"recipe": "llama3_8b_lora", "sets": ("profile.compute=fp8",), "machines": 2}
+    assert_bit_exact("fsdp_4x24gb", bf16_checkpoint, tmp_path, **options)
+
+
+def assert_bit_exact(
+    profile: str, checkpoint: Path, tmp_path: Path, machines: int = 1, recipe: str = "llama3_70b_qlora", sets=()
+) -> None:
     from fitune.config import run as runs
     from fitune.planning.fill import resolve
 
-    sets = (f"base.model={checkpoint}", "global_batch_size=8")
-    run = resolve("llama3_70b_qlora", profile, sets, str(tmp_path))
+    sets = (f"base.model={checkpoint}", "global_batch_size=8", *sets)
+    run = resolve(recipe, profile, sets, str(tmp_path))
     hybrid = run.profile.model_copy(update={"hybrid_sharding": machines > 1})
     several = run.accelerate.model_copy(update={"num_machines": machines})
     run = run.model_copy(update={"profile": hybrid, "accelerate": several})
@@ -85,6 +109,7 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
     [
         pytest.param("tiny_qlora", "single_gpu", [], id="qlora"),
         pytest.param("tiny_lora", "fsdp_1x48gb", [], id="lora"),
+        pytest.param("tiny_lora", "fsdp_1x48gb", ["profile.compute=fp8"], id="lora-in-fp8", marks=needs_fp8),
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
     ],
@@ -107,14 +132,44 @@ def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_pa
     assert losses[0] > 7 and losses[-1] < 0.5
 
 
-def test_out_of_memory_is_one_line_with_a_way_out(checkpoint, tmp_path):
-    data = tmp_path / "data"
+@needs_fp8
+@pytest.mark.parametrize("profile", ["fsdp_1x48gb", "fsdp_2x40gb"])
+def test_lora_in_fp8_takes_the_memory_that_plan_says(profile, bf16_checkpoint, tmp_path):
+    """In a few steps; and loaded, which ends with the head, the layers' linears are half as large as in bf16."""
+    sets = ["training.max_steps=3", "training.logging_steps=1", "profile.embedding_offload=false"]
+    sets += ["profile.kept_layers=0"]
+    flags = [*flags_of_small_rows(bf16_checkpoint, tmp_path), *(part for item in sets for part in ("--set", item))]
+    held = {}
+    for compute in ("bf16", "fp8"):
+        run = tmp_path / compute
+        command = ["cli.py", "train", "llama3_8b_lora", "--profile", profile, "--output", run, *flags]
+        done = call([*command, "--set", f"profile.compute={compute}"], cap_gib=16)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        measured = json.loads((run / "measurements.json").read_text())
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        [planned] = {line["gpu_memory_planned_gib"] for line in logged if "gpu_memory_planned_gib" in line}
+        held[compute] = [rank["loading"]["peak_allocated_gib"] for rank in measured["ranks"]]
+        peak = measured["peak_allocated_gib"]
+        print(f"{profile} {compute}: plan {planned:.3f} GiB, peak {peak:.3f}, loaded {held[compute]}")
+        assert abs(peak - planned) < 0.05 * planned
+    linears = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096) / len(held["fp8"]) / 2**30
+    for in_bf16, in_fp8 in zip(held["bf16"], held["fp8"], strict=True):
+        assert abs(in_bf16 - in_fp8 - linears) < 0.05
+
+
+def flags_of_small_rows(checkpoint: Path, folder: Path) -> list[str]:
+    """Of a run on `checkpoint` and the shipped rows, which are prepared for it."""
+    data = folder / "data"
     rows = ["--dataset", "examples/instructions/instructions.jsonl", "--tokenizer", TOKENIZER, "--template", "plain"]
     prepared = call(["cli.py", "prepare", *rows, "--output", data])
     assert prepared.returncode == 0, prepared.stderr
     sets = [f"base.model={checkpoint}", f"data.prepared={data}", "data.chat_template=plain", "data.system_message=null"]
-    sets += ["global_batch_size=2", "profile.micro_batch=1"]
-    flags = [part for item in [*sets, "training.report_to=none"] for part in ("--set", item)]
+    sets += ["global_batch_size=2", "profile.micro_batch=1", "training.report_to=none"]
+    return [part for item in sets for part in ("--set", item)]
+
+
+def test_out_of_memory_is_one_line_with_a_way_out(checkpoint, tmp_path):
+    flags = flags_of_small_rows(checkpoint, tmp_path)
     command = ["cli.py", "train", "llama3_8b_qlora", "--profile", "single_gpu", "--output", tmp_path / "run", *flags]
     done = call([*command, "--force"], cap_gib=2.7)
     print(done.stderr[-600:])
