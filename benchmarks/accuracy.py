@@ -87,7 +87,7 @@ def predicted_step_seconds(entry: dict) -> float:
 
 def predicted_phases(entry: dict) -> dict[str, float]:
     """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
-    sets = tuple(f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers"))
+    sets = tuple(f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers", "compute"))
     run = resolve(entry["recipe"], entry["profile"], sets)
     setup = setup_of(run, find_shape(run.recipe.base.model))
     setup = replace(setup, shape=replace(setup.shape, layers=entry["layers"]), accumulation=1)
@@ -204,11 +204,12 @@ def _fewer_layers_table() -> str:
 def _fake_table() -> str:
     lines = ["| recipe | profile | phase | predicted | fake tensors | off |", "|---|---|---|---|---|---|"]
     for entry in json.loads(FAKE.read_text(encoding="utf-8")):
+        profile = f"`{entry['profile']}`{', fp8' * (entry['compute'] == 'fp8')}"
         for phase, predicted in predicted_phases(entry).items():
             if phase in entry["phases"]:
                 found = entry["phases"][phase]
                 lines.append(
-                    f"| `{entry['recipe']}` | `{entry['profile']}` | {phase} | {predicted:.2f} | {found:.2f} "
+                    f"| `{entry['recipe']}` | {profile} | {phase} | {predicted:.2f} | {found:.2f} "
                     f"| {predicted / found - 1:+.1%} |"
                 )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """A second opinion on planning/memory.py that shares no formula with it: one rank of a tier, run on fake tensors.
 
-    python benchmarks/fake_memory.py OUTPUT.json RECIPE PROFILE [--layers N]
+    python benchmarks/fake_memory.py OUTPUT.json RECIPE PROFILE [--layers N] [--compute fp8]
 
 fitune's own model code and sharding run two real training steps at the model's true shape, on fake tensors (shapes
 without data) and a process group that only pretends, while PyTorch's MemTracker counts every storage alive. GPU kernels
@@ -31,9 +31,11 @@ from trl.trainer.utils import add_fused_lm_head
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
-from fitune.model import attention, elementwise, products
+from fitune.model import attention, elementwise, fp8, products
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
+from fitune.model.e4m3 import E4M3
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.lora_linears import LoraLinears
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.sharding import shard, trained_dtype
@@ -67,9 +69,9 @@ class Tracker(MemTracker):
             self._update_and_maybe_create_winfos(tensor, _MemRefType.PARAM)
 
 
-def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
+def measure(recipe: str, profile: str, layers: int | None = None, compute: str = "bf16") -> dict:
     """Peaks of the second optimizer step of rank 0 in GiB, by phase."""
-    run = resolve(recipe, profile)
+    run = resolve(recipe, profile, (f"profile.compute={compute}",))
     size = next(part for part in recipe.split("_") if part in ("1b", "8b", "70b"))
     layers = layers or config(size, None)["num_hidden_layers"]
     ranks = run.accelerate.num_processes
@@ -90,7 +92,7 @@ def measure(recipe: str, profile: str, layers: int | None = None) -> dict:
     dist.destroy_process_group()
     peaks = {phase: round(size / GIB, 3) for phase, size in tracker.peaks.items() if phase != "start"}
     return {
-        "recipe": recipe, "profile": profile, "layers": layers, "ranks": ranks,
+        "recipe": recipe, "profile": profile, "compute": compute, "layers": layers, "ranks": ranks,
         "micro_batch": run.profile.micro_batch, "kept_layers": min(run.profile.kept_layers, layers),
         "tokens": run.profile.micro_batch * run.recipe.max_length, "peak_allocated_gib": max(peaks.values()),
         "phases": peaks, "torch": torch.__version__.split("+")[0],
@@ -110,7 +112,10 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model_config), encoding="utf-8")
         tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=dict, convert_tokens_to_ids=list)
-        model = build_skeleton(run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu", trained_dtype(run))
+        in_fp8 = run.profile.compute == "fp8"
+        model = build_skeleton(
+            run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu", trained_dtype(run), fp8=in_fp8
+        )
     add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, torch.bfloat16)
@@ -118,7 +123,7 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
 
 
 def _allocate(model: nn.Module) -> list[torch.Tensor]:
-    """Fake memory for the weights, as `fitune.weights.load` takes real memory; returns NF4's statistics."""
+    """Fake memory for the weights, as `fitune.weights.load` takes real memory; returns the scales of packed ones."""
     model.to_empty(device="cpu")
     backbone = decoder(model).model
     backbone.rotary_emb = type(backbone.rotary_emb)(config=backbone.config)
@@ -134,6 +139,9 @@ def _allocate(model: nn.Module) -> list[torch.Tensor]:
                 offset=torch.empty(()), state2=nested,
             )  # fmt: skip
             found += [module.quant_state.absmax, nested.absmax]
+        elif isinstance(module, FP8Linear):
+            module.scales = torch.empty(module.out_features)
+            found.append(module.scales)
     return found
 
 
@@ -278,6 +286,8 @@ def _pretend_layer_kernels() -> None:
         ],
         None,
     )
+    fp8.quantise_rows = lambda x, *rest: (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
+    fp8._product = lambda values, scales, weights, weight_scales, out, *rest: out
     products.weight = lambda base, dtype, out=None: (
         out if out is not None else torch.empty(base.out_features, base.in_features, dtype=dtype)
     )
@@ -289,13 +299,14 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("profile")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to be quick")
+    parser.add_argument("--compute", choices=["bf16", "fp8"], default="bf16")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe, profile = options.recipe, options.profile
-    result = measure(recipe, profile, options.layers)
+    asked = {"recipe": options.recipe, "profile": options.profile, "compute": options.compute}
+    result = measure(**asked, layers=options.layers)
     kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
-    kept = [entry for entry in kept if (entry["recipe"], entry["profile"]) != (recipe, profile)]
-    options.output.write_text(json.dumps([*kept, result], indent=2) + "\n", encoding="utf-8")
+    kept = [entry for entry in kept if not asked.items() <= entry.items()]
+    options.output.write_text(json.dumps([*kept, result], indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

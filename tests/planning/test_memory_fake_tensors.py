@@ -22,18 +22,23 @@ def test_the_tiers_that_cannot_be_measured_are_there_at_full_depth():
     assert {(entry["recipe"], entry["profile"]) for entry in RESULTS if entry["layers"] == 80} >= TIERS
 
 
-@pytest.mark.parametrize("entry", RESULTS, ids=lambda entry: entry["profile"])
+@pytest.mark.parametrize("entry", RESULTS, ids=lambda entry: f"{entry['profile']}-{entry['compute']}")
 def test_phases_agree(entry):
     assert agree(entry)
     largest = max(predicted_phases(entry)[phase] for phase in PHASES)
     assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.02)
 
 
-def test_phases_agree_in_a_run_of_three_layers(tmp_path):
+@pytest.mark.parametrize(
+    "asked",
+    [["llama3_70b_qlora", "fsdp_4x24gb"], ["llama3_70b_lora", "fsdp_lora_8x80gb", "--compute", "fp8"]],
+    ids=["qlora", "lora in fp8"],
+)
+def test_phases_agree_in_a_run_of_three_layers(asked, tmp_path):
     """The model's code as it is now: a change to it that takes more memory is noticed."""
     output = tmp_path / "fake.json"
-    command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, "llama3_70b_qlora", "fsdp_4x24gb"]
-    subprocess.run([*command, "--layers", "3"], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, *asked, "--layers", "3"]
+    subprocess.run(command, check=True, capture_output=True)
     [entry] = json.loads(output.read_text(encoding="utf-8"))
     assert agree(entry)
 
