@@ -107,6 +107,19 @@ def test_lora_in_fp8(recipe, profile, compute):
         assert (text if compute == "bf16" else f"it takes {on_two} on each of two") in one_line("memory.md")
 
 
+@pytest.mark.parametrize(("gpus", "card", "memory"), [(2, "H100", 79.6), (4, "RTX 5090", 32), (1, "H100", 79.6)])
+def test_where_70b_lora_fits_in_fp8(gpus, card, memory):
+    """On the GPUs, where bf16 has no room; on one of them it is faster in host RAM."""
+
+    def on_gpus(compute: str) -> list[Plan]:
+        sets = (f"profile.compute={compute}", f"profile.num_gpus={gpus}", "profile.activation_offload=false")
+        found = find("llama3_70b_lora", sets, given_machine(gpus, memory, 256), gpu_model(card))
+        assert found.plan.setup.offload == (compute == "bf16" or gpus == 1)
+        return [plan for plan in (found.plan, *found.tried) if plan.fits and not plan.setup.offload]
+
+    assert on_gpus("fp8") and not on_gpus("bf16")
+
+
 def test_how_tight_the_largest_profile_is():
     page = one_line("clusters.md")
     exact, small = (planned("llama3_70b_full", "fsdp_full_16x80gb", sets) for sets in ((), SMALL))
