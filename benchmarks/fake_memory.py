@@ -288,9 +288,14 @@ def _pretend_layer_kernels() -> None:
     )
     fp8.quantise_rows = lambda x, *rest: (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
     fp8._product = lambda values, scales, weights, weight_scales, out, *rest: out
-    products.weight = lambda base, dtype, out=None: (
-        out if out is not None else torch.empty(base.out_features, base.in_features, dtype=dtype)
-    )
+    products.weight = _weight
+
+
+def _weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What packed weights take to be multiplied; the others are taken as they lie."""
+    if not isinstance(base, NF4Linear):
+        return base.weight
+    return out if out is not None else torch.empty(base.out_features, base.in_features, dtype=dtype)
 
 
 def main() -> None:
