@@ -64,11 +64,12 @@ def run_alone(function: Callable, *args, timeout: float = PATIENCE_SECONDS) -> A
 
 
 def sharded_model(run: Run):
-    """(model, tokenizer) of `run` on the ranks that call this together: sharded, loaded, as training would have it."""
+    """(model, tokenizer) of `run` on the ranks that call this together: sharded, loaded, as training has it."""
     mesh = new_mesh("cpu", run) if dist.is_initialized() else join(run)
     base_folder = Path(run.recipe.base.model)
     tokenizer = load_tokenizer(run.recipe, base_folder)
-    return load_sharded_model(run, base_folder, tokenizer, mesh), tokenizer
+    fp8 = run.profile.compute == "fp8"
+    return load_sharded_model(run, base_folder, tokenizer, mesh, fp8=fp8), tokenizer
 
 
 def train_here(run: Run) -> None:

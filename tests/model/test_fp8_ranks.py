@@ -1,36 +1,27 @@
 """fp8 in sharded models and whole runs: nothing depends on ranks or on where the weights lie."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run_ranks, train_here, whole
+from ranks import run_ranks, sharded_model, train_here, whole
 from rounding import distance
 
-from fitune.data.dataset import load_tokenizer
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products
-from fitune.model.sharding import new_mesh
 from fitune.model.skeleton import decoder
-from fitune.training.train import load_sharded_model
+from fitune.training.evaluate import evaluate
 
 TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(0))
 STEPS = 20
 
 
-def _logits_and_gradients(runs: list, fp8: bool, on_the_way: bool = False) -> list[dict[str, torch.Tensor]]:
+def _logits_and_gradients(runs: list, on_the_way: bool = False) -> list[dict[str, torch.Tensor]]:
     """Of each run's model, adapter B not zero; `on_the_way` rounds weights that are loaded as they are."""
     found = []
     for run in runs:
-        base = Path(run.recipe.base.model)
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        mesh = new_mesh("cpu", run)
-        kept = fp8 and not on_the_way
-        model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=kept).train()
-        assert any(isinstance(m, FP8Linear) for m in model.modules()) == (kept and run.recipe.method == "lora")
+        model, _ = sharded_model(run)
+        assert any(isinstance(module, FP8Linear) for module in model.modules()) == run.keeps_base_in_fp8
         if on_the_way:
             use_fp8_products(decoder(model))
         for name, parameter in model.named_parameters():
@@ -45,11 +36,12 @@ def _logits_and_gradients(runs: list, fp8: bool, on_the_way: bool = False) -> li
 
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_ranks_and_offload_change_no_bit(method, tiny_base, make_run, tmp_path):
-    def models(world_size: int, fp8: bool = True) -> list[dict]:
-        runs = [make_run(tiny_base, tmp_path, method, processes=world_size, offload_params=on) for on in (False, True)]
-        return run_ranks(_logits_and_gradients, world_size, runs, fp8)[0]
+    def models(world_size: int, compute: str = "fp8") -> list[dict]:
+        options = {"processes": world_size, "compute": compute}
+        runs = [make_run(tiny_base, tmp_path, method, **options, offload_params=on) for on in (False, True)]
+        return run_ranks(_logits_and_gradients, world_size, runs)[0]
 
-    [unrounded, _] = models(1, fp8=False)
+    [unrounded, _] = models(1, "bf16")
     [expected, *others] = models(1) + models(2)
     assert 0.001 < distance(expected["logits"], unrounded["logits"]) < 0.2
     for found in others:
@@ -67,21 +59,25 @@ def test_kept_weights_train_as_if_rounded_on_the_way(mixed_precision, stored, ma
     in_ram = [{"offload_params": True}, {"embedding_offload": True}, some | {"offload_params": True}]
     hybrid = [{"machines": 2, "hybrid_sharding": True}]
     for world_size, places in ((1, [{}, some, *in_ram]), (2, [{}, some, *in_ram]), (4, hybrid)):
-        options = {"processes": world_size, "mixed_precision": mixed_precision}
-        runs = [make_run(base, tmp_path, "lora", **options, **place) for place in places]
-        kept, on_the_way = (run_ranks(_logits_and_gradients, world_size, runs, True, way)[0] for way in (False, True))
-        for found, expected in zip(kept, on_the_way, strict=True):
+        models = {}
+        for compute in ("fp8", "bf16"):
+            options = {"processes": world_size, "mixed_precision": mixed_precision, "compute": compute}
+            runs = [make_run(base, tmp_path, "lora", **options, **place) for place in places]
+            models[compute] = run_ranks(_logits_and_gradients, world_size, runs, compute == "bf16")[0]
+        for found, expected in zip(*models.values(), strict=True):
             assert set(found) == set(expected)
             for name, value in expected.items():
                 assert torch.equal(found[name], value), name
 
 
-def test_a_run_learns_as_one_in_full_precision(tiny_base, make_run, tmp_path):
+@pytest.mark.parametrize(("method", "offload"), [("qlora", False), ("lora", True)])
+def test_a_run_learns_as_one_in_full_precision(method, offload, tiny_base, make_run, tmp_path):
     """The losses of the same steps. The last one is lower by far more than the two lie apart."""
     losses = {}
+    options = {"processes": 2, "batch": 4, "offload_params": offload}
     for compute in ("bf16", "fp8"):
         training = {"max_steps": STEPS, "learning_rate": 5e-3}
-        run = make_run(tiny_base, tmp_path / compute, processes=2, batch=4, compute=compute, training=training)
+        run = make_run(tiny_base, tmp_path / compute, method, **options, compute=compute, training=training)
         run_ranks(train_here, 2, run)
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         losses[compute] = torch.tensor([row["loss"] for line in lines if "loss" in (row := json.loads(line))])
@@ -89,3 +85,20 @@ def test_a_run_learns_as_one_in_full_precision(tiny_base, make_run, tmp_path):
     apart = (losses["fp8"] - losses["bf16"]).abs().max()
     learned = losses["bf16"][0] - losses["bf16"][-3:].mean()
     assert 0 < apart < 0.1 * learned
+
+
+def test_eval_takes_the_stored_base_where_evaluations_while_training_have_the_rounded_one(
+    tiny_base, make_run, tmp_path
+):
+    training = {"max_steps": 3, "learning_rate": 5e-3, "eval_strategy": "steps", "eval_steps": 3}
+    of_base, apart = {}, {}
+    for compute in ("bf16", "fp8"):
+        run = make_run(tiny_base, tmp_path / compute, "lora", batch=4, compute=compute, training=training)
+        run_ranks(train_here, 1, run)
+        run_ranks(evaluate, 1, run)
+        report = json.loads((run.folder / "eval.json").read_text())
+        lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+        [while_training] = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        of_base[compute], apart[compute] = report["base"], abs(report["tuned"]["loss"] - while_training)
+    assert of_base["fp8"] == of_base["bf16"]
+    assert 100 * apart["bf16"] < apart["fp8"] < 0.01 * of_base["bf16"]["loss"]

@@ -18,6 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fitune.errors import FituneError, UsageError
 from fitune.model import sharding
+from fitune.model.fp8 import round_weight
+from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import local_part, shard_group
 from fitune.model.skeleton import build_skeleton, decoder
@@ -215,7 +217,7 @@ def _gathers(run) -> dict:
     for layer in layers:
         result["numel"].append(
             sum(
-                -(-p.shape[0] // run.accelerate.num_processes) * p[0].numel() * p.dtype.itemsize
+                -(-p.shape[0] // run.accelerate.num_processes) * p.shape[1:].numel() * p.dtype.itemsize
                 for p in sharding.group_parameters(layer)
             )
         )
@@ -227,7 +229,7 @@ def _gathers(run) -> dict:
             {
                 name: module.weight.detach().view(torch.uint8).view(-1).clone()
                 for name, module in layer.named_modules()
-                if isinstance(module, NF4Linear)
+                if isinstance(module, NF4Linear | FP8Linear)
             }
         )
         layer.reshard()
@@ -237,13 +239,14 @@ def _gathers(run) -> dict:
     return result
 
 
-def test_decoder_layers_are_gathered_as_bytes(uneven_base, make_run, tmp_path):
+@pytest.mark.parametrize(("method", "compute"), [("qlora", "bf16"), ("lora", "fp8")])
+def test_decoder_layers_are_gathered_as_bytes(method, compute, uneven_base, make_run, tmp_path):
     """bf16 compute, as on a GPU: there a gather in bf16 or fp32 would rewrite NaN patterns among the packed weights.
 
     https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945 does not show on the CPU; the dtype in which
     FSDP2 copies and sends the bytes does.
     """
-    run = make_run(uneven_base, tmp_path, processes=2, mixed_precision="bf16")
+    run = make_run(uneven_base, tmp_path, method, processes=2, mixed_precision="bf16", compute=compute)
     source = LlamaForCausalLM.from_pretrained(uneven_base, dtype="auto")
     for report in run_ranks(_gathers, 2, run):
         for (gathered, copied), numel, packed, layer in zip(
@@ -254,7 +257,10 @@ def test_decoder_layers_are_gathered_as_bytes(uneven_base, make_run, tmp_path):
             assert len(packed) == 7
             for name, found in packed.items():
                 weight = layer.get_submodule(name.replace(".base_layer", "")).weight.detach()
-                expected, _ = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+                if method == "lora":
+                    expected = round_weight(weight)[0].view(torch.uint8)
+                else:
+                    expected, _ = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
                 assert torch.equal(found[: expected.numel()], expected.view(-1)), name
         layer_gathers = [g for g in report["step"] if g[2] in report["numel"]]
         # both layers in the forward and again in the backward pass, each time as bytes

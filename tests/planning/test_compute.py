@@ -1,18 +1,18 @@
 """`profile.compute`: who may ask for fp8, what auto takes, what `plan` and `doctor` say of it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from ranks import run_ranks
+from ranks import run_ranks, sharded_model
 
 from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
 from fitune.launching import doctor, preflight
+from fitune.model.sharding import local_part
 from fitune.planning import compute, hardware, limits
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
@@ -140,14 +140,7 @@ def test_plan_counts_its_memory_and_its_speed():
 
 def _bytes_held(run) -> dict[str, int]:
     """What this rank holds after a pass, under the names that `plan` has for it."""
-    from fitune.data.dataset import load_tokenizer
-    from fitune.model.sharding import local_part, new_mesh
-    from fitune.training.distributed import join
-    from fitune.training.train import load_sharded_model
-
-    mesh = new_mesh("cpu", run) if torch.distributed.is_initialized() else join(run)
-    base = Path(run.recipe.base.model)
-    model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=True).train()
+    model, _ = sharded_model(run)
     tokens = torch.arange(1, 9).unsqueeze(0)
     model(tokens, labels=tokens, use_cache=False).loss.backward()
     held = dict.fromkeys(("sharded weights", "embedding and head", "LoRA weights"), 0)

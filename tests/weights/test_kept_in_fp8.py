@@ -1,18 +1,13 @@
 """Weights rounded to fp8 on the way in equal the whole tensor's rounding, and each rank reads only its rows."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, sharded_model
 from safetensors.torch import load_file, save_file
 
-from fitune.data.dataset import load_tokenizer
 from fitune.model import fp8
 from fitune.model.fp8_linear import FP8Linear
-from fitune.model.sharding import local_part, new_mesh
-from fitune.training.distributed import join
-from fitune.training.train import load_sharded_model
+from fitune.model.sharding import local_part
 from fitune.weights import load as weights
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -29,9 +24,7 @@ def _load(run, chunk_bytes: int) -> dict:
         close(self)
 
     Checkpoint.close, weights.CHUNK_BYTES = record, chunk_bytes
-    mesh = new_mesh("cpu", run) if torch.distributed.is_initialized() else join(run)
-    base = Path(run.recipe.base.model)
-    model = load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=True)
+    model, _ = sharded_model(run)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
     names = {name: name.removeprefix("base_model.model.").replace(".base_layer", "") for name in modules}
     return {
@@ -67,7 +60,7 @@ def test_rows_on_any_ranks_are_those_of_the_whole_tensor(stored, offload, uneven
         tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
         nbytes = checkpoint.nbytes
     for world_size, chunk_bytes in ((1, SMALL_CHUNK), (3, SMALL_CHUNK), (2, weights.CHUNK_BYTES)):
-        options = {"mixed_precision": "bf16", "offload_params": offload}
+        options = {"mixed_precision": "bf16", "offload_params": offload, "compute": "fp8"}
         run = make_run(base, tmp_path, "lora", processes=world_size, **options)
         ranks = run_ranks(_load, world_size, run, chunk_bytes)
         linears = [name for name in tensors if "_proj" in name]

@@ -1,16 +1,10 @@
 """What a rank's memory grows by while it loads: its share, and what is on its way."""
 
 import ctypes
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-from ranks import memory_mib, run_ranks
+from ranks import memory_mib, run_ranks, sharded_model
 
-from fitune.data.dataset import load_tokenizer
-from fitune.model.sharding import new_mesh
-from fitune.training.distributed import join
-from fitune.training.train import load_sharded_model
 from fitune.weights import load as weights
 from fitune.weights import streaming
 
@@ -22,15 +16,10 @@ def _growth(warm_up, run) -> float:
     """MiB that loading `run` adds at its peak to what this rank holds after loading another."""
     streaming.CHUNK_BYTES = weights.CHUNK_BYTES = MIB
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB // 16)  # what is freed goes back at once, as chunks of 64 MiB do
-    _load(warm_up)
+    sharded_model(warm_up)
     before = memory_mib("VmRSS", forget_peak=True)
-    _load(run)
+    sharded_model(run)
     return memory_mib("VmHWM") - before
-
-
-def _load(run) -> None:
-    mesh, base = new_mesh("cpu", run) if dist.is_initialized() else join(run), Path(run.recipe.base.model)
-    load_sharded_model(run, base, load_tokenizer(run.recipe, base), mesh, fp8=run.profile.compute == "fp8")
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp8"])
