@@ -10,14 +10,15 @@ from fitune.weights.model_files import TEMPLATES_BY_NAME, TOKENIZER_FILES, copy_
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 NAME_SINCE_5 = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 "What transformers 5 calls the class; both versions know the older name."
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 INPUTS = ["input_ids", "attention_mask"]
 HOW_IT_WAS_LOADED = ("backend", "is_local", "local_files_only", "name_or_path")
 "Keys that transformers 5 adds, and that say nothing about the tokenizer."
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """An adapter's folder may have none: PEFT alone saves none."""
-    return (folder / "tokenizer.json").exists() or (folder / CONFIG).exists()
+    """Whether its vocabulary is there: PEFT alone saves none, and of tokenizer_config.json alone comes an empty one."""
+    return any((folder / name).exists() for name in VOCABULARIES)
 
 
 def copy_tokenizer(source: Path, folder: Path, *, template: str | None = None, pad_token: str | None = None) -> None:

@@ -205,6 +205,15 @@ def test_the_chat_template_is_the_adapters_or_else_the_bases(in_adapter, own_bas
     assert text == ("adapter Hi" if in_adapter else "base Hi")
 
 
+def test_an_adapter_without_a_vocabulary_gets_the_bases_tokenizer(own_base, own_adapter, tmp_path):
+    """Of tokenizer_config.json alone transformers makes a tokenizer that knows no word, without a complaint."""
+    tokenizer = AutoTokenizer.from_pretrained(own_base)
+    tokenizer.save_pretrained(own_adapter)
+    (own_adapter / "tokenizer.json").unlink()
+    out = merge_adapter(own_base, own_adapter, tmp_path / "out", progress=False, check=False)
+    assert AutoTokenizer.from_pretrained(out)("River stone")["input_ids"] == tokenizer("River stone")["input_ids"]
+
+
 @pytest.mark.parametrize(
     "in_base, in_adapter, expected",
     [
