@@ -1,5 +1,6 @@
 """Loads a finished run's result back into its sharded model."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import local_part, local_rows, share_of
 from fitune.training.distributed import is_main_process
-from fitune.training.held_adapter import hold
+from fitune.training.held_adapter import HeldAdapter, hold
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -45,15 +46,33 @@ def refuse_another_base(adapter: Path, base_folder: Path, force: bool) -> None:
 def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
     """Fills the adapter of the sharded `model` from the run's result, each rank its own rows; method full has none.
 
-    The result may be an adapter from elsewhere, if `model` was made with the shape that `hold` gives it.
+    The result may be an adapter from elsewhere, if `model` was made with the shape that `hold` gives it. Raises
+    UsageError for one that is not as the run's settings say.
     """
     if run.recipe.method == "full":
         return
     share = share_of(run, mesh.get_rank())
     with AdapterFile(run.result_folder) as adapter, torch.no_grad():
         held = hold(adapter)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                rows, columns = parameter.shape
-                mine = local_rows(rows, share.shard, share.shards)
-                local_part(parameter).copy_(held.rows(adapter, saved_name(name), columns, *mine))
+        parameters = {saved_name(name): part for name, part in model.named_parameters() if part.requires_grad}
+        _refuse_other_settings(run, held, set(parameters))
+        for name, parameter in parameters.items():
+            rows, columns = parameter.shape
+            mine = local_rows(rows, share.shard, share.shards)
+            local_part(parameter).copy_(held.rows(adapter, name, columns, *mine))
+
+
+def _refuse_other_settings(run: Run, held: HeldAdapter, names: set[str]) -> None:
+    """UsageError for a run.yaml that was changed after training: its adapter would answer as it never did."""
+    lora = run.recipe.lora
+    stored, wanted = (held.rank, held.scale * held.rank), (lora.r, lora.alpha)
+    if held.rank != lora.r or not math.isclose(stored[1], wanted[1], rel_tol=1e-6):
+        there, here = (f"lora.r {r} and lora.alpha {alpha:g}" for r, alpha in (stored, wanted))
+    elif set(held.sources) != names:
+        there, here = (f"{len(tensors)} tensors" for tensors in (held.sources, names))
+    else:
+        return
+    raise UsageError(
+        f"{run.result_folder}: has {there}, {run.folder / 'run.yaml'} asks for {here}: put its lora block back as it "
+        f"was, or give the adapter's folder"
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks, sharded_model, train_here
+from ranks import run_alone, run_ranks, sharded_model, train_here
 from rounding import additions_to_logits, rounding
 
 from fitune.data.chat_template import end_of_turn_ids, template_hash
@@ -184,6 +184,17 @@ def test_a_full_run_is_evaluated_against_its_base(make_run, tiny_base, tmp_path)
     run_ranks(evaluate, 2, run)
     report = json.loads((run.folder / "eval.json").read_text())
     assert report["tuned"]["loss"] < report["base"]["loss"] - 0.05
+
+
+@pytest.mark.parametrize("changed", [{"r": 2}, {"alpha": 4.0}, {"target_modules": ["q_proj"]}], ids=str)
+def test_an_adapter_that_is_not_as_run_yaml_says_is_refused(changed, make_run, tiny_base, tmp_path):
+    """Its scale would be another one, without a word."""
+    run = make_run(tiny_base, tmp_path, "lora", training={"max_steps": 1})
+    run_alone(train_here, run)
+    lora = run.recipe.lora.model_copy(update=changed)
+    other = run.model_copy(update={"recipe": run.recipe.model_copy(update={"lora": lora})})
+    with pytest.raises(RuntimeError, match=r"UsageError: .*adapter: has .*run\.yaml asks for .*: put its lora block"):
+        run_alone(evaluate, other)
 
 
 def test_a_checkpoint_stands_for_the_runs_result(make_run, tiny_base, tmp_path):
