@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from results import empty_adapter
 
 from fitune import environment
 from fitune.errors import UsageError
@@ -181,7 +182,7 @@ def finished(tmp_path):
 
     run = runs.resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path / "run"))
     for folder in (run.folder, run.folder / "checkpoints/checkpoint-1"):
-        (folder / "adapter").mkdir(parents=True)
+        empty_adapter(folder / "adapter")
     (run.folder / "run.yaml").write_text(runs.dump(run))
     return run.folder
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from fitune.config.json_file import read_json
 from fitune.errors import UsageError
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_RECORD = "fitune_base.json"
 "Written by fitune beside an adapter: `fitune.weights.base_identity`."
 IN_NF4 = "nf4"

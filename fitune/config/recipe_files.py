@@ -29,7 +29,7 @@ def read_recipe_files(name: str) -> list[RecipeFile]:
 
     Raises UsageError, file and line named, for a recipe that is not there and for one that extends itself.
     """
-    if name not in names(RECIPES):
+    if name and name not in names(RECIPES):
         refuse_gguf(Path(name), "recipe")
     files = [_read(find(name, RECIPES, "recipe"))]
     seen = {files[0][0].path.resolve()}

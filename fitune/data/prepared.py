@@ -121,10 +121,16 @@ def folder_with_tokens(recipe: Recipe, split: str, tokenizer, cache: Path, worke
 def map_rows(recipe: Recipe, split: str, folder: Path) -> TokenisedRows:
     """The training rows of `split`, memory-mapped from `folder`. Raises UsageError where there are none."""
     tokens = TokenFile(folder / f"{split}.tokens.arrow")
-    if not len(tokens):
-        held_out = "; prepare held-out rows (data.test_split or data.test_fraction)" if split == "test" else ""
-        raise UsageError(f"{_lines(recipe, split)}: no rows{held_out}")
+    refuse_no_rows(recipe, split, len(tokens))
     return TokenisedRows(tokens, _layout(folder, split, tokens, recipe), recipe.packing)
+
+
+def refuse_no_rows(recipe: Recipe, split: str, rows: int | None = None) -> None:
+    """UsageError where SPLIT.jsonl is missing or empty, or where `rows`, how many it has, is 0."""
+    file = _lines(recipe, split)
+    if rows == 0 or not file.stat().st_size:
+        held_out = "; prepare held-out rows (data.test_split or data.test_fraction)" if split == "test" else ""
+        raise UsageError(f"{file}: no rows{held_out}")
 
 
 def rows_beyond(max_length: int, rows: TokenisedRows) -> int:

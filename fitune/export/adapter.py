@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fitune.config.adapter_folder import ADAPTER_CONFIG, read_adapter_config
+from fitune.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from fitune.errors import UsageError
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -60,7 +60,7 @@ class AdapterFile(Checkpoint):
         super().__init__(folder)
 
     def _files(self):
-        return {self.folder / "adapter_model.safetensors": None}
+        return {self.folder / ADAPTER_WEIGHTS: None}
 
 
 @dataclass(frozen=True)

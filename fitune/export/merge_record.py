@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from fitune import __version__
+from fitune.config.adapter_folder import ADAPTER_WEIGHTS
 from fitune.errors import UsageError
 from fitune.export.check import Comparison
 from fitune.weights.base_identity import BaseRecord
@@ -36,7 +37,7 @@ class MergeRecord:
     def of_adapter(
         cls, base: BaseRecord, adapter: Path, onto: str, dtype: torch.dtype, compared: Comparison | None
     ) -> Self:
-        with (adapter / "adapter_model.safetensors").open("rb") as stream:
+        with (adapter / ADAPTER_WEIGHTS).open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         measured = compared.as_dict() if compared else None
         name = str(dtype).removeprefix("torch.")

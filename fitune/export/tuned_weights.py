@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fitune.config.adapter_folder import ADAPTER_WEIGHTS
 from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, Lora
@@ -98,7 +99,7 @@ class TunedWeights:
         """Every tensor of the adapter fits a weight of the base."""
         for name in sorted(self.lora.changes()):
             if name not in self.shapes:
-                where, base = self.file.folder / "adapter_model.safetensors", self.base.checkpoint.folder
+                where, base = self.file.folder / ADAPTER_WEIGHTS, self.base.checkpoint.folder
                 raise UsageError(f"{where}: adapts {name}, which {base} does not have; give the base it was trained on")
             self._check_shapes(name, self.shapes[name])
         resized = {name for name, tensor in self.lora.replaced.items() if self.file[tensor].shape != self.shapes[name]}
@@ -125,6 +126,6 @@ class TunedWeights:
             fits = given == needed or (name in (EMBEDDING, HEAD) and given[1:] == needed[1:])
         if not fits:
             raise UsageError(
-                f"{self.file.folder / 'adapter_model.safetensors'}: {name}: the adapter is for shape {given}, "
+                f"{self.file.folder / ADAPTER_WEIGHTS}: {name}: the adapter is for shape {given}, "
                 f"{self.base.checkpoint.folder} has {needed}; wrong base?"
             )

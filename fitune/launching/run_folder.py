@@ -17,6 +17,7 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config, written_out
 from fitune.config.command_name import command
 from fitune.config.recipe_paths import absolute_paths
+from fitune.config.results import missing_of_result
 from fitune.config.run import FOUND
 from fitune.config.schema import Run
 from fitune.config.shipped import name_of
@@ -136,7 +137,7 @@ def nothing_left(run: Run) -> str | None:
         old = runs.load(run.folder / SETTINGS)
     except (OSError, ValueError, KeyError, TypeError, UsageError):
         return None  # resuming says what is wrong
-    if not run.result_folder.is_dir():
+    if not run.result_folder.is_dir() or missing_of_result(run):
         return None
     _refuse_another_run(old, run)
     training = run.recipe.training

@@ -1,10 +1,13 @@
 """A run that a command was given, by its folder or a checkpoint's, and whether its data are still as it says."""
 
+import shlex
 from pathlib import Path
 
 import click
 
 from fitune.config import run as runs
+from fitune.config.command_name import command
+from fitune.config.results import missing_of_result
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 
@@ -19,6 +22,11 @@ def finished_run(folder: Path) -> Run:
         if not run.result_folder.is_dir():
             raise UsageError(
                 f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume"
+            )
+        if missing := missing_of_result(run):
+            raise UsageError(
+                f"{missing}: no such file, so the run's result is not whole: put it back, or make it again from the "
+                f"last checkpoint: {command()} train --resume {shlex.quote(str(folder))}"
             )
         return run
     run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})
@@ -53,7 +61,7 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
     """
     from fitune.config.hub import local_config  # not at the top: what needs no tokenizer is refused before
     from fitune.data.dataset import load_tokenizer
-    from fitune.data.prepared import check_prepared, dataset_in
+    from fitune.data.prepared import check_prepared, dataset_in, refuse_no_rows
     from fitune.export.chat_record import refuse_another_chat
 
     data, base = run.recipe.data, run.recipe.base
@@ -63,6 +71,7 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
     if asked_as_trained:
         refuse_another_chat(run, tokenizer)
     if reads_rows:
+        refuse_no_rows(run.recipe, "test")
         check_prepared(run.recipe, tokenizer)
         if asked_as_trained and not quiet:
             _say_if_other_rows_were_trained(run)
@@ -71,11 +80,13 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
 def _say_if_other_rows_were_trained(run: Run) -> None:
     """Data may be prepared anew in the same folder; then what is held out now may have been trained before.
 
-    A run without a whole checkpoint does not know its rows.
+    A run without a whole checkpoint does not know its rows, nor does one whose training rows are gone.
     """
     from fitune.data.prepared import sha256_of_rows
     from fitune.training.manifest import read_manifest
 
+    if not (Path(run.recipe.data.prepared) / "train.jsonl").is_file():
+        return
     kept = (run.folder / "checkpoints").glob("checkpoint-*")
     for checkpoint in [run.checkpoint] if run.checkpoint else sorted(kept, key=lambda path: path.stat().st_mtime)[-1:]:
         try:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fitune.config.adapter_folder import ADAPTER_WEIGHTS
 from fitune.config.json_file import read_json, write_json
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids, template_hash
@@ -146,7 +147,7 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
     generation = generation_config(base, stop_ids=stop_ids, default_stop=base_config.get("eos_token_id"))
     write_json(folder / GENERATION_CONFIG, generation)
     if isinstance(model, PeftModel):
-        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        (folder / "model.safetensors").rename(folder / ADAPTER_WEIGHTS)
         config = copy.deepcopy(model.peft_config["default"])
         config.base_model_name_or_path, config.revision = run.recipe.base.model, base_record.revision
         config.inference_mode = True

@@ -52,6 +52,11 @@ def test_a_file_in_the_working_folder_is_known_by_its_name_alone(ggufs, monkeypa
     assert "mine-bf16.gguf: a GGUF file, no recipe: " in refused("plan", "mine-bf16.gguf")
 
 
+def test_no_name_is_not_taken_for_the_working_folder(ggufs, monkeypatch):
+    monkeypatch.chdir(ggufs)
+    assert "no recipe called ''" in refused("plan", "")
+
+
 def test_a_file_that_is_not_there_is_not_called_a_gguf(ggufs):
     assert "no such file" in refused("plan", ggufs / "other.gguf")
     assert "no such file" in refused("generate", ggufs / "other.gguf", "--serve", "8000")

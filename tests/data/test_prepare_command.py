@@ -8,6 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from preparing import chat, write
+from results import empty_adapter
 
 from fitune.config import run as runs
 from fitune.config.schema import Run
@@ -152,7 +153,7 @@ def prepare_and_write_a_run(fitune, tmp_path) -> Run:
     write(tmp_path / "mine.jsonl", *map(chat, range(8)))
     fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl")
     run = runs.resolve("recipe.yaml", "cpu_2proc", output="run")
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    empty_adapter(tmp_path / "run" / "adapter")
     (tmp_path / "run" / "run.yaml").write_text(runs.dump(run))
     return run
 

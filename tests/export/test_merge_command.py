@@ -10,6 +10,7 @@ import torch
 from adapters import put_through_nf4
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
+from results import empty_adapter
 from rounding import distance
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from fitune.data.chat_template import template_hash
 from fitune.data.dataset import load_tokenizer
 from fitune.export.chat_record import CHAT_RECORD, ChatRecord, read_chat_record, write_chat_record
 from fitune.export.merge_record import read_merge_record
+from fitune.training.given_run import check_data
 from fitune.training.manifest import identify, write_manifest
 from fitune.weights.base_identity import BASE_RECORD, identify_base, write_base_record
 
@@ -144,7 +146,9 @@ def test_onto_is_refused_where_it_means_nothing(make_run, tiny_base, tmp_path):
     for method, onto, said in (("lora", "trained", "trained on the original weights"), ("full", "original", "--onto")):
         run = make_run(tiny_base, tmp_path / method, method)
         _write_run(run)
-        run.result_folder.mkdir()
+        empty_adapter(run.result_folder)
+        for name in ("config.json", "model.safetensors"):  # of method full
+            (run.result_folder / name).touch()
         assert said in _refused(run.folder, "--output", tmp_path / "out", "--onto", onto)
 
 
@@ -205,6 +209,8 @@ def test_what_runs_leave_is_no_run(run, tiny_base, tmp_path):
 
 def test_what_is_not_a_run_is_refused(run, tmp_path):
     output = ("--output", tmp_path / "out")
+    (tmp_path / "notes.txt").write_text("seed: 3")
+    assert "notes.txt: is a file; expected a run folder" in _refused(tmp_path / "notes.txt", *output)
     for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints" / "checkpoint-1"):
         assert "no such file; expected a run folder" in _refused(wrong, *output)
     assert "checkpoint-6/adapter: no such folder" in _refused(run.folder / "checkpoints" / "checkpoint-6", *output)
@@ -222,7 +228,33 @@ def test_damaged_adapters_and_missing_bases_are_refused(run, tiny_base, tmp_path
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "all"}))
     assert "bias='all' is not supported" in _refused(run.folder, *output)
     config.unlink()
-    assert "adapter_config.json: no such file" in _refused(run.folder, *output)
+    said = _refused(run.folder, *output)
+    assert (
+        f"{config}: no such file, so the run's result is not whole" in said and f"train --resume {run.folder}" in said
+    )
+
+
+def test_a_model_that_lost_its_weights_is_refused(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path / "run", "full")
+    _write_run(run)
+    shutil.copytree(tiny_base, run.result_folder)
+    (run.result_folder / "model.safetensors").unlink()
+    said = _refused(run.folder, "--output", tmp_path / "out")
+    assert "model/model.safetensors: no such file, so the run's result is not whole" in said
+
+
+def test_held_out_rows_that_are_gone_are_told_before_processes_start(run, prepared, tmp_path):
+    """Rows of training that are gone are not asked for."""
+    data = Path(shutil.copytree(prepared, tmp_path / "data"))
+    file = run.folder / "run.yaml"
+    file.write_text(file.read_text().replace(str(prepared), str(data)))
+    (data / "train.jsonl").unlink()
+    check_data(runs.load(run.folder), asked_as_trained=True)
+    for lose, said in (((data / "test.jsonl").write_bytes, "no rows; prepare held-out"), (None, "no such file; run")):
+        lose(b"") if lose else shutil.rmtree(data)
+        for command in (["eval", run.folder], ["generate", run.folder, "--test", "1"]):
+            outcome = _invoke(*command)
+            assert outcome.exit_code == 2 and f"{data}/test.jsonl: {said}" in outcome.stderr
 
 
 def test_existing_output_is_refused_before_a_base_is_looked_for(run, tmp_path):

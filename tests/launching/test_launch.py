@@ -11,6 +11,7 @@ import pytest
 import quick_python
 from click.testing import CliRunner
 from patience import PATIENCE_SECONDS
+from results import empty_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -170,7 +171,7 @@ def test_an_accelerate_config_that_is_gone_or_damaged_is_one_line(
     """Before a process starts."""
     run = make_run(tiny_base, tmp_path / "run", "lora")
     run = run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"path": str(tmp_path / "mine.yaml")})})
-    run.result_folder.mkdir(parents=True)
+    empty_adapter(run.result_folder)
     (run.folder / "run.yaml").write_text(runs.dump(run))
     own = run.folder / "accelerate.yaml"
     if text is not None:

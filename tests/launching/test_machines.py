@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 from click.testing import CliRunner
+from results import empty_adapter
 
 from fitune.cli import cli
 from fitune.config import run as runs
@@ -63,7 +64,7 @@ def test_train_eval_and_generate_take_machine_flags_for_several_machines_only(fl
     one = runs.resolve("tiny_qlora", "cpu_2proc", (f"base.model={tiny_base}",), str(tmp_path / "one"))
     one.folder.mkdir()
     (one.folder / "run.yaml").write_text(runs.dump(one), encoding="utf-8")
-    one.result_folder.mkdir()
+    empty_adapter(one.result_folder)
     for words in (["eval"], ["generate", "--prompt", "x"], ["train", "--resume"]):
         result = CliRunner().invoke(cli, [*words, str(one.folder), *flags])
         assert result.exit_code == 2 and "are for several machines" in result.stderr, result.output
@@ -72,7 +73,7 @@ def test_train_eval_and_generate_take_machine_flags_for_several_machines_only(fl
 def test_eval_of_a_run_of_two_machines_without_an_address_is_refused_at_once(run):
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
-    run.result_folder.mkdir()
+    empty_adapter(run.result_folder)
     began = time.monotonic()
     result = CliRunner().invoke(cli, ["eval", str(run.folder)])
     assert result.exit_code == 2 and "give each of them --main-process-ip" in result.stderr

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from results import ADAPTER, empty_adapter
 
 from fitune.cli import cli
 from fitune.config import run as runs
@@ -28,7 +29,7 @@ def trained(run, step: int = 4) -> None:
     with open_run_folder(run, resume=False):
         begin_to_train(run)
         saved(run, step)
-    run.result_folder.mkdir()
+    empty_adapter(run.result_folder)
     finish(run, step, step / 2)
 
 
@@ -104,6 +105,14 @@ def test_a_finished_run_refuses_what_could_have_no_effect(make, changed, named):
     trained(make(), 4 if "-1" not in changed else 6)
     with pytest.raises(UsageError, match=named):
         nothing_left(make(changed))
+
+
+@pytest.mark.parametrize("lost", ADAPTER)
+def test_a_run_whose_result_is_not_whole_is_not_finished(make, lost):
+    trained(make())
+    assert "is finished after step 4" in nothing_left(make())
+    (make().result_folder / lost).unlink()
+    assert nothing_left(make()) is None
 
 
 def test_a_schedule_that_follows_evaluations_is_not_exchanged_on_the_way(make):

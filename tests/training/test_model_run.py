@@ -10,6 +10,7 @@ import pytest
 from bases import plain_model
 from click.testing import CliRunner
 from ranks import run_ranks
+from results import empty_adapter
 from rounding import additions_to_logits, rounding
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig
@@ -184,7 +185,7 @@ def test_the_commands_start_processes_that_hold_it(model, prepared, expected, tm
 @pytest.mark.parametrize("command", ["generate", "eval"])
 def test_load_is_for_a_models_folder(make_run, tiny_base, tmp_path, command):
     run = make_run(tiny_base, tmp_path / "run", "lora")
-    (run.folder / "adapter").mkdir(parents=True)
+    empty_adapter(run.result_folder)
     (run.folder / "run.yaml").write_text(runs.dump(run))
     flags = ["--prompt", "Hi"] if command == "generate" else []
     result = CliRunner().invoke(cli, [command, str(run.folder), "--load", "nf4", *flags])
