@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import queue
-import random
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 from tier_run import ROOT, about
+from whole_rows import prepared
 
 LLAMA_3_1_POSITIONS = 131_072
 OUTSIDE_TORCH_GIB = 1.3
@@ -44,9 +44,8 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     import torch
-    from transformers import AutoTokenizer  # here, since threads that import it at once get in each other's way
+    import transformers  # noqa: F401  (here, since threads that import it at once get in each other's way)
 
-    options.tokenize = AutoTokenizer.from_pretrained(str(options.tokenizer))
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = [run for run in RUNS if not options.only or any(word in _name(run) for word in options.only)]
     report = about(options.commit) | {"command": " ".join(sys.argv), "runs": []}
@@ -74,7 +73,7 @@ def _name(run: dict) -> str:
 
 def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
     model = with_long_positions(options.models / run["model"])
-    data = prepared(run["tokens"], options.output, options.tokenize, options.tokenizer)
+    data = prepared(run["tokens"], STEPS + 1, options.output, options.tokenizer)
     recipe, profile = PROFILES[run["model"]]
     sets = {
         "base.model": model, "data.prepared": data, "data.chat_template": "plain", "data.system_message": "null",
@@ -125,31 +124,6 @@ def with_long_positions(model: Path) -> Path:
         text = json.dumps(config | {"max_position_embeddings": LLAMA_3_1_POSITIONS})
         (longer / "config.json").write_text(text, encoding="utf-8")
     return longer
-
-
-def prepared(tokens: int, output: Path, tokenize, tokenizer: Path) -> Path:
-    """Rows of one example each, nearly `tokens` long: the shipped instructions' texts, shuffled and joined."""
-    data = output / f"data-{tokens}"
-    if (data / "report.json").exists():
-        return data
-    shipped = (ROOT / "examples" / "instructions" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [message["content"] for line in shipped for message in json.loads(line)["messages"]]
-    chance, rows = random.Random(0), output / f"rows-{tokens}.jsonl"
-    with rows.open("w", encoding="utf-8") as stream:
-        for number in range(2 * (STEPS + 1)):
-            words: list[int] = []
-            while len(words) < tokens:
-                words += tokenize(chance.choice(texts), add_special_tokens=False)["input_ids"]
-            answer = tokenize.decode(words[: int(tokens * 0.985) - 64])  # joined again, it has a few tokens more
-            messages = [{"role": "user", "content": f"Text {number}."}, {"role": "assistant", "content": answer}]
-            stream.write(json.dumps({"messages": messages}) + "\n")
-    done = _call(
-        ["prepare", "--dataset", rows, "--output", data, "--tokenizer", tokenizer, "--template", "plain",
-         "--max-length", tokens, "--set", "data.test_fraction=0.4"], {}, 300,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return data
 
 
 if __name__ == "__main__":

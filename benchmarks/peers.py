@@ -1,12 +1,12 @@
 """fitune beside its peers on the same work and the same kind of card, in one run: `benchmarks/peers.json` says what.
 
-    python benchmarks/peers.py OUTPUT --models FOLDER --data FOLDER --tokenizer FOLDER --seconds 500 [--only WORD ...]
+    python benchmarks/peers.py OUTPUT --models FOLDER --tokenizer FOLDER --seconds 500 [--only WORD …] [--unsloth SITE]
 
 Each entry has a GPU of its own; as many run side by side as there are GPUs, entries of several GPUs alone at the end.
-fitune runs through its own command, on packed rows that `prepare` made (`--data`); a peer through
-`benchmarks/peer_run.py`. `--models` holds checkpoints of `benchmarks/random_checkpoint.py`, by name. `--unsloth` is a
-folder of packages of its own, since Unsloth pins other versions. Rows with a `length` of their own are single examples,
-as `benchmarks/longest_rows.py` makes them. Writes OUTPUT/peers.json and prints a table.
+fitune runs through its own command, on rows that are one example each (`benchmarks/whole_rows.py`), as the peers' are;
+a peer through `benchmarks/peer_run.py`. `--models` holds checkpoints of `benchmarks/random_checkpoint.py`, by name.
+`--unsloth` is a folder of packages of its own, since Unsloth pins other versions. Writes OUTPUT/peers.json and prints a
+table.
 """
 
 import argparse
@@ -20,9 +20,12 @@ import time
 from pathlib import Path
 
 import yaml
-from longest_rows import prepared, with_long_positions
+from longest_rows import with_long_positions
 from tier_run import ROOT, about
+from whole_rows import prepared
 
+USUAL = {"length": 3072, "rows_a_step": 8, "steps": 6}
+"What an entry works on, where it does not say otherwise. The first step is not timed."
 MARGIN_GIB = 1.6
 "Of a card's memory: what lies outside torch, and what the driver keeps."
 
@@ -31,8 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, help="For rows of a length of their own.")
+    parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="No entry starts that may end later.")
     parser.add_argument("--only", nargs="*", help="Entries whose name has one of these words.")
     parser.add_argument("--unsloth", help="Python path of Unsloth's packages.")
@@ -44,7 +46,9 @@ def main() -> None:
     entries = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
     entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
     options.output.mkdir(parents=True, exist_ok=True)
-    options.long = {length: _long_rows(length, options) for length in {e["length"] for e in entries if "length" in e}}
+    entries = [USUAL | entry for entry in entries]
+    rows = {entry["length"]: entry["rows_a_step"] * USUAL["steps"] for entry in entries}
+    options.data = {length: prepared(length, rows[length], options.output, options.tokenizer) for length in rows}
     known = about(options.commit)
     report = {
         "date": known["date"], "commit": known["commit"], "command": " ".join(sys.argv),
@@ -75,15 +79,9 @@ def main() -> None:
         print(f"{run['work']:34} {run['name']:44} {_words(run)}")
 
 
-def _long_rows(length: int, options) -> Path:
-    from transformers import AutoTokenizer
-
-    return prepared(length, options.output, AutoTokenizer.from_pretrained(str(options.tokenizer)), options.tokenizer)
-
-
 def _model(entry: dict, options) -> Path:
     model = options.models / entry["model"]
-    return with_long_positions(model) if "length" in entry else model
+    return model if entry["length"] == USUAL["length"] else with_long_positions(model)
 
 
 def _save(report: dict, folder: Path) -> None:
@@ -117,10 +115,10 @@ def _run(entry: dict, options, gpus: str, deadline: float) -> dict:
 def _fitune(entry: dict, options):
     folder = options.output / entry["name"].replace(" ", "-").replace(",", "")
     sets = {
-        "base.model": _model(entry, options), "data.prepared": options.long.get(entry.get("length"), options.data),
-        "data.chat_template": "plain", "data.system_message": "null", "max_length": entry.get("length", 3072),
-        "global_batch_size": entry.get("rows_a_step", 8), "training.save_strategy": "'no'",
-        "training.report_to": "none", "training.max_steps": 6, "training.logging_steps": 1,
+        "base.model": _model(entry, options), "data.prepared": options.data[entry["length"]],
+        "data.chat_template": "plain", "data.system_message": "null", "max_length": entry["length"],
+        "global_batch_size": entry["rows_a_step"], "training.save_strategy": "'no'",
+        "training.report_to": "none", "training.max_steps": entry["steps"], "training.logging_steps": 1,
         "training.disable_tqdm": "true", **entry.get("set", {}),
     }  # fmt: skip
     command = [sys.executable, "cli.py", "train", entry["recipe"], "--profile", entry["profile"], "--output", folder,
@@ -140,8 +138,7 @@ def _fitune(entry: dict, options):
 def _peer(entry: dict, options):
     command = [sys.executable, "benchmarks/peer_run.py", entry["who"], _model(entry, options),
                "--rows-a-pass", entry["rows"], "--recompute", entry["recompute"],
-               "--rows", entry.get("rows_a_step", 8), "--length", entry.get("length", 3072),
-               "--steps", entry.get("steps", 6)]  # fmt: skip
+               "--rows", entry["rows_a_step"], "--length", entry["length"], "--steps", entry["steps"]]  # fmt: skip
     if "card_gib" in entry:
         command += ["--cap", entry["card_gib"] - MARGIN_GIB]
     path = {"PYTHONPATH": options.unsloth} if entry["who"] == "unsloth" and options.unsloth else {}
