@@ -13,10 +13,10 @@ The linears that read one input are one product: q, k and v, gate and up. On a G
 Triton kernels round (`fitune.model.fp8_triton`); elsewhere the same numbers are multiplied in float32.
 
 NF4 weights become V just before each product. Those of method lora are kept as V and s (`fitune.model.fp8_linear`).
-Forward takes V as it lies where one linear reads the input. Of several the bytes are copied into one matrix, which moves
-two thirds of what rounding bf16 does: products apart would be smaller, and their bits might be others than with weights
-rounded on the way. Backward adds up over the rows of all linears, and `torch._scaled_mm` wants what it sums over side by
-side in memory, so there V is transposed into one matrix.
+Forward takes V as it lies where one linear reads the input. Of several the bytes are copied into one matrix, which
+moves two thirds of what rounding bf16 does: products apart would be smaller, and their bits might be others than with
+weights rounded on the way. Backward adds up over the rows of all linears, and `torch._scaled_mm` wants what it sums
+over side by side in memory, so there V is transposed into one matrix.
 
 A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
 """
