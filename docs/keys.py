@@ -112,7 +112,7 @@ def _value(given: dict) -> str:
         return f"name: {_value(held)}" if isinstance(held, dict) else "name: value"
     if "type" not in given:
         return "any"
-    limits = [f"{words} {given[key]:g}" for key, words in BOUNDS.items() if key in given]
+    limits = [f"{words} {given[key]:.12g}" for key, words in BOUNDS.items() if key in given]
     return " ".join([TYPES[given["type"]], *limits])
 
 

@@ -158,7 +158,7 @@ class Recipe(Strict):
     "Fill each row with whole conversations (best fit decreasing) that do not see each other."
     global_batch_size: PositiveInt
     "Rows per optimizer step over all processes."
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # numpy's generator, which draws too, takes no more
     "Decides the adapter's first weights, dropout, the order of rows and the rows held out."
     early_stopping: EarlyStopping | None = None
     "By `training.metric_for_best_model`; null trains to the end."

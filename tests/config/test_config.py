@@ -323,6 +323,7 @@ PAIRS = {
         ["schedule linear has no argument 'min_lr'"],
     ),
     "no epoch": (("training.num_train_epochs=0",), ["training.num_train_epochs: 0.0 is not above 0"]),
+    "a seed that numpy refuses": (("seed=4294967296",), ["seed: Input should be less than 4294967296"]),
     "a step and a half": (("training.save_steps=1.5",), ["training.save_steps: 1.5 is not a whole number of steps"]),
     "a rate below 0": (("training.learning_rate=-1e-4",), ["training.learning_rate: -0.0001 is not above 0"]),
     "a loss that is none": (("training.loss_type=dtf",), ["did you mean 'dft'?", "training.loss_type"]),
