@@ -92,6 +92,11 @@ def _end(said: str) -> str:
     return f"{{ echo {shlex.quote(f'error: {said}')} >&2; exit 1; }}"
 
 
+def _log_file(output: str) -> str:
+    """As an #SBATCH line gives it: Slurm parts words at spaces there, and replaces %j and the like."""
+    return shlex.quote(f"{output}-slurm.log".replace("%", "%%"))
+
+
 def sbatch_script(job: Job) -> str:
     """A Slurm job. Preempted, out of time or told so by `scancel --signal=TERM`, it saves and is requeued."""
     minutes = round(job.hours * 60)
@@ -99,7 +104,7 @@ def sbatch_script(job: Job) -> str:
         "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": 1, "gpus-per-node": job.gpus or None,
         "cpus-per-task": job.cpus, "mem": job.memory and f"{job.memory}G",
         "partition": job.partition, "time": f"{minutes // 60}:{minutes % 60:02d}:00",
-        "signal": f"TERM@{SAVE_SECONDS}", "output": f"{job.output}-slurm.log", "open-mode": "append",
+        "signal": f"TERM@{SAVE_SECONDS}", "output": _log_file(job.output), "open-mode": "append",
     }  # fmt: skip
     lines = [
         "#!/bin/bash",

@@ -103,6 +103,11 @@ def test_a_slurm_job_is_not_started_again_where_a_node_failed(submit, tmp_path):
         assert ("scontrol requeue 7" in (tmp_path / "log").read_text()) == requeued
 
 
+def test_slurm_gets_a_log_file_with_spaces_and_percent_signs_as_one_word(submit):
+    flags = ("--dry-run", "--gpus", "8", "--output", "my 50%j")
+    assert "#SBATCH --output='my 50%%j-slurm.log'\n" in submit("slurm", *flags).stdout
+
+
 @pytest.mark.parametrize("scheduler", ["slurm", "kubernetes"])
 @pytest.mark.parametrize(
     ("setup", "said"),
