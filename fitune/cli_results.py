@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it.
 """
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,7 @@ def merge(run_or_adapter, output, base, onto, force, check):
         from fitune.export.merge import merge_run
 
         merge_run(run, output, **options)
-    click.echo(f'merged: {output}\nnext:   {command()} generate {output} --prompt "..."')
+    click.echo(f'merged: {output}\nnext:   {command()} generate {shlex.quote(str(output))} --prompt "..."')
 
 
 @_command(
@@ -202,7 +203,7 @@ def export(given, kind, smaller, output, **merging):
     model = whole_model(given, finished_run_or_none(given), **merging)
     files = export_gguf(model, output, kind, smaller)
     click.echo("\n".join(f"exported: {file}" for file in files))
-    click.echo(f"next:     ollama create NAME -f {output / 'Modelfile'}")
+    click.echo(f"next:     ollama create NAME -f {shlex.quote(str(output / 'Modelfile'))}")
 
 
 @_command(

@@ -1,6 +1,7 @@
 """`fitune prepare` on the command line: a recipe's data, one's own for a recipe, or rows without a recipe."""
 
 import json
+import shlex
 from pathlib import Path
 
 from fitune.config import run as runs
@@ -109,5 +110,5 @@ def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite
 
 
 def _how_to_train(recipe: str, resolved: Recipe, output: Path) -> str:
-    elsewhere = "" if output == Path(resolved.data.prepared) else f" --set data.prepared={output}"
-    return f"{command()} train {recipe}{elsewhere}"
+    elsewhere = "" if output == Path(resolved.data.prepared) else f" --set {shlex.quote(f'data.prepared={output}')}"
+    return f"{command()} train {shlex.quote(recipe)}{elsewhere}"

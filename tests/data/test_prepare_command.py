@@ -1,6 +1,7 @@
 """`prepare RECIPE --dataset FILE`, and that `train RECIPE` uses what it wrote or says what differs before it starts."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def refused(result) -> str:
     assert result.exit_code == 2, result.output
     [line] = [line for line in result.output.splitlines() if line.startswith("error: ")]
     return line
+
+
+def test_what_to_type_next_can_be_copied_whatever_the_names(fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    Path("my recipe.yaml").write_text(Path("recipe.yaml").read_text())
+    result = fitune("prepare", "my recipe.yaml", "--dataset", "mine.jsonl", "--output", "data/it's new")
+    typed = shlex.split(result.output.splitlines()[-1].removeprefix("next: "))
+    assert typed[2:] == ["train", "my recipe.yaml", "--set", "data.prepared=data/it's new"]
 
 
 def test_own_rows_are_prepared_as_the_recipe_says_and_trained_by_it(fitune, tmp_path):
