@@ -1,6 +1,7 @@
 """A run's folder: when it may be trained in, which settings stand in it, when the run is finished."""
 
 import json
+import shlex
 
 import pytest
 from click.testing import CliRunner
@@ -105,6 +106,14 @@ def test_a_finished_run_refuses_what_could_have_no_effect(make, changed, named):
     trained(make(), 4 if "-1" not in changed else 6)
     with pytest.raises(UsageError, match=named):
         nothing_left(make(changed))
+
+
+def test_what_to_type_instead_can_be_copied_whatever_the_folders_name(make, tmp_path):
+    first, other = (run.model_copy(update={"output_dir": str(tmp_path / "my run")}) for run in (make(), make("seed=3")))
+    trained(first)
+    with pytest.raises(UsageError) as refused:
+        nothing_left(other)
+    assert shlex.split(str(refused.value).split("`")[1])[-3:] == ["train", "--resume", str(tmp_path / "my run")]
 
 
 @pytest.mark.parametrize("lost", ADAPTER)
