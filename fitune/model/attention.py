@@ -19,16 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
+from fitune.config.attention_kernels import CUDNN_CAPABILITIES, CUDNN_FROM
+
 PACKED_ATTENTION = "fitune_packed"
 """Its name as a transformers `attn_implementation`. No mask comes with it: to make one, or none, transformers asks the
 GPU in every pass whether the row is packed, and the GPU stands still until Python has the answer."""
 PADDED_ATTENTION = "fitune_padded"
 """The same for answers, whose prompts may be padded: with a mask."""
-CUDNN_CAPABILITIES = {(9, 0), (10, 0), (10, 3)}
-"""Hopper and Blackwell's data centre GPUs."""
-CUDNN_FROM = 2048
-"""Tokens of an example. On an H200 cuDNN took 0.61 of FlashAttention's time for 4 rows of 3072, forward and backward,
-0.59 for one of 32,768, 0.86 for 2 of 3,000, which are padded, and 1.2 for one of 1,024."""
 CUDNN_STEP = 256
 """Lengths are padded to a multiple of so many tokens: cuDNN plans each new length for about 0.1 s."""
 CUDNN_PADS = 1.12
@@ -197,8 +194,9 @@ def kernel_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> str:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+def _capability(device: torch.device) -> float | None:
+    """Of a GPU, such as 9.0; None on the CPU."""
+    return float("{}.{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
 
 
 def _padded(length: int) -> int:

@@ -3,16 +3,20 @@
 benchmarks/README.md has it beside every run that was timed with a GPU for each rank.
 """
 
+from fitune.config.attention_kernels import CUDNN_CAPABILITIES, CUDNN_FROM
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 
-COMPUTE_EFFICIENCY = 0.66
+COMPUTE_EFFICIENCY = 0.64
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
 FP8_SPEEDUP = 1.5
 """Of products in fp8 over bf16, as whole runs on H200s show it (benchmarks/results/peers-h200-2026-11-27c.json and its
 next). Bare products are twice as fast, but their inputs, gradients and weights are rounded before."""
-ATTENTION_EFFICIENCY = 0.30
+FLASH_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
+CUDNN_EFFICIENCY, CUDNN_LOST_TOKENS = 0.55, 1100
+"""The same of cuDNN's attention for endless examples, and how many tokens' worth of it an example loses: 400 TFLOP/s
+for 3,072 tokens (trace-8b-whole-card-h200-2026-11-27.json), 525 for 32,100 (peers-h200-2026-11-28.json)."""
 SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
 """Launching one layer's kernels, forward or backward, by method: what one row of 8B waits for."""
 BANDWIDTH_EFFICIENCY = 0.85
@@ -69,7 +73,7 @@ def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     """Of one rank and micro batch: matrix products, and what only moves memory."""
     layers = _layer_flops(s) / (FP8_SPEEDUP if s.fp8 else 1)
     products = (layers + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
-    products += _attention_flops(s) / (model.bf16_tflops * 1e12 * ATTENTION_EFFICIENCY)
+    products += _attention_flops(s) / (model.bf16_tflops * 1e12 * _attention_efficiency(s, model))
     return products + (_memory_bytes(s) + _sharding_bytes(s)) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
 
@@ -102,6 +106,13 @@ def _attention_flops(s: Setup) -> float:
     """
     pairs = s.mask_positions or s.tokens * s.max_length / 2
     return 4 * pairs * s.shape.heads * s.shape.head_dim * s.shape.layers * (_layer_passes(s) + 1.5)
+
+
+def _attention_efficiency(s: Setup, model: GpuModel) -> float:
+    """Of the kernel that `fitune.model.attention` takes for a row that is one example."""
+    if model.capability not in CUDNN_CAPABILITIES or s.max_length < CUDNN_FROM:
+        return FLASH_EFFICIENCY
+    return CUDNN_EFFICIENCY * s.max_length / (s.max_length + CUDNN_LOST_TOKENS)
 
 
 def _memory_bytes(s: Setup) -> float:

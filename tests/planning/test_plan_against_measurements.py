@@ -5,13 +5,18 @@ from statistics import median
 import pytest
 
 from benchmarks import accuracy, full_results
+from benchmarks.tables import newest_peers
+from fitune.config.model_shapes import find_shape
+from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import MEASURED, gpu_peak, host_moments, host_peak
-from fitune.planning.plan import ERROR, TIME_ERROR
+from fitune.planning.plan import ERROR, TIME_ERROR, setup_of
 from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
 
 HOST_TOLERANCE = 0.10
+LLAMA_3_1_8B = "meta-llama/Llama-3.1-8B"
+"Whose positions the benchmark's long rows need."
 MEASURED_RUNS = accuracy.measured_runs()
 ALL_RUNS = MEASURED_RUNS + accuracy.runs_of_fewer_layers()
 
@@ -57,6 +62,21 @@ def test_time_is_predicted(entry):
     """Runs of one row wait for Python: two of the same are up to 20 % apart."""
     measured, tolerance = accuracy.measured_step_seconds(entry), TIME_ERROR if entry["micro_batch"] > 1 else 0.25
     assert accuracy.predicted_step_seconds(entry) == pytest.approx(measured, rel=tolerance)
+
+
+LONG_ROWS = [run for run in newest_peers() if run["who"] == "fitune" and run.get("length", 0) > 3072]
+
+
+@pytest.mark.parametrize("entry", LONG_ROWS, ids=lambda entry: entry["name"])
+def test_long_rows_are_predicted(entry):
+    """Whose time is mostly attention's. The median step has all its rows."""
+    sets = entry["set"] | {"max_length": entry["length"], "global_batch_size": entry["rows_a_step"]}
+    sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")} | {"base.model": LLAMA_3_1_8B}
+    gpu = gpu_model(entry["source"].split(",")[0])
+    run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()), gpu=gpu)
+    setup = setup_of(run, find_shape(LLAMA_3_1_8B))
+    assert gpu_peak(setup).allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
+    assert step_seconds(setup, gpu)["total"] == pytest.approx(median(entry["step_seconds"]), rel=0.1)
 
 
 FULL_RUNS = full_results.full_runs()
