@@ -1,9 +1,11 @@
 """A given model, or an adapter on its base, in memory: by plain transformers on one device, or over processes."""
 
+import re
 import warnings
 
 import torch
 
+from fitune.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fitune.config.schema import Run
 from fitune.data.file_formats import first_line
 from fitune.errors import UsageError, is_out_of_memory
@@ -40,8 +42,16 @@ def _with_adapter(model: torch.nn.Module, given: GivenModel) -> torch.nn.Module:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, not ours to mend
+        warnings.filterwarnings("error", message=".*[Mm]issing adapter keys")  # it goes on without them
         try:
             return PeftModel.from_pretrained(model, given.folder)
+        except UserWarning as missing:
+            first, *others = re.findall(r"'([^']+)'", str(missing))
+            more = f" and {len(others)} more" if others else ""
+            raise UsageError(
+                f"{given.folder}: PEFT cannot load it: {ADAPTER_WEIGHTS} lacks {first}{more}, which {ADAPTER_CONFIG} "
+                f"asks for"
+            ) from None
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             if is_out_of_memory(error):
                 raise

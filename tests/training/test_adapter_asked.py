@@ -182,8 +182,13 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(make, u
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"r": 5}, "size mismatch for .*lora_A"), ({"peft_type": "LORAX"}, "LORAX")],
-    ids=["another rank", "a kind of adapter that there is not"],
+    [
+        ({"r": 5}, "size mismatch for .*lora_A"),
+        ({"peft_type": "LORAX"}, "LORAX"),
+        ({"use_dora": True}, "lacks .*lora_magnitude_vector.* and 13 more, which adapter_config.json asks for"),
+        ({"peft_type": "IA3", "feedforward_modules": []}, "lacks .*ia3_l.* and 13 more, which"),
+    ],
+    ids=["another rank", "a kind of adapter that there is not", "DoRA without magnitudes", "another kind's tensors"],
 )
 def test_an_adapter_that_is_not_as_its_config_says_is_refused_in_one_line(make, tmp_path, changed, said):
     adapter = Path(shutil.copytree(make("plain"), tmp_path / "adapter"))
