@@ -11,7 +11,7 @@ FSDP = "torch.distributed.fsdp._fully_shard"
 PARAM, GROUP = f"{FSDP}._fsdp_param:FSDPParam", f"{FSDP}._fsdp_param_group:FSDPParamGroup"
 UNIT, HF = f"{FSDP}._fully_shard:FSDPModule", "transformers:Trainer"
 SHARDING, ONE_RANK, SKELETON = "model/sharding.py", "model/one_rank.py", "model/skeleton.py"
-TRAINER, ATTENTION = "training/trainer.py", "model/attention.py"
+TRAINER, SAVING, ATTENTION = "training/trainer.py", "training/saving_trainer.py", "model/attention.py"
 NEVER = "Trainer has a public way to write and read checkpoints of one's own"
 PADDING = "FSDP2 has a public way to load a shard that is shorter than the others without copying it"
 FLASH = "torch.nn.attention.varlen gives out what its backward pass needs"
@@ -127,15 +127,15 @@ PRIVATE_NAMES = (
     PrivateName(f"{HF}._get_train_sampler", (TRAINER,),
                 "filler rows at the end of each step, not of the epoch", "Trainer takes a sampler",
                 parameters=("train_dataset",), called_as="sampler_fn=self._get_train_sampler"),
-    PrivateName(f"{HF}._save_checkpoint", (TRAINER,), "each rank saves its own rows", NEVER,
+    PrivateName(f"{HF}._save_checkpoint", (SAVING,), "each rank saves its own rows", NEVER,
                 parameters=("model", "trial"), called_as="self._save_checkpoint(model, trial)"),
-    PrivateName(f"{HF}.save_model", (TRAINER,), "its second parameter is private", NEVER,
+    PrivateName(f"{HF}.save_model", (SAVING,), "its second parameter is private", NEVER,
                 parameters=("output_dir", "_internal_call")),
-    PrivateName(f"{HF}._save_rng_state", (TRAINER,), "written beside the sharded state", NEVER,
+    PrivateName(f"{HF}._save_rng_state", (SAVING,), "written beside the sharded state", NEVER,
                 parameters=("output_dir",)),
-    PrivateName(f"{HF}._load_from_checkpoint", (TRAINER,), "each rank loads its own rows", NEVER,
+    PrivateName(f"{HF}._load_from_checkpoint", (SAVING,), "each rank loads its own rows", NEVER,
                 parameters=("resume_from_checkpoint", "model"), called_as="self._load_from_checkpoint("),
-    PrivateName(f"{HF}._load_optimizer_and_scheduler", (TRAINER,),
+    PrivateName(f"{HF}._load_optimizer_and_scheduler", (SAVING,),
                 "each rank loads its own rows", NEVER, parameters=("checkpoint",),
                 called_as="self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
     PrivateName("transformers.distributed.mixin:DistributedMixin._is_distributed_loading_by_transformers", (SHARDING,),
@@ -152,7 +152,7 @@ PRIVATE_NAMES = (
     PrivateName("transformers.models.llama.modeling_llama:LlamaDecoderLayer.__class__", ("model/layer.py",),
                 "swapped for the layer written out", "transformers has an interface for a layer of one's own"),
     # TRL
-    PrivateName("trl:SFTTrainer._total_train_tokens", (TRAINER, "training/train.py"),
+    PrivateName("trl:SFTTrainer._total_train_tokens", (TRAINER, SAVING, "training/train.py"),
                 "a resumed run goes on counting, and tokens per second are measured by it",
                 "TRL keeps num_input_tokens_seen in TrainerState"),
     PrivateName("trl:SFTTrainer._metrics", (TRAINER,), "entropy and accuracy are logged with what TRL logs",
