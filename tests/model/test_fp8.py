@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from fp8_reference import scaled
 from peft.tuners.lora import LoraLayer
 from reference_layers import (
     LAYERS,
@@ -32,22 +33,7 @@ from fitune.model.skeleton import decoder
 
 STEP = 1 / 16
 "Of a number at most: what rounding to e4m3's three bits takes away or adds."
-SOME_SUBSETS = ["all-linear", ["q_proj", "v_proj"], ["k_proj", "up_proj"], ["down_proj"]]
 PRODUCTS = 4  # in a row through one layer
-
-
-def _rounded_to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Without the dtype: to the nearest multiple of an eighth of the power of two below, but of 2**-9 at least."""
-    exponent = torch.frexp(x.double()).exponent - 1
-    step = torch.exp2(exponent.double().clamp(min=-6) - 3)
-    return torch.round(x.double() / step) * step
-
-
-def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of x rounded so that the largest is 448, their scales) in float64."""
-    x = x.float()
-    scales = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
-    return _rounded_to_e4m3(x * (1 / scales)), scales.double()
 
 
 class _Rounded(torch.autograd.Function):
@@ -55,15 +41,15 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *weights):
-        ctx.shape, ctx.weights = x.shape, [_scaled(weight) for weight in weights]
-        values, scales = _scaled(x.flatten(0, -2))
+        ctx.shape, ctx.weights = x.shape, [scaled(weight) for weight in weights]
+        values, scales = scaled(x.flatten(0, -2))
         products = [(values * scales) @ (v * s).t() for v, s in ctx.weights]
         return tuple(product.view(*x.shape[:-1], -1) for product in products)
 
     @staticmethod
     def backward(ctx, *dys):
         of_rows = torch.cat([s for _, s in ctx.weights]).t().float()
-        values, scales = _scaled(torch.cat([dy.flatten(0, -2) for dy in dys], 1).float() * of_rows)
+        values, scales = scaled(torch.cat([dy.flatten(0, -2) for dy in dys], 1).float() * of_rows)
         return ((values * scales) @ torch.cat([v for v, _ in ctx.weights])).view(ctx.shape), *[None] * len(dys)
 
 
@@ -127,7 +113,7 @@ def test_rounded_rows_are_as_near_as_e4m3_allows():
     allowed = torch.maximum(exact.abs() * STEP, exact.abs().amax(1, keepdim=True) / 458752) * (1 + 1e-6)
     assert ((found - exact).abs() <= allowed).all()
     assert (values.float().abs().amax(1)[[0, 1, 2, 3, 5]] == 448).all()
-    assert torch.equal(values.double(), _scaled(x.bfloat16())[0])
+    assert torch.equal(values.double(), scaled(x.bfloat16())[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
