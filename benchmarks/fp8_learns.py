@@ -1,9 +1,9 @@
-"""Whether fp8 learns what bf16 learns: a model trained in both from the same data, both adapters judged in bf16.
+"""Whether fp8 learns what bf16 learns: a model trained in both from the same data, both results judged in bf16.
 
     python benchmarks/fp8_learns.py OUTPUT --model FOLDER --dataset ROWS.jsonl [--steps 200] [--method lora]
 
 Through fitune's own commands: prepare, train in bf16, in fp8 and in bf16 with another seed (how far two equally good
-adapters lie apart), eval of each, which always computes in bf16. Then the gradients of the bf16 run's adapter on
+results lie apart), eval of each, which always computes in bf16. Then the gradients of the bf16 run's result on
 held-out rows, in both. Writes OUTPUT/fp8-learns.json and prints tables for docs/fp8.md.
 """
 
@@ -21,7 +21,8 @@ from tier_run import ROOT, about
 
 RUNS = {"bf16": ("bf16", 42), "fp8": ("fp8", 42), "bf16, other seed": ("bf16", 43)}
 "Name -> (compute, seed)."
-PROFILES = {"qlora": "single_gpu", "lora": "fsdp_1x48gb"}
+PROFILES = {"qlora": "single_gpu", "lora": "fsdp_1x48gb", "full": "single_gpu"}
+LEARNING_RATES = {"qlora": 2e-4, "lora": 2e-4, "full": 1e-5}
 ALLOWED = 0.005
 "Of the held-out loss: what the two may lie apart."
 EVERY = 20  # steps of the printed curve
@@ -35,11 +36,12 @@ def main() -> None:
     parser.add_argument("--method", choices=list(PROFILES), default="qlora")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, help=f"of methods, unless given: {LEARNING_RATES}")
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--gradients", nargs=2, metavar=("RUN", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.learning_rate = options.learning_rate or LEARNING_RATES[options.method]
     if options.gradients:
         _write_gradients(*map(Path, options.gradients))
     else:
@@ -71,22 +73,24 @@ def _run(name: str, compute: str, seed: int, options, data: Path) -> dict:
     """Training curve and held-out metrics of one run."""
     folder = folder_of(name, options.output)
     shutil.rmtree(folder, ignore_errors=True)
-    sets = shared_sets(options, data, seed) | {
-        "method": options.method, "profile.compute": compute, "lora.trainable_tokens": "[]"
-    }  # fmt: skip
+    sets = shared_sets(options, data, seed) | {"profile.compute": compute}
+    recipe = "llama3_8b_full"
+    if options.method != "full":
+        recipe = "llama3_8b_qlora"
+        sets |= {"method": options.method, "lora.trainable_tokens": "[]"}
     flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    fitune("train", "llama3_8b_qlora", "--profile", PROFILES[options.method], "--output", folder, "--force", *flags)
+    fitune("train", recipe, "--profile", PROFILES[options.method], "--output", folder, "--force", *flags)
     return {"compute": compute, "seed": seed} | curve_and_held_out(folder)
 
 
 def _gradients(options) -> dict:
-    """How far fp8's gradients lie from bf16's, each adapter weight's distance relative to its norm."""
+    """How far fp8's gradients lie from bf16's, each trained weight's distance relative to its norm."""
     import torch
 
     bf16 = folder_of("bf16", options.output)
     files = [options.output.absolute() / f"gradients-{compute}.pt" for compute in ("bf16", "fp8")]
     for file in files:
-        # both have the adapter of the bf16 run; the file's name says in what to multiply
+        # both have the result of the bf16 run; the file's name says in what to multiply
         unused = ["--model", options.model, "--dataset", options.dataset]
         command = [sys.executable, __file__, options.output, *unused, "--gradients", bf16, file]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -101,7 +105,7 @@ def _gradients(options) -> dict:
 
 
 def _write_gradients(folder: Path, file: Path) -> None:
-    """The gradients of a run's adapter on the text of its first held-out rows, one process."""
+    """The gradients of a run's result on the text of its first held-out rows, one process."""
     import torch
 
     from fitune.config import run as runs
@@ -109,12 +113,12 @@ def _write_gradients(folder: Path, file: Path) -> None:
     from fitune.data.dataset import load_tokenizer
     from fitune.training.distributed import compute_device, join
     from fitune.training.train import load_sharded_model
-    from fitune.training.tuned import load_tuned_weights
+    from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
     run = runs.load(folder)
     alone = run.accelerate.model_copy(update={"num_processes": 1})
     run = run.model_copy(update={"accelerate": alone})
-    mesh, base = join(run), local_folder(run.recipe.base.model)
+    mesh, base = join(run), tuned_base_folder(run, local_folder(run.recipe.base.model))
     tokenizer = load_tokenizer(run.recipe, base)
     model = load_sharded_model(run, base, tokenizer, mesh, fp8="fp8" in file.name)
     load_tuned_weights(run, model, mesh)
