@@ -141,11 +141,6 @@ def run_of(
     recipe_name: str, recipe: Recipe, profile_name: str, profile: Profile, accelerate: AccelerateConfig, output: str
 ) -> Run:
     """A run of checked parts. Raises UsageError for what cannot go together."""
-    if profile.compute == "fp8" and recipe.method == "full":
-        raise UsageError(
-            f"profile.compute fp8 is for a frozen base (methods lora and qlora), recipe {recipe_name} is full; use "
-            f"--set profile.compute=bf16"
-        )
     _refuse_unfit_states(recipe_name, recipe, profile, accelerate)
     if profile.shards_by_machine and accelerate.num_machines == 1:
         raise UsageError(

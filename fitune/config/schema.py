@@ -209,8 +209,8 @@ class Profile(Strict):
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
     """
     compute: Literal["auto", "bf16", "fp8"] = AUTO
-    """In what a frozen base is multiplied in training: `fp8` needs a GPU of compute capability 8.9 or higher. Method
-    lora then keeps the linears' weights so, a byte each.
+    """In what the decoder layers' linears are multiplied in training: `fp8` needs a GPU of compute capability 8.9 or
+    higher. Method lora then keeps their weights so, a byte each; full keeps and trains them as ever.
     `auto`: bf16, but where it was shown that fp8 learns as well (`fitune.planning.compute`). CPUs compute in float32,
     and emulate fp8.
     """

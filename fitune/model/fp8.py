@@ -1,4 +1,4 @@
-"""Products with a frozen weight in fp8: y = x W^T and dx = dy W of numbers rounded to e4m3, summed in float32.
+"""Products with a weight in fp8: y = x W^T and dx = dy W of numbers rounded to e4m3, summed in float32.
 
     x  ~ a X     X [T, in] in e4m3, a [T]: a scale for each token, so that its largest value becomes 448
     W  ~ s V     V [out, in] in e4m3, s [out]: a scale for each row
@@ -17,6 +17,8 @@ Forward takes V as it lies where one linear reads the input. Of several the byte
 moves two thirds of what rounding bf16 does: products apart would be smaller, and their bits might be others than with
 weights rounded on the way. Backward adds up over the rows of all linears, and `torch._scaled_mm` wants what it sums
 over side by side in memory, so there V is transposed into one matrix.
+
+Weights that are trained are rounded on the way, each linear by itself (`fitune.model.trained_fp8_linear`).
 
 A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
 """
@@ -68,6 +70,21 @@ def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear]) -> torch.Tensor:
     values, scales = quantise_rows(dy, row_scales(bases))
     out = dy.new_empty(dy.shape[0], bases[0].in_features)
     return _product(values, scales, transposed, _ones(bases[0].in_features, scales.device), out)
+
+
+def multiply_rounded(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T (+ bias), [T, out]; x [T, in], and (V, s) of one weight, from `round_weight`."""
+    return _product(*quantise_rows(x), values, scales, x.new_empty(len(x), len(values)), bias)
+
+
+def multiply_rounded_backward(dy: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """dy W, [T, in]; dy [T, out], a weight [out, in] and its s."""
+    inputs = matrix.shape[1]
+    transposed = matrix.new_empty(inputs, len(matrix), dtype=E4M3)
+    _round_matrix(matrix, scales, transposed.t())
+    return _product(*quantise_rows(dy, scales), transposed, _ones(inputs, dy.device), dy.new_empty(len(dy), inputs))
 
 
 @cache

@@ -20,6 +20,7 @@ from fitune.model.attention import PACKED_ATTENTION
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products, use_written_out_layers
 from fitune.model.nf4 import NF4Linear
+from fitune.model.trained_fp8_linear import TrainedFP8Linear
 
 
 def build_skeleton(
@@ -60,6 +61,8 @@ def build_skeleton(
     if device_type == "cuda":
         _use_liger_kernels(model)
     if recipe.method == "full":
+        if fp8:
+            _replace_linears(model, TrainedFP8Linear)
         return model
     if recipe.method == "qlora":
         _replace_linears(model, NF4Linear)
@@ -98,7 +101,7 @@ def _use_liger_kernels(model: PreTrainedModel) -> None:
     )
 
 
-def _replace_linears(model: PreTrainedModel, kind: type[NF4Linear] | type[FP8Linear]) -> None:
+def _replace_linears(model: PreTrainedModel, kind: type[NF4Linear] | type[FP8Linear] | type[TrainedFP8Linear]) -> None:
     """`kind` for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
 
     Rows of NF4 are whole blocks, or `check_base_model` has refused them: on CPUs with AVX-512, bitsandbytes 0.50.2

@@ -1,4 +1,4 @@
-"""In what a frozen base is multiplied: what `compute: auto` takes, and which GPUs can do what is asked for."""
+"""In what decoder layers' linears are multiplied: what `compute: auto` takes, and which GPUs can do what is asked."""
 
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError

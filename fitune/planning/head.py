@@ -104,6 +104,8 @@ def _fp8_note(plan: Plan) -> str:
     """Whether the time of a run in fp8 was measured."""
     if not plan.setup.fp8:
         return ""
+    if plan.setup.full:
+        return ", products in fp8 (its time was not measured with method full, and is a guess)"
     there = plan.time is not None and plan.time.gpu == FP8_MEASURED_ON
     was_measured = there and plan.setup.ranks == 1 and not plan.setup.offload
     guess = f" (its time was measured on one {FP8_MEASURED_ON} alone, and is a guess here)"

@@ -51,7 +51,7 @@ class Setup:
     "Layers that keep their activations; the others compute them again."
     activation_offload: bool = False
     fp8: bool = False
-    "The frozen linears are multiplied in fp8; method lora keeps them so."
+    "The decoder layers' linears are multiplied in fp8; method lora keeps them so."
     reshard: bool = True
     on_gpu: bool = True
     replicas: int = 1
@@ -130,8 +130,13 @@ class Setup:
     def statistics(self) -> float:
         """NF4's scales and fp8's, whole on every rank and on the GPU even when the weights are offloaded."""
         linears = self.shape.layers * self.shape.layer_linear_weights
-        of_rows = self.shape.layers * sum(rows for rows, _ in self.shape.linears.values()) * FP32
-        return linears * NF4_STATISTICS * (self.method == "qlora") + of_rows * self.fp8
+        kept_scales = self.shape.layers * self.fp8_scales * (not self.full)
+        return linears * NF4_STATISTICS * (self.method == "qlora") + kept_scales
+
+    @property
+    def fp8_scales(self) -> float:
+        """Of the rows of one layer's weights, for products in fp8: those that are trained have them for a pass."""
+        return sum(rows for rows, _ in self.shape.linears.values()) * FP32 * self.fp8
 
     @property
     def gathered_layer(self) -> float:
@@ -258,7 +263,8 @@ class Setup:
         attention = 4 * q if self.mask_positions else 2 * q + 2 * self.shared_heads + softmax_sums
         bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
         mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
-        return attention + bias + mlp + 2 * h + i  # the linears' inputs: two norms, SwiGLU's product
+        inputs = 2 * h + i  # the linears' own: two norms, SwiGLU's product
+        return attention + bias + mlp + inputs + self.fp8_scales
 
     @property
     def layer_backward(self) -> float:
@@ -266,10 +272,13 @@ class Setup:
         h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
         down = self.shape.linears["down_proj"][0] * self.shape.linears["down_proj"][1] * self.compute
         if self.full:
-            mlp_gradients = 3 * down  # gate, up and down have equally many weights
+            at_down, at_gate = down, down  # the weight's own gradient
+            if self.fp8:  # the weight and the output's gradient, rounded before it
+                at_down = max(down, (down + h) * FP8 / self.compute)
+                at_gate = max(down, (down + i) * FP8 / self.compute)
             return max(
-                saved + i + down,  # down_proj's backward: its input's gradient and its own
-                saved - 2 * i + 2 * h + mlp_gradients,  # gate's: down's and up's activations are gone
+                saved + i + at_down,  # down_proj's backward: its input's gradient
+                saved - 2 * i + 2 * h + 2 * down + at_gate,  # gate's: down's and up's activations are gone, not dW
                 self.gathered_layer + 2 * h,  # the end: all gradients of the layer
             )
         dequantised = down if self.method == "qlora" and not self.fp8 else 0.0

@@ -72,7 +72,7 @@ def _launching_seconds(s: Setup) -> float:
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     """Of one rank and micro batch: matrix products, and what only moves memory."""
     layers = _layer_flops(s) / (FP8_SPEEDUP if s.fp8 else 1)
-    products = (layers + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
+    products = (layers + _weight_gradient_flops(s) + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
     products += _attention_flops(s) / (model.bf16_tflops * 1e12 * _attention_efficiency(s, model))
     return products + (_memory_bytes(s) + _sharding_bytes(s)) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
@@ -85,13 +85,17 @@ def _layer_passes(s: Setup) -> float:
 def _layer_flops(s: Setup) -> float:
     """Of one rank and micro batch: 2 per weight of the layers and token, for each pass.
 
-    What is computed again ends before down_proj, whose result the backward pass does not need. With adapters the rest
-    of that pass, norms, dropout and their small products, takes what down_proj would.
+    What is computed again ends before down_proj, whose result the backward pass does not need; in fp8 after it. With
+    adapters the rest of that pass, norms, dropout and their small products, takes what down_proj would.
     """
     weights, (rows, columns) = s.shape.layer_linear_weights, s.shape.linears["down_proj"]
-    passes = 2 + s.full  # the gradients of trained weights are as much as a pass
-    again = weights - rows * columns * s.full
-    return 2 * s.tokens * (s.shape.layers * weights * passes + s.recomputed_layers * again)
+    again = weights - rows * columns * (s.full and not s.fp8)
+    return 2 * s.tokens * (s.shape.layers * weights * 2 + s.recomputed_layers * again)
+
+
+def _weight_gradient_flops(s: Setup) -> float:
+    """The same of the gradients of trained weights, as much as a pass; never in fp8."""
+    return 2 * s.tokens * s.shape.layers * s.shape.layer_linear_weights * s.full
 
 
 def _head_flops(s: Setup) -> float:
@@ -118,12 +122,13 @@ def _attention_efficiency(s: Setup, model: GpuModel) -> float:
 def _memory_bytes(s: Setup) -> float:
     """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4.
 
-    For fp8 it rounds the linears' inputs, which it reads twice, and the weights, or turns those that are kept so.
+    For fp8 it rounds the linears' inputs, which it reads twice, and the weights, or turns those that are kept so. Where
+    weights are trained each linear rounds for itself, and reads its weight once more to find its scales.
     """
     weights, dequantised, rounded = s.shape.layer_linear_weights, 0.0, 0.0
     if s.fp8:
-        dequantised = weights * (s.weight + FP8)
-        rounded = (3 * s.hidden_state + s.inner_state) * (2 + FP8 / s.compute)
+        dequantised = weights * ((2 * s.compute if s.full else s.weight) + FP8)
+        rounded = ((6 if s.full else 3) * s.hidden_state + s.inner_state) * (2 + FP8 / s.compute)
     elif s.method == "qlora":
         dequantised = weights * (NF4 + BF16)
     return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised + rounded)

@@ -19,7 +19,7 @@ from fitune.planning.gpu_models import gpu_model
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import resident
 from fitune.planning.plan import setup_of
-from fitune.planning.step_time import step_seconds
+from fitune.planning.step_time import COMPUTE_EFFICIENCY, step_seconds
 
 FP8 = "profile.compute=fp8"
 
@@ -90,9 +90,25 @@ def test_on_the_cpu_it_is_emulated_and_said(capsys):
     assert "fp8 is emulated on the CPU" in capsys.readouterr().err
 
 
-def test_full_fine_tuning_is_refused():
-    with pytest.raises(UsageError, match=r"fp8 is for a frozen base .* llama3_8b_full is full; use .*=bf16"):
-        runs.resolve("llama3_8b_full", "fsdp_2x80gb", (FP8,))
+def test_plan_counts_full_fine_tuning_in_it():
+    """Nothing is kept in fp8. A layer's passes are faster by a third at most, the gradients of its weights are not."""
+
+    def of(compute: str, *sets: str):
+        sets = (f"profile.compute={compute}", "profile.micro_batch=4", "profile.kept_layers=0", *sets)
+        run = runs.resolve("llama3_8b_full", "fsdp_2x80gb", sets)
+        return setup_of(run, find_shape(run.recipe.base.model))
+
+    for states in ("fp32", "bf16_8bit"):
+        bf16, fp8 = (of(compute, f"profile.optimizer_state={states}") for compute in ("bf16", "fp8"))
+        assert resident(fp8) == resident(bf16)
+        slow, fast = (step_seconds(setup, gpu_model("H200"))["compute"] for setup in (bf16, fp8))
+        passes = 3 * 2 * fp8.tokens * fp8.shape.layers * fp8.shape.layer_linear_weights
+        third = passes / (gpu_model("H200").bf16_tflops * 1e12 * COMPUTE_EFFICIENCY) / 3
+        assert 0.7 * third < slow - fast < third
+    said = _plan("llama3_8b_full", "--profile", "fsdp_2x80gb", "--gpu", "H100", "--set", FP8).output
+    assert "products in fp8 (its time was not measured with method full, and is a guess)" in said
+    refused = _plan("llama3_8b_full", "--profile", "fsdp_2x80gb", "--gpu", "A100", "--set", FP8)
+    assert refused.exit_code == 2 and "A100 has 8.0; use --set profile.compute=bf16" in refused.output
 
 
 @pytest.mark.parametrize(("name", "text"), [("NVIDIA L40S", "L40S has it"), ("NVIDIA A10G", "8.6, fp8 needs 8.9")])

@@ -43,6 +43,20 @@ def test_phases_agree_in_a_run_of_three_layers(asked, tmp_path):
     assert agree(entry)
 
 
+def test_what_fp8_adds_to_full_fine_tuning_is_there(tmp_path):
+    """A rounded gradient and weight beside the last layer's activations, where the passes are long."""
+    output = tmp_path / "fake.json"
+    for compute in ("bf16", "fp8"):
+        command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, "llama3_8b_full", "fsdp_2x80gb"]
+        subprocess.run([*command, "--layers", "3", "--compute", compute], check=True, capture_output=True)
+    bf16, fp8 = json.loads(output.read_text(encoding="utf-8"))
+    assert agree(fp8)
+    phase = "backward, last layer"
+    found = fp8["phases"][phase] - bf16["phases"][phase]
+    assert found > 0.02
+    assert found == pytest.approx(predicted_phases(fp8)[phase] - predicted_phases(bf16)[phase], abs=0.002)
+
+
 def agree(entry: dict) -> bool:
     predicted = predicted_phases(entry)
     return {phase: entry["phases"][phase] for phase in PHASES} == pytest.approx(

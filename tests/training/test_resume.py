@@ -63,6 +63,7 @@ def _interrupted_copy(run, folder: Path):
     [
         ("full", "tiny_base", "bf16"),
         ("full", "tied_base", "bf16"),
+        ("full", "tiny_base", "fp8"),
         ("lora", "tiny_base", "bf16"),
         ("lora", "tiny_base", "fp8"),
         ("qlora", "tiny_base", "bf16"),
@@ -95,7 +96,9 @@ def test_resumed_run_equals_the_uninterrupted_one(method, base, compute, make_ru
         assert any("::" not in name for name in part.tensors) == (method == "full")
     assert len(list((run.folder / last).glob("rng_state*"))) == 2
 
-    if method != "lora":  # another number of processes and micro batch train on the same rows, with the same dropout
+    if method != "lora" and compute == "bf16":
+        # another number of processes and micro batch train on the same rows, with the same dropout; in fp8 a sum's last
+        # bit may take a number to the next one
         alone = make_run(base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 4})
         alone = _interrupted_copy(alone, tmp_path / "alone")
         run_ranks(train_here, 1, alone)
