@@ -12,7 +12,7 @@ from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.limits import Limits, limits_here
 from fitune.planning.machine import Machine
-from fitune.planning.memory import MEASURED, host_moments, resident
+from fitune.planning.memory import MEASURED, gpu_peak, host_moments, resident
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 
 STORED, NF4_BITS = "stored", "nf4"
@@ -113,11 +113,16 @@ def _on_gpus(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: i
 
 
 def as_trained(trained: Setup) -> Holding:
-    """How a run's own processes hold it when it is asked: never in fp8, a full run's weights in their trained dtype."""
+    """How a run's own processes hold it when it is asked: never in fp8, a full run's weights in their trained dtype.
+
+    It takes no more than training with bf16 products does, so a GPU that had room for that need not have room for a
+    conversation of `TOKENS`.
+    """
     tokens = min(TOKENS, trained.shape.max_positions)
     asked = {"micro_batch": 1, "max_length": tokens, "accumulation": 1, "packing": False, "kept_layers": 0}
     load = NF4_BITS if trained.method == "qlora" else STORED
-    return _holding(replace(trained, **asked, activation_offload=False, fp8=False, saves=False), load)
+    way = _holding(replace(trained, **asked, activation_offload=False, fp8=False, saves=False), load)
+    return replace(way, gpu=min(way.gpu, gpu_peak(replace(trained, fp8=False)).total / GIB))
 
 
 def _holding(setup: Setup, load: str) -> Holding:

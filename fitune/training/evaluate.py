@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     run_stage(
         options.run,
         lambda run: evaluate(as_held(run, options.held_by), options.force, options.data),
-        explain_in_eval,
+        lambda run, *failed: explain_in_eval(as_held(run, options.held_by), *failed),
         checkpoint=options.checkpoint,
     )
 

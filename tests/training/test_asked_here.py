@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 from ranks import run_ranks
 from rounding import additions_to_logits, rounding
@@ -12,12 +13,16 @@ from transformers import LlamaConfig
 from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.accelerate_config import written_out
+from fitune.config.model_shapes import find_shape
 from fitune.config.schema import AccelerateConfig
 from fitune.errors import UsageError
 from fitune.planning import limits
 from fitune.planning.limits import given_machine
 from fitune.planning.machine import Gpu, Machine
-from fitune.training import asked_here
+from fitune.planning.memory import gpu_peak, host_peak
+from fitune.planning.plan import setup_of
+from fitune.planning.sizes import GIB
+from fitune.training import asked_here, evaluate, train
 from fitune.training.asked_here import as_held, held_here
 
 ADDITIONS = 256
@@ -64,6 +69,46 @@ def test_a_run_is_held_as_in_training_where_that_fits_and_else_in_another_way_th
         assert f"on {held.accelerate.num_processes} GPU" in taken and held.profile.num_gpus <= gpus
         assert held.accelerate.offload_params == ("host RAM" in taken)
     assert held.folder == run.folder and held.recipe == run.recipe
+
+
+@pytest.mark.parametrize("max_length", [512, 8192])
+@pytest.mark.parametrize(
+    ("recipe", "profile"),
+    [
+        ("llama3.1_8b_qlora", "single_gpu_8gb"),
+        ("llama3.1_8b_qlora", "fsdp_2x40gb"),
+        ("llama3_70b_qlora", "fsdp_offload_1x12gb"),
+        ("llama3_8b_lora", "fsdp_1x48gb"),
+        ("llama3_8b_full", "fsdp_2x80gb"),
+    ],
+)
+def test_what_training_took_is_enough_to_be_asked_as_trained(machine_is, tmp_path, recipe, profile, max_length):
+    sets = (f"max_length={max_length}", "profile.micro_batch=1", "profile.kept_layers=0", "profile.compute=bf16")
+    run = runs.resolve(recipe, profile, sets, str(tmp_path / "run"))
+    setup = setup_of(run, find_shape(run.recipe.base.model))
+    machine_is(given_machine(setup.ranks, gpu_peak(setup).total / GIB, host_peak(setup) / GIB))
+    with held_here(run) as config:
+        assert config is None
+
+
+def test_memory_that_ran_out_in_another_way_is_not_blamed_on_the_runs_rows(make_run, tiny_base, tmp_path, monkeypatch):
+    run = make_run(tiny_base, tmp_path / "run", "lora")
+    run = run.model_copy(update={"profile": run.profile.model_copy(update={"micro_batch": 8})})
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    (run.folder / "accelerate.yaml").write_text(written_out(run.accelerate))
+    said = []
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(evaluate, "evaluate", runs_out)
+    monkeypatch.setattr(train, "say_while_training", said.append)
+    for flags in ([], ["--held-by", str(run.folder / "accelerate.yaml")]):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(run.folder), *flags])
+    assert "try micro_batch: 4" in said[0]
+    assert "micro_batch" not in said[1] and "take GPUs with more memory" in said[1]
 
 
 def test_a_full_run_is_refused_with_its_models_folder(machine_is, tmp_path):
