@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tier_run import ROOT, about
@@ -51,12 +52,17 @@ def main() -> None:
     report = about(options.commit) | {"command": " ".join(sys.argv), "runs": []}
     waiting, deadline = queue.Queue(), time.monotonic() + options.seconds
     for run in chosen:
+        with_long_positions(options.models / run["model"])  # made here, not by several threads at once
         waiting.put(run)
 
+    file, saving = options.output / "longest-rows.json", threading.Lock()
+
     def serve(gpu: int) -> None:
-        while not waiting.empty():
-            report["runs"].append(_measure(waiting.get(), gpu, options, deadline))
-            (options.output / "longest-rows.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with suppress(queue.Empty):
+            while True:
+                report["runs"].append(_measure(waiting.get_nowait(), gpu, options, deadline))
+                with saving:
+                    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in range(torch.cuda.device_count())]
     for thread in threads:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -47,7 +48,10 @@ def main() -> None:
     entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
     options.output.mkdir(parents=True, exist_ok=True)
     entries = [USUAL | entry for entry in entries]
-    rows = {entry["length"]: entry["rows_a_step"] * USUAL["steps"] for entry in entries}
+    rows: dict[int, int] = {}
+    for entry in entries:
+        _model(entry, options)  # made here, since threads that make one at once get in each other's way
+        rows[entry["length"]] = max(rows.get(entry["length"], 0), entry["rows_a_step"] * entry["steps"])
     options.data = {length: prepared(length, rows[length], options.output, options.tokenizer) for length in rows}
     known = about(options.commit)
     report = {
@@ -60,11 +64,14 @@ def main() -> None:
         if entry.get("gpus", 1) == 1:
             waiting.put(entry)
 
+    saving = threading.Lock()
+
     def serve(gpu: int) -> None:
-        while not waiting.empty():
-            entry = waiting.get()
-            report["runs"].append(_run(entry, options, str(gpu), deadline))
-            _save(report, options.output)
+        with suppress(queue.Empty):
+            while True:
+                report["runs"].append(_run(waiting.get_nowait(), options, str(gpu), deadline))
+                with saving:
+                    _save(report, options.output)
 
     threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in range(gpus)]
     for thread in threads:
