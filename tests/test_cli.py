@@ -1,6 +1,8 @@
 """The command line as a user meets it: quick answers, and one line with exit code 2 for whatever is wrong."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,3 +285,19 @@ def test_a_json_file_that_cannot_be_written_is_said_at_the_start(cli, tmp_path, 
     result = cli(*command, "--json", tmp_path / file, tmp_path / "model")
     assert result.exit_code == 2
     assert result.stderr == f"error: --json {tmp_path / file}: {said.format(tmp_path)}; name a file\n"
+
+
+def test_a_missing_package_is_told_in_one_line(tmp_path):
+    """As for the Python of the system, started in place of that of .venv; --debug shows where it was wanted."""
+    script = (
+        "import sys; sys.modules['psutil'] = None; sys.argv = ['cli.py', *sys.argv[1:]]; "
+        "from fitune.__main__ import main; main()"
+    )
+    asked = ["generate", str(tmp_path), "--prompt", "Hi"]
+    done, debugged = (
+        subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+        for words in (asked, ["--debug", *asked])
+    )
+    assert done.returncode == 1 and "Traceback" in debugged.stderr
+    installs = "run: make setup, then source .venv/bin/activate"
+    assert done.stderr == f"error: psutil is not installed for {sys.executable}; {installs}\n"
