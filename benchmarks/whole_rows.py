@@ -21,10 +21,10 @@ def prepared(tokens: int, rows: int, output: Path, tokenizer: Path) -> Path:
 
     Made once in `output`.
     """
-    data = output / f"data-{tokens}"
+    data = output / f"data-{rows}-of-{tokens}"
     if (data / "report.json").exists():
         return data
-    file = output / f"rows-{tokens}.jsonl"
+    file = data.with_suffix(".jsonl")
     _write(file, tokens, rows + HELD_OUT, tokenizer)
     done = subprocess.run(
         [sys.executable, "cli.py", "prepare", "--dataset", file, "--output", data, "--tokenizer", tokenizer,

@@ -19,17 +19,18 @@ from fitune.planning.asking import NF4_BITS, STORED, Holding, as_trained, choose
 from fitune.planning.hardware import this_machine
 from fitune.planning.limits import limits_for_asking
 from fitune.planning.plan import setup_of
+from fitune.planning.sizes import Setup
 from fitune.training.model_run import needs, write_processes
 
 
 @contextmanager
 def held_here(run: Run) -> Iterator[Path | None]:
     """The accelerate config that a run is asked with; None for its own. UsageError where nothing here holds it."""
-    way = _another_way(run)
-    if not way:
+    if not (lacks := _lacks_as_trained(run)):
         yield None
         return
-    print(f"{run.folder}: {way}: {needs(way)}", file=sys.stderr)
+    way = _another_way(run, lacks)
+    print(f"{run.folder}: {way}: {needs(way)}; as it was trained, {lacks}", file=sys.stderr)
     with TemporaryDirectory(prefix="fitune-") as scratch:
         yield Path(write_processes(way, Path(scratch)).path)
 
@@ -51,25 +52,31 @@ def as_held(run: Run, config: Path | None) -> Run:
     return run.model_copy(update={"accelerate": processes, "profile": run.profile.model_copy(update=changed)})
 
 
-def _another_way(run: Run) -> Holding | None:
-    """How to hold a run that this machine cannot hold as it was trained. Several machines and CPUs are left as they
-    are: what the run says of them counts.
+def _lacks_as_trained(run: Run) -> str:
+    """What there is too little of here to hold a run as it was trained; '' where it fits, or where nobody knows.
+
+    Several machines and CPUs are left as they are: what the run says of them counts.
     """
     if run.accelerate.use_cpu or run.accelerate.num_machines > 1:
-        return None
+        return ""
     try:
-        shape = find_shape(run.recipe.base.model, run.recipe.base.revision)
+        trained = as_trained(_setup(run))
     except UsageError:  # an architecture that `plan` doesn't know
-        return None
-    setup, limits = setup_of(run, shape), limits_for_asking(run)
-    trained = as_trained(setup)
-    lacks = what_lacks(trained, limits)
+        return ""
+    limits = limits_for_asking(run)
     if limits.gpus < trained.ranks:
-        lacks = f"it was trained on {trained.ranks} GPU{'s' * (trained.ranks > 1)}, {limits.gpus} are here"
-    if not lacks:
-        return None
+        return f"it takes {trained.ranks} GPU{'s' * (trained.ranks > 1)}, {limits.gpus} {'is' if limits.gpus == 1 else 'are'} here"
+    return what_lacks(trained, limits)
+
+
+def _another_way(run: Run, lacks: str) -> Holding:
+    """The first that fits. UsageError where none does, and for method full, whose result is a model's folder."""
     if run.recipe.method == "full":
         raise UsageError(f"{run.folder}: {lacks}; give its model, which goes where it fits: {run.result_folder}")
-    load = NF4_BITS if run.recipe.method == "qlora" else STORED
-    asked = AskedFolder(shape, setup.lora_r, setup.lora_targets)
+    load, setup = NF4_BITS if run.recipe.method == "qlora" else STORED, _setup(run)
+    asked = AskedFolder(setup.shape, setup.lora_r, setup.lora_targets)
     return choose(asked, this_machine(), load, name=str(run.result_folder))
+
+
+def _setup(run: Run) -> Setup:
+    return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))

@@ -1,6 +1,7 @@
 """A run is asked and measured on other hardware than it was trained on, and says so."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_a_run_is_held_as_in_training_where_that_fits_and_else_in_another_way_th
     with held_here(run) as config:
         said, held = capsys.readouterr().err, as_held(run, config)
     assert (said.split(": ")[1] if said else None) == taken
+    assert not taken or re.search(r"; as it was trained, (it takes \d GPUs?|[\d.]+ GiB of)", said)
     assert (held is run) == (taken is None)
     if taken and gpus:
         assert f"on {held.accelerate.num_processes} GPU" in taken and held.profile.num_gpus <= gpus
@@ -114,7 +116,7 @@ def test_memory_that_ran_out_in_another_way_is_not_blamed_on_the_runs_rows(make_
 def test_a_full_run_is_refused_with_its_models_folder(machine_is, tmp_path):
     machine_is(given_machine(1, 79, 64))
     run = runs.resolve("llama3_8b_full", "fsdp_2x80gb", (), str(tmp_path / "run"))
-    message = rf"it was trained on 2 GPUs, 1 are here; give its model, .*: {run.folder}/model$"
+    message = rf"it takes 2 GPUs, 1 is here; give its model, .*: {run.folder}/model$"
     with pytest.raises(UsageError, match=message), held_here(run):
         pass
 
