@@ -65,7 +65,7 @@ def _lacks_as_trained(run: Run) -> str:
         return ""
     limits = limits_for_asking(run)
     if limits.gpus < trained.ranks:
-        return f"it takes {trained.ranks} GPU{'s' * (trained.ranks > 1)}, {limits.gpus} {'is' if limits.gpus == 1 else 'are'} here"
+        return f"it takes {trained.ranks} GPU{'s' * (trained.ranks > 1)}, this machine has {limits.gpus}"
     return what_lacks(trained, limits)
 
 

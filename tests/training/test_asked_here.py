@@ -116,7 +116,7 @@ def test_memory_that_ran_out_in_another_way_is_not_blamed_on_the_runs_rows(make_
 def test_a_full_run_is_refused_with_its_models_folder(machine_is, tmp_path):
     machine_is(given_machine(1, 79, 64))
     run = runs.resolve("llama3_8b_full", "fsdp_2x80gb", (), str(tmp_path / "run"))
-    message = rf"it takes 2 GPUs, 1 is here; give its model, .*: {run.folder}/model$"
+    message = rf"it takes 2 GPUs, this machine has 1; give its model, .*: {run.folder}/model$"
     with pytest.raises(UsageError, match=message), held_here(run):
         pass
 
