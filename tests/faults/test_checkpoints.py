@@ -15,13 +15,13 @@ from fitune.config import run as runs
 from fitune.errors import UsageError
 from fitune.launching.run_folder import nothing_left, open_run_folder
 from fitune.output_folder import checkpoints
-from fitune.training import checkpoint, manifest, trainer
+from fitune.training import checkpoint, manifest, saving_trainer
 from fitune.training.manifest import Identity, find_damage, read_manifest, refuse_another_identity
 
 STEPS = 4
 TRAINING = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 STAGES = {
-    "before the state is written": (trainer, "write_training_state", "before"),
+    "before the state is written": (saving_trainer, "write_training_state", "before"),
     "before the manifest": (checkpoint, "write_manifest", "before"),
     "within the manifest": (manifest.Path, "write_text", "before"),
     "before the rename": (checkpoint, "rename_when_whole", "before"),
