@@ -20,12 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from found import smaller_cards
-from tier_run import ROOT, about
+from tier_run import ROOT, about, torch_gib
 
 from fitune.environment import GPU_CAP
 from fitune.export.tokenizer_files import template_of
-from fitune.planning.memory import MEASURED
-from fitune.planning.sizes import GIB
 
 PROMPTS = ("What is the capital of France?", "Name three colours.", "Why is the sky blue?")
 TOKENS = "10"
@@ -69,9 +67,8 @@ def _answers_chats(folder: Path) -> bool:
 
 def _asked(folder: Path, cards: str, what: str, seconds: float, options: argparse.Namespace) -> dict:
     count, gib = cards.split("x")
-    cap = float(gib) - MEASURED.outside_allocator / GIB
     environment = os.environ | smaller_cards(options.work / f"cards-{gib}", float(gib))
-    environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(count)))), GPU_CAP: f"{cap:.2f}"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(count)))), GPU_CAP: str(torch_gib(float(gib)))}
     answers = options.work / f"{folder.name}-{cards}.json"
     answers.unlink(missing_ok=True)
     words = {

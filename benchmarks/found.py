@@ -18,13 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tier_run import about, run_tier
+from tier_run import about, run_tier, torch_gib
 from tiers import Results, Task, prepare, run_alone
 
 from fitune.config.run import load_profile
 from fitune.planning.hardware import FIELDS
-from fitune.planning.memory import MEASURED
-from fitune.planning.sizes import GIB
 
 STEPS, SECONDS = 10, 30
 STAND_IN = """#!/bin/sh
@@ -50,7 +48,7 @@ def runs_of(pair: str, work: Path) -> tuple[dict, dict]:
     recipe, preset = pair.split("=")
     gib = load_profile(preset).gpu_memory_gib
     plan = {
-        "recipe": recipe, "cap_gib": round(gib - MEASURED.outside_allocator / GIB, 2), "steps": STEPS,
+        "recipe": recipe, "cap_gib": torch_gib(gib), "steps": STEPS,
         "seconds": SECONDS, "set": ["training.save_strategy='no'"], "data": str(work / "data"),
         "checkpoint": str(work / ("8b-nf4" if recipe.endswith("qlora") else "8b-bf16")),
         "environment": smaller_cards(work / f"cards-{gib:g}", gib),

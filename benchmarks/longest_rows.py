@@ -18,11 +18,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tier_run import ROOT, about
+from tier_run import ROOT, about, torch_gib
 from whole_rows import prepared
 
 LLAMA_3_1_POSITIONS = 131_072
-OUTSIDE_TORCH_GIB = 1.3
 RUNS = [
     {"model": "8b-nf4", "card_gib": 80, "tokens": 131_072, "claimed": 343_000},
     {"model": "8b-nf4", "card_gib": 24, "tokens": 98_304, "claimed": 79_000},
@@ -97,7 +96,7 @@ def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
     folder = options.output / _name(run)
     environment = {
         "CUDA_VISIBLE_DEVICES": str(gpu),
-        "FITUNE_GPU_CAP_GIB": str(run["card_gib"] - OUTSIDE_TORCH_GIB),
+        "FITUNE_GPU_CAP_GIB": str(torch_gib(run["card_gib"])),
     }
     try:
         train = ["train", recipe, "--profile", profile, "--output", folder, *flags]

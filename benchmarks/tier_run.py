@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fitune.output_folder import checkpoints
+from fitune.planning.memory import MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -270,6 +271,11 @@ def _metrics(output: Path) -> list[dict]:
 def _curves(lines: list[dict], after: int = 0) -> dict[str, list[float]]:
     lines = [line for line in lines if line["step"] > after]
     return {"losses": [line["loss"] for line in lines], "grad_norms": [line["grad_norm"] for line in lines]}
+
+
+def torch_gib(card_gib: float) -> float:
+    """What `plan` leaves torch's allocator of a card."""
+    return round(card_gib - MEASURED.outside_allocator / GIB, 2)
 
 
 def about(commit: str) -> dict:

@@ -1,6 +1,7 @@
-"""Rounding to fp8 without fitune's code and without the dtype, for tests to compare with."""
+"""Rounding to fp8 without fitune's code and without the dtype, and what models that round have to have in common."""
 
 import torch
+from rounding import distance
 
 
 def rounded_to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -15,3 +16,13 @@ def scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     scales = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
     return rounded_to_e4m3(x * (1 / scales)), scales.double()
+
+
+def assert_equal_bits(models: list[dict[str, torch.Tensor]], unrounded: dict[str, torch.Tensor]) -> None:
+    """Of all tensors, by name, in each of the models, whose logits rounding has moved away from `unrounded`'s."""
+    expected, *others = models
+    assert 0.001 < distance(expected["logits"], unrounded["logits"]) < 0.2
+    for found in others:
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name

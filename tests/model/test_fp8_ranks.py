@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from fp8_reference import assert_equal_bits
 from ranks import run_ranks, sharded_model, train_here, whole
-from rounding import distance
 
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products
@@ -42,12 +42,7 @@ def test_ranks_and_offload_change_no_bit(method, tiny_base, make_run, tmp_path):
         return run_ranks(_logits_and_gradients, world_size, runs)[0]
 
     [unrounded, _] = models(1, "bf16")
-    [expected, *others] = models(1) + models(2)
-    assert 0.001 < distance(expected["logits"], unrounded["logits"]) < 0.2
-    for found in others:
-        assert set(found) == set(expected)
-        for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+    assert_equal_bits(models(1) + models(2), unrounded)
 
 
 @pytest.mark.parametrize("stored", ["tiny_base", "uneven_base"])

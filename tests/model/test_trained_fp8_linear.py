@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quick_python
 import torch
-from fp8_reference import scaled
+from fp8_reference import assert_equal_bits, scaled
 from patience import PATIENCE_SECONDS
 from ranks import run_ranks, sharded_model, train_here, whole
 from reference_layers import HIDDEN, LAYERS, assert_close, assert_equal, padded, run
@@ -183,12 +183,7 @@ def test_ranks_and_places_change_no_bit(states, tiny_base, make_run, tmp_path):
         return run_ranks(_logits_and_gradients, ranks, runs)[0]
 
     unrounded, *_ = models(1, "bf16")
-    [expected, *others] = models(1) + models(2)
-    assert 0.001 < distance(expected["logits"], unrounded["logits"]) < 0.2
-    for found in others:
-        assert set(found) == set(expected)
-        for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+    assert_equal_bits(models(1) + models(2), unrounded)
 
 
 def _losses(run_, key: str = "loss") -> torch.Tensor:
