@@ -2,6 +2,8 @@
 
     python benchmarks/asked.py RESULT.json FOLDER ... --cards 1x48 2x32 1x12 --work FOLDER --seconds 400 [--eval ROWS]
 
+`--gpus 2,3` takes others of the machine's GPUs than the first; `--what chat` asks in one way only.
+
 Each question goes through `cli.py generate` (three prompts, ten tokens, greedily), each chat through `--chat`, each
 measurement through `cli.py eval`. The machine's GPUs are held to the card: torch by a cap, `plan` by a stand-in for
 nvidia-smi. Answers of one folder are compared with one another: random weights have many near ties, so where they part
@@ -27,6 +29,7 @@ from fitune.export.tokenizer_files import template_of
 
 PROMPTS = ("What is the capital of France?", "Name three colours.", "Why is the sky blue?")
 TOKENS = "10"
+WAYS = ("generate", "chat", "eval")
 SHORTEST_SECONDS = 40
 "What starting and reading 40 GB takes at least."
 
@@ -39,6 +42,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="Nothing begins that would not end in time.")
     parser.add_argument("--eval", type=Path, metavar="ROWS", help="Also measure on a folder that prepare wrote.")
+    parser.add_argument("--what", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--gpus", default="0,1,2,3", help="as many of the first as cards are asked for are taken")
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
     ends, runs = time.monotonic() + options.seconds, []
@@ -46,7 +51,7 @@ def main() -> None:
     head = about(options.commit) | {"benchmark": "larger than a card, asked", "command": " ".join(sys.argv)}
     for folder in options.folders:
         for cards in options.cards:
-            for what in _kinds(folder, options):
+            for what in _ways(folder, options):
                 left = ends - time.monotonic()
                 if left < SHORTEST_SECONDS:
                     raise SystemExit(f"{folder.name}, {cards}, {what}: no time is left")
@@ -57,8 +62,9 @@ def main() -> None:
         _compare([run for run in runs if run["folder"] == folder.name and run.get("answers")])
 
 
-def _kinds(folder: Path, options: argparse.Namespace) -> list[str]:
-    return ["generate", *(["chat"] + ["eval"] * bool(options.eval) if _answers_chats(folder) else [])]
+def _ways(folder: Path, options: argparse.Namespace) -> list[str]:
+    possible = ["generate", *(["chat"] + ["eval"] * bool(options.eval) if _answers_chats(folder) else [])]
+    return [way for way in possible if way in options.what]
 
 
 def _answers_chats(folder: Path) -> bool:
@@ -68,7 +74,10 @@ def _answers_chats(folder: Path) -> bool:
 def _asked(folder: Path, cards: str, what: str, seconds: float, options: argparse.Namespace) -> dict:
     count, gib = cards.split("x")
     environment = os.environ | smaller_cards(options.work / f"cards-{gib}", float(gib))
-    environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(count)))), GPU_CAP: str(torch_gib(float(gib)))}
+    environment |= {
+        "CUDA_VISIBLE_DEVICES": ",".join(options.gpus.split(",")[: int(count)]),
+        GPU_CAP: str(torch_gib(float(gib))),
+    }
     answers = options.work / f"{folder.name}-{cards}.json"
     answers.unlink(missing_ok=True)
     words = {

@@ -20,14 +20,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from tier_run import ROOT, about
+from tier_run import ROOT, about, kill_all
 
 from fitune.config.model_shapes import find_shape
 from fitune.environment import GPU_CAP
@@ -130,7 +129,7 @@ def measured(entry: dict, gpus: str, seconds: float, options: argparse.Namespace
             peak = max(peak, used_gib(gpus))
             time.sleep(0.5)
     time.sleep(SETTLES_SECONDS if found.exists() else 0)  # until it is whole
-    _kill(process)
+    kill_all(process)
     if not found.exists():
         outcome = "no time left" if time.monotonic() >= end else f"exit code {process.returncode}"
         return {"error": f"{outcome}: {log.read_text(errors='replace')[-2000:]}"}
@@ -140,16 +139,6 @@ def measured(entry: dict, gpus: str, seconds: float, options: argparse.Namespace
     shutil.rmtree(folder)
     time.sleep(SETTLES_SECONDS)
     return result
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """The command and all that it started; returns when they are gone, and page-locked memory with them."""
-    if process.poll() is None:
-        started = psutil.Process(process.pid).children(recursive=True)
-        for one in (psutil.Process(process.pid), *started):
-            one.kill()
-        psutil.wait_procs(started, timeout=30)
-    process.wait()
 
 
 def described(folder: Path) -> dict:

@@ -1,12 +1,15 @@
-"""One peer on the work of `benchmarks/peers.py`: QLoRA of a Llama in NF4 on one GPU, on rows of random tokens.
+"""One peer on the work of `benchmarks/peers.py`, on rows of random tokens.
 
     python benchmarks/peer_run.py trl|unsloth MODEL --rows-a-pass 8 --recompute yes|no [--rows 8] [--length 3072]
+    accelerate launch --config_file benchmarks/peer_fsdp2.yaml benchmarks/peer_run.py trl MODEL --method full …
 
-Prints one line of JSON: tokens a second by the median step, GiB allocated.
+On one GPU by QLoRA of a Llama in NF4; over several in full, by accelerate's FSDP2. The last line printed is JSON:
+tokens a second of a GPU by the median step, GiB allocated.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -20,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", choices=["trl", "unsloth"])
     parser.add_argument("model")
-    parser.add_argument("--rows-a-pass", type=int, required=True)
+    parser.add_argument("--method", choices=["qlora", "full"], default="qlora")
+    parser.add_argument("--rows-a-pass", type=int, required=True, help="Of a GPU.")
     parser.add_argument("--recompute", choices=["yes", "no"], required=True)
     parser.add_argument("--rows", type=int, default=8, help="Of a step. [default: 8]")
     parser.add_argument("--steps", type=int, default=6, help="The first is not timed. [default: 6]")
@@ -34,15 +38,21 @@ def main() -> None:
 
     if options.cap:
         whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.cap * 2**30 / whole)
-    model, adapter = _unsloth(options) if options.peer == "unsloth" else _trl(options)
-    seconds = _train(options, model, adapter)
+        torch.cuda.set_per_process_memory_fraction(options.cap * 2**30 / whole, int(os.environ.get("LOCAL_RANK", 0)))
+    load = {"unsloth": _unsloth, "trl": _trl_full if options.method == "full" else _trl}[options.peer]
+    seconds = _train(options, *load(options))
+    tokens = options.rows * options.length / _gpus()
     report = {
-        "tokens_per_second": round(options.rows * options.length / statistics.median(seconds)),
+        "tokens_per_second": round(tokens / statistics.median(seconds)),
         "step_seconds": [round(second, 3) for second in seconds],
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
-    print(json.dumps(report))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(report))
+
+
+def _gpus() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _unsloth(options):
@@ -69,6 +79,14 @@ def _trl(options):
     return model, adapter
 
 
+def _trl_full(options):
+    """Weights in float32, gathered and multiplied in bf16: mixed precision."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), None
+
+
 def _train(options, model, adapter) -> list[float]:
     """Seconds of each step but the first."""
     import torch
@@ -91,9 +109,10 @@ def _train(options, model, adapter) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.rows_a_pass,
-            gradient_accumulation_steps=options.rows // options.rows_a_pass, learning_rate=1e-4, logging_steps=1,
-            save_strategy="no", report_to=[], bf16=True, max_length=options.length, use_liger_kernel=stock,
-            gradient_checkpointing=stock and options.recompute == "yes",
+            gradient_accumulation_steps=options.rows // options.rows_a_pass // _gpus(), learning_rate=1e-4,
+            logging_steps=1, save_strategy="no", report_to=[], bf16=True, max_length=options.length,
+            use_liger_kernel=stock,
+            gradient_checkpointing=stock and options.recompute == "yes" and _gpus() == 1,  # else accelerate's
             gradient_checkpointing_kwargs={"use_reentrant": False}, optim="adamw_torch_fused", disable_tqdm=True,
             dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 from longest_rows import with_long_positions
-from tier_run import ROOT, about
+from tier_run import ROOT, about, kill_all
 from whole_rows import prepared
 
 USUAL = {"length": 3072, "rows_a_step": 8, "steps": 6}
@@ -43,7 +43,9 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    gpus, deadline = torch.cuda.device_count(), time.monotonic() + options.seconds
+    deadline = time.monotonic() + options.seconds
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = visible or list(map(str, range(torch.cuda.device_count())))
     entries = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
     entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
     options.output.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def main() -> None:
     known = about(options.commit)
     report = {
         "date": known["date"], "commit": known["commit"], "command": " ".join(sys.argv),
-        "hardware": f"{gpus} x {known['gpu_name']}", "figures": "median step; GiB that torch allocated",
+        "hardware": f"{len(gpus)} x {known['gpu_name']}", "figures": "median step; GiB that torch allocated",
         "versions": known["versions"], "runs": [],
     }  # fmt: skip
     waiting = queue.Queue()
@@ -66,21 +68,21 @@ def main() -> None:
 
     saving = threading.Lock()
 
-    def serve(gpu: int) -> None:
+    def serve(gpu: str) -> None:
         with suppress(queue.Empty):
             while True:
-                report["runs"].append(_run(waiting.get_nowait(), options, str(gpu), deadline))
+                report["runs"].append(_run(waiting.get_nowait(), options, gpu, deadline))
                 with saving:
                     _save(report, options.output)
 
-    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in range(gpus)]
+    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in gpus]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for entry in entries:
-        if 1 < entry.get("gpus", 1) <= gpus:
-            report["runs"].append(_run(entry, options, ",".join(map(str, range(entry["gpus"]))), deadline))
+        if 1 < entry.get("gpus", 1) <= len(gpus):
+            report["runs"].append(_run(entry, options, ",".join(gpus[: entry["gpus"]]), deadline))
             _save(report, options.output)
     for run in sorted(report["runs"], key=lambda run: run["work"]):
         print(f"{run['work']:34} {run['name']:44} {_words(run)}")
@@ -107,16 +109,17 @@ def _run(entry: dict, options, gpus: str, deadline: float) -> dict:
         return entry | {"error": "not started: no time was left"}
     command, environment, result = (_fitune if entry["who"] == "fitune" else _peer)(entry, options)
     environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": gpus}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, text=True, **pipes)
     try:
-        done = subprocess.run(
-            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience
-        )
+        printed, complained = running.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
+        kill_all(running)
         return entry | {"error": f"not done after {patience:.0f} s"}
     try:
-        return entry | result(done)
+        return entry | result(printed)
     except (OSError, ValueError, IndexError):
-        return entry | {"error": (done.stderr or done.stdout)[-1500:]}
+        return entry | {"error": (complained or printed)[-1500:]}
 
 
 def _fitune(entry: dict, options):
@@ -131,7 +134,7 @@ def _fitune(entry: dict, options):
     command = [sys.executable, "cli.py", "train", entry["recipe"], "--profile", entry["profile"], "--output", folder,
                "--force", *(part for key, value in sets.items() for part in ("--set", f"{key}={value}"))]  # fmt: skip
 
-    def result(done) -> dict:
+    def result(printed: str) -> dict:
         measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
         keys = ("step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds")
         profile = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["profile"]
@@ -143,13 +146,17 @@ def _fitune(entry: dict, options):
 
 
 def _peer(entry: dict, options):
-    command = [sys.executable, "benchmarks/peer_run.py", entry["who"], _model(entry, options),
+    gpus = entry.get("gpus", 1)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "benchmarks/peer_fsdp2.yaml",
+              "--num_processes", gpus, "--fsdp_activation_checkpointing", entry["recompute"] == "yes"]  # fmt: skip
+    launch = launch if gpus > 1 else []
+    command = [sys.executable, *launch, "benchmarks/peer_run.py", entry["who"], _model(entry, options),
                "--rows-a-pass", entry["rows"], "--recompute", entry["recompute"],
                "--rows", entry["rows_a_step"], "--length", entry["length"], "--steps", entry["steps"]]  # fmt: skip
-    if "card_gib" in entry:
-        command += ["--cap", entry["card_gib"] - MARGIN_GIB]
+    command += ["--method", entry["method"]] if "method" in entry else []
+    command += ["--cap", entry["card_gib"] - MARGIN_GIB] if "card_gib" in entry else []
     path = {"PYTHONPATH": options.unsloth} if entry["who"] == "unsloth" and options.unsloth else {}
-    return command, path, lambda done: json.loads(done.stdout.splitlines()[-1])
+    return command, path, lambda printed: json.loads(printed.splitlines()[-1])
 
 
 if __name__ == "__main__":

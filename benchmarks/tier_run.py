@@ -203,6 +203,16 @@ def _call(command: list[str], plan: dict) -> tuple[int, str]:
         return 124, out + "\ntimed out"
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """The command and all that it started; returns when they are gone, and page-locked memory with them."""
+    if process.poll() is None:
+        started = psutil.Process(process.pid).children(recursive=True)
+        for one in (psutil.Process(process.pid), *started):
+            one.kill()
+        psutil.wait_procs(started, timeout=30)
+    process.wait()
+
+
 def worst_rank(ranks: list[dict], watcher: Watcher) -> tuple[float, float]:
     """GiB on a GPU, all included, of the rank that takes most; how much of it lies outside torch's allocator."""
     if all(rank["pid"] in watcher.gpu_peak_of for rank in ranks):
