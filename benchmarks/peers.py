@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -139,6 +140,7 @@ def _fitune(entry: dict, options):
         keys = ("step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds")
         profile = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["profile"]
         found = {key: measured[key] for key in keys} | {key: profile[key] for key in ("micro_batch", "kept_layers")}
+        shutil.rmtree(folder)  # a whole model, of some
         return found | {"tokens_per_second": round(measured["tokens_per_second_per_gpu"])}
 
     cap = {"FITUNE_GPU_CAP_GIB": str(entry["card_gib"] - MARGIN_GIB)} if "card_gib" in entry else {}
