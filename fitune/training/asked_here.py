@@ -26,10 +26,11 @@ from fitune.training.model_run import needs, write_processes
 @contextmanager
 def held_here(run: Run) -> Iterator[Path | None]:
     """The accelerate config that a run is asked with; None for its own. UsageError where nothing here holds it."""
-    if not (lacks := _lacks_as_trained(run)):
+    setup = _setup(run)
+    if not setup or not (lacks := _lacks_as_trained(run, setup)):
         yield None
         return
-    way = _another_way(run, lacks)
+    way = _another_way(run, setup, lacks)
     print(f"{run.folder}: {way}: {needs(way)}; as it was trained, {lacks}", file=sys.stderr)
     with TemporaryDirectory(prefix="fitune-") as scratch:
         yield Path(write_processes(way, Path(scratch)).path)
@@ -52,31 +53,31 @@ def as_held(run: Run, config: Path | None) -> Run:
     return run.model_copy(update={"accelerate": processes, "profile": run.profile.model_copy(update=changed)})
 
 
-def _lacks_as_trained(run: Run) -> str:
-    """What there is too little of here to hold a run as it was trained; '' where it fits, or where nobody knows.
+def _setup(run: Run) -> Setup | None:
+    """The run in numbers. None where it is held as it was trained in any case.
 
-    Several machines and CPUs are left as they are: what the run says of them counts.
+    Several machines and CPUs are left as they are, as is an architecture that `plan` doesn't know.
     """
     if run.accelerate.use_cpu or run.accelerate.num_machines > 1:
-        return ""
+        return None
     try:
-        trained = as_trained(_setup(run))
-    except UsageError:  # an architecture that `plan` doesn't know
-        return ""
+        return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
+    except UsageError:
+        return None
+
+
+def _lacks_as_trained(run: Run, setup: Setup) -> str:
+    """What there is too little of here to hold a run as it was trained, '' where it fits."""
     limits = limits_for_asking(run)
-    if limits.gpus < trained.ranks:
-        return f"it takes {trained.ranks} GPU{'s' * (trained.ranks > 1)}, this machine has {limits.gpus}"
-    return what_lacks(trained, limits)
+    if limits.gpus < setup.ranks:
+        return f"it takes {setup.ranks} GPU{'s' * (setup.ranks > 1)}, this machine has {limits.gpus}"
+    return what_lacks(as_trained(setup), limits)
 
 
-def _another_way(run: Run, lacks: str) -> Holding:
+def _another_way(run: Run, setup: Setup, lacks: str) -> Holding:
     """The first that fits. UsageError where none does, and for method full, whose result is a model's folder."""
     if run.recipe.method == "full":
         raise UsageError(f"{run.folder}: {lacks}; give its model, which goes where it fits: {run.result_folder}")
-    load, setup = NF4_BITS if run.recipe.method == "qlora" else STORED, _setup(run)
+    load = NF4_BITS if run.recipe.method == "qlora" else STORED
     asked = AskedFolder(setup.shape, setup.lora_r, setup.lora_targets)
     return choose(asked, this_machine(), load, name=str(run.result_folder))
-
-
-def _setup(run: Run) -> Setup:
-    return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
