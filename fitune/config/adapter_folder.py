@@ -38,3 +38,9 @@ def ranks(config: dict) -> list[int]:
     """Of an adapter_config.json: the rank of all modules, and those that it gives to some."""
     found = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     return [rank for rank in found if isinstance(rank, int) and rank > 0]
+
+
+def trained_tokens(config: dict) -> int:
+    """Of an adapter_config.json: how many tokens of the embedding, or of another module, have rows of their own."""
+    found = config.get("trainable_token_indices") or []
+    return max(map(len, found.values() if isinstance(found, dict) else [found]), default=0)

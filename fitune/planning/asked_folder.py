@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fitune.config.adapter_folder import is_adapter, named_base, ranks, read_adapter_config, was_trained_in_nf4
+from fitune.config.adapter_folder import (
+    is_adapter,
+    named_base,
+    ranks,
+    read_adapter_config,
+    trained_tokens,
+    was_trained_in_nf4,
+)
 from fitune.config.model_shapes import ModelShape, find_shape
 
 
@@ -16,6 +23,8 @@ class AskedFolder:
     "The largest rank of its modules."
     lora_targets: frozenset[str] = frozenset()
     "Linears of a layer that it adapts."
+    trained_tokens: int = 0
+    "Tokens whose rows of embedding and head are its own."
     in_nf4: bool = False
     "Whether it was trained beside weights in NF4, and so is asked beside them."
 
@@ -36,4 +45,5 @@ def asked_folder(folder: Path) -> AskedFolder:
     targets = config.get("target_modules")
     named = targets if isinstance(targets, list) else list(shape.linears)  # else an expression, or all linears
     adapted = {name for name in shape.linears if any(f".{target}".endswith(f".{name}") for target in named)}
-    return AskedFolder(shape, max(ranks(config), default=0), frozenset(adapted), was_trained_in_nf4(folder))
+    rank, tokens = max(ranks(config), default=0), trained_tokens(config)
+    return AskedFolder(shape, rank, frozenset(adapted), tokens, was_trained_in_nf4(folder))

@@ -141,7 +141,7 @@ def asking_moment(s: Setup) -> dict[str, float]:
         **resident(s, optimizer=False),
         "unsharded layers": 2 * s.unsharded_layer,  # the one that computes and the next
         "gather buffers": s.gathered_head * (s.ranks > 1),
-        "unsharded head": s.unsharded_head,
+        "unsharded head": s.unsharded_head + s.head_copy,
         "keys and values": keys_values,
         "activations": 3 * s.inner_state + 4 * s.hidden_state + 2 * s.query_heads,
         "one dequantised weight": largest * s.compute * (s.method == "qlora"),
@@ -154,7 +154,8 @@ def _setup(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: int
     return Setup(
         shape=asked.shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=1,
         max_length=min(tokens, asked.shape.max_positions), accumulation=1, packing=False,
-        lora_r=asked.lora_r, lora_targets=asked.lora_targets, offload=offload, saves=False,
+        lora_r=asked.lora_r, lora_targets=asked.lora_targets, trained_tokens=asked.trained_tokens,
+        offload=offload, saves=False,
     )  # fmt: skip
 
 

@@ -79,5 +79,5 @@ def _another_way(run: Run, setup: Setup, lacks: str) -> Holding:
     if run.recipe.method == "full":
         raise UsageError(f"{run.folder}: {lacks}; give its model, which goes where it fits: {run.result_folder}")
     load = NF4_BITS if run.recipe.method == "qlora" else STORED
-    asked = AskedFolder(setup.shape, setup.lora_r, setup.lora_targets)
+    asked = AskedFolder(setup.shape, setup.lora_r, setup.lora_targets, setup.trained_tokens)
     return choose(asked, this_machine(), load, name=str(run.result_folder))

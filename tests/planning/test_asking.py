@@ -108,3 +108,17 @@ def test_an_adapter_is_counted_beside_its_base_and_asked_beside_what_it_was_trai
     flags = ["--gpu", "RTX 4090", "--gpus", "4", "--host-memory", "64"]
     said = CliRunner().invoke(cli, ["plan", str(adapter), *flags], catch_exceptions=False).output
     assert said.startswith(f"{adapter} asked with weights in NF4, on") and "stored" not in said
+
+
+def test_an_adapters_own_tokens_are_counted_and_the_copy_of_the_head_that_a_loss_takes(folder_70b, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(folder_70b), "r": 16, "target_modules": "all-linear"}
+    found = []
+    for tokens in (None, {"embed_tokens": [1, 2, 3], "lm_head": [1, 2, 3]}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": tokens}))
+        found.append(next(way for way in holdings(asked_folder(adapter), 1) if way.offload))
+    without, with_tokens = found
+    rows, head = 2 * 3 * 8192 * 4 / 2**30, 128256 * 8192 * 2 / 2**30
+    assert with_tokens.host - without.host == pytest.approx(rows)
+    assert with_tokens.gpu - without.gpu == pytest.approx(head, rel=0.02)

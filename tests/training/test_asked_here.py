@@ -129,6 +129,17 @@ def test_gpus_that_are_gone_are_replaced_by_others(machine_is, tmp_path):
         assert config is None
 
 
+def test_a_runs_own_tokens_are_counted_in_another_way(machine_is, tmp_path, capsys):
+    machine_is(given_machine(1, 23.6, 64))
+    needed = []
+    for tokens in ("[]", "['<|eot_id|>']"):
+        sets = (f"lora.trainable_tokens={tokens}",)
+        run = runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", sets, str(tmp_path / "run"))
+        with held_here(run):
+            needed.append(float(re.search(r"([\d.]+) GiB of each GPU", capsys.readouterr().err)[1]))
+    assert needed[1] - needed[0] == pytest.approx(128256 * 8192 * 2 / GIB, abs=0.1), "the loss takes a copy of the head"
+
+
 def test_what_no_way_here_holds_is_refused_before_anything_starts(machine_is, tmp_path):
     machine_is(given_machine(1, 11.6, 16))
     run = runs.resolve("llama3_70b_qlora", "fsdp_1x48gb", (), str(tmp_path / "run"))
