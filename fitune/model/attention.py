@@ -7,7 +7,6 @@ computes all pairs of a row's tokens, with a mask of that size, and throws those
 
 import inspect
 import math
-from functools import cache
 from itertools import pairwise
 
 import torch
@@ -20,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from fitune.config.attention_kernels import CUDNN_CAPABILITIES, CUDNN_FROM
+from fitune.model.compute_capability import compute_capability
 
 PACKED_ATTENTION = "fitune_packed"
 """Its name as a transformers `attn_implementation`. No mask comes with it: to make one, or none, transformers asks the
@@ -185,18 +185,12 @@ def kernel_of(query: torch.Tensor, bounds: torch.Tensor, longest: int) -> str:
     that PyTorch itself prefers it on. It is given rows of one length: its own way for packed examples plans anew in
     every call, for about 40 ms.
     """
-    capability = _capability(query.device)
+    capability = compute_capability(query.device)
     if capability is None:
         return "examples"
     tokens, examples = query.shape[0], len(bounds) - 1
     few_pads = examples * _padded(longest) <= CUDNN_PADS * tokens
     return "cudnn" if capability in CUDNN_CAPABILITIES and longest >= CUDNN_FROM and few_pads else "flash"
-
-
-@cache
-def _capability(device: torch.device) -> float | None:
-    """Of a GPU, such as 9.0; None on the CPU."""
-    return float("{}.{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
 
 
 def _padded(length: int) -> int:

@@ -30,6 +30,7 @@ from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_folder import begin_to_train, finish
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
+from fitune.model.compute_capability import compute_capability
 from fitune.model.sharding import kept_in_host_ram, ranks_of_a_copy, shard, share_of, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.compute import FP8_CAPABILITY
@@ -188,11 +189,11 @@ def _check_compute(run: Run, mesh) -> None:
         if is_main_process():
             print("note: profile.compute fp8 is emulated on the CPU: the same arithmetic, slower", file=sys.stderr)
         return
-    capability = torch.cuda.get_device_capability()
-    if float("{}.{}".format(*capability)) < FP8_CAPABILITY:
+    capability = compute_capability(compute_device(mesh))
+    if capability < FP8_CAPABILITY:
         raise UsageError(
             f"profile.compute fp8 needs compute capability {FP8_CAPABILITY}, {torch.cuda.get_device_name()} has "
-            f"{'.'.join(map(str, capability))}; use --set profile.compute=bf16"
+            f"{capability:.1f}; use --set profile.compute=bf16"
         )
 
 

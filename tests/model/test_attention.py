@@ -106,7 +106,7 @@ def test_padding_in_a_packed_row_is_refused():
     ids=str,
 )
 def test_cudnn_computes_examples_of_one_length_where_it_is_faster(lengths, capability, kernel, monkeypatch):
-    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
     query, bounds = torch.empty(sum(lengths), 4, 8), torch.tensor([0, *lengths]).cumsum(0)
     assert attention.kernel_of(query, bounds, max(lengths)) == kernel
 
@@ -126,7 +126,7 @@ def test_what_a_gpu_does_with_a_packed_row(kernel, lengths, key_heads, monkeypat
     exact, _ = attention.forward(heads, key_heads, bounds, longest, 0.3)
     exact_gradients, _ = attention.backward(gradient, exact, heads, key_heads, (), bounds, longest, 0.3)
 
-    monkeypatch.setattr(attention, "_capability", lambda device: 9.0)
+    monkeypatch.setattr(attention, "compute_capability", lambda device: 9.0)
     monkeypatch.setattr(attention, "CUDNN_FROM", 200)
     monkeypatch.setattr(attention, "CUDNN_PADS", 3.0 if kernel == "cudnn" else 0.0)
     with kernels_on_the_cpu() as calls:
@@ -145,7 +145,7 @@ def test_a_whole_model_calls_the_gpus_kernels_as_they_demand(model, kernel, monk
     """As `eval` calls it, through transformers."""
     model.set_attn_implementation(attention.PACKED_ATTENTION)
     expected = model(**_packed_row(), use_cache=False).logits
-    monkeypatch.setattr(attention, "_capability", lambda device: 9.0)
+    monkeypatch.setattr(attention, "compute_capability", lambda device: 9.0)
     monkeypatch.setattr(attention, "CUDNN_FROM", 1)
     monkeypatch.setattr(attention, "CUDNN_PADS", 1e9 if kernel == "cudnn" else 0.0)
     with kernels_on_the_cpu(), torch.no_grad():

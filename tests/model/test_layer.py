@@ -74,7 +74,7 @@ def test_gradients_through_the_gpus_attention(kernel, options, exact, monkeypatc
     reference = adapted(plain(**options))
     ours, theirs = packed()
     expected = run(copy.deepcopy(reference), theirs)
-    monkeypatch.setattr(attention, "_capability", lambda device: 9.0)
+    monkeypatch.setattr(attention, "compute_capability", lambda device: 9.0)
     monkeypatch.setattr(attention, "CUDNN_FROM", 1)
     monkeypatch.setattr(attention, "CUDNN_PADS", 1e9 if kernel == "cudnn" else 0.0)
     for kept in (0, LAYERS):

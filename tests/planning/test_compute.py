@@ -66,17 +66,26 @@ def test_train_refuses_it_before_anything_starts(monkeypatch, tmp_path):
 def test_a_rank_refuses_a_card_that_no_table_knows(monkeypatch):
     from types import SimpleNamespace
 
-    from fitune.training.train import _check_compute
+    from fitune.training import train
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(train, "compute_capability", lambda device: 8.6)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some Card")
     run, on_gpu = runs.resolve("tiny_qlora", "single_gpu", (FP8,)), SimpleNamespace(device_type="cuda")
     with pytest.raises(UsageError, match=r"8\.9, Some Card has 8\.6; use --set profile\.compute=bf16"):
-        _check_compute(run, on_gpu)
-    _check_compute(runs.resolve("tiny_qlora", "single_gpu"), on_gpu)
-    for capability in ((8, 9), (9, 0), (10, 0), (12, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        _check_compute(run, on_gpu)
+        train._check_compute(run, on_gpu)
+    train._check_compute(runs.resolve("tiny_qlora", "single_gpu"), on_gpu)
+    for capability in (8.9, 9.0, 10.0, 12.0):
+        monkeypatch.setattr(train, "compute_capability", lambda device, capability=capability: capability)
+        train._check_compute(run, on_gpu)
+
+
+def test_a_gpus_compute_capability_is_a_number_that_compares(monkeypatch):
+    from fitune.model.compute_capability import compute_capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    numbers = [compute_capability.__wrapped__(torch.device(kind)) for kind in ("cuda", "cpu")]
+    assert numbers == [10.3, None]
 
 
 def test_on_the_cpu_it_is_emulated_and_said(capsys):
