@@ -147,7 +147,7 @@ def merge(run_or_adapter, output, base, onto, force, check):
         from fitune.export.merge import merge_run
 
         merge_run(run, output, **options)
-    click.echo(f'merged: {output}\nnext:   {command()} generate {shlex.quote(str(output))} --prompt "..."')
+    click.echo(f'merged: {output}\nnext:   {command("generate", output)} --prompt "..."')
 
 
 @_command(
@@ -177,7 +177,7 @@ def quantize(model, revision, output, check):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checks = {"check": partial(check_nf4, base=folder, device=device)} if check else {}
     write_nf4(folder, output, device, **checks)
-    click.echo(f"{output}: train on it with --set base.model={output}")
+    click.echo(f"{output}: train on it with --set {shlex.quote(f'base.model={output}')}")
 
 
 @_command(

@@ -29,6 +29,7 @@ def remember(argv0: str) -> str:
     return typed
 
 
-def command() -> str:
-    """What to type in front of a command's name: as it was called, else as it can be."""
-    return os.environ.get(COMMAND) or ("python cli.py" if CHECKOUT else "fitune")
+def command(*words: str | Path) -> str:
+    """What to type: fitune as it was called, else as it can be, and `words` as a shell takes them, spaces and all."""
+    typed = os.environ.get(COMMAND) or ("python cli.py" if CHECKOUT else "fitune")
+    return " ".join([typed, *(shlex.quote(str(word)) for word in words)])

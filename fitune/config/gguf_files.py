@@ -1,6 +1,5 @@
 """GGUF files, given where something else is wanted: what they are, and what can be done with one."""
 
-import shlex
 from pathlib import Path
 
 from fitune.config.command_name import command
@@ -25,8 +24,7 @@ def refuse_gguf(given: Path, wanted: str) -> None:
     if not files or (given / "config.json").is_file():
         return
     what = "a GGUF file" if files == [given] else "a folder of GGUF files"
-    file = shlex.quote(str(files[0]))
     raise UsageError(
-        f"{given}: {what}, no {wanted}: `{command()} generate {file} --serve 8000` starts llama.cpp with it, "
-        f"`{command()} eval {file} --data FOLDER` measures it"
+        f"{given}: {what}, no {wanted}: `{command('generate', files[0], '--serve', '8000')}` starts llama.cpp with it, "
+        f"`{command('eval', files[0], '--data', 'FOLDER')}` measures it"
     )

@@ -64,7 +64,7 @@ def refuse_missing(recipe: dict, overrides: dict, file: Path, name_as_typed: str
             text = values[inner]
             found = (file.parent / text).exists() or Path(text).expanduser().exists()
             if not found and _is_path(name, text, file.parent):
-                hint = f"; run: {command()} prepare {name_as_typed}" if name == "data.prepared" else ""
+                hint = f"; run: {command('prepare', name_as_typed)}" if name == "data.prepared" else ""
                 raise UsageError(f"{file}: {name} {text}: no such file or folder{_where(text, file)}{hint}")
 
 

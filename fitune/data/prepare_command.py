@@ -77,7 +77,7 @@ def with_own_dataset(data: Data, dataset: str, sets: tuple[str, ...] = ()) -> Da
 def _data_without_recipe(dataset: str, output: Path | None, sets: tuple[str, ...]) -> Data:
     if not output:
         raise UsageError(
-            f"--dataset needs a recipe to prepare it for, `{command()} prepare RECIPE --dataset {dataset}`, "
+            f"--dataset needs a recipe to prepare it for, `{command('prepare', 'RECIPE', '--dataset', dataset)}`, "
             f"or --output FOLDER"
         )
     changed = runs.parse_sets(sets)[0]
@@ -102,13 +102,13 @@ def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite
     except (OSError, ValueError, KeyError, TypeError):
         return
     if there != data.dataset and not overwrite:
-        beside = f"{output.parent / Path(data.dataset).name.partition('.')[0]}"
+        beside = output.parent / Path(data.dataset).name.partition(".")[0]
         raise UsageError(
             f"{output}: already exists, with rows of {there}; replace them with --overwrite, or keep both: --output "
-            f"{beside}, then train {recipe} --set data.prepared={beside}"
+            f"{shlex.quote(str(beside))}, then {command('train', recipe, '--set', f'data.prepared={beside}')}"
         )
 
 
 def _how_to_train(recipe: str, resolved: Recipe, output: Path) -> str:
-    elsewhere = "" if output == Path(resolved.data.prepared) else f" --set {shlex.quote(f'data.prepared={output}')}"
-    return f"{command()} train {shlex.quote(recipe)}{elsewhere}"
+    elsewhere = [] if output == Path(resolved.data.prepared) else ["--set", f"data.prepared={output}"]
+    return command("train", recipe, *elsewhere)

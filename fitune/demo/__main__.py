@@ -61,7 +61,7 @@ def _stage(console: Console, arguments: list[str]) -> None:
     """One stage, as arguments of Python; shown as it would be typed."""
     console.rule(style="dim")
     is_command = arguments[:2] == ["-m", "fitune"]
-    typed = f"{command()} {shlex.join(arguments[2:])}" if is_command else f"python {shlex.join(arguments)}"
+    typed = command(*arguments[2:]) if is_command else f"python {shlex.join(arguments)}"
     console.print(f"$ {typed}", style="bold", markup=False, soft_wrap=True)
     done = subprocess.run([sys.executable, *arguments], env=os.environ | {COMMAND: command()}, check=False)
     if done.returncode:

@@ -18,7 +18,7 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
     for split in ("train", "test"):
         file = Path(run.recipe.data.prepared) / f"{split}.jsonl"
         if not file.is_file():
-            raise UsageError(f"{file}: no such file; run: {command()} prepare {run.recipe_name}")
+            raise UsageError(f"{file}: no such file; run: {command('prepare', run.recipe_name)}")
     if is_evaluated(run.recipe.training) and not (Path(run.recipe.data.prepared) / "test.jsonl").stat().st_size:
         raise UsageError(
             f"{run.recipe.data.prepared}/test.jsonl has no rows, and training.eval_strategy asks for evaluations; "

@@ -9,7 +9,6 @@ finished.json   the step and epoch of the result; gone from the first step of a 
 
 import json
 import math
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,7 +228,7 @@ def _refuse_another_run(old: Run, new: Run) -> None:
     for pair in pairs:
         key, was, is_now = _down_to_the_field(*pair)
         if was != is_now:
-            resume = f"{command()} train --resume {shlex.quote(str(old.folder))}"
+            resume = command("train", "--resume", old.folder)
             raise UsageError(
                 f"{old.folder} was started with {key} {was}, not {is_now}: not the same run; "
                 f"give it as it was (`{resume}` does), or another --output"

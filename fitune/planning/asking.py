@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fitune.config.command_name import command
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.limits import Limits, limits_here
@@ -85,7 +86,7 @@ def choose(asked: AskedFolder, machine: Machine, load: str = "auto", *, exact: b
     least = min(ways, key=lambda way: max(way.gpu - machine.gpu_memory_gib, way.host - machine.host_available_gib))
     raise UsageError(
         f"{name}: too large to ask here: {why_not(least, machine)}, with what takes least ({least}); end what else "
-        f"uses that memory, or see `plan {name}`"
+        f"uses that memory, or see `{command('plan', name)}`"
     )
 
 

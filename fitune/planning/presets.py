@@ -1,11 +1,13 @@
 """The shipped profiles, and one's own, as presets: the runs of a recipe with each, and how such a run is typed."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.catalogue import own_files
+from fitune.config.command_name import command
 from fitune.config.schema import AUTO, SMALLEST, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, names
 from fitune.errors import UsageError
@@ -39,7 +41,9 @@ def own_profiles(recipe: str, folder: Path | None) -> tuple[str, ...]:
     """
     found = dict.fromkeys(own_files(folder).profiles if folder else ())
     if folder and not found:
-        raise UsageError(f"--profiles {folder}: no memory profile (*.yaml) in it; `list {folder}` shows what there is")
+        raise UsageError(
+            f"--profiles {folder}: no memory profile (*.yaml) in it; `{command('list', folder)}` shows what there is"
+        )
     if is_path(recipe) and Path(recipe).is_file():
         found |= dict.fromkeys(own_files(Path(recipe).parent).profiles)
     shipped = {(PROFILES / f"{name}.yaml").resolve() for name in names(PROFILES)}
@@ -52,7 +56,7 @@ def as_typed(run: Run, sets: tuple[str, ...] = ()) -> str:
     as_shipped = filled(shipped, limits_of(shipped)).profile
     found = {key: getattr(run.profile, key) for key in SMALLEST}
     changes = [f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key)]
-    return " --set ".join([run.profile_name, *changes])
+    return " --set ".join([shlex.quote(run.profile_name), *changes])
 
 
 def preset_run(recipe_name: str, recipe: Recipe, profile_name: str, overrides: dict | None = None) -> Run:

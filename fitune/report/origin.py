@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 
 def remember_what_was_typed(arguments: list[str] | None = None) -> None:
     """Notes the command line, `sys.argv` where none is given, for `write_origin` in the ranks."""
-    os.environ[TYPED] = f"{command()} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    os.environ[TYPED] = command(*(sys.argv[1:] if arguments is None else arguments))
 
 
 def write_origin(folder: Path, identity: dict, *, resumed: bool) -> None:

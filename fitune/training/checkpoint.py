@@ -11,7 +11,6 @@ pickle, its files have no hashes, and it knows no name that appears when all is 
 
 import errno
 import os
-import shlex
 import shutil
 import threading
 from collections.abc import Callable, Collection
@@ -164,7 +163,7 @@ class CheckpointSaver(TrainerCallback):
         if error := next((error for _, error in found if error), None):
             raise FituneError(
                 f"step {self._step} was not saved in {self.folder}: {error}; the checkpoints before it are whole: "
-                f"make room, then go on with: {command()} train --resume {shlex.quote(str(self.run.folder))}"
+                f"make room, then go on with: {command('train', '--resume', self.run.folder)}"
             )
         return [own for own, _ in found]
 

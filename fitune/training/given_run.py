@@ -1,6 +1,5 @@
 """A run that a command was given, by its folder or a checkpoint's, and whether its data are still as it says."""
 
-import shlex
 from pathlib import Path
 
 import click
@@ -21,12 +20,12 @@ def finished_run(folder: Path) -> Run:
         run = runs.load(folder)
         if not run.result_folder.is_dir():
             raise UsageError(
-                f"{run.result_folder}: no such folder; the run has not finished, continue it with --resume"
+                f"{run.result_folder}: no such folder; the run has not finished: {command('train', '--resume', folder)}"
             )
         if missing := missing_of_result(run):
             raise UsageError(
                 f"{missing}: no such file, so the run's result is not whole: put it back, or make it again from the "
-                f"last checkpoint: {command()} train --resume {shlex.quote(str(folder))}"
+                f"last checkpoint: {command('train', '--resume', folder)}"
             )
         return run
     run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})

@@ -3,7 +3,6 @@
 The launcher only passes the signal on; this is a callback of the trainer, and so it stands in training/.
 """
 
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -53,5 +52,5 @@ class Interruption(TrainerCallback):
             dist.barrier()  # a launcher ends the others when the first is gone
             raise Interrupted(
                 f"interrupted after step {state.global_step} of {state.max_steps}, which is saved; "
-                f"go on with: {command()} train --resume {shlex.quote(str(self.folder))}"
+                f"go on with: {command('train', '--resume', self.folder)}"
             )

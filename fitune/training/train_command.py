@@ -1,6 +1,5 @@
 """What `fitune train` does: which run is meant, may it start, and this machine's ranks until they end."""
 
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def train_command(
         click.echo(f"result: {short(str(run.result_folder))}")
         click.echo(f"curve:  {short(str(run.folder / 'loss.png'))}")
         show_page_after_a_command(run.folder, place)
-        click.echo(f"next:   {command()} eval {shlex.quote(short(str(run.folder)))}")
+        click.echo(f"next:   {command('eval', short(str(run.folder)))}")
     return code
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fitune.config.command_name import command
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, saved_name
@@ -25,7 +26,8 @@ def tuned_base_folder(run: Run, base_folder: Path, force: bool = False) -> Path:
     """
     result = run.result_folder
     if not result.is_dir():
-        raise UsageError(f"{result}: no such folder; the run has not finished: `train {run.recipe_name} ... --resume`")
+        go_on = command("train", "--resume", run.folder)
+        raise UsageError(f"{result}: no such folder; the run has not finished: {go_on}")
     if run.recipe.method == "full":
         return result
     refuse_another_base(result, base_folder, force)

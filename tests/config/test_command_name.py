@@ -1,12 +1,14 @@
 """What messages tell the user to type: the command as it was called."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fitune.cli import cli
 from fitune.config import command_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,23 @@ def test_fitune_is_named_by_its_path_where_the_shell_does_not_find_it(tmp_path, 
 
 def test_without_a_call_a_checkout_names_its_own_file():
     assert command_name.command() == "python cli.py"
+
+
+def test_what_is_to_be_typed_can_be_copied_where_a_name_has_spaces():
+    assert command_name.command("plan", Path("my models/mine")) == "python cli.py plan 'my models/mine'"
+
+
+def test_no_message_puts_a_name_into_a_command_without_quotes():
+    """`command(...)` is the one way: it quotes."""
+    verbs = "|".join(cli.commands)
+    pattern = re.compile(rf"(\{{command\(\)\}} |`)({verbs})\b[^`\"&]*\{{")
+    found = [
+        f"{file.relative_to(ROOT)}: {line.strip()}"
+        for file in (ROOT / "fitune").rglob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if pattern.search(line)
+    ]
+    assert not found
 
 
 def test_a_process_that_fitune_started_names_what_the_user_typed():

@@ -127,7 +127,7 @@ def test_data_of_another_dataset_are_not_replaced_unasked(fitune, tmp_path):
     assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl").exit_code == 0
     line = refused(fitune("prepare", "recipe.yaml", "--dataset", "new.jsonl"))
     assert "data/theirs: already exists, with rows of mine.jsonl; replace them with --overwrite, or keep both" in line
-    assert "--output data/new, then train recipe.yaml --set data.prepared=data/new" in line
+    assert "--output data/new, then python cli.py train recipe.yaml --set data.prepared=data/new" in line
     result = fitune("prepare", "recipe.yaml", "--dataset", "new.jsonl", "--output", "data/new")
     assert result.output.splitlines()[-1] == "next: python cli.py train recipe.yaml --set data.prepared=data/new"
     assert train(fitune, "--set", "data.prepared=data/new").exit_code == 0
