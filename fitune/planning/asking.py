@@ -12,17 +12,30 @@ from fitune.config.command_name import command
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.limits import Limits, limits_here
-from fitune.planning.machine import Machine
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import MEASURED, gpu_peak, host_moments, resident
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
+from fitune.planning.words import numbers
 
 STORED, NF4_BITS = "stored", "nf4"
 LOADS = ("auto", STORED, NF4_BITS)
 "What `--load` takes."
 METHOD = {STORED: "lora", NF4_BITS: "qlora"}
 "The method that computes with frozen weights as they are held."
-TOKENS = 4096
-"Of a conversation and its answer, for which room is left."
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read in one pass, for which there must be room."""
+
+    tokens: int
+    "Of a row, or of a conversation with its answer."
+    rows: int = 1
+    answers: bool = True
+    "Keys and values of all layers stay, for an answer. Rows that are measured leave none."
+
+
+CONVERSATION = Reading(4096)
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Holding:
     gpu: float
     "Of each GPU."
     host: float
+    cards: tuple[Gpu, ...] = ()
+    "The GPUs that its ranks take; none: the first ones."
 
     @property
     def gathers(self) -> bool:
@@ -49,26 +64,30 @@ class Holding:
         if not self.ranks:
             return f"{weights}, on the CPU"
         place = ", from host RAM layer by layer" if self.offload else ""
-        return f"{weights}, on {self.ranks} GPU{'s' * (self.ranks > 1)}{place}"
+        which = f" ({numbers(self.cards)})" if self.cards else ""
+        return f"{weights}, on {self.ranks} GPU{'s' * (self.ranks > 1)}{which}{place}"
 
 
-def holdings(asked: AskedFolder, gpus: int, tokens: int = TOKENS) -> Iterator[Holding]:
+def holdings(asked: AskedFolder, gpus: int, reading: Reading = CONVERSATION) -> Iterator[Holding]:
     """All ways, those that answer fastest first: whole on one GPU, then over several, then out of host RAM."""
     loads = (NF4_BITS,) if asked.shape.nf4_on_disk else (STORED, NF4_BITS)
     if not gpus:
         yield from (_on_cpu(asked, load) for load in loads)
         return
     for load in loads:
-        yield _on_gpus(asked, load, 1, False, tokens)
+        yield _on_gpus(asked, load, 1, False, reading)
     for load in loads:
         for ranks in range(2, gpus + 1):
-            yield _on_gpus(asked, load, ranks, False, tokens)
+            yield _on_gpus(asked, load, ranks, False, reading)
     for load in reversed(loads):  # a quarter of the bytes travels
         for ranks in range(1, gpus + 1):
-            yield _on_gpus(asked, load, ranks, True, tokens)
+            yield _on_gpus(asked, load, ranks, True, reading)
 
 
-def choose(asked: AskedFolder, machine: Machine, load: str = "auto", *, exact: bool = False, name: str = "") -> Holding:
+def choose(
+    asked: AskedFolder, machine: Machine, load: str = "auto", *,
+    reading: Reading = CONVERSATION, exact: bool = False, name: str = "",
+) -> Holding:  # fmt: skip
     """The first way that fits what is free on a machine. UsageError where none does, with what comes nearest.
 
     `load` allows only one kind of weights. Without it an adapter is asked beside those that it was trained beside,
@@ -76,14 +95,14 @@ def choose(asked: AskedFolder, machine: Machine, load: str = "auto", *, exact: b
     """
     if load == "auto" and asked.in_nf4:
         load = NF4_BITS
-    ways = [way for way in holdings(asked, len(machine.gpus)) if load in ("auto", way.load)]
+    ways = [way for way in _placed_ways(asked, machine, reading) if load in ("auto", way.load)]
     if not ways:
         raise UsageError(f"{name}: its weights are in 4 bits already: leave out --load {load}")
     if exact and load == "auto":
         ways.sort(key=lambda way: way.load != STORED)  # stable: the fastest of each kind first
     if found := next((way for way in ways if fits(way, machine)), None):
         return found
-    least = min(ways, key=lambda way: max(way.gpu - machine.gpu_memory_gib, way.host - machine.host_available_gib))
+    least = min(ways, key=lambda way: max(way.gpu - _limits(way, machine).gpu, way.host - machine.host_available_gib))
     raise UsageError(
         f"{name}: too large to ask here: {why_not(least, machine)}, with what takes least ({least}); end what else "
         f"uses that memory, or see `{command('plan', name)}`"
@@ -96,7 +115,21 @@ def fits(way: Holding, machine: Machine) -> bool:
 
 def why_not(way: Holding, machine: Machine) -> str:
     """What there is too little of, '' where it fits."""
-    return what_lacks(way, limits_here(machine))
+    return what_lacks(way, _limits(way, machine))
+
+
+def _limits(way: Holding, machine: Machine) -> Limits:
+    return limits_here(replace(machine, gpus=way.cards or machine.gpus[: way.ranks]))
+
+
+def _placed_ways(asked: AskedFolder, machine: Machine, reading: Reading = CONVERSATION) -> Iterator[Holding]:
+    """All ways on the GPUs that they take: the first ones, and where these have too little room, the emptiest.
+
+    All ranks of a way need as much, so the fullest of its GPUs counts; one that others have filled is left to them.
+    """
+    for way in holdings(asked, len(machine.gpus), reading):
+        emptiest = machine.emptiest(way.ranks).gpus
+        yield replace(way, cards=emptiest) if why_not(way, machine) and emptiest != machine.gpus[: way.ranks] else way
 
 
 def what_lacks(way: Holding, limits: Limits) -> str:
@@ -109,41 +142,45 @@ def what_lacks(way: Holding, limits: Limits) -> str:
     return ""
 
 
-def _on_gpus(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: int) -> Holding:
-    return _holding(_setup(asked, load, ranks, offload, tokens), load)
+def _on_gpus(asked: AskedFolder, load: str, ranks: int, offload: bool, reading: Reading) -> Holding:
+    return _holding(_setup(asked, load, ranks, offload, reading), load, reading)
 
 
-def as_trained(trained: Setup) -> Holding:
+def as_trained(trained: Setup, reading: Reading = CONVERSATION) -> Holding:
     """How a run's own processes hold it when it is asked: never in fp8, a full run's weights in their trained dtype.
 
     It takes no more than training with bf16 products does, so a GPU that had room for that need not have room for a
-    conversation of `TOKENS`.
+    longer conversation.
     """
-    tokens = min(TOKENS, trained.shape.max_positions)
-    asked = {"micro_batch": 1, "max_length": tokens, "accumulation": 1, "packing": False, "kept_layers": 0}
+    tokens = min(reading.tokens, trained.shape.max_positions)
+    asked = {"micro_batch": reading.rows, "max_length": tokens, "accumulation": 1, "kept_layers": 0}
     load = NF4_BITS if trained.method == "qlora" else STORED
-    way = _holding(replace(trained, **asked, activation_offload=False, fp8=False, saves=False), load)
+    way = _holding(replace(trained, **asked, activation_offload=False, fp8=False, saves=False), load, reading)
     return replace(way, gpu=min(way.gpu, gpu_peak(replace(trained, fp8=False)).total / GIB))
 
 
-def _holding(setup: Setup, load: str) -> Holding:
-    inside = asking_moment(setup)
+def _holding(setup: Setup, load: str, reading: Reading) -> Holding:
+    inside = asking_moment(setup, answers=reading.answers)
     slack = MEASURED.fragmentation * sum(inside.values()) + setup.unsharded_layer
     total = sum(inside.values()) + slack + MEASURED.outside_allocator
     host = sum(host_moments(setup)["load"].values()) + setup.trainable * FP32 * setup.offload
     return Holding(load, setup.ranks, setup.offload, total / GIB, host / GIB)
 
 
-def asking_moment(s: Setup) -> dict[str, float]:
-    """What each GPU holds in torch's allocator while a prompt of `s.max_length` tokens is read, in bytes."""
+def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
+    """What each GPU holds in torch's allocator while rows, or a prompt for `answers`, of `s.tokens` are read, in bytes.
+
+    A full run's rows that are not packed have a mask, which sdpa turns into one of the compute dtype.
+    """
     largest = max(math.prod(size) for size in s.shape.linears.values())
-    keys_values = 2 * s.shape.layers * s.shape.kv_heads * s.shape.head_dim * s.tokens * s.compute
+    keys_values = 2 * s.shared_heads * (s.shape.layers if answers else 1)
     return {
         **resident(s, optimizer=False),
         "unsharded layers": 2 * s.unsharded_layer,  # the one that computes and the next
         "gather buffers": s.gathered_head * (s.ranks > 1),
         "unsharded head": s.unsharded_head + s.head_copy,
         "keys and values": keys_values,
+        "attention mask": s.mask_positions * (1 + s.compute),
         "activations": 3 * s.inner_state + 4 * s.hidden_state + 2 * s.query_heads,
         "one dequantised weight": largest * s.compute * (s.method == "qlora"),
         "logits": s.loss_tile * FP32 / s.compute,
@@ -151,10 +188,10 @@ def asking_moment(s: Setup) -> dict[str, float]:
     }
 
 
-def _setup(asked: AskedFolder, load: str, ranks: int, offload: bool, tokens: int) -> Setup:
+def _setup(asked: AskedFolder, load: str, ranks: int, offload: bool, reading: Reading) -> Setup:
     return Setup(
-        shape=asked.shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=1,
-        max_length=min(tokens, asked.shape.max_positions), accumulation=1, packing=False,
+        shape=asked.shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=reading.rows,
+        max_length=min(reading.tokens, asked.shape.max_positions), accumulation=1, packing=False,
         lora_r=asked.lora_r, lora_targets=asked.lora_targets, trained_tokens=asked.trained_tokens,
         offload=offload, saves=False,
     )  # fmt: skip
@@ -169,7 +206,7 @@ def _on_cpu(asked: AskedFolder, load: str) -> Holding:
     weights = (
         (linears + others) * BF16 if load == STORED else linears * (NF4 + NF4_STATISTICS) + others * FP32 + largest
     )
-    adapter = _setup(asked, load, 1, False, TOKENS).trainable * FP32
+    adapter = _setup(asked, load, 1, False, CONVERSATION).trainable * FP32
     return Holding(load, 0, False, 0.0, (weights + adapter + MEASURED.cpu_process) / GIB)
 
 
@@ -183,6 +220,6 @@ def as_rows(asked: AskedFolder, machine: Machine) -> list[dict]:
             "fits": fits(way, machine),
             "why_not": why_not(way, machine) or None,
         }
-        for way in holdings(asked, len(machine.gpus))
+        for way in _placed_ways(asked, machine)
         if way.load == NF4_BITS or not asked.in_nf4
     ]

@@ -81,8 +81,25 @@ def limits_for_asking(run: Run) -> Limits:
     return _held_to_cap(limits_here((here if shown.missing else shown).first(ranks)), run)
 
 
+def machine_to_ask() -> Machine:
+    """This machine; with FITUNE_GPU_CAP_GIB its GPUs have no more free than a rank is held to.
+
+    Ranks that ask share no GPU: how many there are follows from the GPUs, not from a run.
+    """
+    machine = this_machine()
+    if (most := _capped_gib()) is None:
+        return machine
+    return replace(machine, gpus=tuple(replace(gpu, free_gib=min(gpu.free_gib, most)) for gpu in machine.gpus))
+
+
 def _held_to_cap(limits: Limits, run: Run) -> Limits:
     """With FITUNE_GPU_CAP_GIB ranks may share the machine's GPUs, each held to that much of torch's memory."""
-    if not (cap := number(GPU_CAP)):
+    if (most := _capped_gib()) is None:
         return limits
-    return replace(limits, gpus=run.accelerate.num_processes, gpu=cap + MEASURED.outside_allocator / GIB)
+    return replace(limits, gpus=run.accelerate.num_processes, gpu=most)
+
+
+def _capped_gib() -> float | None:
+    """What a rank takes of its GPU at most, with what lies outside torch's allocator; None: all."""
+    cap = number(GPU_CAP)
+    return cap and cap + MEASURED.outside_allocator / GIB

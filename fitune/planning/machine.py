@@ -126,6 +126,10 @@ class Machine:
         """The GPUs that `count` ranks take."""
         return replace(self, gpus=self.gpus[:count])
 
+    def emptiest(self, count: int) -> "Machine":
+        """The `count` GPUs with most free memory; of equal ones the first."""
+        return replace(self, gpus=tuple(sorted(self.gpus, key=lambda gpu: -gpu.free_gib)[:count]))
+
     def shown_by(self, gpu_ids: str | None) -> "Machine":
         """What ranks see that are started with an accelerate config's `gpu_ids`; None: all.
 

@@ -20,7 +20,7 @@ from fitune.planning.found import Found
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
-from fitune.planning.limits import Limits, given_machine, limits_of
+from fitune.planning.limits import Limits, given_machine, limits_of, machine_to_ask
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import merge_host
 from fitune.planning.network import ways_to_spread
@@ -47,7 +47,8 @@ def plan_command(
             raise UsageError(
                 f"{recipe} is a model's folder, or an adapter's: leave out --profile, --set, --find and --all"
             )
-        _plan_asking(recipe, _machine(gpus, gpu_memory, host_memory, gpu), console, in_json=in_json)
+        machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or machine_to_ask()
+        _plan_asking(recipe, machine, console, in_json=in_json)
         return
     own = own_profiles(recipe, profiles)
     if all_tiers:
@@ -62,7 +63,7 @@ def plan_command(
         refuse_missing_fp8(run, model)
         plan = make_plan(run, limits_of(run), model, **options)
     else:
-        machine = _machine(gpus, gpu_memory, host_memory, gpu)
+        machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or this_machine()
         named = _named_model(gpu, gpu_tflops, machine.gpu_memory_gib)
         found = find_fastest(recipe, sets, machine, named, machines=machines)
         chosen = replace(machine, gpus=found.plan.cards)
@@ -89,10 +90,12 @@ def _plan_asking(folder: str, machine: Machine, console: Console, *, in_json: bo
     print(json.dumps({"model": folder, "asking": rows}, indent=2)) if in_json else print_asking(folder, rows, console)
 
 
-def _machine(gpus: int | None, gpu_memory: float | None, host_memory: float | None, gpu: str | None) -> Machine:
-    """The one that the flags describe, else this one. A GPU's name alone says how much memory it has."""
+def _given_machine(
+    gpus: int | None, gpu_memory: float | None, host_memory: float | None, gpu: str | None
+) -> Machine | None:
+    """The one that the flags describe, None without them. A GPU's name alone says how much memory it has."""
     if gpus is None and gpu is None:
-        return this_machine()
+        return None
     if gpu and gpu_memory is None:
         gpu_memory = memory_of(gpu)
     return given_machine(1 if gpus is None else gpus, gpu_memory, host_memory)

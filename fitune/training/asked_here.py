@@ -7,6 +7,7 @@ says, and the processes are told by `--held-by`, an accelerate config of their o
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,36 +16,56 @@ from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
-from fitune.planning.asking import NF4_BITS, STORED, Holding, as_trained, choose, what_lacks
-from fitune.planning.hardware import this_machine
-from fitune.planning.limits import limits_for_asking
+from fitune.planning.asking import CONVERSATION, NF4_BITS, STORED, Holding, Reading, as_trained, choose, what_lacks
+from fitune.planning.limits import limits_for_asking, machine_to_ask
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import Setup
 from fitune.training.model_run import needs, write_processes
 
 
+@dataclass(frozen=True)
+class Held:
+    """How ranks are told to hold a run, where that is not as in training."""
+
+    config: Path | None = None
+    "The accelerate config that starts them; None: the run's own."
+    rows: int | None = None
+    "A pass, in `eval`; None: the run's own."
+
+    @property
+    def flags(self) -> list[str]:
+        config = ["--held-by", str(self.config)] if self.config else []
+        return [*config, *(["--rows", str(self.rows)] if self.rows else [])]
+
+
 @contextmanager
-def held_here(run: Run) -> Iterator[Path | None]:
-    """The accelerate config that a run is asked with; None for its own. UsageError where nothing here holds it."""
+def held_here(run: Run, reading: Reading = CONVERSATION) -> Iterator[Held]:
+    """How a run is held here to read so much at once, fewer rows if it must be. UsageError where nothing holds it."""
     setup = _setup(run)
-    if not setup or not (lacks := _lacks_as_trained(run, setup)):
-        yield None
+    if not setup or not (lacks := _lacks_as_trained(run, setup, reading)):
+        yield Held()
         return
-    way = _another_way(run, setup, lacks)
+    fewer = (replace(reading, rows=rows) for rows in range(reading.rows - 1, 0, -1))
+    if less := next((part for part in fewer if not _lacks_as_trained(run, setup, part)), None):
+        print(f"{run.folder}: {less.rows} rows a pass, not {reading.rows} as in training: {lacks}", file=sys.stderr)
+        yield Held(rows=less.rows)
+        return
+    way = _another_way(run, setup, replace(reading, rows=1), lacks)
     print(f"{run.folder}: {way}: {needs(way)}; as it was trained, {lacks}", file=sys.stderr)
     with TemporaryDirectory(prefix="fitune-") as scratch:
-        yield Path(write_processes(way, Path(scratch)).path)
+        yield Held(Path(write_processes(way, Path(scratch)).path))
 
 
-def held_by_flag(config: Path | None) -> list[str]:
-    """What tells the ranks of it."""
-    return ["--held-by", str(config)] if config else []
+def rows_of_eval(run: Run) -> Reading:
+    """What `eval` reads in one pass: as many rows as a pass of training, whose keys and values nobody asks for."""
+    return Reading(run.recipe.max_length, run.profile.micro_batch, answers=False)
 
 
-def as_held(run: Run, config: Path | None) -> Run:
-    """The run as ranks that were started with `config` hold it, one row a pass; None: as it was trained."""
+def as_held(run: Run, config: Path | None, rows: int | None = None) -> Run:
+    """The run as ranks hold it that were started with `config`, one row a pass; None: as in training, by `rows`."""
     if not config:
-        return run
+        changed = {"micro_batch": rows} if rows else {}
+        return run.model_copy(update={"profile": run.profile.model_copy(update=changed)})
     processes = read_accelerate_config(config)
     changed = {
         "num_gpus": 0 if processes.use_cpu else processes.num_processes, "micro_batch": 1, "kept_layers": 0,
@@ -66,18 +87,18 @@ def _setup(run: Run) -> Setup | None:
         return None
 
 
-def _lacks_as_trained(run: Run, setup: Setup) -> str:
-    """What there is too little of here to hold a run as it was trained, '' where it fits."""
+def _lacks_as_trained(run: Run, setup: Setup, reading: Reading) -> str:
+    """What there is too little of here to hold a run as it was trained and read so much, '' where it fits."""
     limits = limits_for_asking(run)
     if limits.gpus < setup.ranks:
         return f"it takes {setup.ranks} GPU{'s' * (setup.ranks > 1)}, this machine has {limits.gpus}"
-    return what_lacks(as_trained(setup), limits)
+    return what_lacks(as_trained(setup, reading), limits)
 
 
-def _another_way(run: Run, setup: Setup, lacks: str) -> Holding:
+def _another_way(run: Run, setup: Setup, reading: Reading, lacks: str) -> Holding:
     """The first that fits. UsageError where none does, and for method full, whose result is a model's folder."""
     if run.recipe.method == "full":
         raise UsageError(f"{run.folder}: {lacks}; give its model, which goes where it fits: {run.result_folder}")
     load = NF4_BITS if run.recipe.method == "qlora" else STORED
     asked = AskedFolder(setup.shape, setup.lora_r, setup.lora_targets, setup.trained_tokens)
-    return choose(asked, this_machine(), load, name=str(run.result_folder))
+    return choose(asked, machine_to_ask(), load, reading=reading, name=str(run.result_folder))

@@ -57,20 +57,24 @@ def _own_gpu() -> torch.device:
     each calls itself a host of its own.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
-    cap_gib = number(GPU_CAP)
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if ranks > gpus:
-        if not cap_gib:
+        if not number(GPU_CAP):
             raise UsageError(f"the run needs {ranks} GPUs here, torch sees {gpus}")
         os.environ["NCCL_HOSTID"] = f"host-{int(os.environ['RANK']) // gpus}"
         local_rank %= gpus
         os.environ["LOCAL_RANK"] = str(local_rank)
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    if cap_gib:
+    hold_to_cap(device)
+    return device
+
+
+def hold_to_cap(device: torch.device) -> None:
+    """Gives this process no more of a GPU than FITUNE_GPU_CAP_GIB says."""
+    if device.type == "cuda" and (cap_gib := number(GPU_CAP)):
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device)
-    return device
 
 
 def end_with_launcher() -> None:

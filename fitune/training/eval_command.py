@@ -8,7 +8,7 @@ from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.report.page import show_page_after_a_command
-from fitune.training.asked_here import held_by_flag, held_here
+from fitune.training.asked_here import held_here, rows_of_eval
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none
 
 
@@ -38,9 +38,9 @@ def eval_command(
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=data is None)
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
-    with held_here(run) as config:
-        words += held_by_flag(config)
-        code = launch_until_stopped(run, "fitune.training.evaluate", *words, config=config, place=place)
+    with held_here(run, rows_of_eval(run)) as held:
+        words += held.flags
+        code = launch_until_stopped(run, "fitune.training.evaluate", *words, config=held.config, place=place)
     if not code:
         show_page_after_a_command(run.folder, place)
     return code

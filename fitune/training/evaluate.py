@@ -95,11 +95,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint of the run, instead of its result")
     parser.add_argument("--data", type=Path, help="a prepared folder whose test rows are taken instead of the run's")
     parser.add_argument("--held-by", type=Path, help="the accelerate config that starts it, if it is not the run's")
+    parser.add_argument("--rows", type=int, help="a pass, where the run's own are too many here")
     options = parser.parse_args(arguments)
+
+    def held(run: Run) -> Run:
+        return as_held(run, options.held_by, options.rows)
+
     run_stage(
         options.run,
-        lambda run: evaluate(as_held(run, options.held_by), options.force, options.data),
-        lambda run, *failed: explain_in_eval(as_held(run, options.held_by), *failed),
+        lambda run: evaluate(held(run), options.force, options.data),
+        lambda run, *failed: explain_in_eval(held(run), *failed),
         checkpoint=options.checkpoint,
     )
 

@@ -10,7 +10,7 @@ from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.planning.asked_folder import is_asked_as_folder
 from fitune.report.page import show_page_after_a_command
-from fitune.training.asked_here import held_by_flag, held_here
+from fitune.training.asked_here import held_here
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run, finished_run_or_none
 
 
@@ -74,9 +74,9 @@ def _ask_run(folder: Path, asked: dict, place: Place) -> int:
     run = finished_run(folder)
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
-    with held_here(run) as config:
-        words = [*checkpoint_flag(run), *held_by_flag(config), *_as_typed(asked)]
-        started = {"config": config, "place": place, "interrupts_go_on": bool(asked["chat"])}
+    with held_here(run) as held:
+        words = [*checkpoint_flag(run), *held.flags, *_as_typed(asked)]
+        started = {"config": held.config, "place": place, "interrupts_go_on": bool(asked["chat"])}
         code = launch_until_stopped(run, "fitune.training.generate", *words, **started)
     if asked["test"] and not code:
         show_page_after_a_command(run.folder, place)

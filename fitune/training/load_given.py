@@ -10,6 +10,7 @@ from fitune.config.schema import Run
 from fitune.data.file_formats import first_line
 from fitune.errors import UsageError, is_out_of_memory
 from fitune.progress import bar
+from fitune.training.distributed import hold_to_cap
 from fitune.training.given_model import GivenModel
 from fitune.training.train import load_sharded_model
 from fitune.training.tuned import load_tuned_weights
@@ -22,6 +23,7 @@ def load_plain(given: GivenModel) -> torch.nn.Module:
 
     logging.disable_progress_bar()  # which counts tensors
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hold_to_cap(device)
     size = sum(file.stat().st_size for file in given.base.glob("*.safetensors"))
     try:
         with bar("reading the model", size, in_bytes=True) as advance:

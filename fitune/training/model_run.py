@@ -11,12 +11,13 @@ from fitune.config.schema import ADAPTER, AccelerateConfig, Base, Data, Lora, Pr
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder
 from fitune.planning.asking import METHOD, NF4_BITS, STORED, Holding, choose
-from fitune.planning.hardware import this_machine
+from fitune.planning.limits import machine_to_ask
+from fitune.planning.machine import Machine
 from fitune.training.given_model import GivenModel
 
 
 def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding | None:
-    """None where plain transformers hold it as it is, on one device. UsageError where it fits nowhere here.
+    """None where plain transformers hold it as it is, on the first GPU or the CPU. UsageError where it fits nowhere.
 
     It is said on stderr. `load` is what --load gave, `exact` as in `choose`.
     """
@@ -26,14 +27,14 @@ def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding
         if load == "auto":
             return None
         raise
-    machine = this_machine()
+    machine = machine_to_ask()
     way = choose(asked, machine, load, exact=exact, name=str(given.folder))
     as_it_is = NF4_BITS if asked.shape.nf4_on_disk else STORED
     if given.is_adapter and (why_not := _cannot_be_held(given.folder)):
         way = choose(asked, machine, as_it_is, name=str(given.folder))
-        if way.gathers or load not in ("auto", as_it_is):
+        if way.gathers or way.cards or load not in ("auto", as_it_is):
             raise why_not
-    if not way.gathers and way.load == as_it_is:
+    if not (way.gathers or way.cards) and way.load == as_it_is:
         return None
     print(f"{given.folder}: {way}: {needs(way)}", file=sys.stderr)
     return way
@@ -100,6 +101,7 @@ def write_processes(way: Holding, folder: Path) -> AccelerateConfig:
     config = AccelerateConfig(
         path=str(folder / FOUND), num_processes=max(1, way.ranks), use_cpu=not way.ranks, main_process_port=0,
         mixed_precision="bf16" if way.ranks else "no", offload_params=way.offload,
+        gpu_ids=Machine(way.cards, 0, 0).gpu_ids or None,
     )  # fmt: skip
     Path(config.path).write_text(written_out(config), encoding="utf-8")
     return config

@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from fitune.cli import cli
+from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import LLAMA_3_FAMILY
 from fitune.errors import UsageError
-from fitune.planning import plan_command
+from fitune.planning import limits
 from fitune.planning.asked_folder import AskedFolder, asked_folder
 from fitune.planning.asking import choose, holdings
-from fitune.planning.limits import given_machine
+from fitune.planning.limits import given_machine, machine_to_ask
+from fitune.planning.machine import Gpu, Machine
+from fitune.training.model_run import write_processes
 
 SHAPE_70B = LLAMA_3_FAMILY["Llama-3.3-70B"]
 MODEL_70B = AskedFolder(SHAPE_70B)
@@ -60,6 +64,36 @@ def test_load_allows_one_kind_of_weights():
         choose(AskedFolder(replace(SHAPE_70B, nf4_on_disk=True)), machine, "stored", name="models/mine")
 
 
+@pytest.mark.parametrize(
+    ("free", "taken"),
+    [
+        ((47.4, 47.4), "weights in NF4, on 1 GPU"),
+        ((12.0, 47.4), "weights in NF4, on 1 GPU (1)"),
+        ((23.6, 2.0, 23.6, 23.6), "weights in NF4, on 3 GPUs (0, 2, 3)"),
+        ((2.0, 23.6), "weights in NF4, on 1 GPU (1), from host RAM layer by layer"),
+    ],
+)
+def test_a_gpu_that_others_have_filled_is_left_to_them(free, taken, tmp_path):
+    gpus = [Gpu("NVIDIA L40S", 48, gib, identity=f"GPU-{n}", shown_as=str(n)) for n, gib in enumerate(free)]
+    way = choose(MODEL_70B, Machine(tuple(gpus), 64, 64))
+    assert str(way) == taken
+    started = write_processes(way, tmp_path)
+    assert (started.gpu_ids or "").split(",") == [gpu.identity for gpu in way.cards] or not way.cards
+    assert read_accelerate_config(Path(started.path)) == started
+
+
+def test_a_card_that_is_tried_out_on_a_larger_one_is_asked_as_it_is(folder_70b, monkeypatch):
+    monkeypatch.setattr(limits, "this_machine", lambda: given_machine(1, 139, 64))
+    ways = {}
+    for cap in ("", "22"):
+        monkeypatch.setenv("FITUNE_GPU_CAP_GIB", cap)
+        ways[cap] = choose(MODEL_70B, machine_to_ask())
+        said = CliRunner().invoke(cli, ["plan", str(folder_70b)], catch_exceptions=False).output
+        assert said.splitlines()[0] == f"{folder_70b} asked with {ways[cap]}"
+    assert not ways[""].offload and ways["22"].offload
+    assert ways["22"] == choose(MODEL_70B, given_machine(1, 22 + 1.3, 64))
+
+
 def test_what_fits_nowhere_is_refused_with_what_comes_nearest():
     with pytest.raises(UsageError, match=r"models/mine: too large to ask here: 39\.\d GiB of RAM are needed, 16"):
         choose(MODEL_70B, given_machine(1, 11.6, 16), name="models/mine")
@@ -82,7 +116,7 @@ def test_plan_of_a_folder_takes_hardware_only(folder_70b):
 
 
 def test_plan_of_a_folder_looks_at_this_machine_where_none_is_given(folder_70b, monkeypatch):
-    monkeypatch.setattr(plan_command, "this_machine", lambda: given_machine(1, 79, 200))
+    monkeypatch.setattr(limits, "this_machine", lambda: given_machine(1, 79, 200))
     said = CliRunner().invoke(cli, ["plan", str(folder_70b)], catch_exceptions=False).output
     assert said.splitlines()[0] == f"{folder_70b} asked with weights in NF4, on 1 GPU"
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,13 +20,14 @@ from fitune.config.model_shapes import find_shape
 from fitune.config.schema import AccelerateConfig
 from fitune.errors import UsageError
 from fitune.planning import limits
+from fitune.planning.asking import as_trained
 from fitune.planning.limits import given_machine
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import gpu_peak, host_peak
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB
-from fitune.training import asked_here, evaluate, train
-from fitune.training.asked_here import as_held, held_here
+from fitune.training import evaluate, train
+from fitune.training.asked_here import Held, as_held, held_here, rows_of_eval
 
 ADDITIONS = 256
 
@@ -33,8 +36,7 @@ ADDITIONS = 256
 def machine_is(monkeypatch):
     def set_to(machine: Machine) -> None:
         monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
-        for module in (limits, asked_here):
-            monkeypatch.setattr(module, "this_machine", lambda: machine)
+        monkeypatch.setattr(limits, "this_machine", lambda: machine)
 
     return set_to
 
@@ -62,11 +64,11 @@ def test_a_run_is_held_as_in_training_where_that_fits_and_else_in_another_way_th
     recipe, _, fp8 = recipe.partition(" ")
     sets = ("profile.micro_batch=1", "profile.kept_layers=0", f"profile.compute={fp8 or 'bf16'}")
     run = runs.resolve(recipe, profile, sets, str(tmp_path / "run"))
-    with held_here(run) as config:
-        said, held = capsys.readouterr().err, as_held(run, config)
+    with held_here(run) as way:
+        said, held = capsys.readouterr().err, as_held(run, way.config)
     assert (said.split(": ")[1] if said else None) == taken
     assert not taken or re.search(r"; as it was trained, (it takes \d GPUs?|[\d.]+ GiB of)", said)
-    assert (held is run) == (taken is None)
+    assert (held == run) == (taken is None) == (way == Held())
     if taken and gpus:
         assert f"on {held.accelerate.num_processes} GPU" in taken and held.profile.num_gpus <= gpus
         assert held.accelerate.offload_params == ("host RAM" in taken)
@@ -89,8 +91,8 @@ def test_what_training_took_is_enough_to_be_asked_as_trained(machine_is, tmp_pat
     run = runs.resolve(recipe, profile, sets, str(tmp_path / "run"))
     setup = setup_of(run, find_shape(run.recipe.base.model))
     machine_is(given_machine(setup.ranks, gpu_peak(setup).total / GIB, host_peak(setup) / GIB))
-    with held_here(run) as config:
-        assert config is None
+    with held_here(run) as held:
+        assert held == Held()
 
 
 def test_memory_that_ran_out_in_another_way_is_not_blamed_on_the_runs_rows(make_run, tiny_base, tmp_path, monkeypatch):
@@ -121,12 +123,43 @@ def test_a_full_run_is_refused_with_its_models_folder(machine_is, tmp_path):
         pass
 
 
+@pytest.mark.parametrize(("gib", "rows"), [(79, None), (10.5, 7), (9.4, 4), (8.2, 1)])
+def test_eval_takes_as_many_rows_a_pass_as_there_is_room_for(machine_is, tmp_path, capsys, monkeypatch, gib, rows):
+    machine_is(given_machine(1, gib, 64))
+    sets = ("profile.micro_batch=8", "profile.kept_layers=0")
+    run = runs.resolve("llama3_8b_qlora", "single_gpu", sets, str(tmp_path / "run"))
+    with held_here(run, rows_of_eval(run)) as way:
+        assert (way.config, way.rows) == (None, rows)
+    said = f"{run.folder}: {rows} rows a pass, not 8 as in training: "
+    assert capsys.readouterr().err.startswith(said) if rows else not capsys.readouterr().err
+    setup = setup_of(run, find_shape(run.recipe.base.model))
+    needed = [as_trained(setup, replace(rows_of_eval(run), rows=n)).gpu for n in ((rows or 8), (rows or 8) + 1)]
+    assert needed[0] <= gib < needed[1] or not rows
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    evaluated = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, *_: evaluated.append(run.profile.micro_batch))
+    evaluate.main([str(run.folder), *way.flags])
+    assert evaluated == [rows or 8]
+
+
+def test_eval_in_another_way_has_room_for_rows_of_the_runs_length(machine_is, tmp_path, capsys):
+    """As 128 GiB of RAM hold the weights anyway, the length of the rows alone decides about the GPU."""
+    machine_is(given_machine(1, 11.6, 128))
+    for length, is_held in ((8192, True), (131072, False)):
+        sets = (f"max_length={length}", "profile.micro_batch=1")
+        run = runs.resolve("llama3.3_70b_qlora", "fsdp_1x48gb", sets, str(tmp_path / "run"))
+        refused = pytest.raises(UsageError, match="too large to ask here") if not is_held else nullcontext()
+        with refused, held_here(run, rows_of_eval(run)) as way:
+            assert way.config
+
+
 def test_gpus_that_are_gone_are_replaced_by_others(machine_is, tmp_path):
     run = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path / "run"))
     run = run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"gpu_ids": "GPU-gone"})})
     machine_is(Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 23.5, identity="GPU-here"),), 64, 60))
-    with held_here(run) as config:
-        assert config is None
+    with held_here(run) as held:
+        assert held == Held()
 
 
 def test_a_runs_own_tokens_are_counted_in_another_way(machine_is, tmp_path, capsys):
@@ -143,7 +176,7 @@ def test_a_runs_own_tokens_are_counted_in_another_way(machine_is, tmp_path, caps
 def test_what_no_way_here_holds_is_refused_before_anything_starts(machine_is, tmp_path):
     machine_is(given_machine(1, 11.6, 16))
     run = runs.resolve("llama3_70b_qlora", "fsdp_1x48gb", (), str(tmp_path / "run"))
-    message = r"adapter: too large to ask here: .* of RAM are needed, 16\.0 are free, .*, or see `plan .*/adapter`"
+    message = r"adapter: too large to ask here: .* of RAM are needed, 16\.0 are free, .*, or see `.* plan .*/adapter`"
     with pytest.raises(UsageError, match=message), held_here(run):
         pass
 
