@@ -6,14 +6,16 @@ accelerate launch --config_file X.yaml -m fitune.training.evaluate RUN
 import argparse
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh
 
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
-from fitune.data.dataset import load_tokenizer
+from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared
 from fitune.errors import UsageError
 from fitune.export.chat_record import refuse_another_chat
@@ -24,7 +26,7 @@ from fitune.training.asked_here import as_held
 from fitune.training.distributed import is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.token_metrics import token_metrics
-from fitune.training.train import load_sharded_model, rows_on_all_ranks, run_stage
+from fitune.training.train import let_go, load_sharded_model, rows_on_all_ranks, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
@@ -42,21 +44,14 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     refuse_another_chat(run, tokenizer)
     check_prepared(run.recipe, tokenizer)
     rows = rows_on_all_ranks(run, "test", tokenizer, Heartbeat())
-    results = {}
-    for label, folder in (("base", base_folder), ("tuned", tuned_base_folder(run, base_folder, force))):
-        if label == "base" or folder != base_folder:  # an adapter is switched off and on; a full model is loaded anew
-            model = load_sharded_model(run, folder, tokenizer, mesh)
-            load_tuned_weights(run, model, mesh)
-            trainer = ShardedSFTTrainer(
-                run, model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows
-            )
-            batches = trainer.get_eval_dataloader()
-        adapter_off = label == "base" and hasattr(model, "disable_adapter")
-        with (
-            model.disable_adapter() if adapter_off else contextlib.nullcontext(),
-            bar(f"evaluating {label}", len(batches), show=is_main_process()) as advance,
-        ):
-            results[label] = token_metrics(trainer.model, batches, advance)
+    measured = partial(_measured, run, tokenizer=tokenizer, mesh=mesh, rows=rows)
+    tuned_folder = tuned_base_folder(run, base_folder, force)
+    if tuned_folder == base_folder:  # an adapter, switched off and on
+        results = measured(base_folder, "base", "tuned")
+    else:  # of method full: one after the other, as GPUs have room for one
+        results = measured(base_folder, "base")
+        let_go()
+        results |= measured(tuned_folder, "tuned")
     if is_main_process():
         report = {**results, "rows": len(rows.tokens)}
         names = ["eval", *([Path(run.checkpoint).name] if run.checkpoint else []), *([data.name] if data else [])]
@@ -65,6 +60,24 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
             write_model_card(run.result_folder, run, run.recipe.base.model, run.recipe.base.revision, base_folder)
         Console().print(evaluation_table(report))
     leave()
+
+
+def _measured(
+    run: Run, folder: Path, *labels: str, tokenizer, mesh: DeviceMesh, rows: TokenisedRows
+) -> dict[str, dict[str, float]]:
+    """Metrics, by label, of the model whose weights are in `folder`; for `base` without an adapter."""
+    model = load_sharded_model(run, folder, tokenizer, mesh)
+    load_tuned_weights(run, model, mesh)
+    trainer = ShardedSFTTrainer(run, model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows)
+    batches, found = trainer.get_eval_dataloader(), {}
+    for label in labels:
+        adapter_off = label == "base" and hasattr(model, "disable_adapter")
+        with (
+            model.disable_adapter() if adapter_off else contextlib.nullcontext(),
+            bar(f"evaluating {label}", len(batches), show=is_main_process()) as advance,
+        ):
+            found[label] = token_metrics(trainer.model, batches, advance)
+    return found
 
 
 def on_other_rows(run: Run, data: Path) -> Run:

@@ -25,7 +25,7 @@ from fitune.training.asked_here import as_held
 from fitune.training.chat import Interrupts, chat
 from fitune.training.distributed import compute_device, is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_generate
-from fitune.training.train import load_sharded_model, run_stage
+from fitune.training.train import let_go, load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
 
@@ -56,7 +56,9 @@ def generate(run: Run, options: argparse.Namespace) -> None:
         adapter_off = getattr(answerer.model, "disable_adapter", contextlib.nullcontext)
         with adapter_off():
             base_answers = answerer.answers(conversations)
-        if tuned_folder != base_folder:
+        if tuned_folder != base_folder:  # of method full: one after the other, as GPUs have room for one
+            del answerer
+            let_go()
             answerer = load(tuned_folder)
         tuned_answers = answerer.answers(conversations)
         if is_main_process():

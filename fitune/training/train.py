@@ -4,6 +4,7 @@ torchrun works in the same way, and so does plain python for a single process.
 """
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -157,6 +158,13 @@ def load_sharded_model(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model
+
+
+def let_go() -> None:
+    """Frees what a sharded model took that nobody names any more: its modules refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def rows_on_all_ranks(run: Run, split: str, tokenizer, heartbeat: Heartbeat) -> TokenisedRows:

@@ -1,6 +1,8 @@
 """`eval` and `generate` of a run, on one and two ranks, against plain transformers + PEFT on the same adapter."""
 
+import importlib
 import json
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -215,3 +217,28 @@ def test_a_checkpoint_stands_for_the_runs_result(make_run, tiny_base, tmp_path):
     assert [entry["tuned"] for entry in answers] == [
         _plain_answer(tuned, tokenizer, entry["messages"]) for entry in answers
     ]
+
+
+def alive_where_the_next_is_loaded(run, stage: str) -> list[int]:
+    """How many parameters of models that were loaded before are still there, at each load."""
+    module, parts, alive = importlib.import_module(f"fitune.training.{stage}"), [], []
+    load = module.load_sharded_model
+
+    def counted(*arguments, **options):
+        alive.append(sum(part() is not None for part in parts))
+        model = load(*arguments, **options)
+        parts.extend(weakref.ref(part) for part in (model, *model.parameters()))
+        return model
+
+    module.load_sharded_model = counted
+    {"evaluate": evaluate, "generate": ask}[stage](run)
+    return alive
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_base_and_tuned_of_method_full_are_held_one_after_the_other(make_run, tiny_base, tmp_path, stage, processes):
+    """As `plan` counts one of them."""
+    run = make_run(tiny_base, tmp_path / "run", "full", processes=processes, batch=2, micro_batch=1)
+    run_ranks(write_adapter, processes, run)
+    assert run_ranks(alive_where_the_next_is_loaded, processes, run, stage) == [[0, 0]] * processes
