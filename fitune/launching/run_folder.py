@@ -4,7 +4,7 @@ run.yaml        the settings of what was trained here; until the first step, of 
 accelerate.yaml how its processes start: `accelerate launch --config_file` takes it
 resume.yaml     what a resume asks for; from its first step on that is run.yaml, and never if it is refused
 resume-accelerate.yaml  how that starts; likewise
-finished.json   the step and epoch of the result; gone from the first step of a resume that trains further
+finished.json   the step and epoch of the result, the steps asked for; gone from the first step of a resume that goes on
 """
 
 import json
@@ -115,8 +115,9 @@ def begin_to_train(run: Run) -> None:
 
 
 def finish(run: Run, step: int, epoch: float) -> None:
-    """Called by the main process when the result of `step` is written."""
-    _write(run.folder / FINISHED, json.dumps({"step": step, "epoch": epoch}) + "\n")
+    """Called by the main process when the result of `step` is written, which early stopping may have made the last."""
+    content = {"step": step, "epoch": epoch, "asked": steps_asked(run.recipe.training, step, epoch)}
+    _write(run.folder / FINISHED, json.dumps(content) + "\n")
 
 
 def steps_asked(training: dict, step: int, epoch: float) -> int:
@@ -129,6 +130,7 @@ def steps_asked(training: dict, step: int, epoch: float) -> int:
 def nothing_left(run: Run) -> str | None:
     """What to say instead of resuming a run that has made all steps asked for and has its result; None for others.
 
+    More steps may be asked for on the command line, or in run.yaml, which then no longer says what was trained.
     Raises UsageError if another run is asked for, or other settings, which could have no effect.
     """
     try:
@@ -142,7 +144,8 @@ def nothing_left(run: Run) -> str | None:
     _refuse_another_run(old, run)
     training = run.recipe.training
     is_changed = (old.recipe.training, old.recipe.early_stopping) != (training, run.recipe.early_stopping)
-    if is_changed and steps_asked(training, step, epoch) > step:
+    asked = steps_asked(training, step, epoch)
+    if asked > step and (is_changed or asked > result.get("asked", asked)):
         return None
     finished = f"{run.folder} is finished after step {step}: {run.result_folder}; to train longer, raise training."
     finished += "max_steps" if training.get("max_steps", -1) > 0 else "num_train_epochs"

@@ -90,6 +90,23 @@ def test_a_resume_that_began_is_not_finished_by_the_result_before_it(make):
     assert "is finished after step 8" in nothing_left(longer)
 
 
+def test_a_finished_run_goes_on_where_its_own_settings_were_given_more_steps(make):
+    trained(make())
+    file = make().folder / "run.yaml"
+    for steps, goes_on in ((4, False), (3, False), (8, True)):
+        file.write_text(file.read_text().replace("max_steps: 4", f"max_steps: {steps}"))
+        run = resolve_again(make().folder)
+        assert run.recipe.training["max_steps"] == steps
+        assert (nothing_left(run) is None) == goes_on
+        file.write_text(file.read_text().replace(f"max_steps: {steps}", "max_steps: 4"))
+
+
+def test_a_run_that_stopped_early_is_finished(make):
+    trained(make("training.max_steps=100"), step=4)
+    run = resolve_again(make().folder)
+    assert "is finished after step 4" in nothing_left(run)
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -190,4 +207,4 @@ def test_the_command_takes_a_runs_folder(make):
     assert code == 2 and "is a run's folder: add --resume to continue it" in said
     code, said = train("--resume", run.folder, "--output", "elsewhere")
     assert code == 2 and "is continued in place: remove --output elsewhere" in said
-    assert json.loads((run.folder / "finished.json").read_text()) == {"step": 4, "epoch": 2.0}
+    assert json.loads((run.folder / "finished.json").read_text()) == {"step": 4, "epoch": 2.0, "asked": 4}
