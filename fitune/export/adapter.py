@@ -1,7 +1,7 @@
 """Reads a PEFT LoRA adapter: which weights of the base it changes, and how.
 
-LoRA and DoRA on linear layers, LoRA on embeddings, trained token rows, and whole weights saved beside them are
-understood; whatever else an adapter may ask for is refused by name.
+LoRA and DoRA on linear layers, LoRA on embeddings, trained token rows, and whole weights or biases saved beside them
+are understood; whatever else an adapter may ask for is refused by name.
 """
 
 import math
@@ -42,6 +42,8 @@ NEUTRAL_KEYS = {
 "Keys of adapter_config.json that are read here, or that say nothing about how the adapter is applied."
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+TRAINED_BIASES = ("all", "lora_only")
+"`bias` of adapter_config.json: those of all modules, or of those with LoRA, are trained and saved, if there are any."
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 RESIZED_WITH_THE_VOCABULARY = ("embed_tokens", "lm_head")
 "PEFT saves them unasked where tokens were added."
@@ -92,7 +94,13 @@ class Lora:
     tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     "Weight -> the adapter's tensor [n, hidden] and the n rows that it replaces."
     replaced: dict[str, str] = field(default_factory=dict)
-    "Weight -> the adapter's tensor that stands in its place (PEFT's modules_to_save)."
+    "Weight or bias -> the adapter's tensor that stands in its place (PEFT's modules_to_save, and trained biases)."
+
+    @property
+    def biases(self) -> list[str]:
+        """Trained by themselves. PEFT puts them into the base, and does not switch them off with the rest."""
+        of_modules = {name.removesuffix("weight") + "bias" for name in self.replaced if name.endswith(".weight")}
+        return [name for name in self.replaced if name.endswith(".bias") and name not in of_modules]
 
     def changes(self) -> set[str]:
         return {*self.pairs, *self.embeddings, *self.tokens, *self.replaced}
@@ -151,6 +159,8 @@ def _module(prefix: str) -> str:
 
 def _is_whole(file: AdapterFile, weight: str) -> bool:
     module, _, parameter = weight.rpartition(".")
+    if parameter == "bias" and file.config.get("bias") in TRAINED_BIASES:
+        return True
     saved = [*(file.config.get("modules_to_save") or []), *RESIZED_WITH_THE_VOCABULARY]
     return parameter in ("weight", "bias") and any(module.endswith(name) for name in saved)  # PEFT's rule
 
@@ -171,11 +181,13 @@ def _refuse_unsupported(file: AdapterFile) -> None:
     initial = config.get("init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal", "eva"):
         raise UsageError(f"{where}: init_lora_weights={initial!r} changes the base; convert it to plain LoRA with PEFT")
-    plain = {"peft_type", "init_lora_weights", "bias" if config.get("bias") == "none" else ""} | NEUTRAL_KEYS
+    knows_bias = config.get("bias") in ("none", *TRAINED_BIASES)
+    plain = {"peft_type", "init_lora_weights", "bias" if knows_bias else ""} | NEUTRAL_KEYS
     for key, value in config.items():
         if value and key not in plain:
             raise UsageError(
-                f"{where}: {key}={value!r} is not supported; merge reads LoRA, DoRA, trained tokens and modules_to_save"
+                f"{where}: {key}={value!r} is not supported; merge reads LoRA, DoRA, trained tokens, trained biases "
+                f"and modules_to_save"
             )
 
 

@@ -77,8 +77,10 @@ def _with_adapter(folder: Path, port: int) -> list[str]:
 
 def _refuse_what_vllm_lacks(file: AdapterFile) -> None:
     """UsageError for what vLLM refuses, and for what it, or an older one, leaves out without a word."""
-    part = next((key for key in NOT_IN_VLLM if file.config.get(key)), None)
-    lora = None if part else read_adapter(file)  # refuses biases and starts that change the base
+    bias = file.config.get("bias") or "none"  # vLLM refuses any other, whether biases were trained or not
+    asked = [f"bias {bias}"] * (bias != "none") + [key for key in NOT_IN_VLLM if file.config.get(key)]
+    part = next(iter(asked), None)
+    lora = None if part else read_adapter(file)  # refuses starts that change the base
     if lora and (lora.tokens or lora.replaced):
         part = "whole modules or trained tokens"
     if part:

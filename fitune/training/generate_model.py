@@ -7,6 +7,7 @@ trained with.
 """
 
 import argparse
+import sys
 
 from fitune.config.schema import Run
 from fitune.model.skeleton import decoder
@@ -46,7 +47,9 @@ def _ask(given: GivenModel, model, tokenizer, device, options: argparse.Namespac
         chat(answerer, given.system_message, interrupts)
         return
     conversations, answers = questions(options, given.system_message), {}
-    if given.is_adapter:
+    if given.trains_biases:
+        print(f"{given.folder}: trained biases of the base, so this one is not asked: {given.base}", file=sys.stderr)
+    elif given.is_adapter:
         with model.disable_adapter():
             answers["base"] = answerer.answers(conversations)
     answers["tuned" if given.is_adapter else "model"] = answerer.answers(conversations)

@@ -24,6 +24,16 @@ class GivenModel:
         return self.folder != self.base
 
     @property
+    def trains_biases(self) -> bool:
+        """Of the base: PEFT, which asks such an adapter, does not take them away where it switches the adapter off."""
+        from fitune.export.adapter import AdapterFile, read_adapter
+
+        if not self.is_adapter:
+            return False
+        with AdapterFile(self.folder) as file:
+            return (file.config.get("bias") or "none") != "none" and bool(read_adapter(file).biases)
+
+    @property
     def system_message(self) -> str | None:
         """That the model was trained with, where that is known."""
         from fitune.export.chat_record import read_chat_record

@@ -59,6 +59,7 @@ def _refuse_what_needs_whole_weights(file: AdapterFile, lora: Lora) -> None:
     found = {
         "DoRA": any(pair.magnitude for pair in lora.pairs.values()),
         "LoRA on embeddings": bool(lora.embeddings),
+        "trained biases": bool(lora.biases),
         "whole modules (modules_to_save)": bool(lora.replaced),
         "trained tokens of the embedding or the head alone": tokens[0] != tokens[1],
         f"LoRA on {outside}": outside is not None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import ATTENTION, IDS, TOKENS, logits, refused, set_values, truncate_shard
-from bases import make_adapter
+from bases import base_like, make_adapter
 from bitsandbytes.functional import quantize_4bit
 from peft import PeftModel
 from rounding import additions_to_logits, assert_equal_but_for_rounding, distance
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fitune.errors import FituneError, UsageError
+from fitune.export.adapter import AdapterFile
 from fitune.export.merge import merge_adapter, merge_full
 from fitune.weights import base_weights
 from fitune.weights.base_identity import BASE_RECORD
@@ -88,6 +89,26 @@ def test_a_head_that_is_the_embedding_becomes_its_own_where_only_one_is_changed(
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is is_tied
     with Checkpoint(out) as checkpoint:
         assert ("lm_head.weight" in checkpoint) is not is_tied
+
+
+@pytest.mark.parametrize("trained", ["all", "lora_only"])
+def test_trained_biases_become_the_merged_models(base, tmp_path, trained):
+    """The written files are checked too: rounding must explain what they differ by."""
+    own = base_like(base, tmp_path / "base", model_type="qwen2")
+    adapter = make_adapter(own, tmp_path / "adapter", bias=trained, target_modules=["q_proj", "up_proj"])
+    with AdapterFile(adapter) as checkpoint:
+        assert sum(name.endswith("bias") for name in checkpoint.tensors) == 2 * (3 if trained == "all" else 1)
+    merge_adapter(own, adapter, tmp_path / "out", dtype=torch.float32, progress=False)
+    assert_equal_but_for_rounding(logits(tmp_path / "out"), logits(own, adapter), to_logits(own))
+    with Checkpoint(own) as before, Checkpoint(tmp_path / "out") as merged:
+        biases = [name for name in merged.tensors if name.endswith("bias")]
+        changed = [name for name in biases if not torch.equal(merged.read(name), before.read(name).float())]
+    assert len(biases) == 6 and len(changed) == (6 if trained == "all" else 2)
+
+
+def test_an_adapter_that_would_train_biases_of_a_base_without_any_is_plain(base, tmp_path):
+    out = merge_adapter(base, make_adapter(base, tmp_path / "a", bias="all"), tmp_path / "out", progress=False)
+    assert torch.equal(logits(out), logits(merge_adapter(base, make_adapter(base, tmp_path / "b"), tmp_path / "same")))
 
 
 def test_merged_bf16_logits_equal_adapter_on_bf16_base(base, adapter, tmp_path):

@@ -225,8 +225,8 @@ def test_damaged_adapters_and_missing_bases_are_refused(run, tiny_base, tmp_path
     output = ("--output", tmp_path / "out")
     assert "no such folder, and not a Hugging Face id" in _refused(run.folder, *output, "--base", "no-such-model")
     config = run.result_folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "all"}))
-    assert "bias='all' is not supported" in _refused(run.folder, *output)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_bias": True}))
+    assert "lora_bias=True is not supported" in _refused(run.folder, *output)
     config.unlink()
     said = _refused(run.folder, *output)
     assert (

@@ -55,7 +55,7 @@ def test_a_damaged_base_is_refused_before_anything_is_written(own_base, adapter,
     "change, said",
     [
         ({"use_dora": True}, "use_dora, but .*lora_magnitude_vector is missing"),
-        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "some"}, "bias='some' is not supported"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),

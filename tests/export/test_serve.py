@@ -54,7 +54,7 @@ def test_an_adapter_that_nf4_was_trained_beside_is_not_served_beside_it_which_is
         ({"use_dora": True}, "use_dora: merge it"),
         ({"rank_pattern": {"q_proj": 6}}, "rank_pattern: merge it"),
         ({"alpha_pattern": {"q_proj": 6}}, "alpha_pattern: merge it"),
-        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
+        ({"bias": "lora_only"}, "bias lora_only: merge it"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base; convert it"),
         ({"base_model_name_or_path": None}, "names no base; merge it with --base MODEL"),

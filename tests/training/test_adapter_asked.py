@@ -145,6 +145,22 @@ def test_what_processes_cannot_hold_goes_to_one_device_or_is_refused(make, monke
             how_to_hold(given, load)
 
 
+def test_trained_biases_stay_on_one_device_and_the_base_is_not_asked_with_them(uneven_base, prepared, tmp_path, capfd):
+    base = base_like(uneven_base, tmp_path / "base", torch.float32, model_type="qwen2")
+    tokenizer = tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, "llama3")
+    tokenizer.save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", bias="all")
+    refused = CliRunner().invoke(cli, ["eval", str(adapter), "--data", str(prepared), "--load", "nf4"])
+    assert refused.exit_code == 2 and "trained biases can be asked on one device only" in refused.stderr
+    asked = ["generate", str(adapter), "--prompt", PROMPTS[0], "--max-new-tokens", "8", "--json", tmp_path / "a.json"]
+    result = CliRunner().invoke(cli, [*map(str, asked)])
+    assert result.exit_code == 0, result.output + capfd.readouterr().err
+    assert f"trained biases of the base, so this one is not asked: {base}" in result.stderr + capfd.readouterr().err
+    [answers] = json.loads((tmp_path / "a.json").read_text())
+    assert "base" not in answers and answers["tuned"] == plain_answers(base, adapter, "full")[0]["tuned"]
+
+
 def test_an_adapter_trained_beside_nf4_is_asked_beside_nf4(model, make, prepared, tmp_path, capfd):
     """By the real `eval` and `generate`; the figure is that of the weights that NF4 stands for."""
     adapter = Path(shutil.copytree(make("plain"), tmp_path / "adapter"))
