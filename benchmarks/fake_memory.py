@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama as llama
-import trl.kernels.chunked_logprob as chunked_logprob
 from bitsandbytes.functional import QuantState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,12 +25,11 @@ from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from trl.trainer.utils import add_fused_lm_head
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
-from fitune.model import attention, elementwise, fp8, products
+from fitune.model import attention, elementwise, fp8, head_loss, products
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.e4m3 import E4M3
@@ -42,6 +40,7 @@ from fitune.model.sharding import shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.fill import resolve
 from fitune.training import adamw_8bit
+from fitune.training.loss import ANSWERS, Answers, add_answer_loss
 
 GIB = 2**30
 HOOKS = ("pre_forward", "pre_backward", "post_backward")
@@ -84,7 +83,8 @@ def measure(recipe: str, profile: str, layers: int | None = None, compute: str =
         optimizer = _optimizer(run, [parameter for parameter in model.parameters() if parameter.requires_grad])
         # the first step makes the optimizer's state; it is short since fake tensors keep its hidden states alive
         batches = [_batch(64), _batch(run.profile.micro_batch * run.recipe.max_length)]
-        tracker.track([*model.parameters(), *statistics, batches[1]["input_ids"], batches[1]["labels"]])
+        answers = batches[1][ANSWERS]
+        tracker.track([*model.parameters(), *statistics, batches[1]["input_ids"], answers.places, answers.tokens])
         with tracker:
             for batch in batches:
                 tracker.peaks.clear()
@@ -116,7 +116,7 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
         model = build_skeleton(
             run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu", trained_dtype(run), fp8=in_fp8
         )
-    add_fused_lm_head(decoder(model), outputs=("log_probs", "entropy", "is_top1"))
+    add_answer_loss(decoder(model))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
     shard(model, mesh, run, torch.bfloat16)
     return model.train()
@@ -152,12 +152,12 @@ def _batch(tokens: int) -> dict[str, torch.Tensor]:
     bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     packing = {"position_ids": positions, "cu_seq_lens_q": bounds, "max_length_q": tokens // 2}
     packing[DROPOUT_KEYS] = torch.zeros(tokens, dtype=torch.int32)
-    return {"input_ids": ids, "labels": torch.zeros_like(ids), **packing}
+    return {"input_ids": ids, ANSWERS: Answers(torch.arange(tokens), torch.zeros(tokens, dtype=torch.long)), **packing}
 
 
 def _step(model: nn.Module, optimizer, batch: dict, tracker: Tracker) -> None:
     tracker.phase = "forward"
-    loss = model(**batch, fused_lm_head=True).loss
+    loss = model(**batch, use_cache=False).loss
     tracker.phase = "backward, loss"
     loss.backward()
     tracker.phase = "optimizer step"
@@ -248,15 +248,15 @@ class _Rope(torch.autograd.Function):
 
 
 def _pretend_gpu_kernels() -> None:
-    """Flash attention, Liger's kernels, CUDA's dropout (a mask of a byte each), TRL's Triton kernels (nothing)."""
+    """Flash attention, Liger's kernels, CUDA's dropout (a mask of a byte each), the loss's kernel and products."""
     attention._by_example = lambda query, key, value, *rest: _Attention.apply(query, key, value)
     _pretend_layer_kernels()
     llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
     llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
     llama.apply_rotary_pos_emb = lambda query, key, cos, sin, unsqueeze_dim=1: _Rope.apply(query, key)
     nn.Dropout.forward = lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
-    chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *args, **kwargs: None
-    chunked_logprob._addmm_fp32 = lambda total, a, b: None
+    head_loss.fold = lambda logits, *rest: torch.empty(len(logits), 3)
+    head_loss._add_product = lambda sums, a, b: None
 
 
 def _pretend_layer_kernels() -> None:

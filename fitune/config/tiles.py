@@ -5,7 +5,9 @@ Neither may import the other: plans are made without torch. So the numbers stand
 
 MLP_TILE = 16384
 "Tokens of a layer's MLP: few enough for gate and up to be small beside a 70B layer, enough for full speed."
-VOCABULARY_TILE = 32768
-"Columns of the logits that the loss multiplies at a time, as in TRL."
+LOSS_TOKENS = 1024
+"Tokens whose logits the loss has at a time: enough for products at full speed, 0.25 GiB of Llama 3's vocabulary."
+LOSS_TOKENS_OF_A_TRAINED_HEAD = 4096
+"The same where the head is trained: each time the head's gradient, in float32, is read and written."
 NF4_BLOCK = 64
 "Weights that share one scale in 4 bits: the default of bitsandbytes and QLoRA."

@@ -124,7 +124,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _count_head_as_run(norm: FSDPModule) -> None:
-    """Tells FSDP that the unit of norm and head is through, whose head the fused loss never calls.
+    """Tells FSDP that the unit of norm and head is through, whose head the loss never calls.
 
     torch 2.11 else warns in every run that a module did not run before backward, whose gathering may be missing. It is
     not: the norm gathered both, they stay until backward, and backward starts with them. To be removed with torch

@@ -135,7 +135,7 @@ def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizer
         elif isinstance(module, TrainableTokensLayer):
             module.__class__ = _TrainableTokens
         elif isinstance(module, TrainableTokensWrapper):
-            module.bias = None  # TRL's fused loss asks the head for it
+            module.bias = None  # the loss asks the head for it
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -165,7 +165,7 @@ def _cast_lora_while_computing(module: LoraLayer) -> None:
 class _TrainableTokens(TrainableTokensLayer):
     """PEFT's layer without its copy of the whole embedding or head per forward (2 GiB at 70B).
 
-    Only the looked-up rows, or the logits, of trained tokens are replaced. TRL's fused loss asks for the head's weight,
+    Only the looked-up rows, or the logits, of trained tokens are replaced. The loss asks for the head's weight,
     though, and gets a copy.
     """
 

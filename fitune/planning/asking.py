@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fitune.config.command_name import command
+from fitune.config.tiles import LOSS_TOKENS
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.limits import Limits, limits_here
@@ -183,7 +184,7 @@ def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
         "attention mask": s.mask_positions * (1 + s.compute),
         "activations": 3 * s.inner_state + 4 * s.hidden_state + 2 * s.query_heads,
         "one dequantised weight": largest * s.compute * (s.method == "qlora"),
-        "logits": s.loss_tile * FP32 / s.compute,
+        "logits": min(s.tokens, LOSS_TOKENS) * s.shape.vocabulary * FP32,
         "cuBLAS workspace": MEASURED.cublas_workspace,
     }
 

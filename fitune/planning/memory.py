@@ -77,7 +77,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "leaving gradients": s.leaving_head_gradient * (s.accumulation > 1)},  # the embedding's, of the pass before
         "forward, loss": {
             **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy, "kept activations": kept,
-            "hidden states": 3 * s.hidden_state, "loss workspace": s.loss_tile},
+            "hidden states": 3 * s.hidden_state, "loss workspace": _loss_forward(s)},
         "backward, loss": {
             **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy,
             "gather buffers": prefetched_layer * several, "kept activations": kept, "hidden states": 2 * s.hidden_state,
@@ -127,11 +127,19 @@ def resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
     }
 
 
+def _loss_forward(s: Setup) -> float:
+    """A tile of logits, which becomes its own gradient; in float32 that of hidden states and of a trained head."""
+    return s.loss_tile + _loss_gradients(s) * FP32
+
+
 def _loss_backward(s: Setup) -> float:
-    """A tile of logits, the hidden states' gradient in float32 and rounded; a trained head's likewise."""
-    hidden = s.tokens * s.shape.hidden
-    head = s.shape.embedding_weights if s.full or s.trained_tokens else 0
-    return s.loss_tile + (hidden + head) * (FP32 + s.compute)
+    """The gradients in float32, and scaled and rounded."""
+    return _loss_gradients(s) * (FP32 + s.compute)
+
+
+def _loss_gradients(s: Setup) -> float:
+    """How many numbers they are."""
+    return s.tokens * s.shape.hidden + s.shape.embedding_weights * s.trained_head
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fitune.config.model_shapes import ModelShape
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES
-from fitune.config.tiles import MLP_TILE, VOCABULARY_TILE
+from fitune.config.tiles import LOSS_TOKENS, LOSS_TOKENS_OF_A_TRAINED_HEAD, MLP_TILE
 
 GIB = 2**30
 FP8, BF16, FP32 = 1, 2, 4  # bytes
@@ -15,7 +15,6 @@ NF4 = 0.5  # bytes per weight, packed
 NF4_STATISTICS = 1 / 64 + FP32 / (64 * 256)  # an 8-bit scale per 64 weights, a float32 one per 256 of those
 ADAM_STATE = 2 * FP32  # exp_avg and exp_avg_sq
 EIGHT_BIT_STATE = 2 * (1 + FP32 / 256)  # the same as codes, with a float32 scale per 256 of them
-LOSS_TILE = (4096, VOCABULARY_TILE)  # tokens x vocabulary that TRL's fused loss multiplies at once
 
 
 @dataclass(frozen=True)
@@ -305,5 +304,11 @@ class Setup:
 
     @property
     def loss_tile(self) -> float:
-        tokens, columns = LOSS_TILE
-        return min(self.tokens, tokens) * columns * self.compute
+        """Logits of the tokens whose loss is computed at once."""
+        tokens = LOSS_TOKENS_OF_A_TRAINED_HEAD if self.trained_head else LOSS_TOKENS
+        return min(self.tokens, tokens) * self.shape.vocabulary * self.compute
+
+    @property
+    def trained_head(self) -> bool:
+        """Whether the loss computes a gradient of the whole head: an adapter's trained tokens are rows of a copy."""
+        return self.full or bool(self.trained_tokens)

@@ -99,8 +99,8 @@ def _weight_gradient_flops(s: Setup) -> float:
 
 
 def _head_flops(s: Setup) -> float:
-    """The same of the head, by which the loss multiplies a second time."""
-    return 2 * s.tokens * s.shape.embedding_weights * (3 + s.full)
+    """The same of the head, by which the loss multiplies there and back."""
+    return 2 * s.tokens * s.shape.embedding_weights * (2 + s.full)
 
 
 def _attention_flops(s: Setup) -> float:

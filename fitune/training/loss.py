@@ -1,7 +1,7 @@
-"""The loss of training: TRL's fused head on the answer tokens alone, whose places are known before a step begins.
+"""The loss of training: of the answer tokens alone, whose places are known before a step begins.
 
-TRL finds them in the middle of each pass. The GPU stands still meanwhile, since Python waits for their number. Here
-Python asks for it when the GPU has nothing to do anyway.
+TRL's trainer finds them in the middle of each pass. The GPU stands still meanwhile, since Python waits for their
+number. Here Python asks for it when the GPU has nothing to do anyway.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from types import MethodType
 
 import torch
 from torch import nn
-from trl.kernels import ChunkedLogProbFunction
 
-from fitune.config.tiles import VOCABULARY_TILE
+from fitune.model.head_loss import head_loss
 
 ANSWERS = "answers"
 "The name under which `Answers` travel with a batch to the model."
@@ -27,17 +26,6 @@ class Answers:
     "[answers]"
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Over a batch's answer tokens."""
-
-    loss: torch.Tensor
-    "Negative log-likelihood, nats."
-    entropy: torch.Tensor
-    right: torch.Tensor
-    "How many have the highest probability of all."
-
-
 def find_answers(labels: torch.Tensor) -> Answers:
     """Of labels [rows, length]; -100 is no answer. Waits for the GPU."""
     length = labels.shape[1]
@@ -46,7 +34,7 @@ def find_answers(labels: torch.Tensor) -> Answers:
 
 
 def add_answer_loss(causal_lm: nn.Module) -> None:
-    """`causal_lm(..., answers=Answers)` returns `Sums`; without answers everything is as it was."""
+    """`causal_lm(..., answers=Answers)` returns `TokenSums`; without answers everything is as it was."""
     without = causal_lm.forward
 
     def forward(self, *args, answers: Answers | None = None, **kwargs):
@@ -56,10 +44,6 @@ def add_answer_loss(causal_lm: nn.Module) -> None:
         hidden = self.model(*args, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         chosen = hidden.flatten(0, 1).index_select(0, answers.places)
-        wanted = ("entropy", "is_top1")
-        log_probs, entropy, _, _, right = ChunkedLogProbFunction.apply(
-            chosen, head.weight, head.bias, answers.tokens, 1.0, VOCABULARY_TILE, None, 1.0, wanted
-        )
-        return Sums(-log_probs.sum(), entropy.detach().sum(), right.sum())
+        return head_loss(chosen, head.weight, head.bias, answers.tokens)
 
     causal_lm.forward = MethodType(forward, causal_lm)

@@ -50,7 +50,7 @@ PRIVATE_NAMES = (
     PrivateName(f"{FSDP}._fsdp_state:FSDPState._fsdp_param_group", (SHARDING,), "from a unit to its group",
                 PADDING),
     PrivateName(f"{FSDP}._fsdp_state:FSDPState._modules_to_run_forward", (SHARDING,),
-                "torch 2.11 warns that the head did not run, which the fused loss never calls",
+                "torch 2.11 warns that the head did not run, which the loss never calls",
                 "torch below 2.13 is no longer supported"),
     PrivateName(f"{GROUP}.fsdp_params", (SHARDING, ONE_RANK), "from a group to its parameters", PADDING),
     PrivateName(f"{PARAM}._module_info", (SHARDING,), "which module's parameter it is", PADDING),

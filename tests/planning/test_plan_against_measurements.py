@@ -90,10 +90,15 @@ def full_name(entry: dict) -> str:
     return f"{entry['name']}-{entry['date']}"
 
 
+LOSS_OF_THEN_GIB = 0.25
+"Until 28 November 2026 a tile of logits lay beside the gradients of the loss."
+
+
 @pytest.mark.parametrize("entry", FULL_RUNS, ids=full_name)
 def test_tensors_of_full_training_on_cards_of_given_sizes_are_predicted(entry):
-    predicted = gpu_peak(full_results.setup_of_full_run(entry)).allocated / GIB
-    assert predicted == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
+    predicted, measured = gpu_peak(full_results.setup_of_full_run(entry)).allocated / GIB, entry["peak_allocated_gib"]
+    then = LOSS_OF_THEN_GIB if entry["date"] <= "2026-11-28" else 0.0
+    assert (1 - ERROR) * measured - then <= predicted <= (1 + ERROR) * measured
 
 
 ON_CARDS_OF_THEIR_OWN = [entry for entry in FULL_RUNS if full_results.card_gib(entry)]

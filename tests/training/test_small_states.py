@@ -11,10 +11,10 @@ import pytest
 import torch
 from ranks import run_ranks, train_here
 from safetensors.torch import load_file
-from trl.kernels import ChunkedLogProbFunction
 
 from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
+from fitune.model.head_loss import head_loss
 from fitune.model.sharding import local_part
 from fitune.training import adamw_8bit, host_states, loss
 from fitune.weights.safetensors_files import Checkpoint
@@ -124,16 +124,14 @@ def _train_while_gradients_leave(run) -> None:
             freed.append(len(self._leaving))
             super().let_go()
 
-    class Loss:
-        @staticmethod
-        def apply(*args):
-            at_the_loss.append(sum(len(gradients._leaving) for gradients in kept))
-            there = [local_part(p.grad) for gradients in kept for p in gradients.stay if p.grad is not None]
-            beyond_its_own.extend(gradient.untyped_storage().nbytes() - gradient.nbytes for gradient in there)
-            return ChunkedLogProbFunction.apply(*args)
+    def watched_loss(*args):
+        at_the_loss.append(sum(len(gradients._leaving) for gradients in kept))
+        there = [local_part(p.grad) for gradients in kept for p in gradients.stay if p.grad is not None]
+        beyond_its_own.extend(gradient.untyped_storage().nbytes() - gradient.nbytes for gradient in there)
+        return head_loss(*args)
 
     host_states.Ring.event, host_states.Ring.wait = lambda ring: object(), lambda ring, event: None
-    adamw_8bit.HostGradients, loss.ChunkedLogProbFunction = Watched, Loss
+    adamw_8bit.HostGradients, loss.head_loss = Watched, watched_loss
     train_here(run)
     assert len(at_the_loss) == STEPS * run.gradient_accumulation_steps and not any(at_the_loss)
     assert sum(map(bool, freed)) >= STEPS, "none was on its way: this shows nothing"

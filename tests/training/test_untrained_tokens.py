@@ -11,12 +11,12 @@ from ranks import run_ranks, sharded_model, train_here, whole
 from rounding import additions_to_gradients, assert_equal_but_for_rounding
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from fitune.data.dataset import load_tokenizer
 from fitune.errors import UsageError
 from fitune.export.merge import merge_adapter
 from fitune.model.skeleton import decoder
+from fitune.training.loss import add_answer_loss, find_answers
 from fitune.training.untrained_tokens import refuse_untrained_control_tokens
 
 NAMES = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -71,12 +71,13 @@ def test_a_few_rows_of_another_size_do_not_change_what_is_usual(tiny_base, make_
 
 
 def _gradients(run, tokens) -> dict[str, torch.Tensor]:
-    """Of the rows of trained tokens, through TRL's fused loss as in training."""
+    """Of the rows of trained tokens, with the loss of training."""
     model, _ = sharded_model(run)
-    add_fused_lm_head(decoder(model))
+    add_answer_loss(decoder(model))
     labels = tokens.clone()
     labels[:, :3] = -100
-    model(input_ids=tokens, labels=labels, fused_lm_head=True).loss.backward()
+    answers = find_answers(labels)
+    (model(input_ids=tokens, answers=answers, use_cache=False).loss / len(answers.tokens)).backward()
     deltas = {n: p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}
     return {"lm_head" if "lm_head" in n else "model.embed_tokens": whole(p.grad) for n, p in deltas.items()}
 
