@@ -199,6 +199,18 @@ def gpu_model(name: str) -> GpuModel:
     return found
 
 
+def refuse_several(name: str) -> None:
+    """Raises UsageError for a list of GPUs, or a number of them, where --gpu takes one model's name."""
+    if "," in name:
+        raise UsageError(
+            f"--gpu takes one model, given is '{name}'; of uneven GPUs name the slowest, and give the memory of the "
+            "smallest with --gpu-memory GIB, their number with --gpus N"
+        )
+    if counted := re.fullmatch(r"\s*(\d+)\s*x\s+(.+)|(.+?)\s+x\s*(\d+)\s*", name):
+        count, model = counted[1] or counted[4], counted[2] or counted[3]
+        raise UsageError(f"--gpu takes one model, given is '{name}'; use --gpu '{model}' --gpus {count}")
+
+
 def memory_of(name: str) -> float:
     """GiB of a model's cards. Raises UsageError if it is sold with several sizes and `name` has none of them."""
     model = gpu_model(name)

@@ -11,7 +11,7 @@ from fitune.planning.found import Found
 from fitune.planning.network import Way, network_lines
 from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import Plan, Time, Verdict, needed_disk
-from fitune.planning.words import described, rounded, timed
+from fitune.planning.words import described, ranks_in_words, rounded, timed
 
 FP8_MEASURED_ON = "H200"
 "With one GPU that held its weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/peers-h200-2026-11-27*.json)."
@@ -89,21 +89,22 @@ def _limits(plan: Plan, outlook: Outlook) -> list[Line]:
 
 def _run(plan: Plan) -> Iterator[Line]:
     s = plan.setup
-    ranks = f"{s.ranks} GPU{'s' * (s.ranks > 1)}" if s.on_gpu else f"{s.ranks} CPU processes"
     where = "weights in host RAM" if s.offload else "weights on the GPUs" if s.on_gpu else "weights in RAM"
     where += ", gradients and optimizer state in host RAM" * s.optimizer_offload
     yield Line(
         "model", f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained ({s.method})"
     )
-    yield Line("on", f"{ranks}, {where}")
+    yield Line("on", f"{ranks_in_words(s)}, {where}")
     kept = f"{s.kept_layers} of {s.shape.layers} layers kept"
     yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{_fp8_note(plan)}")
 
 
 def _fp8_note(plan: Plan) -> str:
-    """Whether the time of a run in fp8 was measured."""
+    """Whether the time of a run in fp8 was measured; on a CPU, that it is emulated."""
     if not plan.setup.fp8:
         return ""
+    if not plan.setup.on_gpu:
+        return ", products in fp8 (emulated on the CPU: the same arithmetic, slower)"
     if plan.setup.full:
         return ", products in fp8 (its time was not measured with method full, and is a guess)"
     there = plan.time is not None and plan.time.gpu == FP8_MEASURED_ON

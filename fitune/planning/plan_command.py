@@ -17,7 +17,7 @@ from fitune.planning.asking import as_rows
 from fitune.planning.compute import refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.found import Found
-from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, stated_model
+from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, refuse_several, stated_model
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
 from fitune.planning.limits import Limits, given_machine, limits_of, machine_to_ask
@@ -143,6 +143,7 @@ def as_json(plan: Plan, outlook: Outlook) -> dict:
 
 
 def _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers) -> None:
+    refuse_several(gpu or "")
     given = gpus is not None or gpu_memory is not None or host_memory is not None or machines > 1
     if profile and (given or find or all_tiers):
         raise UsageError(

@@ -167,7 +167,8 @@ def _outcome(plan: Plan) -> str | Text:
     worst = next(verdict for verdict in plan.verdicts if not verdict.fits)
     if worst.resource == GPU_COUNT:
         return Text(f"no: takes {worst.needs:.0f} GPUs", style="red")
-    return Text(f"no: {SHORT.get(worst.resource, worst.resource)}, {worst.needs - worst.has:.1f} short", style="red")
+    short = max(0.1, worst.needs - worst.has)  # what is smaller would be shown as none
+    return Text(f"no: {SHORT.get(worst.resource, worst.resource)}, {short:.1f} short", style="red")
 
 
 def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:

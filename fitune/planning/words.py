@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fitune.planning.machine import MOSTLY_FREE, Gpu, Machine
 from fitune.planning.plan import Plan
+from fitune.planning.sizes import Setup
 
 ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
 STATES_IN_RAM = "gradients and optimizer states in RAM"
@@ -13,11 +14,17 @@ STATES_IN_RAM = "gradients and optimizer states in RAM"
 def described(plan: Plan) -> str:
     """A plan's choices in a few words."""
     setup = plan.setup
-    ranks = f"{setup.ranks} GPU{'s' * (setup.ranks > 1)}" if setup.on_gpu else f"{setup.ranks} CPU processes"
+    ranks = ranks_in_words(setup)
     if plan.run.accelerate.gpu_ids:
         ranks += f" ({numbers(plan.used_cards)})"
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
     return ", ".join([ranks, *places(plan), rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
+
+
+def ranks_in_words(setup: Setup) -> str:
+    """How many train together."""
+    one = "GPU" if setup.on_gpu else "CPU process"
+    return f"1 {one}" if setup.ranks == 1 else f"{setup.ranks} {one}{'s' if setup.on_gpu else 'es'}"
 
 
 def numbers(gpus: Sequence[Gpu]) -> str:

@@ -99,6 +99,17 @@ def test_on_the_cpu_it_is_emulated_and_said(capsys):
     assert "fp8 is emulated on the CPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("processes", "said"), [(1, "1 CPU process, weights"), (2, "2 CPU processes, weights")])
+def test_plan_says_so_too_and_nothing_of_a_gpus_time(processes, said, tiny_base, tmp_path):
+    one = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nuse_cpu: true\nnum_processes: 1\n"
+    (tmp_path / "one.yaml").write_text(one)
+    config = str(tmp_path / "one.yaml") if processes == 1 else "cpu_2proc"
+    sets = (FP8, f"base.model={tiny_base}", f"profile.accelerate_config={config}")
+    text = _plan("tiny_lora", "--profile", "cpu_2proc", *(word for each in sets for word in ("--set", each))).output
+    assert "products in fp8 (emulated on the CPU: the same arithmetic, slower)" in text and "guess" not in text
+    assert said in text
+
+
 def test_plan_counts_full_fine_tuning_in_it():
     """Nothing is kept in fp8. A layer's passes are faster by a third at most, the gradients of its weights are not."""
 

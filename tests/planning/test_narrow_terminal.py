@@ -1,6 +1,7 @@
 """What `plan` prints in 80 columns: nothing is cut off, and what was tried takes few lines."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,8 @@ from rich.text import Text
 from fitune.config.shipped import PROFILES, names
 from fitune.planning.head import Line, print_lines
 from fitune.planning.limits import given_machine
-from fitune.planning.report import print_matrix, print_tried
+from fitune.planning.plan import Verdict
+from fitune.planning.report import _outcome, print_matrix, print_tried
 from fitune.planning.search import find
 from fitune.planning.tiers import matrix
 
@@ -46,3 +48,9 @@ def test_what_was_tried():
     assert first.split()[4:6] == ["4", "1"] and first.split()[8] == "s"
     assert any("no: GPU, " in line and " short " in line for line in lines)
     assert len(lines) <= 1 + 1 + 2 * 12 + 3  # a title and a heading each; a plan has two lines at most
+
+
+def test_what_lacks_next_to_nothing_is_not_short_of_none():
+    plan = find("llama3_8b_qlora", (), given_machine(1, 24, 64)).plan
+    lacks = replace(plan, verdicts=[Verdict("host RAM", 128.01, 128.0)])
+    assert str(_outcome(lacks)) == "no: RAM, 0.1 short"

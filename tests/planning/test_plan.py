@@ -356,6 +356,9 @@ BAD = {
     "profile and hardware": (["--profile", "fsdp_4x24gb", "--gpus", "2"], "leave out"),
     "all and find": (["--all", "--find"], "leave out"),
     "unknown GPU": (["--profile", "fsdp_4x24gb", "--gpu", "GTX 1"], "not in the table"),
+    "several models": (["--gpu", "RTX 4090,RTX 3090"], "--gpu takes one model, given is 'RTX 4090,RTX 3090'"),
+    "count in the model": (["--gpu", "2x RTX 4090"], "use --gpu 'RTX 4090' --gpus 2"),
+    "count behind the model": (["--gpu", "RTX 4090 x4"], "use --gpu 'RTX 4090' --gpus 4"),
     "unknown linear": (["--profile", "fsdp_4x24gb", "--set", "lora.target_modules=[q_prj]"], "did you mean 'q_proj'"),
 }
 
