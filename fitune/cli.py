@@ -235,7 +235,7 @@ def train(recipe, profile, sets, output, **options):
 @profile_option
 @set_option
 @output_option
-@click.option("--nodes", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--nodes", metavar="N", type=click.IntRange(min=1), help="Machines. [default: the profile's, else 1]")
 @click.option("--gpus", metavar="N", type=click.IntRange(min=1), help="GPUs of each node. [default: the profile's]")
 @click.option(
     "--gpu", metavar="MODEL", shell_complete=complete_gpu, help="GPU model that SkyPilot is asked for, such as H100."

@@ -54,6 +54,15 @@ class Job:
     "Slurm's."
 
     @property
+    def minutes(self) -> int:
+        return round(self.hours * 60)
+
+    @property
+    def save_seconds(self) -> int:
+        """At the end of its time, to save in. Half of a short one: else it would be told to end as it starts."""
+        return min(SAVE_SECONDS, self.minutes * 60 // 2)
+
+    @property
     def prepare(self) -> str:
         """One shell line that prepares the rows unless they are there."""
         words = ["fitune", "prepare", self.recipe, *_flags(s for s in self.sets if not s.startswith("profile."))]
@@ -99,12 +108,11 @@ def _log_file(output: str) -> str:
 
 def sbatch_script(job: Job) -> str:
     """A Slurm job. Preempted, out of time or told so by `scancel --signal=TERM`, it saves and is requeued."""
-    minutes = round(job.hours * 60)
     options = {
         "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": 1, "gpus-per-node": job.gpus or None,
         "cpus-per-task": job.cpus, "mem": job.memory and f"{job.memory}G",
-        "partition": job.partition, "time": f"{minutes // 60}:{minutes % 60:02d}:00",
-        "signal": f"TERM@{SAVE_SECONDS}", "output": _log_file(job.output), "open-mode": "append",
+        "partition": job.partition, "time": f"{job.minutes // 60}:{job.minutes % 60:02d}:00",
+        "signal": f"TERM@{job.save_seconds}", "output": _log_file(job.output), "open-mode": "append",
     }  # fmt: skip
     lines = [
         "#!/bin/bash",

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from fitune.config import run as runs
+from fitune.config.schema import AccelerateConfig
 from fitune.config.shipped import name_of
 from fitune.errors import FituneError, UsageError
 from fitune.launching.job import Job, kubernetes_jobset, sbatch_script, skypilot_task
@@ -25,6 +26,8 @@ CORES_OF_A_GPU = 2
 LEAST_MEMORY = 8
 "GiB: `prepare` and a few processes."
 MEMORY_ROOM = 1.2
+LONGEST_NAME = 50
+"Letters. Kubernetes makes names of pods from a JobSet's, and lets them have 63."
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,16 @@ class Scheduler:
     "What takes the file, which follows."
     needs: dict[str, str]
     "Flags without which the job cannot be written, and what each is."
+    takes: tuple[str, ...] = ()
+    "Further flags that not every scheduler has a use for."
 
 
 SCHEDULERS = {
-    "slurm": Scheduler(sbatch_script, ".sbatch", ("sbatch",), {}),
+    "slurm": Scheduler(sbatch_script, ".sbatch", ("sbatch",), {}, ("partition",)),
     "skypilot": Scheduler(
         skypilot_task, ".sky.yaml", ("sky", "jobs", "launch", "--yes"),
         {"gpu": "the GPU model to ask for, such as H100", "bucket": "storage for checkpoints, such as s3://mine"},
+        ("image",),
     ),
     "kubernetes": Scheduler(
         kubernetes_jobset, ".jobset.yaml", ("kubectl", "apply", "-f"), {"image": "a container image with fitune"},
@@ -63,8 +69,8 @@ _Yaml.add_representer(
 
 
 def submit(
-    recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, *, scheduler: str, nodes: int,
-    gpus: int | None, dry_run: bool, **options,
+    recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, *, scheduler: str,
+    nodes: int | None, gpus: int | None, dry_run: bool, **options,
 ) -> tuple[Path, str]:  # fmt: skip
     """Writes the job file beside the run's folder and hands it over; (the file, what the scheduler answered).
 
@@ -72,6 +78,7 @@ def submit(
     scheduler refuses.
     """
     engine = SCHEDULERS[scheduler]
+    _refuse_ignored_flags(scheduler, options)
     job = _job(recipe, profile, sets, output, nodes, gpus, options)
     for flag, meaning in engine.needs.items():
         if getattr(job, flag) is None and not (flag == "gpu" and not job.gpus):
@@ -86,27 +93,47 @@ def submit(
     return file, "" if dry_run else _hand_over(engine, file)
 
 
+def _refuse_ignored_flags(scheduler: str, given: dict) -> None:
+    """UsageError for a flag that this scheduler's job file has no place for."""
+    takes = {name: {*engine.needs, *engine.takes} for name, engine in SCHEDULERS.items()}
+    for flag in sorted(set().union(*takes.values()) - takes[scheduler]):
+        if given[flag] is not None:
+            others = " and ".join(name for name, flags in takes.items() if flag in flags)
+            raise UsageError(f"--{flag} is for {others}: leave it out with --on {scheduler}")
+
+
 def _job(
-    recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, nodes: int, gpus: int | None,
-    options: dict,
+    recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, nodes: int | None,
+    gpus: int | None, options: dict,
 ) -> Job:  # fmt: skip
-    """Raises UsageError for a run that cannot be, or whose machines are not as many as the nodes."""
+    """Raises UsageError for a run that cannot be."""
     loaded, stem = runs.load_recipe(recipe, runs.parse_sets(sets)[0]), name_of(recipe)
-    hardware = name_of(profile) if profile else f"{nodes}x{gpus}gpu"
     if profile:
-        accelerate = runs.resolve(recipe, profile, sets, output).accelerate
-        if accelerate.num_machines != nodes:
-            raise UsageError(
-                f"--nodes {nodes}: {accelerate.path} has num_machines {accelerate.num_machines}; make them equal"
-            )
-        gpus = 0 if accelerate.use_cpu else accelerate.num_processes // nodes
+        nodes, gpus = _nodes_of_profile(runs.resolve(recipe, profile, sets, output).accelerate, nodes, gpus)
     elif gpus is None:
         raise UsageError("give --gpus, the GPUs of each node, or a --profile that says so")
+    nodes = nodes or 1
+    hardware = name_of(profile) if profile else f"{nodes}x{gpus}gpu"
     options |= {"cpus": options["cpus"] or CORES_OF_A_GPU * gpus or None}
     options |= {"memory": options["memory"] or _needed_memory(recipe, profile, sets)}
-    name = re.sub(r"[^a-z0-9]+", "-", f"fitune-{stem}".lower()).strip("-")
     folder = output or f"runs/{stem}-{hardware}"
-    return Job(name, recipe, profile, sets, nodes, gpus, folder, loaded.data.prepared, **options)
+    return Job(_name(folder), recipe, profile, sets, nodes, gpus, folder, loaded.data.prepared, **options)
+
+
+def _nodes_of_profile(accelerate: AccelerateConfig, nodes: int | None, gpus: int | None) -> tuple[int, int]:
+    """(machines, GPUs of each), as the profile's processes need them. UsageError where other numbers were given."""
+    machines = accelerate.num_machines
+    each = 0 if accelerate.use_cpu else accelerate.num_processes // machines
+    if nodes not in (None, machines):
+        raise UsageError(f"--nodes {nodes}: {accelerate.path} has num_machines {machines}; make them equal")
+    if gpus not in (None, each):
+        raise UsageError(f"--gpus {gpus}: the profile takes {each} on each node; leave out --gpus, or --profile")
+    return machines, each
+
+
+def _name(folder: str) -> str:
+    """The run's name in the scheduler's lists: its folder's, in the letters that Kubernetes allows."""
+    return re.sub(r"[^a-z0-9]+", "-", f"fitune-{Path(folder).name}".lower())[:LONGEST_NAME].strip("-")
 
 
 def _needed_memory(recipe: str, profile: str | None, sets: tuple[str, ...]) -> int | None:

@@ -74,7 +74,7 @@ def test_the_shell_lines_prepare_once_train_and_then_go_on(scheduler, nodes, sub
         return [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("srun")]
 
     first, second = start(75), start(0)
-    heads = {"kubernetes": "fitune-llama3-8b-qlora-nodes-0-0.fitune-llama3-8b-qlora"}
+    heads = {"kubernetes": "fitune-job-nodes-0-0.fitune-job"}
     ports = {"slurm": "20007"}
     place = f" --machine-rank 1 --main-process-ip {heads.get(scheduler, 'first')} --main-process-port "
     place = f"{place}{ports.get(scheduler, '29500')}" if nodes > 1 else ""
@@ -160,6 +160,18 @@ def test_slurm_is_asked_for_nodes_gpus_time_and_a_signal_in_time(submit):
         assert f"#SBATCH {line}\n" in text
 
 
+def test_a_short_slurm_job_is_not_told_to_end_as_it_starts(submit):
+    text = submit("slurm", "--dry-run", "--gpus", "1", "--hours", "0.1").stdout
+    assert "#SBATCH --time=0:06:00\n" in text and "#SBATCH --signal=TERM@180\n" in text
+
+
+@pytest.mark.parametrize(("run", "name"), [("My run_2", "fitune-my-run-2"), ("a" * 80, "fitune-" + 43 * "a")])
+def test_runs_of_one_recipe_have_names_of_their_own_on_kubernetes(run, name, submit):
+    """Else `kubectl apply` would take the second for a change of the first."""
+    words = ("--dry-run", "--gpus", "1", "--output", f"runs/{run}", *WANTED["kubernetes"])
+    assert yaml.safe_load(submit("kubernetes", *words).stdout)["metadata"]["name"] == name
+
+
 def test_cores_and_ram_are_asked_for(submit):
     """Slurm gives a job one core and little RAM unless it is asked, and the run is held to them."""
     planned = ("--dry-run", "--profile", "fsdp_4x24gb")
@@ -203,6 +215,8 @@ def test_a_profile_says_how_many_gpus_each_node_has(submit):
     two_machines = ("--profile", "fsdp_full_16x80gb", "--nodes", "2", "--set", "method=full", "--set", "lora=null")
     batch = ("--set", "global_batch_size=16")
     assert "#SBATCH --gpus-per-node=8\n" in submit("slurm", "--dry-run", *two_machines, *batch).stdout
+    by_profile = submit("slurm", "--dry-run", *two_machines[:2], *two_machines[4:], *batch).stdout
+    assert "#SBATCH --nodes=2\n" in by_profile and '--machine-rank "$SLURM_NODEID"' in by_profile
 
 
 @pytest.mark.parametrize(
@@ -215,6 +229,12 @@ def test_a_profile_says_how_many_gpus_each_node_has(submit):
         ("skypilot", ("--gpus", "1", "--gpu", "L4"), "--on skypilot needs --bucket: storage for checkpoints"),
         ("kubernetes", ("--gpus", "1"), "--on kubernetes needs --image: a container image with fitune"),
         ("slurm", ("--gpus", "1", "--set", "sede=1"), "did you mean 'seed'?"),
+        ("slurm", ("--profile", "fsdp_2x40gb", "--gpus", "4"), "--gpus 4: the profile takes 2 on each node; leave out"),
+        ("slurm", ("--profile", "cpu_2proc", "--gpus", "4"), "--gpus 4: the profile takes 0 on each node; leave out"),
+        ("slurm", ("--gpus", "1", "--bucket", "s3://x"), "--bucket is for skypilot: leave it out with --on slurm"),
+        ("slurm", ("--gpus", "1", "--image", "x"), "--image is for skypilot and kubernetes: leave it out"),
+        ("kubernetes", ("--gpus", "1", "--gpu", "L4"), "--gpu is for skypilot: leave it out with --on kubernetes"),
+        ("skypilot", ("--gpus", "1", "--partition", "x"), "--partition is for slurm: leave it out"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(scheduler, flags, said, submit, tmp_path, monkeypatch):
