@@ -1,12 +1,16 @@
 """Joins this process to the others: device, process group, device mesh."""
 
+import atexit
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -82,6 +86,28 @@ def end_with_launcher() -> None:
     set_parent_death_signal = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def as_rank(main: Callable[[], None]) -> NoReturn:
+    """Runs `main` as a process of its own, and ends that with its exit code, without taking Python apart.
+
+    Gloo's threads outlive the process group, which DTensor's caches hold. One that lets go of a tensor waits for
+    Python, which by then ends it in the middle of C++, and C++ aborts the process: "terminate called without an active
+    exception" (https://github.com/pytorch/pytorch/issues/190489; remove this when a destroyed group has no threads).
+    Threads that must end, and what is registered to run at the exit, have their turn, as in processes of
+    multiprocessing.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as ending:
+        code = ending.code or 0
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)
 
 
 def leave(patience: float | None = None) -> None:

@@ -23,7 +23,7 @@ from fitune.export.model_card import write_model_card
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.asked_here import as_held
-from fitune.training.distributed import is_main_process, join, leave
+from fitune.training.distributed import as_rank, is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.token_metrics import token_metrics
 from fitune.training.train import let_go, load_sharded_model, rows_on_all_ranks, run_stage
@@ -123,4 +123,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fitune.config.schema import Run
 from fitune.model.skeleton import decoder
 from fitune.progress import bar
-from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
 from fitune.training.evaluate_folder import Row, metrics, print_report, read_rows
 from fitune.training.given_model import model_of
 from fitune.training.load_given import load_over_processes
@@ -72,4 +72,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

@@ -23,7 +23,7 @@ from fitune.training.answerer import Answerer, made_to_generate
 from fitune.training.asked import Asked, parse_options, questions, report
 from fitune.training.asked_here import as_held
 from fitune.training.chat import Interrupts, chat
-from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
 from fitune.training.out_of_memory import explain_in_generate
 from fitune.training.train import let_go, load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
@@ -107,4 +107,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

@@ -14,7 +14,7 @@ from fitune.model.skeleton import decoder
 from fitune.training.answerer import Answerer, made_to_generate
 from fitune.training.asked import parse_options, questions, report
 from fitune.training.chat import Interrupts, chat
-from fitune.training.distributed import compute_device, is_main_process, join, leave
+from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
 from fitune.training.given_model import GivenModel, model_of
 from fitune.training.load_given import load_over_processes, load_plain
 from fitune.training.out_of_memory import explain_in_generate
@@ -63,4 +63,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

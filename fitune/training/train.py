@@ -41,6 +41,7 @@ from fitune.planning.sizes import GIB, Setup
 from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
 from fitune.training.distributed import (
+    as_rank,
     compute_device,
     end_with_launcher,
     from_rank_0,
@@ -274,4 +275,4 @@ def run_stage(path: Path, stage, explain=explain_out_of_memory, **changes) -> No
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)
