@@ -13,17 +13,10 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 from fitune.data import row_formats
+from fitune.data.check_worker import check_in_worker, start_worker
 from fitune.data.column_hints import hint_for
 from fitune.data.conversations import RowError
-from fitune.data.row_checks import (
-    EXAMPLES_PER_REASON,
-    Checker,
-    Outcome,
-    Shape,
-    check_in_worker,
-    parse_record,
-    start_worker,
-)
+from fitune.data.row_checks import EXAMPLES_PER_REASON, Checker, Outcome, Shape, parse_record
 from fitune.data.row_store import RowStore
 from fitune.data.rules import Rules
 from fitune.data.source_file import SourceFile, file_sha256

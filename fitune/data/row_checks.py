@@ -1,12 +1,7 @@
-"""What one process does with one chunk: each row converted, checked, rendered, counted; runs in every worker."""
+"""What one process does with one chunk: each row converted, checked, rendered, counted."""
 
-import gc
 import hashlib
 import json
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -265,28 +260,6 @@ def parse_record(record) -> dict:
     if not isinstance(record, dict):
         raise RowError("wrong_type", f"expected an object {{...}}, found {type(record).__name__}")
     return record
-
-
-def start_worker(rules: Rules) -> None:
-    """Called once in each process: compiling the template and the tokenizer is not repeated for each chunk."""
-    global _checker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _checker = Checker(rules)
-    gc.freeze()  # what came with the fork stays: collections need not walk over it, nor copy its pages
-
-
-def check_in_worker(chunk, shape: Shape) -> Outcome:
-    return _checker.check(chunk, shape)
-
-
-def _end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for its next chunk for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _fill(outcome: Outcome, lines: list[bytes], encoded: list[Encoded], is_text: list[bool]) -> None:
