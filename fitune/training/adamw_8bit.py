@@ -14,12 +14,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from fitune.model.elementwise import GOLDEN, WORD, mix
 from fitune.model.sharding import local_part, local_rows, shard_group, shard_mesh
 from fitune.training.adamw_step import update_rows
+from fitune.training.gradient_norm import norm_over_ranks
 from fitune.training.host_states import HostGradients, host_zeros, stream_rows
 from fitune.training.moment import Moment, Step
 
@@ -69,10 +69,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if self._host:
             self._host.arrive()
         norms = [norm for _, parameter in self._parameters() if (norm := self._norm_of(parameter)) is not None]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros(())
-        if group := next((shard_group(parameter) for _, parameter in self._parameters()), None):
-            dist.all_reduce(square, group=group)
-        norm = square.sqrt()
+        norm = norm_over_ranks(norms, next((shard_group(parameter) for _, parameter in self._parameters()), None))
         self._gradient_scale = min(1.0, max_norm / (float(norm) + 1e-6))
         return norm
 

@@ -3,12 +3,15 @@
 import os
 
 import torch
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.training.adamw_8bit import AdamW8bit
+from fitune.training.adamw_rows import AdamWOnRows
+
+TORCHS_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def training_arguments(run: Run) -> SFTConfig:
@@ -48,9 +51,10 @@ def training_arguments(run: Run) -> SFTConfig:
 
 
 def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict] | None:
-    """The optimizer that the profile asks for, as Trainer takes it; None where `training.optim` says which."""
+    """The optimizer that the profile asks for, or AdamW's own form here, as Trainer takes it; None: Trainer's."""
     if run.profile.optimizer_state == "fp32":
-        return None
+        is_adamw = arguments.optim in TORCHS_ADAMW
+        return (AdamWOnRows, SFTTrainer.get_optimizer_cls_and_kwargs(arguments)[1]) if is_adamw else None
     return AdamW8bit, {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),

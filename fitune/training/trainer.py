@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from trl import SFTConfig
 
@@ -22,6 +21,7 @@ from fitune.model.skeleton import decoder
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.arguments import own_optimizer, training_arguments
 from fitune.training.bad_rows import refuse_step
+from fitune.training.gradient_norm import clip_gradients
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity
 from fitune.training.read_ahead import ReadAhead
@@ -204,18 +204,15 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, named, num_samples=len(dataloader.dataset))
 
-    def _clip_grad_norm(self, model):
+    def _clip_grad_norm(self, model, max_norm: float | None = None):
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
-        own = isinstance(optimizer, AdamW8bit)
-        return optimizer.clip(self.args.max_grad_norm) if own else super()._clip_grad_norm(model)
+        max_norm = self.args.max_grad_norm if max_norm is None else max_norm
+        return optimizer.clip(max_norm) if isinstance(optimizer, AdamW8bit) else clip_gradients(model, max_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""
         self._read_next_batches()
-        if grad_norm is None and isinstance(self.optimizer.optimizer, AdamW8bit):
-            grad_norm = self.optimizer.optimizer.clip(math.inf)
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = self._clip_grad_norm(model, math.inf) if grad_norm is None else grad_norm
         bad = not (math.isfinite(norm) and torch.stack([loss for _, loss in self._step]).isfinite().all())
         over_all_ranks = torch.tensor([bad, sum(map(int, self._uncounted_tokens))], dtype=torch.float64)
         dist.all_reduce(over_all_ranks)

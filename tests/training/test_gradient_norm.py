@@ -1,0 +1,67 @@
+"""Clipping and AdamW on each rank's own rows: as torch does them on whole tensors and on DTensors."""
+
+import math
+import os
+
+import pytest
+import torch
+from ranks import run_ranks, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from fitune.training.adamw_rows import AdamWOnRows
+from fitune.training.gradient_norm import clip_gradients
+
+SIZES = [(5, 3), (1, 4), (7,), (6, 2)]
+"Of weights: the second has no row for a second rank."
+
+
+def _model(shard=lambda tensor: tensor) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.ParameterList([torch.nn.Parameter(shard(torch.randn(size))) for size in SIZES])
+    for parameter in model[:-1]:
+        parameter.grad = shard(torch.randn(parameter.shape))
+    return model  # the last one has no gradient
+
+
+def _clipped(max_norm: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    model = _model(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+    norm = clip_gradients(model, max_norm)
+    return norm, [whole(parameter.grad) for parameter in model[:-1]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("max_norm", [1.0, 100.0, math.inf])
+def test_gradients_are_clipped_as_the_whole_ones(max_norm, ranks):
+    model = _model()
+    exact = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for norm, gradients in run_ranks(_clipped, ranks, max_norm):
+        torch.testing.assert_close(norm, exact)
+        for found, parameter in zip(gradients, model[:-1], strict=True):
+            torch.testing.assert_close(found, parameter.grad)
+
+
+def test_a_gradient_that_is_no_number_makes_the_norm_none():
+    model = _model()
+    model[1].grad[0, 0] = float("nan")
+    assert clip_gradients(model, 1.0).isnan()
+
+
+def _stepped(kind) -> list[torch.Tensor]:
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    model = _model(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+    optimizer = kind(model.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(hasattr(value, "full_tensor") for value in states if value.ndim), "a checkpoint reads DTensors"
+    return [*map(whole, model), *map(whole, states)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_is_that_of_torchs_adamw_to_the_last_bit(ranks):
+    for mine, torchs in zip(
+        run_ranks(_stepped, ranks, AdamWOnRows), run_ranks(_stepped, ranks, torch.optim.AdamW), strict=True
+    ):
+        assert all(map(torch.equal, mine, torchs))
