@@ -169,12 +169,14 @@ def fast_line() -> str:
 
 def beside_table() -> str:
     """fitune's fastest run in bf16 beside each other program's, on the same work in the same run of peers.py."""
-    finished = [run for run in newest_peers() if "error" not in run]
+    finished = sorted((run for run in newest_peers() if "error" not in run), key=lambda run: run["tokens_per_second"])
+    fastest = {(run["work"], run["who"]): run for run in finished}  # of each, the last
     lines = [
         "| same work, same run | rows a pass | tokens/s | GiB | fitune's rows a pass | tokens/s | GiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for other in (run for run in finished if run["who"] != "fitune"):
+    others = [run for run in newest_peers() if run in fastest.values() and run["who"] != "fitune"]
+    for other in others:
         ours = [run for run in finished if run["work"] == other["work"] and _is_bf16_of_fitune(run)]
         best = max(ours, key=lambda run: run["tokens_per_second"])
         cells = [
@@ -182,7 +184,7 @@ def beside_table() -> str:
             for run, rows in ((other, other["rows"]), (best, best["micro_batch"]))
         ]
         lines.append(f"| {other['work']}: {PEERS[other['who']]} | {' | '.join(cells)} |")
-    sources = dict.fromkeys(run["source"] for run in finished if run["who"] != "fitune")
+    sources = dict.fromkeys(run["source"] for run in others)
     return "\n".join([*lines, "", f"{'; '.join(sources)}."])
 
 
