@@ -116,7 +116,8 @@ def _run(entry: dict, options, gpus: str, deadline: float) -> dict:
         printed, complained = running.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         kill_all(running)
-        return entry | {"error": f"not done after {patience:.0f} s"}
+        said = " ".join(running.communicate())[-500:]
+        return entry | {"error": f"not done after {patience:.0f} s: {said}"}
     try:
         return entry | result(printed)
     except (OSError, ValueError, IndexError):
