@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.full_results import full_table, gpu_of
 from benchmarks.tables import is_whole, measured_tiers, whole_shape
 from fitune.config.model_shapes import find_shape
+from fitune.config.run import with_resharding
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import MEASURED, gpu_moments, gpu_peak, host_peak
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
+from fitune.planning.words import KEEPS_GATHERED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -60,6 +62,7 @@ def setup_of_measured(entry: dict) -> Setup:
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
     sets.append(f"profile.async_save={entry.get('async_save', False)}")  # the first runs knew no copies
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
+    run = with_resharding(run, entry.get("reshard_after_forward", True))  # what `plan` did not choose at first
     return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
 
 
@@ -87,8 +90,9 @@ def predicted_step_seconds(entry: dict) -> float:
 
 def predicted_phases(entry: dict) -> dict[str, float]:
     """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
-    sets = tuple(f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers", "compute"))
-    run = resolve(entry["recipe"], entry["profile"], sets)
+    sets = [f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers", "compute")]
+    run = resolve(entry["recipe"], entry["profile"], (*sets, *entry["sets"]))
+    run = with_resharding(run, entry["reshard_after_forward"])
     setup = setup_of(run, find_shape(run.recipe.base.model))
     setup = replace(setup, shape=replace(setup.shape, layers=entry["layers"]), accumulation=1)
     assert (setup.tokens, setup.ranks) == (entry["tokens"], entry["ranks"])
@@ -205,6 +209,7 @@ def _fake_table() -> str:
     lines = ["| recipe | profile | phase | predicted | fake tensors | off |", "|---|---|---|---|---|---|"]
     for entry in json.loads(FAKE.read_text(encoding="utf-8")):
         profile = f"`{entry['profile']}`{', fp8' * (entry['compute'] == 'fp8')}"
+        profile += f", {KEEPS_GATHERED}" * (not entry["reshard_after_forward"])
         for phase, predicted in predicted_phases(entry).items():
             if phase in entry["phases"]:
                 found = entry["phases"][phase]

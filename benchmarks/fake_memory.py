@@ -1,6 +1,7 @@
 """A second opinion on planning/memory.py that shares no formula with it: one rank of a tier, run on fake tensors.
 
-    python benchmarks/fake_memory.py OUTPUT.json RECIPE PROFILE [--layers N] [--compute fp8]
+    python benchmarks/fake_memory.py OUTPUT.json RECIPE PROFILE [--layers N] [--compute fp8] [--keep-gathered]
+                                     [--set profile.KEY=VALUE]
 
 fitune's own model code and sharding run two real training steps at the model's true shape, on fake tensors (shapes
 without data) and a process group that only pretends, while PyTorch's MemTracker counts every storage alive. GPU kernels
@@ -29,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
+from fitune.config.run import with_resharding
 from fitune.model import attention, elementwise, fp8, head_loss, products
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
@@ -68,9 +70,13 @@ class Tracker(MemTracker):
             self._update_and_maybe_create_winfos(tensor, _MemRefType.PARAM)
 
 
-def measure(recipe: str, profile: str, layers: int | None = None, compute: str = "bf16") -> dict:
+def measure(
+    recipe: str, profile: str, layers: int | None = None, *, compute: str = "bf16", reshard_after_forward: bool = True,
+    sets: list[str] | None = None,
+) -> dict:  # fmt: skip
     """Peaks of the second optimizer step of rank 0 in GiB, by phase."""
-    run = resolve(recipe, profile, (f"profile.compute={compute}",))
+    run = resolve(recipe, profile, (f"profile.compute={compute}", *(sets or [])))
+    run = with_resharding(run, reshard_after_forward)
     size = next(part for part in recipe.split("_") if part in ("1b", "8b", "70b"))
     layers = layers or config(size, None)["num_hidden_layers"]
     ranks = run.accelerate.num_processes
@@ -92,7 +98,8 @@ def measure(recipe: str, profile: str, layers: int | None = None, compute: str =
     dist.destroy_process_group()
     peaks = {phase: round(size / GIB, 3) for phase, size in tracker.peaks.items() if phase != "start"}
     return {
-        "recipe": recipe, "profile": profile, "compute": compute, "layers": layers, "ranks": ranks,
+        "recipe": recipe, "profile": profile, "compute": compute, "reshard_after_forward": reshard_after_forward,
+        "sets": sets or [], "layers": layers, "ranks": ranks,
         "micro_batch": run.profile.micro_batch, "kept_layers": min(run.profile.kept_layers, layers),
         "tokens": run.profile.micro_batch * run.recipe.max_length, "peak_allocated_gib": max(peaks.values()),
         "phases": peaks, "torch": torch.__version__.split("+")[0],
@@ -118,7 +125,7 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
         )
     add_answer_loss(decoder(model))
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
-    shard(model, mesh, run, torch.bfloat16)
+    shard(model, mesh, run, torch.bfloat16, keep_gathered=run.accelerate.keeps_gathered)
     return model.train()
 
 
@@ -306,9 +313,14 @@ def main() -> None:
     parser.add_argument("profile")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to be quick")
     parser.add_argument("--compute", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("--keep-gathered", action="store_true", help="reshard_after_forward false")
+    parser.add_argument("--set", action="append", default=[], dest="sets", help="profile.KEY=VALUE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    asked = {"recipe": options.recipe, "profile": options.profile, "compute": options.compute}
+    asked = {
+        "recipe": options.recipe, "profile": options.profile, "compute": options.compute,
+        "reshard_after_forward": not options.keep_gathered, "sets": options.sets,
+    }  # fmt: skip
     result = measure(**asked, layers=options.layers)
     kept = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
     kept = [entry for entry in kept if not asked.items() <= entry.items()]

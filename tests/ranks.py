@@ -68,8 +68,8 @@ def sharded_model(run: Run):
     mesh = new_mesh("cpu", run) if dist.is_initialized() else join(run)
     base_folder = Path(run.recipe.base.model)
     tokenizer = load_tokenizer(run.recipe, base_folder)
-    fp8 = run.profile.compute == "fp8"
-    return load_sharded_model(run, base_folder, tokenizer, mesh, fp8=fp8), tokenizer
+    as_trained = {"fp8": run.profile.compute == "fp8", "keep_gathered": run.accelerate.keeps_gathered}
+    return load_sharded_model(run, base_folder, tokenizer, mesh, **as_trained), tokenizer
 
 
 def train_here(run: Run) -> None:

@@ -7,7 +7,7 @@ so every key is checked here before anything is launched.
 from pathlib import Path
 
 from fitune.config.installed_names import accelerate_config_keys, accelerate_fsdp_keys
-from fitune.config.schema import AccelerateConfig
+from fitune.config.schema import AUTO, AccelerateConfig
 from fitune.config.yaml_file import parse, read_yaml
 from fitune.errors import UsageError, nearest
 
@@ -42,7 +42,7 @@ def read_accelerate_config(path: Path) -> AccelerateConfig:
         "use_cpu": use_cpu,
         "mixed_precision": data.get("mixed_precision", "no"),
         "offload_params": fsdp.get("fsdp_offload_params", False),
-        "reshard_after_forward": fsdp.get("fsdp_reshard_after_forward", True),
+        "reshard_after_forward": fsdp.get("fsdp_reshard_after_forward", AUTO),
     }
     config = parse(AccelerateConfig, values, str(path))
     if config.num_processes % config.num_machines:
@@ -71,6 +71,11 @@ def _checked_fsdp_block(fsdp: dict, path: Path) -> dict:
         if key not in USED_FSDP_KEYS:
             why = IGNORED_FSDP_KEYS.get(key, "fitune shards and loads the model itself")
             raise UsageError(f"{path}: fsdp_config.{key} has no effect here: {why}; remove it")
+    if fsdp.get("fsdp_reshard_after_forward") == AUTO:
+        raise UsageError(
+            f"{path}: fsdp_config.fsdp_reshard_after_forward must be true or false, not 'auto', which accelerate does "
+            f"not know; without the line plan chooses"
+        )
     if fsdp and fsdp.get("fsdp_version") != 2:
         raise UsageError(f"{path}: fsdp_config.fsdp_version must be 2, not {fsdp.get('fsdp_version')!r}")
     if fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "SHARDED_STATE_DICT":
@@ -84,7 +89,8 @@ def written_out(config: AccelerateConfig) -> str:
     """The text of an accelerate config that starts the same processes."""
     lines = ["distributed_type: FSDP", "fsdp_config:", "  fsdp_version: 2"]
     lines += ["  fsdp_offload_params: true"] if config.offload_params else []
-    lines += [] if config.reshard_after_forward else ["  fsdp_reshard_after_forward: false"]
+    is_said = config.reshard_after_forward != AUTO
+    lines += [f"  fsdp_reshard_after_forward: {str(config.reshard_after_forward).lower()}"] if is_said else []
     lines += ["use_cpu: true"] if config.use_cpu else [f"mixed_precision: {config.mixed_precision}"]
     lines += [f"num_processes: {config.num_processes}"]
     lines += [f'gpu_ids: "{config.gpu_ids}"  # the others stay idle'] if config.gpu_ids else []

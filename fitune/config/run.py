@@ -18,7 +18,7 @@ from fitune.config.optimizers import DEFAULT as OPTIMIZER
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
 from fitune.config.recipe_paths import found_beside, path_from_here
 from fitune.config.results import refuse_what_runs_leave
-from fitune.config.schema import SMALLEST, AccelerateConfig, Profile, Recipe, Run
+from fitune.config.schema import AUTO, SMALLEST, AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, name_of, names
 from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
 from fitune.config.yaml_file import Where, parse, parse_yaml, read_yaml
@@ -127,6 +127,8 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     else:
         accelerate_file = Path(old.accelerate.path)
     accelerate = read_accelerate_config(accelerate_file)
+    if accelerate == old.accelerate.model_copy(update={"reshard_after_forward": AUTO}):
+        accelerate = old.accelerate  # with what `plan` chose
     if profile.optimizer_state != old.profile.optimizer_state:
         raise UsageError(
             f"{folder} was trained with profile.optimizer_state {old.profile.optimizer_state}, which its checkpoints "
@@ -200,6 +202,11 @@ def with_numbers(run: Run, **numbers: int) -> Run:
             "left_to_plan": tuple(key for key in run.left_to_plan if key not in numbers),
         }
     )
+
+
+def with_resharding(run: Run, value: bool) -> Run:
+    """The run with yes or no for `reshard_after_forward`."""
+    return run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"reshard_after_forward": value})})
 
 
 def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, accelerate: AccelerateConfig) -> None:

@@ -285,8 +285,16 @@ class AccelerateConfig(Strict):
     "What is computed in: `bf16` on GPUs, where `no` is refused."
     offload_params: Flag = False
     "Keep sharded weights in host RAM; a layer visits the GPU while it computes."
-    reshard_after_forward: Flag = True
-    "Free a layer's gathered weights after its forward pass (False keeps them for the backward pass)."
+    reshard_after_forward: Flag | Literal["auto"] = AUTO
+    """Free a layer's gathered weights after its forward pass. `false` keeps them for the backward pass, which else
+    gathers them again. `auto`, which is no such line in the file: what `plan` finds to give the shortest step; `true`
+    where one GPU holds all weights, or host RAM.
+    """
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """`auto`, in a run that `plan` has not filled, is a no."""
+        return self.reshard_after_forward is False
 
 
 class Run(Strict):
@@ -326,6 +334,11 @@ class Run(Strict):
     def shards(self) -> int:
         """Ranks that hold one copy between them."""
         return self.accelerate.num_processes // self.replicas
+
+    @property
+    def gathers_between_gpus(self) -> bool:
+        """Whether GPUs hold the layers between them, and send each other what one lacks."""
+        return self.shards > 1 and not (self.accelerate.offload_params or self.accelerate.use_cpu)
 
     @property
     def keeps_base_in_fp8(self) -> bool:

@@ -19,7 +19,7 @@ from fitune.config.command_name import command
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.results import missing_of_result
 from fitune.config.run import FOUND
-from fitune.config.schema import Run
+from fitune.config.schema import AUTO, Run
 from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.launching.run_lock import LOCK, RunLock
@@ -37,12 +37,14 @@ FOLLOWS_EVALUATIONS = "reduce_lr_on_plateau"
 
 
 def as_started(run: Run) -> Run:
-    """A run that is resumed, with the rows and kept layers that `plan` chose when it was started."""
+    """A run that is resumed, with what `plan` chose when it was started: rows, kept layers, gathered weights."""
     file = run.folder / SETTINGS
     if not file.is_file():
         return run
-    old = runs.load(file).profile
-    return runs.with_numbers(run, **{key: getattr(old, key) for key in run.left_to_plan})
+    old = runs.load(file)
+    if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
+        run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
+    return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})
 
 
 @contextmanager

@@ -62,11 +62,14 @@ def shard_group(parameter: torch.Tensor) -> dist.ProcessGroup | None:
     return ranks_of_a_copy(parameter.device_mesh) if isinstance(parameter, DTensor) else None
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype, *, keep_gathered: bool = False
+) -> None:
     """Turns every parameter into a DTensor split along dimension 0, in place. The model must still be on meta.
 
-    One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more. Where
-    nothing has to travel, such as all weights on one GPU, FSDP is not used and parameters stay plain tensors.
+    One unit per decoder layer: while a layer computes, its weights and the next layer's are gathered, no more, unless
+    `keep_gathered` has them stay for the backward pass. Where nothing has to travel, such as all weights on one GPU,
+    FSDP is not used and parameters stay plain tensors.
     """
     causal_lm = decoder(model)
     _tell_transformers(causal_lm)
@@ -77,9 +80,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run, compute_dtype: torch.dty
     everything = in_host_ram if run.accelerate.offload_params else OffloadPolicy()
     embeddings = in_host_ram if run.profile.embedding_offload else everything
     for layer in causal_lm.model.layers:
-        fully_shard(
-            layer, reshard_after_forward=run.accelerate.reshard_after_forward, offload_policy=everything, **options
-        )
+        fully_shard(layer, reshard_after_forward=not keep_gathered, offload_policy=everything, **options)
     # One tensor for both is needed from the first moment to the last: the whole model's unit keeps it gathered.
     if not is_tied(causal_lm):
         _shard_embedding_and_head(causal_lm, offload_policy=embeddings, **options)

@@ -1,12 +1,14 @@
-"""Fills the GPUs: for what a profile leaves to `plan`, the rows a pass and kept layers with the shortest step.
+"""Fills the GPUs: for what is left to `plan`, the rows a pass, kept layers and gathered weights with the shortest step.
 
-More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times; both take memory. Each
-number of rows is tried with as many kept layers as fit beside it, and the fewest that are as fast as the fastest are
-taken. Where there are several machines, that is done with and without hybrid sharding.
+More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times, and gathered weights that
+stay until the backward pass are gathered once, not twice; all of it takes memory. Each number of rows is tried with as
+many kept layers as fit beside it, with gathered weights freed and kept. Of what is as fast as the fastest, what frees
+them is taken, then the fewest rows. Where there are several machines, that is done with and without hybrid sharding.
 """
 
 import math
 from dataclasses import replace
+from itertools import product
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
@@ -21,7 +23,7 @@ from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
 
 AS_FAST = 0.02
-"Of a step's seconds: for less, no more rows a pass are taken."
+"Of a step's seconds: for less, no more rows a pass are taken, and no gathered weights kept."
 
 
 def resolve(
@@ -74,22 +76,34 @@ def _setup(run: Run) -> Setup:
 
 
 def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
-    if not run.left_to_plan:
+    ways = _resharding(run)
+    run = runs.with_resharding(run, ways[0])
+    if not run.left_to_plan and len(ways) == 1:
         return run
     setup = _setup(run)
     limits = with_room_for_error(limits)
-    choices = [choice for rows in _rows(run) if (choice := _most_kept(run, setup, rows, limits))]
+    tried = product(_rows(run), (replace(setup, reshard=way) for way in ways))
+    choices = [choice for rows, one in tried if (choice := _most_kept(run, one, rows, limits))]
     if not choices:
         return run.model_copy(update={"left_to_plan": ()})
-    best = _fewest_rows(choices, gpu)
+    best = _least_of_the_fastest(choices, gpu)
+    run = runs.with_resharding(run, best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
 
 
-def _fewest_rows(choices: list[Setup], gpu: GpuModel) -> Setup:
-    """Of the choices that are as fast as the fastest, the one with the fewest rows a pass."""
+def _resharding(run: Run) -> tuple[bool, ...]:
+    """The values of `reshard_after_forward` to try, first what takes less memory."""
+    said = run.accelerate.reshard_after_forward
+    if said != AUTO:
+        return (said,)
+    return (True, False) if run.gathers_between_gpus else (True,)
+
+
+def _least_of_the_fastest(choices: list[Setup], gpu: GpuModel) -> Setup:
+    """Of the choices that are as fast as the fastest, one that frees gathered weights, then with the fewest rows."""
     seconds = [step_seconds(choice, gpu)["total"] for choice in choices]
     as_fast = [choice for choice, took in zip(choices, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
-    return min(as_fast, key=lambda choice: choice.micro_batch)
+    return min(as_fast, key=lambda choice: (not choice.reshard, choice.micro_batch))
 
 
 def with_room_for_error(limits: Limits) -> Limits:

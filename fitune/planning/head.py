@@ -11,7 +11,7 @@ from fitune.planning.found import Found
 from fitune.planning.network import Way, network_lines
 from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import Plan, Time, Verdict, needed_disk
-from fitune.planning.words import described, ranks_in_words, rounded, timed
+from fitune.planning.words import KEEPS_GATHERED, described, ranks_in_words, rounded, timed
 
 FP8_MEASURED_ON = "H200"
 "With one GPU that held its weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/peers-h200-2026-11-27*.json)."
@@ -95,7 +95,7 @@ def _run(plan: Plan) -> Iterator[Line]:
         "model", f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained ({s.method})"
     )
     yield Line("on", f"{ranks_in_words(s)}, {where}")
-    kept = f"{s.kept_layers} of {s.shape.layers} layers kept"
+    kept = f"{s.kept_layers} of {s.shape.layers} layers kept" + f", {KEEPS_GATHERED}" * (not s.reshard)
     yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{_fp8_note(plan)}")
 
 

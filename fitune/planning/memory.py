@@ -52,8 +52,9 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "unsharded head": s.unsharded_head,
         "gather buffers": (s.gathered_head + s.gathered_layer) if several else 0.0,
     }
-    prefetched_layer = s.unsharded_layer  # one rank has not asked for it yet while the loss goes backward
-    layers_in_forward = {} if s.reshard else {"unsharded layers": s.shape.layers * s.unsharded_layer}
+    prefetched_layer = s.unsharded_layer * s.reshard  # one rank has not asked for it yet while the loss goes backward
+    all_layers = s.shape.layers * s.unsharded_layer
+    layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
     head_reduction = s.shape.embedding_weights * FP32 if s.reduced else 0.0
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
@@ -83,12 +84,13 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "gather buffers": prefetched_layer * several, "kept activations": kept, "hidden states": 2 * s.hidden_state,
             "loss workspace": _loss_backward(s)},
         "backward, last layer": {
-            **before, "unsharded layers": s.unsharded_layer if s.reshard else s.shape.layers * s.unsharded_layer,
-            "gather buffers": prefetched_layer if s.reshard else 0.0, "kept activations": kept,
+            **before, "unsharded layers": s.unsharded_layer if s.reshard else all_layers,
+            "gather buffers": prefetched_layer, "kept activations": kept,
             "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction,
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "backward, second layer": {
-            **after, "gradients": after["gradients"] - not_yet, "unsharded layers": s.unsharded_layer,
+            **after, "gradients": after["gradients"] - not_yet,
+            "unsharded layers": s.unsharded_layer * (1 if s.reshard else 2),  # this one, and the first
             "gather buffers": prefetched_layer, "kept activations": _of_first_two_layers(s),
             "hidden states": s.hidden_state, "one layer's backward": second_layer,
             "gradient reduction": layer_reduction, **one_embedding},

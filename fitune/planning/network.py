@@ -54,7 +54,8 @@ def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
     values |= {"hybrid_sharding": values["hybrid_sharding"] == "true"}
     profile = run.profile.model_copy(update=dict.fromkeys(SMALLEST, AUTO) | {"async_save": AUTO} | values)
-    other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, run.accelerate, run.output_dir)
+    accelerate = run.accelerate.model_copy(update={"reshard_after_forward": AUTO})
+    other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
     return filled(other, plan.limits, gpu)
 
 

@@ -29,14 +29,14 @@ class Outlook:
     changes: list[str]
     "The nearest changes that fit, as they are typed; none where the plan itself fits."
     largest_micro_batch: int
-    "With no layer kept."
+    "With no layer kept, nor gathered weights."
     longest_sequence: int
-    "Tokens, with one row a pass and no layer kept."
+    "Tokens, with one row a pass and as little kept."
 
 
 def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
     """Everything that `plan` says beside the run that was asked for; `own` are files of profiles beside the shipped."""
-    recomputed = replace(plan.setup, kept_layers=0)
+    recomputed = replace(plan.setup, kept_layers=0, reshard=True)
     return Outlook(
         [] if plan.fits else nearest_changes(plan, own),
         largest_micro_batch(recomputed, plan.limits),

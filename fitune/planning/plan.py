@@ -171,7 +171,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         kept_layers=min(profile.kept_layers, shape.layers),
         activation_offload=profile.activation_offload,
         fp8=profile.compute == "fp8",
-        reshard=accelerate.reshard_after_forward,
+        reshard=not accelerate.keeps_gathered,
         on_gpu=not accelerate.use_cpu,
         replicas=run.replicas,
         saves=recipe.training.get("save_strategy") != "no",

@@ -182,7 +182,8 @@ def _holds_all(plan: Plan) -> bool:
     """Whether nothing could be kept or passed at once in more memory."""
     setup, most = plan.setup, math.ceil(plan.run.recipe.global_batch_size / plan.setup.ranks)
     everything = setup.kept_layers == setup.shape.layers and setup.micro_batch == most
-    return everything and setup.on_gpu and fits(setup, with_room_for_error(plan.limits))
+    gathered_too = replace(setup, reshard=not plan.run.gathers_between_gpus)
+    return everything and setup.on_gpu and fits(gathered_too, with_room_for_error(plan.limits))
 
 
 def _run(

@@ -9,6 +9,7 @@ from fitune.planning.sizes import Setup
 
 ON_GPUS, EMBEDDING_IN_RAM, ALL_IN_RAM = "weights on the GPUs", "embedding in RAM", "weights in RAM"
 STATES_IN_RAM = "gradients and optimizer states in RAM"
+KEEPS_GATHERED = "gathered weights kept"
 
 
 def described(plan: Plan) -> str:
@@ -18,7 +19,8 @@ def described(plan: Plan) -> str:
     if plan.run.accelerate.gpu_ids:
         ranks += f" ({numbers(plan.used_cards)})"
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
-    return ", ".join([ranks, *places(plan), rows, f"{setup.kept_layers} of {setup.shape.layers} layers kept"])
+    kept = f"{setup.kept_layers} of {setup.shape.layers} layers kept"
+    return ", ".join([ranks, *places(plan), rows, kept, *([] if setup.reshard else [KEEPS_GATHERED])])
 
 
 def ranks_in_words(setup: Setup) -> str:

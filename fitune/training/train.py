@@ -89,8 +89,8 @@ def train(run: Run) -> None:
         checkpoint = checkpoint_to_resume(run, identity, heartbeat)
         steps_left = steps_left_after(run, checkpoint)
         with Loading() as loading:
-            fp8 = run.profile.compute == "fp8"
-            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, fp8=fp8, bar=report.bar)
+            as_trained = {"fp8": run.profile.compute == "fp8", "keep_gathered": run.accelerate.keeps_gathered}
+            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, **as_trained, bar=report.bar)
     heartbeat.count_layers(decoder(model).model.layers)
     report.begin("mapping the rows")
     setup = _planned(run, base_folder)
@@ -136,12 +136,13 @@ def train(run: Run) -> None:
 
 
 def load_sharded_model(
-    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8=False, adapter=True, bar=None
-) -> torch.nn.Module:
+    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8=False, keep_gathered=False,
+    adapter=True, bar=None,
+) -> torch.nn.Module:  # fmt: skip
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream.
 
-    `fp8` has it train with fp8 products; without `adapter` it is the frozen model alone. `bar` shows how far it is;
-    without one, rank 0 draws its own.
+    `fp8` has it train with fp8 products, `keep_gathered` keep what a forward pass gathers until the backward pass;
+    without `adapter` it is the frozen model alone. `bar` shows how far it is; without one, rank 0 draws its own.
     """
     dtype = torch.bfloat16 if run.accelerate.mixed_precision == "bf16" else torch.float32
     stored = trained_dtype(run)
@@ -149,7 +150,7 @@ def load_sharded_model(
         run.recipe, base_folder, tokenizer, dtype, mesh.device_type, stored, adapter=adapter, fp8=fp8
     )
     keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
-    shard(model, mesh, run, dtype)
+    shard(model, mesh, run, dtype, keep_gathered=keep_gathered)
     device = compute_device(mesh)
     share, in_host_ram = share_of(run, mesh.get_rank()), frozenset(kept_in_host_ram(model, run))
     placement = Placement(share.shard, share.shards, device, in_host_ram, ranks_of_a_copy(mesh))

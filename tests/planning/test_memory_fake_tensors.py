@@ -22,11 +22,12 @@ def test_the_tiers_that_cannot_be_measured_are_there_at_full_depth():
     assert {(entry["recipe"], entry["profile"]) for entry in RESULTS if entry["layers"] == 80} >= TIERS
 
 
-@pytest.mark.parametrize("entry", RESULTS, ids=lambda entry: f"{entry['profile']}-{entry['compute']}")
+@pytest.mark.parametrize("entry", RESULTS, ids=lambda entry: f"{entry['recipe']}-{entry['profile']}-{entry['compute']}")
 def test_phases_agree(entry):
     assert agree(entry)
     largest = max(predicted_phases(entry)[phase] for phase in PHASES)
-    assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.02)
+    # of method full each kept layer holds a hidden state more on a GPU than beside pretended kernels
+    assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.03 if entry["recipe"].endswith("full") else 0.02)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,22 @@ def test_what_fp8_adds_to_full_fine_tuning_is_there(tmp_path):
     found = fp8["phases"][phase] - bf16["phases"][phase]
     assert found > 0.02
     assert found == pytest.approx(predicted_phases(fp8)[phase] - predicted_phases(bf16)[phase], abs=0.002)
+
+
+def test_what_kept_gathered_weights_add_is_there(tmp_path):
+    """All layers' until the backward pass is through with them, less the next layer's, which is not gathered again."""
+    output, asked = tmp_path / "fake.json", ["llama3_8b_full", "fsdp_2x80gb", "--layers", "4"]
+    for more in ([], ["--keep-gathered"]):
+        command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, *asked, *more]
+        subprocess.run(command, check=True, capture_output=True)
+    freed, kept = json.loads(output.read_text(encoding="utf-8"))
+    assert (freed["reshard_after_forward"], kept["reshard_after_forward"]) == (True, False)
+    before, after = predicted_phases(freed), predicted_phases(kept)
+    added = {phase: kept["phases"][phase] - freed["phases"][phase] for phase in PHASES}
+    assert added == pytest.approx({phase: after[phase] - before[phase] for phase in PHASES}, abs=0.002)
+    layer = added["forward, loss"] / 4
+    assert layer > 0.4 and added["backward, loss"] == pytest.approx(3 * layer, abs=0.002)
+    assert added["backward, last layer"] == pytest.approx(2 * layer, abs=0.002)
 
 
 def agree(entry: dict) -> bool:

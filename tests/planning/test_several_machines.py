@@ -27,10 +27,10 @@ H100 = gpu_model("H100")
 
 
 def _setup(recipe: str, *sets: str, gpus: int = 8, machines: int = 2, gib: float = 80, host: float = 1024):
-    """Of a run on all GPUs with one row a pass and no layer kept."""
+    """Of a run on all GPUs with one row a pass, no layer kept and no gathered weights."""
     sets = ("profile.micro_batch=1", "profile.kept_layers=0", *sets)
     run = _all_on_the_gpus(recipe, sets, given_machine(gpus, gib, host), machines)
-    return setup_of(run, find_shape(run.recipe.base.model))
+    return replace(setup_of(run, find_shape(run.recipe.base.model)), reshard=True)
 
 
 def _all_on_the_gpus(recipe: str, sets: tuple[str, ...], machine: Machine, machines: int) -> Run:
