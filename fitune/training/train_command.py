@@ -40,15 +40,15 @@ def train_command(
             return 0
         if not goes_on:
             runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
-    chosen, plan_chooses_saving = run.left_to_plan, run.profile.async_save == AUTO
+    left, plan_chooses_saving = run, run.profile.async_save == AUTO
     run = filled_here(on_gpus_here(as_started(run)) if resume else run)
     if not quiet and (said := faster_gpus(run)):
         click.echo(f"note: {said}", err=True)
     if dry_run:
         click.echo(dry_run_text(run))
         return 0
-    if chosen and not quiet:
-        click.echo("plan chose: " + ", ".join(f"{key} {getattr(run.profile, key)}" for key in chosen))
+    if (chosen := _chosen(left, run)) and not quiet:
+        click.echo(f"plan chose: {', '.join(chosen)}")
     if plan_chooses_saving and not quiet and (said := waits_for_the_disk(run)):
         click.echo(f"note: {said}", err=True)
     remember_what_was_typed()
@@ -59,6 +59,13 @@ def train_command(
         show_page_after_a_command(run.folder, place)
         click.echo(f"next:   {command('eval', short(str(run.folder)))}")
     return code
+
+
+def _chosen(left: Run, run: Run) -> list[str]:
+    """What `plan` chose of what it was left, gathered weights where it keeps them."""
+    chosen = [f"{key} {getattr(run.profile, key)}" for key in left.left_to_plan]
+    keeps = run.accelerate.keeps_gathered and not left.accelerate.keeps_gathered
+    return chosen + ["reshard_after_forward false"] * keeps
 
 
 def _run_to_train(

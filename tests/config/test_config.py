@@ -10,7 +10,7 @@ from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.installed_names import sft_config_fields
 from fitune.config.optimizers import ARGUMENTS, all_optimizers, nearest_fit
 from fitune.config.run import load_profile, load_recipe, resolve
-from fitune.config.schema import Method, Run
+from fitune.config.schema import AUTO, Method, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
 from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
 from fitune.errors import CRASHED, FituneError, UsageError
@@ -87,7 +87,7 @@ def test_files_resolve_to_a_run(write, tmp_path):
     assert run.gradient_accumulation_steps == 2
     assert run.recipe.training == {"learning_rate": 2e-4, "num_train_epochs": 1}  # YAML reads 2e-4 as text
     assert run.accelerate.offload_params and run.accelerate.mixed_precision == "bf16"
-    assert run.accelerate.reshard_after_forward, "unless the file says otherwise"
+    assert run.accelerate.reshard_after_forward == AUTO and not run.accelerate.keeps_gathered, "until plan has chosen"
     assert run.result_folder == tmp_path / "out" / "adapter"
 
     sets = ("training.learning_rate=1e-5", "lora.r=4", "seed=7", "global_batch_size=16", "profile.micro_batch=4")
