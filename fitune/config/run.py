@@ -270,7 +270,7 @@ def load(path: Path) -> Run:
     refuse_what_runs_leave(path)
     path = path / "run.yaml" if path.is_dir() else path
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a run folder written by `{command()} train`")
+        raise UsageError(f"{path}: no such file; expected {_checkpoint_meant(path)}")
     content = read_yaml(path) | {"output_dir": str(path.absolute().parent)}  # it may have moved
     if isinstance(content.get("profile"), dict):
         content["profile"].pop("activation_checkpointing", None)  # in runs before kept_layers: no result hangs on it
@@ -278,6 +278,13 @@ def load(path: Path) -> Run:
         if content["profile"].get("accelerate_config") == FOUND and isinstance(content.get("accelerate"), dict):
             content["accelerate"] |= {"path": str(path.absolute().parent / FOUND)}
     return parse(Run, _seen_from_here(content), str(path))
+
+
+def _checkpoint_meant(path: Path) -> str:
+    """What to give in place of a path that leads nowhere: a checkpoint may have been looked for beside the adapter."""
+    folder = path.parent if path.name == "run.yaml" else path
+    inside = folder.parent / "checkpoints" / folder.name
+    return str(inside) if inside.is_dir() else f"a run folder written by `{command()} train`"
 
 
 def _seen_from_here(content: dict) -> dict:

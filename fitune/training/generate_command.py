@@ -19,16 +19,12 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
 
     Raises UsageError where nothing can be asked.
     """
-    asks = asked["prompt"] or asked["text"] or asked["test"] or asked["chat"]
+    _refuse_ignored_flags(serve, **asked)
     if serve:
-        if asks:
-            raise UsageError(
-                "--serve starts a server, which is asked over its port: leave out --prompt, --text, --test and --chat"
-            )
         refuse_machine_flags(given, **place)
         return _serve(given, serve)
     load = asked.pop("load")
-    if not asks:
+    if not any(asked[flag] for flag in ("prompt", "text", "test", "chat")):
         raise UsageError('nothing to ask: give --prompt "...", --text "...", --test N or --chat')
     if is_asked_as_folder(given):
         refuse_machine_flags(given, **place)
@@ -36,6 +32,19 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
     if load != "auto":
         raise UsageError(f"--load {load}: a run is asked as it was trained; --load is for folders of models")
     return _ask_run(given, asked, place)
+
+
+def _refuse_ignored_flags(serve: int | None, *, prompt, text, test, chat, json, temperature, seed, **_) -> None:
+    """UsageError for a flag that would do nothing beside others."""
+    asks = {"--prompt": prompt, "--text": text, "--test": test, "--json": json}
+    asks = [flag for flag, is_given in asks.items() if is_given]
+    if serve and (asks or chat):
+        raise UsageError(f"--serve starts a server, which is asked over its port: leave out {[*asks, '--chat'][0]}")
+    if chat and asks:
+        kept = "; /save FILE writes the conversation down" if asks == ["--json"] else ""
+        raise UsageError(f"--chat is asked at its prompt: leave out {asks[0]}, or --chat{kept}")
+    if seed is not None and not temperature:
+        raise UsageError("--seed is for answers that are drawn: add --temperature T, above 0, or leave it out")
 
 
 def _serve(given: Path, port: int) -> int:

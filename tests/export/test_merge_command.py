@@ -213,6 +213,8 @@ def test_what_is_not_a_run_is_refused(run, tmp_path):
     assert "notes.txt: is a file; expected a run folder" in _refused(tmp_path / "notes.txt", *output)
     for wrong in (tmp_path / "nowhere", tmp_path, tmp_path / "checkpoints" / "checkpoint-1"):
         assert "no such file; expected a run folder" in _refused(wrong, *output)
+    meant = f"checkpoint-5: no such file; expected {run.folder / 'checkpoints' / 'checkpoint-5'}"
+    assert meant in _refused(run.folder / "checkpoint-5", *output)
     assert "checkpoint-6/adapter: no such folder" in _refused(run.folder / "checkpoints" / "checkpoint-6", *output)
     shutil.rmtree(run.result_folder)
     assert "the run has not finished" in _refused(run.folder, *output)
