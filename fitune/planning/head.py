@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from fitune.planning import in_fp8
 from fitune.planning.async_save import how_it_saves
 from fitune.planning.found import Found
 from fitune.planning.network import Way, network_lines
@@ -13,8 +14,6 @@ from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import Plan, Time, Verdict, needed_disk
 from fitune.planning.words import KEEPS_GATHERED, described, ranks_in_words, rounded, timed
 
-FP8_MEASURED_ON = "H200"
-"With one GPU that held its weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/peers-h200-2026-11-27*.json)."
 GAP = 2
 "Columns between the longest label and the texts."
 
@@ -37,7 +36,9 @@ def print_lines(lines: list[Line], console: Console) -> None:
             console.print(Text(("" if place else line.label).ljust(width)) + part)
 
 
-def head_lines(plan: Plan, outlook: Outlook, ways: list[Way], found: Found | None) -> list[Line]:
+def head_lines(
+    plan: Plan, outlook: Outlook, ways: list[Way], found: Found | None, better_in_fp8: Plan | None = None
+) -> list[Line]:
     """From the verdicts to the run's own settings. `found` is what a search chose."""
     lines = [_verdict(verdict) for verdict in plan.verdicts]
     if not plan.fits:
@@ -46,6 +47,8 @@ def head_lines(plan: Plan, outlook: Outlook, ways: list[Way], found: Found | Non
         lines += _choice(found)
     if plan.time:
         lines += _estimate(plan.time)
+    if better_in_fp8:
+        lines.append(Line("in fp8", in_fp8.offer(better_in_fp8, plan)))
     lines += [Line("" if place else "network", line) for place, line in enumerate(network_lines(ways))]
     lines += _limits(plan, outlook)
     return lines + list(_run(plan))
@@ -96,21 +99,8 @@ def _run(plan: Plan) -> Iterator[Line]:
     )
     yield Line("on", f"{ranks_in_words(s)}, {where}")
     kept = f"{s.kept_layers} of {s.shape.layers} layers kept" + f", {KEEPS_GATHERED}" * (not s.reshard)
-    yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{_fp8_note(plan)}")
-
-
-def _fp8_note(plan: Plan) -> str:
-    """Whether the time of a run in fp8 was measured; on a CPU, that it is emulated."""
-    if not plan.setup.fp8:
-        return ""
-    if not plan.setup.on_gpu:
-        return ", products in fp8 (emulated on the CPU: the same arithmetic, slower)"
-    if plan.setup.full:
-        return ", products in fp8 (its time was not measured with method full, and is a guess)"
-    there = plan.time is not None and plan.time.gpu == FP8_MEASURED_ON
-    was_measured = there and plan.setup.ranks == 1 and not plan.setup.offload
-    guess = f" (its time was measured on one {FP8_MEASURED_ON} alone, and is a guess here)"
-    return f", products in fp8{'' if was_measured else guess}"
+    fp8 = f", {in_fp8.note(plan)}" if s.fp8 else ""
+    yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{fp8}")
 
 
 def detail_lines(plan: Plan) -> list[Line]:

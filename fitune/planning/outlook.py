@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fitune.config import run as runs
+from fitune.planning.compute import has_fp8
 from fitune.planning.fill import filled, fits, largest
+from fitune.planning.gpu_models import look_up
 from fitune.planning.hardware import VISIBLE
 from fitune.planning.limits import Limits
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
@@ -94,10 +96,17 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
         changes.append((in_ram, small | {"optimizer_offload": True}))
     if setup.small_states and not (setup.offload or setup.optimizer_offload):
         changes.append(("--set profile.optimizer_offload=true", {"optimizer_offload": True}))
+    if setup.method == "lora" and not setup.fp8 and plan.time and _has_fp8(plan.time.gpu):
+        changes.append(("--set profile.compute=fp8", {"fp8": True}))
     shorter = longest_sequence(setup, plan.limits)
     if SHORTEST <= shorter < setup.max_length:
         changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
     return changes
+
+
+def _has_fp8(card: str) -> bool:
+    model = look_up(card)
+    return model is not None and has_fp8(model)
 
 
 def _profiles_that_fit(plan: Plan, own: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from fitune.planning.found import Found
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, refuse_several, stated_model
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
+from fitune.planning.in_fp8 import better_in_fp8
 from fitune.planning.limits import Limits, given_machine, limits_of, machine_to_ask
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import merge_host
@@ -56,33 +58,48 @@ def plan_command(
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
         return
     runs.check_paths(recipe, sets, "base.model")
-    found = None
     if profile:
-        model = _named_model(gpu, gpu_tflops, gpu_memory)
-        run = resolve(recipe, profile, sets, gpu=model)
-        refuse_missing_fp8(run, model)
-        plan = make_plan(run, limits_of(run), model, **options)
+        planned = partial(_with_profile, recipe, profile, _named_model(gpu, gpu_tflops, gpu_memory), options)
     else:
         machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or this_machine()
         named = _named_model(gpu, gpu_tflops, machine.gpu_memory_gib)
-        found = find_fastest(recipe, sets, machine, named, machines=machines)
-        chosen = replace(machine, gpus=found.plan.cards)
-        model = named or chosen.model
-        refuse_missing_fp8(found.plan.run, named or chosen.known_model)
-        plan = make_plan(found.plan.run, found.plan.limits, model, **options)
+        planned = partial(_searched, recipe, machine, machines, named, options)
+    plan, model, found = planned(sets)
+    in_fp8 = better_in_fp8(plan, profile, sets, lambda changed: planned(changed)[0])
     on_own_profiles = plans_with(own, recipe, sets, plan.limits, model, **options) if found else []
     outlook, ways = look_around(plan, own), ways_to_spread(plan, model, **options)
     if in_json:
         more = {"network": [way.as_json() for way in ways]}
         more |= search_as_json(found) | {"own_profiles": own_as_json(on_own_profiles)} if found else {}
+        more |= {"in_fp8": {"choice": described(in_fp8)} | _outcome(in_fp8)} if in_fp8 else {}
         print(json.dumps(as_json(plan, outlook) | more, indent=2))
         return
-    print_plan(plan, head_lines(plan, outlook, ways, found), console, details=details)
+    print_plan(plan, head_lines(plan, outlook, ways, found, in_fp8), console, details=details)
     if found and find:
         print_tried(found, on_own_profiles, console)
         console.print()
     if not details:
         console.print(DETAILS_HINT, style="dim")
+
+
+def _with_profile(
+    recipe: str, profile: str, named: GpuModel | None, options: dict, sets: tuple[str, ...]
+) -> tuple[Plan, GpuModel | None, None]:
+    """The plan on the hardware that a profile states, and the model of --gpu."""
+    run = resolve(recipe, profile, sets, gpu=named)
+    refuse_missing_fp8(run, named)
+    return make_plan(run, limits_of(run), named, **options), named, None
+
+
+def _searched(
+    recipe: str, machine: Machine, machines: int, named: GpuModel | None, options: dict, sets: tuple[str, ...]
+) -> tuple[Plan, GpuModel | None, Found]:
+    """The fastest plan on `machine`, the model whose speed counts, and what the search came to."""
+    found = find_fastest(recipe, sets, machine, named, machines=machines)
+    chosen = replace(machine, gpus=found.plan.cards)
+    model = named or chosen.model
+    refuse_missing_fp8(found.plan.run, named or chosen.known_model)
+    return make_plan(found.plan.run, found.plan.limits, model, **options), model, found
 
 
 def _plan_asking(folder: str, machine: Machine, console: Console, *, in_json: bool) -> None:

@@ -153,6 +153,47 @@ def test_auto_takes_what_is_proven_where_the_card_has_it(monkeypatch):
     assert resolve("llama3_8b_qlora", "single_gpu").profile.compute == "fp8"
 
 
+def _offered(*arguments: str) -> str:
+    """What follows "in fp8"; '' without such a line."""
+    lines = _plan(*arguments).output.splitlines()
+    return next((line.removeprefix("in fp8").strip() for line in lines if line.startswith("in fp8")), "")
+
+
+def test_plan_says_what_it_would_bring_where_the_card_has_it():
+    flags, ends = ("llama3_8b_qlora", "--profile", "single_gpu"), f": --set {FP8} (rounds more: docs/fp8.md)"
+    for gpu, guess in (("H200", ""), ("RTX 4090", ", a guess")):
+        seconds = [json.loads(_plan(*flags, "--gpu", gpu, "--set", f"profile.compute={compute}", "--json").output)
+                   for compute in ("fp8", "auto")]  # fmt: skip
+        fp8, bf16 = (f"{float(format(told['estimate']['step_seconds'], '.2g')):,g} s a step" for told in seconds)
+        assert _offered(*flags, "--gpu", gpu) == f"{fp8}{guess}{ends}" and fp8 != bf16
+        assert seconds[1]["in_fp8"]["step_seconds"] == seconds[0]["estimate"]["step_seconds"]
+    more_fits = _offered("llama3_70b_lora", "--gpu", "H100", "--gpus", "2", "--host-memory", "256")
+    assert more_fits.startswith("2 GPUs, weights on the GPUs, ") and more_fits.endswith(ends)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("llama3_8b_qlora", "--gpu", "RTX 3090"),
+        ("llama3_8b_qlora", "--profile", "fsdp_2x40gb"),
+        ("llama3_8b_full", "--profile", "fsdp_2x80gb"),
+        ("llama3_8b_qlora", "--gpu", "H100", "--set", "profile.compute=bf16"),
+        ("llama3_8b_qlora", "--gpu", "H100", "--set", FP8),
+    ],
+)
+def test_it_is_not_offered_where_it_is_missing_unproven_or_was_decided(arguments):
+    assert _offered(*arguments) == "" and " a step" in _plan(*arguments).output
+
+
+def test_what_does_not_fit_in_bf16_may_fit_so():
+    there = ("--gpus", "4", "--gpu-memory", "32", "--host-memory", "64")
+    said = {gpu: _plan("llama3_70b_lora", "--gpu", gpu, *there).stderr for gpu in ("RTX 5090", "A100")}
+    assert "what fits: --set profile.compute=fp8 or the recipe llama3_70b_qlora" in said["RTX 5090"]
+    assert "does not fit" in said["A100"] and "fp8" not in said["A100"]
+    fits = _plan("llama3_70b_lora", "--gpu", "RTX 5090", *there, "--set", FP8)
+    assert fits.exit_code == 0 and "4 GPUs, weights on the GPUs" in fits.output
+
+
 def test_plan_counts_its_memory_and_its_speed():
     def of(compute: str):
         sets = (f"profile.compute={compute}", "profile.micro_batch=4", "profile.kept_layers=32")
