@@ -42,7 +42,9 @@ def find(name: str, folder: Path, kind: str) -> Path:
     """The YAML file called `name` in `folder`, or `name` itself if it is a path to one."""
     if is_path(name):
         if Path(name).is_dir():
-            raise UsageError(f"{kind} {name}: is a folder without run.yaml; name a {kind} or its .yaml file")
+            a_run = (Path(name) / "run.yaml").exists()
+            what = "a run's folder" if a_run else "a folder without run.yaml"
+            raise UsageError(f"{kind} {name}: is {what}; name a {kind} or its .yaml file")
         if not Path(name).is_file():
             raise UsageError(f"{kind} {name}: no such file")
         return Path(name)

@@ -392,6 +392,9 @@ def test_wrong_names_and_paths_are_usage_errors(write, tmp_path):
     ):
         message = _message({"recipe": recipe, "profile": profile})
         assert all(part in message for part in said), message
+    (tmp_path / "run.yaml").touch()
+    a_run = _message({"recipe": str(tmp_path), "profile": "x"})
+    assert a_run.endswith(f"recipe {tmp_path}: is a run's folder; name a recipe or its .yaml file")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00\x01")
     assert "binary.yaml" in _message({"recipe": binary, "profile": "x"})

@@ -1,6 +1,7 @@
 """A model's folder held by several processes, in 4 bits or out of host RAM, answers and measures as it does alone."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from ranks import run_ranks
 from results import empty_adapter
 from rounding import additions_to_logits, rounding
+from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.utils import logging
@@ -104,6 +106,39 @@ def test_reading_a_model_is_said_in_fitunes_way(model, capfd):
     result = CliRunner().invoke(cli, ["generate", str(model), "--text", "Once", "--max-new-tokens", "2"])
     printed = result.stderr + capfd.readouterr().err
     assert result.exit_code == 0 and "reading the model: " in printed and "Loading weights" not in printed
+
+
+def test_a_damaged_file_is_named(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    file = max(folder.glob("*.safetensors"))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 4)
+    result = CliRunner().invoke(cli, ["generate", str(folder), "--text", "Once", "--max-new-tokens", "2"])
+    assert result.exit_code == 1 and f"{file}: tensor " in result.stderr and "truncated at " in result.stderr
+
+
+OTHER_TENSORS = {
+    "missing": ({}, "model.norm.weight", 1, "tensor model.norm.weight is missing"),
+    "other shapes": ({"intermediate_size": 64}, None, 1, r"tensor model.layers.0.mlp.down_proj.weight has shape \(.*, "
+                     r"the model needs \(\d+, 64\) \(and \d+ more\); config.json belongs to another model\?"),
+    "no place": ({"num_hidden_layers": 1}, None, 0, r"note: .* tensor model.layers.1.input_layernorm.weight has no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "without", "code", "said"), OTHER_TENSORS.values(), ids=OTHER_TENSORS)
+def test_no_weight_is_made_up(model, tmp_path, config, without, code, said):
+    """transformers fills what lacks with random numbers."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    kept = {name: tensor for name, tensor in tensors.items() if name != without}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    result = CliRunner().invoke(cli, ["generate", str(folder), "--text", "Once", "--max-new-tokens", "2"])
+    assert result.exit_code == code and re.search(said, result.stderr), result.output
 
 
 def test_answers_end_where_the_folder_says(model, expected_ids, tmp_path):
