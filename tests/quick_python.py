@@ -166,6 +166,7 @@ class _Start:
     def program(self, arguments: list[str], environment: dict[str, str], folder: str, streams) -> None:
         """In a process that was just forked: runs `python ARGUMENTS`, and never returns."""
         gc.freeze()  # nobody who may still use a file is asked to close it
+        atexit._clear()  # what the launcher removes when it ends, its temporary folders, is not a rank's to remove
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         for number, name in ((1, "stdout"), (2, "stderr")):
