@@ -238,10 +238,14 @@ def _open_files() -> set[int]:
 
 
 def _show_in_ps(arguments: list[str], environment: dict[str, str]) -> None:
-    """Writes both where the kernel shows them (proc(5): cmdline, environ), as far as there is room."""
+    """Writes both where the kernel shows them (proc(5): cmdline, environ), as far as there is room: RANK first.
+
+    The room is as long as the environment of the server, which can be short.
+    """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     arg_start, arg_end, env_start, env_end = map(int, fields[45:49])
-    variables = [f"{name}={environment[name]}" for name in sorted(environment, key=INITIAL_ENVIRONMENT.__contains__)]
+    names = sorted(environment, key=lambda name: (name != "RANK", name in INITIAL_ENVIRONMENT))
+    variables = [f"{name}={environment[name]}" for name in names]
     for words, start, end in ((["python", *arguments], arg_start, arg_end), (variables, env_start, env_end)):
         text = b"\0".join(map(os.fsencode, words))[: end - start - 1]
         ctypes.memset(start, 0, end - start)
