@@ -3,10 +3,13 @@
 import random
 import secrets
 
+import jinja2
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from fitune.data.file_formats import first_line
+from fitune.errors import UsageError
 from fitune.model.attention import PADDED_ATTENTION
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
@@ -85,9 +88,12 @@ class Answerer:
             return self.tokenizer(
                 (self.tokenizer.bos_token or "") + asked, add_special_tokens=False, return_tensors="pt"
             )
-        return self.tokenizer.apply_chat_template(
-            asked, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                asked, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the model's chat template refuses this conversation: {first_line(error)}") from None
 
 
 def made_to_generate(model, device: torch.device):

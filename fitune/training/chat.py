@@ -11,7 +11,8 @@ import torch.distributed as dist
 from transformers import StoppingCriteria, TextStreamer
 
 from fitune.columns import printable
-from fitune.training.distributed import is_main_process
+from fitune.errors import UsageError
+from fitune.training.distributed import is_main_process, wait_for_rank_0
 
 HELP = (
     "/exit ends the chat, /reset forgets what was said, /system TEXT sets the system message, /save FILE writes it down"
@@ -29,6 +30,7 @@ class Interrupts:
 
     def __init__(self):
         self.state, self.noted = "loading", 0
+        self.lines = 0
         self._before = signal.signal(signal.SIGINT, self._note)
 
     def restore(self) -> None:
@@ -120,9 +122,13 @@ def chat(answerer, system_message: str | None, interrupts: Interrupts) -> None:
 
 def _answer(answerer, conversation: Conversation, line: str, streamer, interrupts: Interrupts) -> None:
     interrupts.state = "answering"
-    conversation.messages.append({"role": "user", "content": line})
-    said = answerer.answer(conversation.messages, streamer=streamer, stopping=[_UntilInterrupted(interrupts)])
-    conversation.messages.append({"role": "assistant", "content": said})
+    asked = [*conversation.messages, {"role": "user", "content": line}]
+    try:
+        said = answerer.answer(asked, streamer=streamer, stopping=[_UntilInterrupted(interrupts)])
+    except UsageError as error:  # the chat template refuses it, on all ranks
+        _say(str(error))
+    else:
+        conversation.messages = [*asked, {"role": "assistant", "content": said}]
 
 
 def _next_line(interrupts: Interrupts) -> str | None:
@@ -131,7 +137,8 @@ def _next_line(interrupts: Interrupts) -> str | None:
     if is_main_process():
         with contextlib.suppress(EOFError):
             line = [_read(interrupts)]
-    interrupts.state = "waiting"
+    interrupts.state, interrupts.lines = "waiting", interrupts.lines + 1
+    wait_for_rank_0(f"line {interrupts.lines} of the chat")  # which may be typed after an hour
     if dist.is_initialized():
         dist.broadcast_object_list(line)
     interrupts.noted = 0
@@ -147,6 +154,8 @@ def _read(interrupts: Interrupts) -> str | None:
             return input("you> ").strip()
         except KeyboardInterrupt:
             continue
+        except UnicodeDecodeError:
+            _say("this line is not UTF-8, as the terminal should write it")
         finally:
             interrupts.state = "waiting"
     print()

@@ -4,12 +4,17 @@ import builtins
 import json
 import os
 import signal
+import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fitune.errors import UsageError
 from fitune.training.answerer import Answerer
 from fitune.training.chat import HELP, Interrupts, chat
 
@@ -115,6 +120,52 @@ def test_ctrl_c_ends_what_is_being_loaded():
         assert ended.value.code == 130
     finally:
         interrupts.restore()
+
+
+def _type_slowly() -> list[list[str]]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    lines = ["Hi"]
+
+    def read(prompt):
+        time.sleep(4)
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    builtins.input = read  # of this rank alone, a process of its own
+    return talk(Told())
+
+
+def test_ranks_wait_for_a_line_beyond_any_timeout():
+    assert run_ranks(_type_slowly, 2) == [[["Hi"]]] * 2
+
+
+def test_what_the_chat_template_refuses_is_said_and_forgotten(typed, capsys, tiny_base):
+    """As those do that know no system message."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    answerer = Answerer(AutoModelForCausalLM.from_pretrained(tiny_base), tokenizer, [0], "cpu", 2, 0.0)
+    with pytest.raises(UsageError, match="^the model's chat template refuses this conversation: no system message$"):
+        answerer.answers([([{"role": "system", "content": "Be kind."}, *QUESTION], None)])
+    typed("/system Be kind.", "Hi", "More", "/system", "Hi")
+    chat(answerer, None, Interrupts())
+    assert capsys.readouterr().out.count("refuses this conversation: no system message\n") == 2
+
+
+def test_a_line_that_is_no_utf8_is_told_and_the_next_one_read(monkeypatch, capsys):
+    lines = [b"caf\xe9", b"Hi", None]
+
+    def read(prompt):
+        if (line := lines.pop(0)) is None:
+            raise EOFError
+        return line.decode()
+
+    monkeypatch.setattr(builtins, "input", read)
+    assert talk(Told()) == [["Hi"]]
+    assert "not UTF-8" in capsys.readouterr().out
 
 
 def test_draws_differ_and_a_seed_repeats_them(tiny_base):
