@@ -7,6 +7,7 @@ are understood; whatever else an adapter may ask for is refused by name.
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from fitune.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
@@ -132,6 +133,10 @@ def _read_change(file: AdapterFile, name: str, lora: Lora) -> set[str]:
     if part := _ending(name, EMBEDDING):
         prefix = name.removesuffix(part)
         a, b = f"{prefix}{EMBEDDING[0]}", f"{prefix}{EMBEDDING[1]}"
+        if _magnitude(file, prefix):
+            raise UsageError(
+                f"{file.folder / ADAPTER_CONFIG}: use_dora on {_module(prefix)}: merge reads DoRA on linears"
+            )
         lora.embeddings[f"{_module(prefix)}.weight"] = EmbeddingPair(a, b, _scale(file, _module(prefix), a, b))
         return {a, b}
     if _ending(name, (TOKEN_ROWS,)):
@@ -161,8 +166,9 @@ def _is_whole(file: AdapterFile, weight: str) -> bool:
     module, _, parameter = weight.rpartition(".")
     if parameter == "bias" and file.config.get("bias") in TRAINED_BIASES:
         return True
-    saved = [*(file.config.get("modules_to_save") or []), *RESIZED_WITH_THE_VOCABULARY]
-    return parameter in ("weight", "bias") and any(module.endswith(name) for name in saved)  # PEFT's rule
+    saved = tuple([*(file.config.get("modules_to_save") or []), *RESIZED_WITH_THE_VOCABULARY])
+    within = accumulate(module.split("."), "{}.{}".format)  # a module that is saved may hold others
+    return parameter in ("weight", "bias") and any(name.endswith(saved) for name in within)  # PEFT's rule
 
 
 def _magnitude(file: AdapterFile, prefix: str) -> str | None:

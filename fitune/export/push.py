@@ -52,6 +52,8 @@ def what_to_push(given: Path, run: Run | None, *, merged: bool, gguf: str | None
     `merging` are the options of `whole_model`.
     """
     if not (merged or gguf):
+        if ignored := next((name for name in ("base", "onto") if merging.get(name)), None):
+            raise UsageError(f"--{ignored} is for what is merged: add --merged or --gguf TYPE, or leave it out")
         return lambda folder: run.result_folder if run else given
     if gguf:
         refuse_impossible(gguf)

@@ -40,6 +40,7 @@ VARIANTS = {
         "target_modules": ["up_proj"],
         "modules_to_save": ["embed_tokens", "lm_head", "norm"],
     },
+    "whole module of several linears": {"target_modules": ATTENTION, "modules_to_save": ["mlp"]},
     "token list": {"trainable_token_indices": TOKENS},
     "token table": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [3]}},
 }

@@ -75,6 +75,11 @@ def test_adapters_that_cannot_be_applied_exactly_are_refused(base, own_adapter, 
     refused(said, base, own_adapter, tmp_path / "out")
 
 
+def test_dora_on_an_embedding_is_refused_by_name(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "embed_tokens"])
+    refused(r"use_dora on model\.embed_tokens: merge reads DoRA on linears", base, adapter, tmp_path / "out")
+
+
 def test_adapter_files_are_named_in_errors(base, own_adapter, tmp_path):
     file = own_adapter / "adapter_model.safetensors"
     tensors = load_file(file)

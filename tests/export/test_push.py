@@ -76,8 +76,10 @@ def test_without_a_login_nothing_is_written_or_sent(own_adapter, hub, monkeypatc
         (("--repo", "a/b/c"), "--repo a/b/c: "),
         (("--gguf", "q4"), "the converter writes"),
         (("--repo", "-x-"), "--repo"),
+        (("--base", "some/model"), "--base is for what is merged: add --merged or --gguf TYPE"),
+        (("--onto", "original"), "--onto is for what is merged"),
     ],
-    ids=["repo", "type", "name"],
+    ids=["repo", "type", "name", "base without merging", "onto without merging"],
 )
 def test_impossible_wishes_are_refused_before_anything_is_sent(own_adapter, hub, words, said):
     outcome = push(own_adapter, *words)

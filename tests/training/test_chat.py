@@ -148,7 +148,7 @@ def test_what_the_chat_template_refuses_is_said_and_forgotten(typed, capsys, tin
         "{{ m.content }}{% endfor %}"
     )
     answerer = Answerer(AutoModelForCausalLM.from_pretrained(tiny_base), tokenizer, [0], "cpu", 2, 0.0)
-    with pytest.raises(UsageError, match="^the model's chat template refuses this conversation: no system message$"):
+    with pytest.raises(UsageError, match=r"^the model's chat template refuses this conversation: no system message$"):
         answerer.answers([([{"role": "system", "content": "Be kind."}, *QUESTION], None)])
     typed("/system Be kind.", "Hi", "More", "/system", "Hi")
     chat(answerer, None, Interrupts())
