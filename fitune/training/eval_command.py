@@ -20,7 +20,7 @@ def eval_command(
     if not tasks and given.suffix == SUFFIX and given.is_file():
         refuse_machine_flags(given, **place)
         _evaluate_gguf(given, data, load)  # which leaves by itself
-    run = finished_run_or_none(given)
+    run = finished_run_or_none(given, asked=not tasks)
     if tasks:
         from fitune.training.tasks import tasks_command
 

@@ -46,9 +46,9 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     rows = rows_on_all_ranks(run, "test", tokenizer, Heartbeat())
     measured = partial(_measured, run, tokenizer=tokenizer, mesh=mesh, rows=rows)
     tuned_folder = tuned_base_folder(run, base_folder, force)
-    if tuned_folder == base_folder:  # an adapter, switched off and on
+    if run.recipe.method != "full":  # an adapter, switched off and on
         results = measured(base_folder, "base", "tuned")
-    else:  # of method full: one after the other, as GPUs have room for one
+    else:  # one after the other, as GPUs have room for one
         results = measured(base_folder, "base")
         let_go()
         results |= measured(tuned_folder, "tuned")
@@ -67,7 +67,8 @@ def _measured(
 ) -> dict[str, dict[str, float]]:
     """Metrics, by label, of the model whose weights are in `folder`; for `base` without an adapter."""
     model = load_sharded_model(run, folder, tokenizer, mesh)
-    load_tuned_weights(run, model, mesh)
+    if "tuned" in labels:
+        load_tuned_weights(run, model, mesh)
     trainer = ShardedSFTTrainer(run, model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=rows)
     batches, found = trainer.get_eval_dataloader(), {}
     for label in labels:

@@ -8,7 +8,6 @@ The model is sharded as in training, so what could be trained can be asked.
 import argparse
 import contextlib
 import json
-from pathlib import Path
 
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
@@ -41,14 +40,17 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     stop_ids = end_of_turn_ids(tokenizer)
     tuned_folder = tuned_base_folder(run, base_folder, options.force)
 
-    def load(folder: Path) -> Answerer:
-        model = load_sharded_model(run, folder, tokenizer, mesh)
-        load_tuned_weights(run, model, mesh)
+    has_adapter = run.recipe.method != "full"
+
+    def load(*, tuned: bool) -> Answerer:
+        model = load_sharded_model(run, tuned_folder if tuned else base_folder, tokenizer, mesh)
+        if tuned:
+            load_tuned_weights(run, model, mesh)
         made_to_generate(model, compute_device(mesh))
         drawn = options.max_new_tokens, options.temperature, options.seed
         return Answerer(model, tokenizer, stop_ids, compute_device(mesh), *drawn)
 
-    answerer = load(tuned_folder if options.chat else base_folder)
+    answerer = load(tuned=has_adapter or options.chat)
     if options.chat:
         chat(answerer, run.recipe.data.system_message, interrupts)
     else:
@@ -56,10 +58,10 @@ def generate(run: Run, options: argparse.Namespace) -> None:
         adapter_off = getattr(answerer.model, "disable_adapter", contextlib.nullcontext)
         with adapter_off():
             base_answers = answerer.answers(conversations)
-        if tuned_folder != base_folder:  # of method full: one after the other, as GPUs have room for one
+        if not has_adapter:  # one after the other, as GPUs have room for one
             del answerer
             let_go()
-            answerer = load(tuned_folder)
+            answerer = load(tuned=True)
         tuned_answers = answerer.answers(conversations)
         if is_main_process():
             answers = {"base": base_answers, "tuned": tuned_answers}

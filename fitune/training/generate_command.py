@@ -80,7 +80,7 @@ def _ask_model(folder: Path, asked: dict, load: str) -> int:
 
 
 def _ask_run(folder: Path, asked: dict, place: Place) -> int:
-    run = finished_run(folder)
+    run = finished_run(folder, asked=True)
     check_machine_flags(run, **place)
     check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
     with held_here(run) as held:

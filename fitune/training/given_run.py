@@ -11,10 +11,11 @@ from fitune.config.schema import Run
 from fitune.errors import UsageError
 
 
-def finished_run(folder: Path) -> Run:
+def finished_run(folder: Path, *, asked: bool = False) -> Run:
     """The finished run of a folder, or that of a checkpoint, which then stands for the run's result.
 
-    Raises UsageError for a run without a result and for a checkpoint that is damaged.
+    Raises UsageError for a run without a result and for a checkpoint that is damaged; also for one of method full,
+    which has no model's folder, unless it is only `asked` by the run's own processes.
     """
     if folder.absolute().parent.name != "checkpoints":
         run = runs.load(folder)
@@ -29,8 +30,9 @@ def finished_run(folder: Path) -> Run:
             )
         return run
     run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})
-    if not run.result_folder.is_dir():
-        whole_model = "; checkpoints of method full only resume a run" if run.recipe.method == "full" else ""
+    is_full = run.recipe.method == "full"
+    if not (folder / "state" if is_full and asked else run.result_folder).is_dir():
+        whole_model = "; of method full, eval and generate alone take a checkpoint" if is_full else ""
         raise UsageError(
             f"{run.result_folder}: no such folder; give a run folder or a whole checkpoint of it{whole_model}"
         )
@@ -41,10 +43,10 @@ def finished_run(folder: Path) -> Run:
     return run
 
 
-def finished_run_or_none(given: Path) -> Run | None:
-    """The run of a folder or checkpoint; None for an adapter's, a model's or a GGUF's folder."""
+def finished_run_or_none(given: Path, *, asked: bool = False) -> Run | None:
+    """The run of a folder or checkpoint, as `finished_run`; None for an adapter's, a model's or a GGUF's folder."""
     others = ("adapter_config.json", "config.json", "*.gguf")
-    return None if any(list(given.glob(name)) for name in others) else finished_run(given)
+    return None if any(list(given.glob(name)) for name in others) else finished_run(given, asked=asked)
 
 
 def checkpoint_flag(run: Run) -> list[str]:

@@ -15,6 +15,7 @@ from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import local_part, local_rows, share_of
 from fitune.training.distributed import is_main_process
 from fitune.training.held_adapter import HeldAdapter, hold
+from fitune.training.state import load_trainable_weights
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -22,8 +23,11 @@ from fitune.weights.safetensors_files import Checkpoint
 def tuned_base_folder(run: Run, base_folder: Path, force: bool = False) -> Path:
     """The checkpoint under the tuned model: the base for an adapter, the result itself for method full.
 
-    Raises UsageError for an unfinished run, and unless `force` for a base that its adapter was not trained on.
+    Of a full run's checkpoint it is the base too, whose place `load_tuned_weights` fills. Raises UsageError for an
+    unfinished run, and unless `force` for a base that its adapter was not trained on.
     """
+    if run.recipe.method == "full" and run.checkpoint:
+        return base_folder
     result = run.result_folder
     if not result.is_dir():
         go_on = command("train", "--resume", run.folder)
@@ -46,14 +50,19 @@ def refuse_another_base(adapter: Path, base_folder: Path, force: bool) -> None:
 
 
 def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
-    """Fills the adapter of the sharded `model` from the run's result, each rank its own rows; method full has none.
+    """Fills the adapter of the sharded `model` from the run's result, each rank its own rows.
+
+    Method full has none: what `tuned_base_folder` holds is all there is, but for a checkpoint, whose weights are those
+    of training, before they are rounded for a result.
 
     The result may be an adapter from elsewhere, if `model` was made with the shape that `hold` gives it. Raises
     UsageError for one that is not as the run's settings say.
     """
-    if run.recipe.method == "full":
-        return
     share = share_of(run, mesh.get_rank())
+    if run.recipe.method == "full":
+        if run.checkpoint:
+            load_trainable_weights(Path(run.checkpoint), model, share)
+        return
     with AdapterFile(run.result_folder) as adapter, torch.no_grad():
         held = hold(adapter)
         parameters = {saved_name(name): part for name, part in model.named_parameters() if part.requires_grad}

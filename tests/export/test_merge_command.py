@@ -21,7 +21,7 @@ from fitune.data.chat_template import template_hash
 from fitune.data.dataset import load_tokenizer
 from fitune.export.chat_record import CHAT_RECORD, ChatRecord, read_chat_record, write_chat_record
 from fitune.export.merge_record import read_merge_record
-from fitune.training.given_run import check_data
+from fitune.training.given_run import check_data, finished_run
 from fitune.training.manifest import identify, write_manifest
 from fitune.weights.base_identity import BASE_RECORD, identify_base, write_base_record
 
@@ -197,8 +197,17 @@ def test_method_full_is_copied(tiny_base, make_run, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert torch.equal(_logits(tmp_path / "out"), _logits(tiny_base))  # the same bytes through the same code
     checkpoint = run.folder / "checkpoints" / "checkpoint-5"
-    checkpoint.mkdir(parents=True)
-    assert "checkpoints of method full only resume a run" in _refused(checkpoint, "--output", tmp_path / "again")
+    state = checkpoint / "state/rank-00000-of-00001/model.safetensors"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    said = _refused(checkpoint, "--output", tmp_path / "again")
+    assert "of method full, eval and generate alone take a checkpoint" in said
+    identity = identify(run, identify_base(run.recipe.base, tiny_base), load_tokenizer(run.recipe, tiny_base))
+    write_manifest(checkpoint, 5, run, identity, {})
+    assert finished_run(checkpoint, asked=True).checkpoint == str(checkpoint)
+    state.write_bytes(b"damaged")
+    outcome = _invoke("generate", checkpoint, "--prompt", "Who?")
+    assert outcome.exit_code == 2 and "give another checkpoint" in outcome.stderr
 
 
 def test_what_runs_leave_is_no_run(run, tiny_base, tmp_path):

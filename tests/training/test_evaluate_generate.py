@@ -219,6 +219,23 @@ def test_a_checkpoint_stands_for_the_runs_result(make_run, tiny_base, tmp_path):
     ]
 
 
+def test_a_full_runs_checkpoint_stands_for_its_result_on_any_number_of_ranks(make_run, tiny_base, tmp_path):
+    """The last one is the result, as this base is stored in float32, in which weights are trained."""
+    training = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    runs = {n: make_run(tiny_base, tmp_path, "full", processes=n, batch=2, training=training) for n in (1, 2)}
+    run_ranks(train_here, 2, runs[2])
+    found = {}
+    for checkpoint in (None, "checkpoint-1", "checkpoint-2"):
+        given = {"checkpoint": checkpoint and str(tmp_path / "checkpoints" / checkpoint)}
+        run_ranks(evaluate, 2, runs[2].model_copy(update=given))
+        run_ranks(ask, 1, runs[1].model_copy(update=given))
+        losses = json.loads((tmp_path / f"eval{f'-{checkpoint}' * bool(checkpoint)}.json").read_text())
+        found[checkpoint] = losses, json.loads((tmp_path / "answers-1.json").read_text())
+    assert found["checkpoint-2"] == found[None]
+    assert found["checkpoint-1"][0]["base"] == found[None][0]["base"]
+    assert found["checkpoint-1"][0]["tuned"]["loss"] > found[None][0]["tuned"]["loss"] + 0.01
+
+
 def alive_where_the_next_is_loaded(run, stage: str) -> list[int]:
     """How many parameters of models that were loaded before are still there, at each load."""
     module, parts, alive = importlib.import_module(f"fitune.training.{stage}"), [], []
