@@ -41,6 +41,8 @@ NEUTRAL_KEYS = {
     "runtime_config",
 }
 "Keys of adapter_config.json that are read here, or that say nothing about how the adapter is applied."
+PICKLED_WEIGHTS = "adapter_model.bin"
+"What PEFT wrote before safetensors."
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 TRAINED_BIASES = ("all", "lora_only")
@@ -63,6 +65,8 @@ class AdapterFile(Checkpoint):
         super().__init__(folder)
 
     def _files(self):
+        if (pickled := self.folder / PICKLED_WEIGHTS).exists() and not (self.folder / ADAPTER_WEIGHTS).exists():
+            raise UsageError(f"{pickled}: a pickle, which is not read; load it with PEFT and save it as safetensors")
         return {self.folder / ADAPTER_WEIGHTS: None}
 
 

@@ -28,7 +28,7 @@ def login() -> str:
                 "push: the Hub refuses the login's token: hf auth login, with one that may write"
             ) from None
         raise FituneError(f"push: the Hub does not answer: {first_line(error)}") from None
-    except OSError as error:
+    except Exception as error:  # the client's HTTP library has its own
         raise FituneError(f"push: the Hub cannot be reached: {first_line(error)}") from None
 
 
@@ -69,7 +69,6 @@ def push(given: Path, make: Callable[[Path], Path], repo: str, *, public: bool) 
     A repository that exists keeps its visibility. FituneError where the Hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     with tempfile.TemporaryDirectory(prefix=".fitune-push-", dir=given.absolute().parent) as temporary:
         folder = make(Path(temporary) / repo.rpartition("/")[2])
@@ -77,6 +76,6 @@ def push(given: Path, make: Callable[[Path], Path], repo: str, *, public: bool) 
             api = HfApi()
             page = api.create_repo(repo, private=not public, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with fitune")
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # refused, or of the client's libraries for HTTP and for large files
             raise FituneError(f"push to {repo}: {first_line(error)}") from None
     return str(page)

@@ -80,7 +80,7 @@ def _counting(rows: list[Row], advance) -> Iterator[Row]:
 
 def metrics(scored) -> dict[str, float]:
     """As `eval` gives them for a run, each token counted once."""
-    loss, right, count = (sum(values) for values in zip(*scored, strict=True))
+    loss, right, count = (sum(values) for values in zip((0.0, 0, 0), *scored, strict=True))
     if not count:
         raise UsageError("no row has an answer")
     mean = loss / count

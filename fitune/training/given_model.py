@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fitune.config.adapter_folder import is_adapter, named_base
 from fitune.config.hub import local_folder
+from fitune.config.json_file import read_json
 from fitune.config.schema import ADAPTER, Run
 from fitune.errors import UsageError
 
@@ -61,14 +62,16 @@ class GivenModel:
         """transformers' GenerationConfig: which tokens end an answer, and how one is drawn."""
         from transformers import AutoConfig, GenerationConfig
 
+        from fitune.export.configs import GENERATION_CONFIG
         from fitune.export.model_folder import generation_of_adapter
 
         if self.is_adapter:
             return GenerationConfig(**generation_of_adapter(self.base, self.folder, self._folder_of_texts()))
-        try:
-            return GenerationConfig.from_pretrained(self.folder)
-        except OSError:  # a folder without one: its config.json says what transformers would take
-            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
+        file = self.folder / GENERATION_CONFIG
+        if file.exists():
+            return GenerationConfig.from_dict(read_json(file, "remove it or write it again"))
+        # its config.json says what transformers would take
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
 
     def _folder_of_texts(self) -> Path:
         from fitune.export.tokenizer_files import has_tokenizer
@@ -79,6 +82,10 @@ class GivenModel:
 def given_model(folder: Path, *, force: bool = False) -> GivenModel:
     """Finds, and downloads, an adapter's base. UsageError for a base that is not the adapter's, unless `force`."""
     if not is_adapter(folder):
+        from fitune.export.configs import generation_config
+
+        read_json(folder / "config.json", "give a model's folder")
+        generation_config(folder)  # both are refused where they are damaged
         return GivenModel(folder, folder)
     base = local_folder(*named_base(folder, "merge it with --base MODEL and give that folder"))
     from fitune.training.tuned import refuse_another_base

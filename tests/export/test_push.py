@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -135,6 +136,12 @@ def test_the_real_client_sends_every_byte(own_adapter, base, server, tmp_path):
     assert done.returncode == 0, done.stderr
     assert server.created[1]["visibility"] == "public"
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(server.files)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(own_adapter, tmp_path):
+    done = push_over_http(SimpleNamespace(address="http://127.0.0.1:9"), tmp_path, TOKEN, own_adapter)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: push: the Hub cannot be reached: ") and done.stderr.count("\n") == 1
 
 
 def test_a_token_that_the_hub_does_not_know_is_one_line(own_adapter, server, tmp_path):

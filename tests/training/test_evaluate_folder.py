@@ -92,3 +92,6 @@ def test_what_cannot_be_measured_is_refused(run, prepared, tmp_path):
     bad.write_text('{"messages": []}\n')
     with pytest.raises(UsageError, match=r"bad.jsonl:1"):
         evaluate_folder(given_model(run.result_folder), bad)
+    bad.write_text("")
+    with pytest.raises(UsageError, match="no row has an answer"):
+        evaluate_folder(given_model(run.result_folder), bad)

@@ -117,6 +117,16 @@ def test_a_damaged_file_is_named(model, tmp_path):
     assert result.exit_code == 1 and f"{file}: tensor " in result.stderr and "truncated at " in result.stderr
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_damaged_small_files_are_named(model, tmp_path, name):
+    """transformers goes on without a generation_config.json that it cannot read, and with other stop tokens."""
+    file = Path(shutil.copytree(model, tmp_path / "model")) / name
+    for damaged, said in (("[]", "holds a list, not an object"), ("{", "cannot be read as JSON")):
+        file.write_text(damaged)
+        result = CliRunner().invoke(cli, ["generate", str(file.parent), "--text", "Once", "--max-new-tokens", "2"])
+        assert result.exit_code == 2 and f"error: {file}: {said}" in result.stderr, result.output
+
+
 OTHER_TENSORS = {
     "missing": ({}, "model.norm.weight", 1, "tensor model.norm.weight is missing"),
     "other shapes": ({"intermediate_size": 64}, None, 1, r"tensor model.layers.0.mlp.down_proj.weight has shape \(.*, "
