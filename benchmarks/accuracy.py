@@ -61,6 +61,7 @@ def setup_of_measured(entry: dict) -> Setup:
     as_measured = ("micro_batch", "kept_layers", "activation_offload")  # the profile may have changed
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
     sets.append(f"profile.async_save={entry.get('async_save', False)}")  # the first runs knew no copies
+    sets.append(f"profile.replicas={entry.get('replicas', 1)}")  # nor these
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     run = with_resharding(run, entry.get("reshard_after_forward", True))  # what `plan` did not choose at first
     return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
@@ -91,7 +92,7 @@ def predicted_step_seconds(entry: dict) -> float:
 def predicted_phases(entry: dict) -> dict[str, float]:
     """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
     sets = [f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers", "compute")]
-    run = resolve(entry["recipe"], entry["profile"], (*sets, *entry["sets"]))
+    run = resolve(entry["recipe"], entry["profile"], (*sets, "profile.replicas=1", *entry["sets"]))
     run = with_resharding(run, entry["reshard_after_forward"])
     setup = setup_of(run, find_shape(run.recipe.base.model))
     setup = replace(setup, shape=replace(setup.shape, layers=entry["layers"]), accumulation=1)

@@ -75,7 +75,7 @@ def measure(
     sets: list[str] | None = None,
 ) -> dict:  # fmt: skip
     """Peaks of the second optimizer step of rank 0 in GiB, by phase."""
-    run = resolve(recipe, profile, (f"profile.compute={compute}", *(sets or [])))
+    run = resolve(recipe, profile, (f"profile.compute={compute}", "profile.replicas=1", *(sets or [])))
     run = with_resharding(run, reshard_after_forward)
     size = next(part for part in recipe.split("_") if part in ("1b", "8b", "70b"))
     layers = layers or config(size, None)["num_hidden_layers"]

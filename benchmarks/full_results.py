@@ -36,6 +36,7 @@ def setup_of_full_run(entry: dict) -> Setup:
     sets = {"global_batch_size": 16, "training.save_strategy": "'no'"} | entry["set"]
     sets |= {"base.model": entry["model"]} if "model" in entry else {}
     sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")}
+    sets |= {"profile.replicas": entry.get("replicas", 1)}
     run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
     shape = find_shape(run.recipe.base.model)
     return setup_of(run, replace(shape, layers=entry.get("layers", shape.layers)))

@@ -88,7 +88,7 @@ def planned(entry: dict, options: argparse.Namespace) -> dict:
     setup = setup_of(run, find_shape(run.recipe.base.model))
     peak = gpu_peak(setup)
     return {
-        "micro_batch": setup.micro_batch, "kept_layers": setup.kept_layers,
+        "micro_batch": setup.micro_batch, "kept_layers": setup.kept_layers, "replicas": setup.replicas,
         "allocated_gib": round(peak.allocated / GIB, 2), "all_gib": round(peak.total / GIB, 2),
         "host_gib": round(host_peak(setup) / GIB, 2),
         "step_seconds": round(step_seconds(setup, gpu)["total"], 2) if gpu else None,
@@ -148,6 +148,7 @@ def described(folder: Path) -> dict:
     per_gpu = report["tokens_per_second_per_gpu"]
     return {
         "micro_batch": run["profile"]["micro_batch"], "kept_layers": run["profile"]["kept_layers"],
+        "replicas": run["profile"]["replicas"],
         "accumulation": run["gradient_accumulation_steps"],
         "median_tokens_per_second": round(report["tokens_per_second"]),
         "median_tokens_per_second_per_gpu": round(per_gpu),

@@ -88,6 +88,7 @@ def is_as_profiled(entry: dict) -> bool:
     run = as_profiled_now(entry)
     settings = ("micro_batch", "kept_layers", "activation_offload")
     same = all(entry[name] == getattr(run.profile, name) for name in settings)
+    same = same and entry.get("replicas", 1) == run.replicas
     same_batch = entry["gradient_accumulation_steps"] == run.gradient_accumulation_steps
     return same and ("label" not in entry or (entry["label"].startswith("sweep") and same_batch))
 

@@ -238,6 +238,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "offload": run["accelerate"]["offload_params"],
         "max_length": run["recipe"]["max_length"],
         "micro_batch": run["profile"]["micro_batch"],
+        "replicas": run["profile"]["replicas"],
         "gradient_accumulation_steps": run["gradient_accumulation_steps"],
         "kept_layers": run["profile"]["kept_layers"],
         "activation_offload": run["profile"]["activation_offload"],

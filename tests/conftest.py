@@ -130,7 +130,7 @@ def make_run(prepared):
         reshard_after_forward: bool = True,
         async_save: bool = True,
         machines: int = 1,
-        hybrid_sharding: bool = False,
+        replicas: int = 1,
         training: dict | None = None,
         chat_template: str = "llama3",
         **recipe,
@@ -168,7 +168,7 @@ def make_run(prepared):
                 optimizer_state=optimizer_state,
                 optimizer_offload=optimizer_offload,
                 async_save=async_save,
-                hybrid_sharding=hybrid_sharding,
+                replicas=replicas,
             ),
             accelerate=AccelerateConfig(
                 path="test.yaml",

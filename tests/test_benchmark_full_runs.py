@@ -48,7 +48,8 @@ folder.mkdir(parents=True)
 rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 (folder.parent / "pid").write_text(str(rank.pid))
 (folder / "run.yaml").write_text(
-    "profile: {micro_batch: 2, kept_layers: 3}\\ngradient_accumulation_steps: 4\\nsets: " + json.dumps(sys.argv[1:])
+    "profile: {micro_batch: 2, kept_layers: 3, replicas: 1}\\ngradient_accumulation_steps: 4\\n"
+    "sets: " + json.dumps(sys.argv[1:])
 )
 (folder / "metrics.jsonl").write_text('{"loss": 2.5, "grad_norm": 1.0}\\n{"eval_loss": 3.0}\\n')
 (folder / "measurements.json").write_text(json.dumps({

@@ -144,11 +144,7 @@ def run_of(
 ) -> Run:
     """A run of checked parts. Raises UsageError for what cannot go together."""
     _refuse_unfit_states(recipe_name, recipe, profile, accelerate)
-    if profile.shards_by_machine and accelerate.num_machines == 1:
-        raise UsageError(
-            f"profile.hybrid_sharding true is for several machines, {accelerate.path} has num_machines 1; use --set "
-            f"profile.hybrid_sharding=auto"
-        )
+    _refuse_replicas_across_machines(profile, accelerate)
     smallest = {key: SMALLEST[key] for key in profile.left_to_plan}
     numbers = profile.model_copy(update=smallest)
     return Run(
@@ -163,6 +159,24 @@ def run_of(
         gradient_accumulation_steps=_gradient_accumulation(recipe, numbers, accelerate),
         left_to_plan=profile.left_to_plan,
     )
+
+
+def _refuse_replicas_across_machines(profile: Profile, accelerate: AccelerateConfig) -> None:
+    """Raises UsageError if copies of the model would not be equal parts of machines, or whole machines."""
+    allowed = possible_replicas(accelerate.num_processes, accelerate.num_machines)
+    if profile.replicas not in (AUTO, *allowed):
+        machines = f"{accelerate.num_machines} machine{'s' * (accelerate.num_machines > 1)}"
+        raise UsageError(
+            f"profile.replicas {profile.replicas}: {accelerate.path} has {accelerate.num_processes} processes on "
+            f"{machines}, which can hold {', '.join(map(str, allowed))} or auto"
+        )
+
+
+def possible_replicas(ranks: int, machines: int) -> list[int]:
+    """The numbers of copies that share the ranks evenly, each on whole machines or on a part of one; fewest first."""
+    each = ranks // machines
+    counts = (count for count in range(1, ranks + 1) if ranks % count == 0)
+    return [count for count in counts if (shards := ranks // count) % each == 0 or each % shards == 0]
 
 
 def _refuse_unfit_states(recipe_name: str, recipe: Recipe, profile: Profile, accelerate: AccelerateConfig) -> None:
@@ -272,12 +286,19 @@ def load(path: Path) -> Run:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected {_checkpoint_meant(path)}")
     content = read_yaml(path) | {"output_dir": str(path.absolute().parent)}  # it may have moved
-    if isinstance(content.get("profile"), dict):
-        content["profile"].pop("activation_checkpointing", None)  # in runs before kept_layers: no result hangs on it
-        content["profile"].setdefault("kept_layers", 0)
-        if content["profile"].get("accelerate_config") == FOUND and isinstance(content.get("accelerate"), dict):
+    if all(isinstance(content.get(part), dict) for part in ("profile", "accelerate")):
+        _turn_earlier_keys(content["profile"], content["accelerate"])
+        if content["profile"].get("accelerate_config") == FOUND:
             content["accelerate"] |= {"path": str(path.absolute().parent / FOUND)}
     return parse(Run, _seen_from_here(content), str(path))
+
+
+def _turn_earlier_keys(profile: dict, accelerate: dict) -> None:
+    """What runs of earlier versions had in place of kept_layers, on which no result hangs, and of replicas."""
+    profile.pop("activation_checkpointing", None)
+    profile.setdefault("kept_layers", 0)
+    by_machine = profile.pop("hybrid_sharding", False) is True
+    profile.setdefault("replicas", accelerate.get("num_machines", 1) if by_machine else 1)
 
 
 def _checkpoint_meant(path: Path) -> str:

@@ -230,10 +230,11 @@ class Profile(Strict):
     """Copy each checkpoint to host RAM and write it while training goes on; else training waits for the disk.
     `auto`: where `plan` finds that host RAM has room for the copy.
     """
-    hybrid_sharding: Flag | Literal["auto"] = AUTO
-    """Of several machines each holds the whole model, sharded over its GPUs: only gradients travel between machines.
-    Else all GPUs share one copy, and weights travel too. `auto`: for lora and qlora wherever it fits, for full where
-    `plan` also finds it faster.
+    replicas: PositiveInt | Literal["auto"] = AUTO
+    """Copies of the model, each sharded over as many GPUs: weights travel inside a copy, between copies only gradients.
+    1: all GPUs share one copy (FSDP); as many as GPUs: each holds the whole model (data parallel); between, such as one
+    for each machine: hybrid sharding. `auto`: what `plan` finds fastest; for lora and qlora at least one on each of
+    several machines, wherever that fits.
     """
     expected: dict[str, Expectation] = {}
     "Peak memory by recipe name."
@@ -252,11 +253,6 @@ class Profile(Strict):
     def saves_async(self) -> bool:
         """`auto`, in a run that `plan` has not filled, or of an earlier version, is a no."""
         return self.async_save is True
-
-    @property
-    def shards_by_machine(self) -> bool:
-        """As `saves_async`, of `hybrid_sharding`."""
-        return self.hybrid_sharding is True
 
     @property
     def left_to_plan(self) -> tuple[str, ...]:
@@ -327,8 +323,8 @@ class Run(Strict):
 
     @property
     def replicas(self) -> int:
-        """Copies of the model: one for each machine with hybrid sharding, else one over all."""
-        return self.accelerate.num_machines if self.profile.shards_by_machine else 1
+        """Copies of the model. `auto`, in a run that `plan` has not filled, is one over all GPUs."""
+        return 1 if self.profile.replicas == AUTO else self.profile.replicas
 
     @property
     def shards(self) -> int:

@@ -37,11 +37,14 @@ FOLLOWS_EVALUATIONS = "reduce_lr_on_plateau"
 
 
 def as_started(run: Run) -> Run:
-    """A run that is resumed, with what `plan` chose when it was started: rows, kept layers, gathered weights."""
+    """A run that is resumed, with what `plan` chose at its start: copies, rows, kept layers, gathered weights."""
     file = run.folder / SETTINGS
     if not file.is_file():
         return run
     old = runs.load(file)
+    possible = runs.possible_replicas(run.accelerate.num_processes, run.accelerate.num_machines)
+    if run.profile.replicas == AUTO and old.profile.replicas in possible:
+        run = run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": old.replicas})})
     if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
         run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
     return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})

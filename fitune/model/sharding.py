@@ -1,7 +1,8 @@
 """How the model is spread over the processes: FSDP2's `fully_shard`, unit by unit.
 
-All ranks hold one copy of the model between them, or with hybrid sharding those of each machine do: then weights are
-gathered inside a machine, and only gradients travel between machines. Ranks of a machine follow one another.
+All ranks hold one copy of the model between them, or each of `replicas` groups of them holds one: then weights are
+gathered inside a group, and only gradients travel between groups. Ranks of a group follow one another, as those of a
+machine do. Where each rank holds a whole copy of a frozen base, FSDP has nothing to do: `fitune.training.replicas`.
 """
 
 import math
@@ -24,7 +25,7 @@ from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
 from fitune.model.skeleton import decoder, is_tied
 
 REPLICATE, SHARD = "replicate", "shard"
-"The dimensions of a mesh for hybrid sharding."
+"The dimensions of a mesh of several copies."
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def share_of(run: Run, rank: int) -> Share:
 
 
 def new_mesh(kind: str, run: Run, **options) -> DeviceMesh:
-    """Over all processes: [ranks], or [replicas, shards] with hybrid sharding. `kind`: cpu or cuda."""
+    """Over all processes: [ranks], or [replicas, shards] with several copies. `kind`: cpu or cuda."""
     if run.replicas == 1:
         return init_device_mesh(kind, (run.shards,))
     return init_device_mesh(kind, (run.replicas, run.shards), mesh_dim_names=(REPLICATE, SHARD), **options)
@@ -113,10 +114,14 @@ def trained_dtype(run: Run) -> torch.dtype:
 
 
 def _something_travels(mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -> bool:
-    """Between ranks, from host RAM, or from float32 master weights to the dtype of the computation."""
+    """Between ranks of a copy, from host RAM, or from float32 master weights to the dtype of the computation.
+
+    So do all gradients of method full between copies; those of adapters are few, and added up once a step.
+    """
     from_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
     stay_in_bf16 = trained_dtype(run) == compute_dtype == torch.bfloat16
-    return mesh.size() > 1 or from_host_ram or (run.recipe.method == "full" and not stay_in_bf16)
+    full_travels = run.recipe.method == "full" and (run.replicas > 1 or not stay_in_bf16)
+    return shard_mesh(mesh).size() > 1 or from_host_ram or full_travels
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

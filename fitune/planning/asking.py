@@ -178,7 +178,7 @@ def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
     return {
         **resident(s, optimizer=False),
         "unsharded layers": 2 * s.unsharded_layer,  # the one that computes and the next
-        "gather buffers": s.gathered_head * (s.ranks > 1),
+        "gather buffers": s.gathered_head * (s.shards > 1),
         "unsharded head": s.unsharded_head + s.head_copy,
         "keys and values": keys_values,
         "attention mask": s.mask_positions * (1 + s.compute),

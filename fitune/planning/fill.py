@@ -1,9 +1,10 @@
-"""Fills the GPUs: for what is left to `plan`, the rows a pass, kept layers and gathered weights with the shortest step.
+"""Fills the GPUs: for what is left to `plan`, copies of the model, rows a pass, kept layers and gathered weights.
 
 More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times, and gathered weights that
-stay until the backward pass are gathered once, not twice; all of it takes memory. Each number of rows is tried with as
-many kept layers as fit beside it, with gathered weights freed and kept. Of what is as fast as the fastest, what frees
-them is taken, then the fewest rows. Where there are several machines, that is done with and without hybrid sharding.
+stay until the backward pass are gathered once, not twice; all of it takes memory. So do more copies of the model, of
+which each gathers over fewer GPUs, or not at all. For each number of copies each number of rows is tried with as many
+kept layers as fit beside it, with gathered weights freed and kept. Of what is as fast as the fastest, that is taken
+which gathers nothing, else the fewest copies, then what frees gathered weights, then the fewest rows.
 """
 
 import math
@@ -23,7 +24,7 @@ from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
 
 AS_FAST = 0.02
-"Of a step's seconds: for less, no more rows a pass are taken, and no gathered weights kept."
+"Of a step's seconds: for less, no more rows a pass are taken, no gathered weights kept, no copies added."
 
 
 def resolve(
@@ -47,28 +48,43 @@ def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
     """
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
     run = settled(run, None if run.accelerate.use_cpu else gpu)
-    run = _with_rows_and_layers(run, limits, gpu) if run.profile.hybrid_sharding != AUTO else _spread(run, limits, gpu)
+    run = _with_rows_and_layers(run, limits, gpu) if run.profile.replicas != AUTO else _spread(run, limits, gpu)
     return with_async_save(run, limits)
 
 
 def _spread(run: Run, limits: Limits, gpu: GpuModel) -> Run:
-    """The run with yes or no for `hybrid_sharding`: of a base that is not there the question stays open."""
-    over_all = _with_rows_and_layers(_with_hybrid(run, False), limits, gpu)
-    if run.accelerate.num_machines == 1:
-        return over_all
-    by_machine = _with_rows_and_layers(_with_hybrid(run, True), limits, gpu)
+    """The run with a number of copies of its model: of a base that is not there the question stays open."""
+    counts = _copies(run)
+    one_copy = _with_replicas(run, 1, limits, gpu)
+    if counts == [1]:
+        return one_copy
     try:
-        setups = [_setup(one) for one in (by_machine, over_all)]
+        _setup(run)
     except UsageError:
         return run
-    if not fits(setups[0], limits):
-        return over_all
+    choices = [one_copy, *(_with_replicas(run, count, limits, gpu) for count in counts[1:])]
+    setups = [setup for choice in choices if fits(setup := _setup(choice), with_room_for_error(limits))]
+    if run.recipe.method != "full":  # weights cross the network between machines only where they must
+        setups = [setup for setup in setups if setup.replicas >= setup.machines] or setups
+    if not setups:
+        return one_copy
     seconds = [step_seconds(setup, gpu)["total"] for setup in setups]
-    return by_machine if run.recipe.method != "full" or seconds[0] < seconds[1] else over_all
+    as_fast = [setup for setup, took in zip(setups, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
+    best = min(as_fast, key=lambda setup: (not setup.holds_a_whole_copy, setup.replicas))
+    return choices[counts.index(best.replicas)]
 
 
-def _with_hybrid(run: Run, value: bool) -> Run:
-    return run.model_copy(update={"profile": run.profile.model_copy(update={"hybrid_sharding": value})})
+def _copies(run: Run) -> list[int]:
+    """The numbers of copies to try. What lies in RAM lies there once a machine: its GPUs share the RAM's bandwidth."""
+    machines, profile = run.accelerate.num_machines, run.profile
+    counts = runs.possible_replicas(run.accelerate.num_processes, machines)
+    in_ram = run.accelerate.offload_params or profile.embedding_offload or profile.optimizer_offload
+    return [count for count in counts if count <= machines or not in_ram]
+
+
+def _with_replicas(run: Run, count: int, limits: Limits, gpu: GpuModel) -> Run:
+    profile = run.profile.model_copy(update={"replicas": count})
+    return _with_rows_and_layers(run.model_copy(update={"profile": profile}), limits, gpu)
 
 
 def _setup(run: Run) -> Setup:

@@ -146,7 +146,7 @@ def seconds_of(plan: Plan) -> float:
 
 
 def best_of_each_kind(found: Found) -> list[Plan]:
-    """What was tried, the best first: one plan for each number of GPUs and place of the weights."""
+    """What was tried, the best first: one plan for each number of GPUs and copies, and each place of the weights."""
     kinds = {}
     for plan in (found.plan, *found.tried):
         kinds.setdefault(_kind(plan), plan)
@@ -154,5 +154,5 @@ def best_of_each_kind(found: Found) -> list[Plan]:
 
 
 def _kind(plan: Plan) -> tuple:
-    setup = plan.setup
-    return setup.ranks, setup.offload, setup.embedding_offload, setup.small_states, setup.optimizer_offload
+    s = plan.setup
+    return s.ranks, s.replicas, s.offload, s.embedding_offload, s.small_states, s.optimizer_offload

@@ -176,8 +176,8 @@ def gpu_peak(s: Setup) -> GpuPeak:
 def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     """Phase -> what one machine's RAM holds for all its ranks then, in bytes."""
     ranks = s.ranks / s.machines
-    locked = _offloaded_weights(s) / s.machines_a_copy
-    trainable = s.trainable / s.machines_a_copy
+    locked = _offloaded_weights(s) * s.copies_a_machine
+    trainable = s.trainable * s.copies_a_machine
     own_weight = 0 if s.full else FP32  # method full's weights are the offloaded ones
     state_per_parameter = s.optimizer_state + s.trained + own_weight
     state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
@@ -186,8 +186,8 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
         states = trainable * (s.trained + s.optimizer_state)
         state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
-    # a checkpoint is written tensor by tensor, each rank its rows; an adapter's tensors are small
-    copies = s.embedding / s.machines_a_copy if s.saves and s.full and not s.offload else 0.0
+    # a checkpoint is written tensor by tensor, each rank of the first copy its rows; an adapter's tensors are small
+    copies = s.embedding * _saved_by_a_machine(s) if s.saves and s.full and not s.offload else 0.0
     copy = {"copy of a checkpoint": checkpoint_copy(s)}
     # method full ends with gathering the largest tensor on one rank: before, every rank holds its part and rounds it
     gathered = s.embedding * 1.5 if s.full else 0.0
@@ -204,12 +204,17 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
 def checkpoint_copy(s: Setup) -> float:
     """What `async_save` holds on a machine until the disk has it: its ranks' weights and optimizer state.
 
-    An adapter's weights are gathered whole by rank 0, on the first machine, which with hybrid sharding saves alone.
+    An adapter's weights are gathered whole by rank 0. Of several copies of the model the first alone is saved.
     """
     if not (s.saves and s.async_save):
         return 0.0
-    weights = s.trainable * s.trained / (s.machines_a_copy if s.full else 1)
-    return weights + s.trainable * s.optimizer_state / s.machines_a_copy
+    weights = s.trainable * s.trained * (_saved_by_a_machine(s) if s.full else 1)
+    return weights + s.trainable * s.optimizer_state * _saved_by_a_machine(s)
+
+
+def _saved_by_a_machine(s: Setup) -> float:
+    """The first machine's part of what is saved, which is one copy of the model."""
+    return min(1.0, s.copies_a_machine)
 
 
 def one_checkpoint(s: Setup) -> float:

@@ -11,7 +11,7 @@ from fitune.planning.outlook import shortfall
 from fitune.planning.plan import Plan, make_plan
 from fitune.planning.words import rounded
 
-HYBRID = "profile.hybrid_sharding"
+REPLICAS = "profile.replicas"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Way:
     def as_json(self) -> dict:
         parts = self.plan.time.parts
         return {
-            "set": self.changes, "fits": self.plan.fits, "hybrid_sharding": self.plan.setup.replicas > 1,
+            "set": self.changes, "fits": self.plan.fits, "replicas": self.plan.setup.replicas,
             "network_seconds": round(parts["network"], 3), "compute_seconds": round(parts["compute"], 3),
             "step_seconds": round(parts["total"], 3),
         }  # fmt: skip
@@ -42,17 +42,18 @@ def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
     """
     if plan.setup.machines == 1 or plan.time is None or not plan.time.is_known:
         return []
-    others = [{HYBRID: "false" if plan.setup.replicas > 1 else "true"}]
+    by_machine = {REPLICAS: str(plan.setup.machines)}
+    others = [{REPLICAS: "1"} if plan.setup.replicas > 1 else by_machine]
     is_adamw = plan.run.recipe.training.get("optim", OPTIMIZER).startswith("adamw")
     if plan.setup.full and not plan.setup.small_states and is_adamw:
-        others.append({"profile.optimizer_state": "bf16_8bit", HYBRID: "true"})
+        others.append({"profile.optimizer_state": "bf16_8bit", **by_machine})
     planned = [make_plan(_changed(plan.run, changes, plan, gpu), plan.limits, gpu, **options) for changes in others]
     return [Way({}, plan), *(Way(changes, other) for changes, other in zip(others, planned, strict=True))]
 
 
 def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None) -> Run:
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
-    values |= {"hybrid_sharding": values["hybrid_sharding"] == "true"}
+    values |= {"replicas": int(values["replicas"])}
     profile = run.profile.model_copy(update=dict.fromkeys(SMALLEST, AUTO) | {"async_save": AUTO} | values)
     accelerate = run.accelerate.model_copy(update={"reshard_after_forward": AUTO})
     other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
@@ -64,8 +65,8 @@ def network_lines(ways: list[Way]) -> list[str]:
     if not ways:
         return []
     planned, others = ways[0], ways[1:]
-    is_hybrid = planned.plan.setup.replicas > 1
-    how = "each machine holds the model, gradients travel" if is_hybrid else "one copy over all GPUs, weights travel"
+    copies = planned.plan.setup.replicas
+    how = f"{copies} copies of the model, gradients travel" if copies > 1 else "one copy over all GPUs, weights travel"
     lines = [f"between {planned.plan.setup.machines} machines ({how}): {_seconds(planned)}"]
     for other in others:
         outcome = _seconds(other) if other.plan.fits else f"does not fit: {shortfall(other.plan)}"

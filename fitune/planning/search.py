@@ -17,7 +17,7 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import DEFAULT_PORT
 from fitune.config.optimizers import DEFAULT as OPTIMIZER
 from fitune.config.run import FOUND
-from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+from fitune.config.schema import AUTO, AccelerateConfig, Profile, Recipe, Run
 from fitune.config.shipped import name_of
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
@@ -112,11 +112,16 @@ def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Ma
 
 
 def _refuse_too_many(overrides: dict, machine: Machine, machines: int) -> None:
-    """Raises UsageError for a number of GPUs that there can't be."""
+    """Raises UsageError for a number of GPUs, or of copies on them, that there can't be."""
     asked, there = overrides.get("num_gpus"), len(machine.gpus)
     if asked is not None and asked not in (count * machines for count in range(1, there + 1)):
         each = f", and each of {machines} machines takes as many" if machines > 1 else ""
         raise UsageError(f"--set profile.num_gpus={asked}: this machine has {there}{each}")
+    copies = overrides.get("replicas", AUTO)
+    possible = {count for gpus in range(1, there + 1) for count in runs.possible_replicas(gpus * machines, machines)}
+    if copies not in (AUTO, *possible):
+        allowed = ", ".join(map(str, sorted(possible)))
+        raise UsageError(f"--set profile.replicas={copies}: {there * machines} GPUs can hold {allowed} or auto")
 
 
 def _candidates(
@@ -126,6 +131,8 @@ def _candidates(
     """Each number of ranks a machine with every placement, rows and kept layers left to fill."""
     if "num_gpus" in overrides:
         counts = [count for count in counts if count * machines == overrides["num_gpus"]]
+    if (copies := overrides.get("replicas", AUTO)) != AUTO:
+        counts = [count for count in counts if copies in runs.possible_replicas(count * machines, machines)]
     for count in counts:
         for place in PLACES[:1] if machine.unified else PLACES:
             if place == EMBEDDING_IN_RAM and recipe.method == "full":
@@ -180,10 +187,10 @@ def with_fastest_gpus(run: Run, machine: Machine) -> Run:
 
 def _holds_all(plan: Plan) -> bool:
     """Whether nothing could be kept or passed at once in more memory."""
-    setup, most = plan.setup, math.ceil(plan.run.recipe.global_batch_size / plan.setup.ranks)
-    everything = setup.kept_layers == setup.shape.layers and setup.micro_batch == most
-    gathered_too = replace(setup, reshard=not plan.run.gathers_between_gpus)
-    return everything and setup.on_gpu and fits(gathered_too, with_room_for_error(plan.limits))
+    setup, rows = plan.setup, math.ceil(plan.run.recipe.global_batch_size / plan.setup.ranks)
+    most = {"micro_batch": rows, "accumulation": 1, "kept_layers": setup.shape.layers}
+    everything = replace(setup, **most, reshard=not plan.run.gathers_between_gpus)
+    return setup.on_gpu and fits(everything, with_room_for_error(plan.limits))
 
 
 def _run(

@@ -54,7 +54,7 @@ class Setup:
     reshard: bool = True
     on_gpu: bool = True
     replicas: int = 1
-    "Copies of the model: with hybrid sharding one for each machine."
+    "Copies of the model, each over as many ranks."
     adapters_wait: bool = False
     "Each rank adds up its own gradients of the adapters, whole, until a step's last micro batch."
     saves: bool = True
@@ -76,9 +76,15 @@ class Setup:
         return self.ranks // self.replicas
 
     @property
-    def machines_a_copy(self) -> int:
-        """Machines that hold one copy of the model between them."""
-        return self.machines // self.replicas
+    def copies_a_machine(self) -> float:
+        """Copies of the model on one machine: a part of one where several machines share it."""
+        return self.replicas / self.machines
+
+    @property
+    def holds_a_whole_copy(self) -> bool:
+        """Whether each of several ranks has a whole frozen base on its GPU, and gradients travel without FSDP."""
+        in_ram = self.offload or self.embedding_offload
+        return self.shards == 1 and self.replicas > 1 and not (self.full or in_ram)
 
     # Weights
 

@@ -19,6 +19,9 @@ CUDNN_EFFICIENCY, CUDNN_LOST_TOKENS = 0.55, 1100
 for 3,072 tokens (trace-8b-whole-card-h200-2026-11-27.json), 525 for 32,100 (peers-h200-2026-11-28.json)."""
 SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
 """Launching one layer's kernels, forward or backward, by method: what one row of 8B waits for."""
+SHARDED_SECONDS_PER_PASS = 0.0026
+"""What FSDP adds to that of adapters where ranks hold a copy between them: 8B with two rows a pass on four H200s took
+0.52 s for 74 (benchmarks/results/tiers-h200x4-2026-11-27.json). Method full's were measured so."""
 BANDWIDTH_EFFICIENCY = 0.85
 """Of the data sheet's, for what a GPU's kernels read and write, and for links."""
 BOTH_WAYS = 1.36
@@ -54,6 +57,8 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
         "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
     }
+    if s.holds_a_whole_copy:
+        one_after_the_other["adding up adapters"] = _replicas_seconds(s, model, network_gb_s)
     if s.optimizer_offload:
         both_ways = model.host_link_gb_s * link * BOTH_WAYS
         one_after_the_other["optimizer"] = s.trainable / s.shards * (s.trained + 2 * s.optimizer_state) / both_ways
@@ -66,7 +71,8 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
 
 def _launching_seconds(s: Setup) -> float:
     """Of one micro batch: what Python and the driver need, however few tokens there are."""
-    return s.shape.layers * _layer_passes(s) * SECONDS_PER_PASS[s.method]
+    each = SECONDS_PER_PASS[s.method] + SHARDED_SECONDS_PER_PASS * (s.shards > 1 and not s.full)
+    return s.shape.layers * _layer_passes(s) * each
 
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
@@ -174,14 +180,21 @@ def _optimizer_bytes(s: Setup) -> float:
 
 
 def _network_seconds(s: Setup, model: GpuModel, between_machines: float) -> float:
-    """Of a step: shards of one copy gather weights and add up gradients, replicas add up what comes of that.
+    """Of a step: shards of one copy gather weights and add up gradients.
 
     A ring that crosses machines runs at the slowest link; all ranks of a machine share its network.
     """
-    ring = min(model.peer_link_gb_s, between_machines) if s.machines_a_copy > 1 else model.peer_link_gb_s
+    ring = min(model.peer_link_gb_s, between_machines) if s.copies_a_machine < 1 else model.peer_link_gb_s
     seconds = s.accumulation * _shards_bytes(s) / (ring * BANDWIDTH_EFFICIENCY * 1e9)
-    times = 1 if s.reduced_once else s.accumulation
-    return seconds + times * _replicas_bytes(s) / (between_machines * BANDWIDTH_EFFICIENCY * 1e9)
+    return seconds + _replicas_seconds(s, model, between_machines) * (not s.holds_a_whole_copy)
+
+
+def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> float:
+    """Of a step: copies of the model add up their gradients in float32, around rings inside machines and between."""
+    times, link = 1 if s.reduced_once else s.accumulation, BANDWIDTH_EFFICIENCY * 1e9
+    inside, across = max(1.0, s.copies_a_machine), min(s.replicas, s.machines)
+    of_a_rank = _around_a_ring(s.trainable * FP32 / s.shards, inside) / (model.peer_link_gb_s * link)
+    return times * (of_a_rank + _around_a_ring(s.trainable * FP32, across) / (between_machines * link))
 
 
 def _shards_bytes(s: Setup) -> float:
@@ -191,6 +204,6 @@ def _shards_bytes(s: Setup) -> float:
     return (gathered + reduced) * (s.shards - 1) / s.shards
 
 
-def _replicas_bytes(s: Setup) -> float:
-    """Into one machine for all its ranks: gradients in float32, added up around a ring and handed on around it."""
-    return 2 * s.trainable * FP32 * (s.replicas - 1) / s.replicas
+def _around_a_ring(size: float, members: float) -> float:
+    """Bytes into each of the members that add up `size` bytes around a ring and hand the sum on around it."""
+    return 2 * size * (members - 1) / members

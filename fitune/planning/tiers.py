@@ -45,6 +45,7 @@ def _outcome(run: Run) -> dict:
         "micro_batch": plan.setup.micro_batch,
         "kept_layers": plan.setup.kept_layers,
         "reshard_after_forward": plan.setup.reshard,
+        "replicas": plan.setup.replicas,
         "peak_gpu_gib": round(plan.gpu.total / 2**30, 1),
         "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / 2**30, 1),
         "short_of": [verdict.resource for verdict in short],

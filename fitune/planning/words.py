@@ -18,6 +18,7 @@ def described(plan: Plan) -> str:
     ranks = ranks_in_words(setup)
     if plan.run.accelerate.gpu_ids:
         ranks += f" ({numbers(plan.used_cards)})"
+    ranks += copies_in_words(setup)
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
     kept = f"{setup.kept_layers} of {setup.shape.layers} layers kept"
     return ", ".join([ranks, *places(plan), rows, kept, *([] if setup.reshard else [KEEPS_GATHERED])])
@@ -27,6 +28,13 @@ def ranks_in_words(setup: Setup) -> str:
     """How many train together."""
     one = "GPU" if setup.on_gpu else "CPU process"
     return f"1 {one}" if setup.ranks == 1 else f"{setup.ranks} {one}{'s' if setup.on_gpu else 'es'}"
+
+
+def copies_in_words(setup: Setup) -> str:
+    """How many copies of the model they hold, behind a comma; '' of one."""
+    if setup.replicas == 1:
+        return ""
+    return ", a copy of the model on each" if setup.shards == 1 else f", {setup.replicas} copies of the model"
 
 
 def numbers(gpus: Sequence[Gpu]) -> str:

@@ -1,12 +1,13 @@
 """A finished run asked on the machine that is here, which need not be one like that which trained it.
 
-Where its GPUs are here and have room, a run is held as in training. Elsewhere its weights are held as `planning.asking`
-says, and the processes are told by `--held-by`, an accelerate config of their own. The run's folder stays as it is.
+Where its GPUs are here and have room, a run is held as in training; of several whole copies one answers. Elsewhere its
+weights are held as `planning.asking` says. The processes are told by `--held-by`, an accelerate config of their own.
+The run's folder stays as it is.
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +44,10 @@ def held_here(run: Run, reading: Reading = CONVERSATION) -> Iterator[Held]:
     """How a run is held here to read so much at once, fewer rows if it must be. UsageError where nothing holds it."""
     setup = _setup(run)
     limits = limits_for_asking(run) if setup else None  # asks the driver, once for all numbers of rows
+    if setup and reading.answers and (way := _one_copy_alone(run, setup, reading)):
+        with _processes(way) as held:
+            yield held
+        return
     if not setup or not (lacks := _lacks_as_trained(setup, reading, limits)):
         yield Held()
         return
@@ -53,6 +58,12 @@ def held_here(run: Run, reading: Reading = CONVERSATION) -> Iterator[Held]:
         return
     way = _another_way(run, setup, replace(reading, rows=1), lacks)
     print(f"{run.folder}: {way}: {needs(way)}; as it was trained, {lacks}", file=sys.stderr)
+    with _processes(way) as held:
+        yield held
+
+
+@contextmanager
+def _processes(way: Holding) -> Iterator[Held]:
     with TemporaryDirectory(prefix="fitune-") as scratch:
         yield Held(Path(write_processes(way, Path(scratch)).path))
 
@@ -70,7 +81,7 @@ def as_held(run: Run, config: Path | None, rows: int | None = None) -> Run:
     processes = read_accelerate_config(config)
     changed = {
         "num_gpus": 0 if processes.use_cpu else processes.num_processes, "micro_batch": 1, "kept_layers": 0,
-        "embedding_offload": False, "activation_offload": False, "hybrid_sharding": False,
+        "embedding_offload": False, "activation_offload": False, "replicas": 1,
     }  # fmt: skip
     return run.model_copy(update={"accelerate": processes, "profile": run.profile.model_copy(update=changed)})
 
@@ -93,6 +104,15 @@ def _lacks_as_trained(setup: Setup, reading: Reading, limits: Limits) -> str:
     if limits.gpus < setup.ranks:
         return f"it takes {setup.ranks} GPU{'s' * (setup.ranks > 1)}, this machine has {limits.gpus}"
     return what_lacks(as_trained(setup, reading), limits)
+
+
+def _one_copy_alone(run: Run, setup: Setup, reading: Reading) -> Holding | None:
+    """One GPU of a run whose GPUs each hold a whole copy: the others would answer the same. None if none has room."""
+    if setup.holds_a_whole_copy:
+        with suppress(UsageError):
+            way = _another_way(run, setup, reading, "")
+            return None if way.gathers else way
+    return None
 
 
 def _another_way(run: Run, setup: Setup, reading: Reading, lacks: str) -> Holding:

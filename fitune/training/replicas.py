@@ -1,16 +1,57 @@
-"""With hybrid sharding each machine keeps a copy of the trained weights: they must stay the same, bit for bit."""
+"""Several copies of the model: their gradients are added up, and their trained weights stay the same, bit for bit.
 
+Where a copy is sharded, FSDP adds up its gradients. Where each rank has a whole copy of a frozen base, adapters are all
+that is trained: their gradients wait on each rank and are added up once a step.
+"""
+
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from fitune.errors import FituneError
 from fitune.model.sharding import Share, local_part
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 "By bytes of an element."
+BUCKET_BYTES = 2**26
+"Of gradients that travel together, at most, but for one that is larger."
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Replaces the gradients of a model that each rank has whole by their mean over all ranks. Call on all ranks.
+
+    A rank without one, whose rows gave none, counts as zeros.
+    """
+    if isinstance(model, FSDPModule) or dist.get_world_size() == 1:
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([parameter.grad for parameter in trained]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(own) for part, own in zip(parts, bucket, strict=True)])
+
+
+def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """In the order given, which is the same on all ranks; all of a bucket have one dtype."""
+    bucket: list[torch.Tensor] = []
+    for gradient in gradients:
+        size = sum(one.nbytes for one in (*bucket, gradient))
+        if bucket and (size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def refuse_replicas_apart(model: nn.Module, share: Share, step: int, waiting=nullcontext) -> None:
@@ -28,8 +69,8 @@ def refuse_replicas_apart(model: nn.Module, share: Share, step: int, waiting=nul
     if apart:
         raise FituneError(
             f"step {step}: the weights on rank {apart[0]} are no longer those of rank {apart[0] % share.shards}, whose "
-            f"copy they are (hybrid sharding): a GPU or its memory may be faulty; go on from an earlier checkpoint, or "
-            f"with --set profile.hybrid_sharding=false"
+            f"copy they are (profile.replicas): a GPU or its memory may be faulty; go on from an earlier checkpoint, "
+            f"or with --set profile.replicas=1"
         )
 
 

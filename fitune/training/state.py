@@ -4,8 +4,8 @@
     checkpoint-N/state/rank-00000-of-00002/model.safetensors   one shard's rows: NAME, and NAME::exp_avg etc.
     checkpoint-N/adapter/                                   in place of NAME, where an adapter is trained
 
-Nothing is gathered to save it, and because the layout is known it can be read back on another number of ranks. With
-hybrid sharding the first machine's ranks hold every shard: the others' are the same.
+Nothing is gathered to save it, and because the layout is known it can be read back on another number of ranks. Of
+several copies of the model the first is saved: the others are the same.
 """
 
 import json

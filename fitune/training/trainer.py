@@ -25,6 +25,7 @@ from fitune.training.gradient_norm import clip_gradients
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity
 from fitune.training.read_ahead import ReadAhead
+from fitune.training.replicas import average_gradients
 from fitune.training.resumed import AsOftenAsAskedNow
 from fitune.training.saving_trainer import SavingSFTTrainer
 from fitune.training.token_metrics import token_metrics
@@ -102,6 +103,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
             self._leave_gradients_to_the_last_pass(model)
         inputs = self._with_random_numbers(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            average_gradients(model)
         self._step.append((inputs, loss))
         return loss
 
@@ -110,8 +113,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
 
         With one rank an adapter's are whole anyway; several ranks keep theirs whole where there is room, and reduce
         them once. Offloaded, each micro batch would else wait for its gradients to be added up in host RAM, layer by
-        layer. With hybrid sharding they cross the network between machines only then; method full's wait on the GPU
-        only if they live there.
+        layer. Between copies of the model they travel only then; method full's wait on the GPU only if they live
+        there.
         """
         is_last, full = self.accelerator.sync_gradients, self.run.recipe.method == "full"
         leave_the_gpu = self.run.accelerate.offload_params or self.run.profile.optimizer_offload
@@ -119,6 +122,12 @@ class ShardedSFTTrainer(SavingSFTTrainer):
             model.set_requires_gradient_sync(is_last)
         elif self.run.replicas > 1 and not (full and leave_the_gpu):
             model.set_requires_all_reduce(is_last)
+
+    def _sync_replicated_trainable_parameters(self, model) -> None:
+        """Nothing: ranks with whole copies start from equal weights, and `average_gradients` travels with many at once.
+
+        Trainer's hooks stop the GPU for each tensor, of which 8B's adapters have 448.
+        """
 
     def _before_the_loss(self, *_) -> None:
         """Memory is shortest while the loss goes backward; the layers' forward has hidden what was on its way out."""

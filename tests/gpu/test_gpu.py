@@ -82,7 +82,7 @@ def assert_bit_exact(
 
     sets = (f"base.model={checkpoint}", "global_batch_size=8", *sets)
     run = resolve(recipe, profile, sets, str(tmp_path))
-    hybrid = run.profile.model_copy(update={"hybrid_sharding": machines > 1})
+    hybrid = run.profile.model_copy(update={"replicas": machines})
     several = run.accelerate.model_copy(update={"num_machines": machines})
     run = run.model_copy(update={"profile": hybrid, "accelerate": several})
     (tmp_path / "run.yaml").write_text(runs.dump(run))

@@ -52,7 +52,7 @@ def test_kept_weights_train_as_if_rounded_on_the_way(mixed_precision, stored, ma
     base = request.getfixturevalue(stored)
     some = {"lora": {"target_modules": ["k_proj", "up_proj"]}}
     in_ram = [{"offload_params": True}, {"embedding_offload": True}, some | {"offload_params": True}]
-    hybrid = [{"machines": 2, "hybrid_sharding": True}]
+    hybrid = [{"machines": 2, "replicas": 2}]
     for world_size, places in ((1, [{}, some, *in_ram]), (2, [{}, some, *in_ram]), (4, hybrid)):
         models = {}
         for compute in ("fp8", "bf16"):

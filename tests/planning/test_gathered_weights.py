@@ -25,12 +25,13 @@ from fitune.planning.step_time import step_seconds
 FOUR_H200 = ["plan", "llama3_8b_full", "--gpus", "4", "--gpu", "H200", "--gpu-memory", "80", "--host-memory", "512",
              "--set", "global_batch_size=8"]  # fmt: skip
 KEPT = ("llama3_8b_lora", "fsdp_2x80gb")
-"Kept, by the shipped profile."
+"Kept, by the shipped profile, if the two cards hold one copy."
+ONE_COPY = ("profile.replicas=1",)
 
 
 def as_given(recipe: str, profile: str, value: bool | str, *sets: str):
     """The setup of a run whose accelerate config says `value`, filled by `plan`."""
-    run = runs.with_resharding(runs.resolve(recipe, profile, sets), value)
+    run = runs.with_resharding(runs.resolve(recipe, profile, (*ONE_COPY, *sets)), value)
     return setup_of(filled(run, limits_of(run)), find_shape(run.recipe.base.model))
 
 
@@ -87,9 +88,9 @@ def test_nothing_is_kept_where_no_gpu_gathers_from_another(recipe, profile):
     assert filled(run, plenty, slow_link).accelerate.reshard_after_forward is True
 
 
-def test_machines_of_one_gpu_gather_nothing_with_hybrid_sharding():
+def test_machines_of_one_gpu_gather_nothing_with_a_copy_on_each():
     machine = given_machine(1, 80, 512)
-    plan = find("llama3_8b_lora", ("profile.hybrid_sharding=true",), machine, gpu_model("H100"), machines=2).plan
+    plan = find("llama3_8b_lora", ("profile.replicas=2",), machine, gpu_model("H100"), machines=2).plan
     assert plan.setup.shards == 1 and plan.run.accelerate.reshard_after_forward is True
 
 
@@ -127,7 +128,7 @@ def test_plan_says_it_in_words_and_in_json():
 
 
 def test_what_fits_at_most_is_told_with_nothing_kept():
-    run = resolve(*KEPT)
+    run = resolve(*KEPT, ONE_COPY)
     kept, freed = (make_plan(each, limits_of(run)) for each in (run, runs.with_resharding(run, True)))
     assert not kept.setup.reshard
     assert look_around(kept) == look_around(freed)
@@ -135,21 +136,21 @@ def test_what_fits_at_most_is_told_with_nothing_kept():
 
 def test_a_run_keeps_what_plan_chose(tmp_path):
     """In run.yaml and accelerate.yaml, and when it goes on, though `plan` might choose otherwise then."""
-    run = resolve(*KEPT, output=str(tmp_path / "run"))
+    run = resolve(*KEPT, ONE_COPY, str(tmp_path / "run"))
     assert run.accelerate.reshard_after_forward is False
     with open_run_folder(run, resume=False):
         begin_to_train(run)
     assert runs.load(run.folder) == run
     assert read_accelerate_config(run.folder / "accelerate.yaml").reshard_after_forward is False
     assert runs.resolve_again(run.folder).accelerate == run.accelerate
-    typed_again = runs.resolve(*KEPT, ("training.max_steps=9", "profile.micro_batch=1"), str(run.folder))
+    typed_again = runs.resolve(*KEPT, (*ONE_COPY, "training.max_steps=9", "profile.micro_batch=1"), str(run.folder))
     assert as_started(typed_again).accelerate == run.accelerate
     moved_to_one_gpu = runs.resolve("llama3_8b_lora", "fsdp_1x48gb", output=str(run.folder))
     assert not as_started(moved_to_one_gpu).accelerate.keeps_gathered
 
 
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path):
-    run = resolve(*KEPT, output=str(tmp_path / "run"))
+    run = resolve(*KEPT, ONE_COPY, str(tmp_path / "run"))
     earlier = runs.with_resharding(run, True)
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(earlier))

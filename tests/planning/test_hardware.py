@@ -70,12 +70,15 @@ def test_a_link_of_four_lanes_decides_against_weights_in_ram(nvidia_smi):
 
 
 def test_a_link_of_one_lane_decides_against_weights_that_are_gathered(nvidia_smi):
+    """Not against copies of the model, between which adapters travel once a step."""
     used = {}
     for lanes in ("16", "1"):
         nvidia_smi([card(n, **{"pcie__link__width__current": lanes}) for n in (1, 2)])
-        found = find("llama3_8b_lora", (), Machine(this_machine().gpus, 128, 120))
+        here = Machine(this_machine().gpus, 128, 120)
+        found = find("llama3_8b_lora", ("profile.replicas=1",), here)
         used[lanes] = found.plan.setup.ranks
     assert used == {"16": 2, "1": 1}
+    assert find("llama3_8b_qlora", (), here).plan.setup.replicas == 2
     assert found.why_idle().startswith("1 of 2 GPUs stays idle: with 2 GPUs, weights on the GPUs, ")
     assert found.why_idle().endswith(" s a step") and "it is slower" in found.why_idle()
 

@@ -204,7 +204,7 @@ def test_plan_find_and_train_show_what_was_chosen_tried_and_left_idle(monkeypatc
     trained = CliRunner().invoke(cli, ["train", "llama3_8b_qlora", "--dry-run", "--set", "data.prepared=nowhere"])
     assert trained.exit_code == 0, trained.output
     for output, chosen in ((planned.output, "chosen      "), (trained.output, "plan chose ")):
-        assert f"{chosen}4 GPUs, weights on the GPUs" in output and "1 of 5 GPUs stays idle" in output
+        assert f"{chosen}4 GPUs, a copy of the model on each" in output and "1 of 5 GPUs stays idle" in output
     assert "tried, the best of each kind first" in planned.output
     assert "num_processes: 4" in trained.output and "accelerate_config: accelerate.yaml" in trained.output
     flags = ["--gpus", "1", "--gpu-memory", "24", "--host-memory", "64"]

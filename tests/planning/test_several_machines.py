@@ -7,7 +7,6 @@ import pytest
 from click.testing import CliRunner
 
 from fitune.cli import cli
-from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
@@ -45,29 +44,31 @@ def _all_on_the_gpus(recipe: str, sets: tuple[str, ...], machine: Machine, machi
 
 @pytest.mark.parametrize("recipe", ["llama3_70b_qlora", "llama3_70b_lora", "llama3_8b_full"])
 def test_with_hybrid_sharding_a_machine_takes_what_it_takes_alone(recipe):
-    batch = ("global_batch_size=32", "profile.hybrid_sharding=true")
-    hybrid, alone = _setup(recipe, *batch), _setup(recipe, "global_batch_size=16", machines=1)
+    batch = ("global_batch_size=32", "profile.replicas=2")
+    hybrid, alone = _setup(recipe, *batch), _setup(recipe, "global_batch_size=16", "profile.replicas=1", machines=1)
     assert (hybrid.ranks, hybrid.replicas, hybrid.shards, alone.shards) == (16, 2, 8, 8)
     assert hybrid.accumulation == alone.accumulation == 2
     assert gpu_peak(hybrid).total == pytest.approx(gpu_peak(alone).total)
     assert host_peak(hybrid) == pytest.approx(host_peak(alone))
     saving = [replace(setup, saves=True, async_save=True) for setup in (hybrid, alone)]
     assert checkpoint_copy(saving[0]) == pytest.approx(checkpoint_copy(saving[1]))
-    over_all = _setup(recipe, "global_batch_size=32", "profile.hybrid_sharding=false")
+    over_all = _setup(recipe, "global_batch_size=32", "profile.replicas=1")
     assert gpu_peak(over_all).total < gpu_peak(hybrid).total
 
 
 def test_replicas_of_one_gpu_add_up_gradients_and_no_more():
     """Nothing is gathered where each machine has one GPU."""
-    hybrid = _setup("llama3_8b_lora", "profile.hybrid_sharding=true", gpus=1)
+    hybrid = _setup("llama3_8b_lora", "profile.replicas=2", gpus=1)
     assert hybrid.shards == 1 and hybrid.unsharded_layer == 0
     parts = step_seconds(hybrid, H100, network_gb_s=10)
-    assert parts["network"] == pytest.approx(hybrid.trainable * 4 / (10e9 * 0.85))  # 2 x (2 - 1) / 2 of float32
+    assert parts["adding up adapters"] == pytest.approx(
+        hybrid.trainable * 4 / (10e9 * 0.85)
+    )  # 2 x (2 - 1) / 2 of float32
 
 
 def test_gradients_that_wait_for_the_last_pass_are_float32():
     """Those of small optimizer states are bf16 once they have been added up."""
-    sets = ("global_batch_size=32", "profile.optimizer_state=bf16_8bit", "profile.hybrid_sharding=true")
+    sets = ("global_batch_size=32", "profile.optimizer_state=bf16_8bit", "profile.replicas=2")
     setup = _setup("llama3_8b_full", *sets)
     assert setup.accumulated_on_gpu and setup.waiting_gradients == 2 * setup.gradients
     in_ram = replace(setup, optimizer_offload=True)
@@ -90,9 +91,7 @@ def test_adapters_gradients_wait_whole_where_a_gpu_has_room():
 
 
 def test_the_network_between_machines_is_crossed_once_a_step_by_gradients_on_the_gpu():
-    once, often = (
-        _setup("llama3_8b_full", f"global_batch_size={rows}", "profile.hybrid_sharding=true") for rows in (16, 64)
-    )
+    once, often = (_setup("llama3_8b_full", f"global_batch_size={rows}", "profile.replicas=2") for rows in (16, 64))
     inside = [step_seconds(setup, H100, network_gb_s=1e9)["network"] for setup in (once, often)]
     between = [step_seconds(setup, H100)["network"] - part for setup, part in zip((once, often), inside, strict=True)]
     assert inside[1] == pytest.approx(4 * inside[0]) and between[1] == pytest.approx(between[0])
@@ -102,20 +101,20 @@ def test_the_network_between_machines_is_crossed_once_a_step_by_gradients_on_the
 
 @pytest.mark.parametrize("recipe", ["llama3_8b_qlora", "llama3_70b_qlora", "llama3_8b_lora", "llama3_70b_lora"])
 def test_auto_is_hybrid_for_adapters_wherever_it_fits(recipe):
-    assert find(recipe, (), given_machine(8, 80, 512), H100, machines=2).plan.setup.replicas == 2
+    replicas = find(recipe, (), given_machine(8, 80, 512), H100, machines=2).plan.setup.replicas
+    assert replicas > 1 and replicas % 2 == 0
     sets = ("profile.embedding_offload=false", "profile.micro_batch=1")
     tight = _all_on_the_gpus("llama3_70b_lora", sets, given_machine(2, 80, 512), machines=2)
-    assert tight.profile.hybrid_sharding is False  # 131 GiB of weights on two cards
+    assert tight.profile.replicas == 1  # 131 GiB of weights on two cards
 
 
 def test_auto_is_hybrid_for_full_where_it_fits_and_is_faster():
-    def choice(*sets: str) -> bool:
-        return resolve("llama3_70b_full", "fsdp_full_16x80gb", sets).profile.hybrid_sharding
+    def choice(*sets: str) -> int:
+        return resolve("llama3_70b_full", "fsdp_full_16x80gb", sets).profile.replicas
 
-    assert choice() is False  # 16 bytes a parameter over 8 cards
-    assert choice("profile.optimizer_state=bf16_8bit") is True
-    one_machine = resolve("llama3_70b_full", "fsdp_full_8x80gb")
-    assert one_machine.profile.hybrid_sharding is False and one_machine.replicas == 1
+    assert choice() == 1  # 16 bytes a parameter over 8 cards
+    assert choice("profile.optimizer_state=bf16_8bit") == 2
+    assert resolve("llama3_70b_full", "fsdp_full_8x80gb").profile.replicas == 1
 
 
 def test_plan_says_what_the_network_costs_and_what_lowers_it():
@@ -124,8 +123,8 @@ def test_plan_says_what_the_network_costs_and_what_lowers_it():
     lines = done.stdout.splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("network     between 2 machines"))
     assert "(one copy over all GPUs, weights travel): 49 s of a step beside 3.9 s of computing" in lines[start]
-    assert "with --set profile.hybrid_sharding=true: does not fit: GPU memory: needs 144" in lines[start + 1]
-    small = "with --set profile.optimizer_state=bf16_8bit --set profile.hybrid_sharding=true: 28 s of a step"
+    assert "with --set profile.replicas=2: does not fit: GPU memory: needs 144" in lines[start + 1]
+    small = "with --set profile.optimizer_state=bf16_8bit --set profile.replicas=2: 28 s of a step"
     assert small in lines[start + 2]
 
 
@@ -146,17 +145,10 @@ def test_plan_for_as_many_machines_as_are_given():
     found = json.loads(done.stdout)
     assert found["machines"] == 2 and found["gpus_there"] == 16
     planned, otherwise = found["network"]
-    assert planned["hybrid_sharding"] and otherwise["set"] == {"profile.hybrid_sharding": "false"}
+    assert planned["replicas"] == 2 and otherwise["set"] == {"profile.replicas": "1"}
     assert planned["network_seconds"] < 0.1 * otherwise["network_seconds"]
     alone = CliRunner().invoke(cli, ["plan", "llama3_70b_qlora", "--gpus", "8", "--gpu", "H100", "--json"])
     assert json.loads(alone.stdout)["network"] == []
-
-
-def test_hybrid_sharding_of_one_machine_is_refused():
-    with pytest.raises(
-        UsageError, match=r"is for several machines, .* has num_machines 1; use --set profile.hybrid_sh"
-    ):
-        runs.resolve("llama3_70b_qlora", "fsdp_4x24gb", ("profile.hybrid_sharding=true",))
 
 
 def test_machines_that_would_have_unequal_ranks_are_refused(tmp_path):

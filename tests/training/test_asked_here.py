@@ -75,6 +75,20 @@ def test_a_run_is_held_as_in_training_where_that_fits_and_else_in_another_way_th
     assert held.folder == run.folder and held.recipe == run.recipe
 
 
+def test_of_several_whole_copies_one_answers_and_all_of_them_measure(machine_is, tmp_path, capsys):
+    run = runs.resolve("llama3_8b_lora", "fsdp_4x48gb", ("profile.replicas=4",), str(tmp_path / "run"))
+    machine_is(given_machine(4, 47.4, 256))
+    with held_here(run) as held:
+        alone = as_held(run, held.config)
+    assert (alone.accelerate.num_processes, alone.replicas, alone.accelerate.offload_params) == (1, 1, False)
+    with held_here(run, rows_of_eval(run)) as held:
+        assert held == Held()
+    machine_is(given_machine(4, 11.6, 256))
+    with held_here(run) as held:
+        assert as_held(run, held.config).accelerate.num_processes > 1, "no GPU has room for a whole copy"
+    assert "of each GPU are needed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("max_length", [512, 8192])
 @pytest.mark.parametrize(
     ("recipe", "profile"),

@@ -20,7 +20,7 @@ TRAINING = {
 }  # fmt: skip
 OPTIONS = {"batch": 8, "packing": True, "max_length": 112, "training": TRAINING}
 "Two passes a step for four ranks, four for two."
-TWO_BY_TWO = {"processes": 4, "machines": 2, "hybrid_sharding": True}
+TWO_BY_TWO = {"processes": 4, "machines": 2, "replicas": 2}
 CASES = {
     "full": ("full", {"processes": 2}),
     "full, small states in RAM": ("full", {"processes": 2, "optimizer_state": "bf16_8bit", "optimizer_offload": True}),

@@ -1,4 +1,4 @@
-"""profile.hybrid_sharding: sharded inside a machine, replicated between machines. Losses are those of one rank."""
+"""profile.replicas: copies of the model, each sharded over some ranks or whole on one. Losses are those of one rank."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks, sharded_model, train_here
 from rounding import additions_to_a_step, assert_curve_equal_but_for_rounding
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -16,9 +17,9 @@ from fitune.errors import FituneError
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import Share, local_part, local_rows, share_of
 from fitune.planning.plan import setup_of
-from fitune.training import train
+from fitune.training import replicas, train, trainer
 from fitune.training.evaluate import evaluate
-from fitune.training.replicas import refuse_replicas_apart
+from fitune.training.replicas import average_gradients, refuse_replicas_apart
 
 STEPS, SAVED = 6, 3
 TRAINING = {
@@ -28,7 +29,7 @@ TRAINING = {
 OPTIONS = {"batch": 10, "packing": True, "max_length": 112, "training": TRAINING}
 "Ten rows are three passes of four ranks, two places filled up."
 SMALL = {"optimizer_state": "bf16_8bit", "training": TRAINING | {"learning_rate": 1e-3}}
-TWO_BY_TWO = {"processes": 4, "machines": 2, "hybrid_sharding": True}
+TWO_BY_TWO = {"processes": 4, "machines": 2, "replicas": 2}
 CASES = {
     "lora": ("lora", {"lora": {"dropout": 0.2}}),
     "qlora": ("qlora", {}),
@@ -66,7 +67,7 @@ def _as_if_killed(run, folder, resumed_as):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_machines_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, uneven_base, make_run, tmp_path):
+def test_two_copies_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, uneven_base, make_run, tmp_path):
     method, extra = CASES[case]
     options = OPTIONS | extra
 
@@ -98,13 +99,34 @@ def test_two_machines_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, un
         _assert_same_losses(back, one, small_states)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_machines_of_one_rank_hold_all_of_it(method, tiny_base, make_run, tmp_path):
-    one = make_run(tiny_base, tmp_path / "one", method, micro_batch=5, **OPTIONS)
-    hybrid = make_run(tiny_base, tmp_path / "two", method, processes=2, machines=2, hybrid_sharding=True, **OPTIONS)
+WHOLE = {
+    "qlora": ("qlora", {"lora": {"dropout": 0.2}}),
+    "lora, trained tokens": ("lora", {"lora": {"trainable_tokens": ["<|eot_id|>"]}}),
+    "lora, embedding in RAM": ("lora", {"embedding_offload": True}),
+    "lora, weights in RAM": ("lora", {"offload_params": True}),
+    "full": ("full", {}),
+    "full, small states": ("full", SMALL),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_ranks_that_hold_a_whole_copy_each_train_as_one_and_go_on_sharded(case, tiny_base, make_run, tmp_path):
+    """Ten rows are four passes of three ranks, two places filled up."""
+    method, extra = WHOLE[case]
+    options, layout = OPTIONS | extra, {"processes": 3, "replicas": 3}
+    one = make_run(tiny_base, tmp_path / "one", method, micro_batch=5, **options)
+    whole = make_run(tiny_base, tmp_path / "whole", method, **layout, **options)
+    assert (whole.shards, whole.gradient_accumulation_steps) == (1, 4)
     run_ranks(train_here, 1, one)
-    run_ranks(train_here, 2, hybrid)
-    _assert_same_losses(hybrid, one, False)
+    run_ranks(train_here, 3, whole)
+    _assert_same_losses(whole, one, "small states" in case)
+    sharded = make_run(tiny_base, tmp_path / "sharded", method, processes=2, **options)
+    resumed = _as_if_killed(whole, tmp_path / "sharded", sharded)
+    run_ranks(train_here, 2, resumed)
+    _assert_same_losses(resumed, one, "small states" in case)
+    back = _as_if_killed(resumed, tmp_path / "back", whole)
+    run_ranks(train_here, 3, back)
+    _assert_same_losses(back, one, "small states" in case)
 
 
 def test_eval_has_the_numbers_of_one_rank(uneven_base, make_run, tmp_path):
@@ -203,6 +225,55 @@ def test_adapters_are_reduced_once_a_step_where_there_is_room(options, uneven_ba
         assert len(crossed) == layers * passes
     norms = _curve(once, "grad_norm"), _curve(often, "grad_norm")
     assert_curve_equal_but_for_rounding(*norms, additions_to_a_step(once), of="grad_norm")
+
+
+def _train_whole_and_count(run) -> tuple[int, set[type]]:
+    """How often gradients were averaged over all ranks, and of what types the model's parameters are."""
+    average, kinds = trainer.average_gradients, []
+
+    def counted(model):
+        kinds.append({type(parameter.data) for parameter in model.parameters()} | {isinstance(model, FSDPModule)})
+        return average(model)
+
+    trainer.average_gradients = counted
+    train_here(run)
+    return len(kinds), set.union(*kinds)
+
+
+def test_gradients_of_whole_copies_travel_once_a_step(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path, "qlora", processes=2, replicas=2, **ONE_STEP)
+    assert run.gradient_accumulation_steps > 1
+    for times, kinds in run_ranks(_train_whole_and_count, 2, run):
+        assert times == 1 and kinds == {torch.Tensor, False}, "plain tensors, and no FSDP"
+
+
+def _averaged(bucket_bytes: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor], list[int]]:
+    """Averaged gradients of a model, its weights, and the bytes sent at once: rank r had r + 1 times the weights."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    parts = [torch.nn.Linear(3, 5), torch.nn.Linear(4, 4, dtype=torch.float64), torch.nn.Linear(2, 7)]
+    model, rank, sent = torch.nn.ModuleList(parts), dist.get_rank(), []
+    model[0].bias.requires_grad_(False)
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        parameter.grad = (rank + 1) * parameter.detach().clone()
+    if rank == 1:
+        model[2].weight.grad = None
+    send, replicas.BUCKET_BYTES = dist.all_reduce, bucket_bytes
+    dist.all_reduce = lambda tensor: (sent.append(tensor.nbytes), send(tensor))
+    average_gradients(model)
+    return [parameter.grad for parameter in model.parameters()], list(model.parameters()), sent
+
+
+@pytest.mark.parametrize(("bucket_bytes", "sizes"), [(2**26, [60, 160, 84]), (64, [60, 128, 32, 56, 28])])
+def test_gradients_become_their_mean_in_buckets_of_one_dtype(bucket_bytes, sizes):
+    """Linears of 3 x 5 without bias, 4 x 4 in float64, 7 x 2."""
+    for gradients, weights, sent in run_ranks(_averaged, 2, bucket_bytes):
+        assert sent == sizes and gradients[1] is None
+        expected = [1.5 * weight for weight in weights]
+        expected[4] = 0.5 * weights[4]  # rank 1 had none
+        for gradient, mean in zip(gradients, expected, strict=True):
+            if gradient is not None:
+                torch.testing.assert_close(gradient, mean.detach())
 
 
 def _tampered(run) -> str | None:
