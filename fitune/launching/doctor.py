@@ -19,6 +19,7 @@ from fitune.config.command_name import command
 from fitune.config.host_limits import host_memory_gib, usable_cores
 from fitune.config.run import load_recipe
 from fitune.config.shipped import how_to_install, pinned_versions
+from fitune.environment import GPU_CAP, number
 from fitune.errors import FituneError
 from fitune.launching.disk_speed import written_gb_s
 from fitune.launching.shared_memory import short_of_shared_memory
@@ -47,6 +48,7 @@ def doctor(model: str | None) -> bool:
         *_packages(),
         _torch(),
         *_gpus(),
+        *_gpu_cap(),
         *_fp8(),
         _host_memory(),
         _disk(),
@@ -138,6 +140,14 @@ def _described(gpu) -> str:
         return f"{gpu.name}, shares the machine's RAM"
     link = f", {gpu.link_gb_s:g} GB/s to the host" if gpu.link_gb_s else ""
     return f"{gpu.name}, {gpu.total_gib:.1f} GiB ({gpu.free_gib:.1f} free){link}"
+
+
+def _gpu_cap() -> list[Finding]:
+    """What looks like small GPUs may be large ones that are held to a part of their memory."""
+    if (cap := number(GPU_CAP)) is None:
+        return []
+    held = f"{GPU_CAP}={cap:g}: each GPU counts as a small card, of which torch takes {cap:g} GiB"
+    return [Finding("GPU cap", None, held, f"unset {GPU_CAP} to use all of its memory")]
 
 
 def _shared_memory() -> list[Finding]:

@@ -9,7 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from fitune.config.host_limits import host_memory_gib
+from fitune.environment import GPU_CAP, number
 from fitune.planning.machine import IDENTITIES, Gpu, Machine
+from fitune.planning.memory import MEASURED
 from fitune.planning.sizes import GIB
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -24,10 +26,24 @@ _MIG = re.compile(r"^\s+MIG (?:\d+c\.)?(\d+)g\.(\d+)gb\S*\s+Device\s+\d+: \(UUID
 
 
 def this_machine() -> Machine:
+    """What is found here; with FITUNE_GPU_CAP_GIB its GPUs are as small as what a rank is held to."""
+    machine = found_here()
+    return replace(machine, gpus=tuple(map(_held_to_cap, machine.gpus)))
+
+
+def found_here() -> Machine:
     """GPUs by nvidia-smi (those in CUDA_VISIBLE_DEVICES), RAM by the kernel and the process's cgroup."""
     total, available = host_memory_gib()
     gpus, names = _nvidia_smi(total, available), _names()
     return Machine(_visible(gpus, names), total, available, missing=_missing(gpus, names) if gpus else "")
+
+
+def _held_to_cap(gpu: Gpu) -> Gpu:
+    """The cap is of torch's memory; what lies outside its allocator comes on top."""
+    if (cap := number(GPU_CAP)) is None:
+        return gpu
+    most = cap + MEASURED.outside_allocator / GIB
+    return replace(gpu, total_gib=min(gpu.total_gib, most), free_gib=min(gpu.free_gib, most))
 
 
 def free_disk_gib(path: Path) -> float:

@@ -9,7 +9,6 @@ from fitune.environment import GPU_CAP, number
 from fitune.errors import UsageError
 from fitune.planning.hardware import free_disk_gib, this_machine
 from fitune.planning.machine import Gpu, Machine
-from fitune.planning.memory import MEASURED
 from fitune.planning.sizes import GIB
 
 
@@ -67,7 +66,7 @@ def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None
 
 def limits_for_training(run: Run) -> Limits:
     """What is free here for a run: GPUs, RAM, disk for checkpoints and for the download."""
-    limits = _held_to_cap(limits_here(machine_of(run)), run)
+    limits = _with_shared_gpus(limits_here(machine_of(run)), run)
     saved = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
     return replace(
         limits, disk=free_disk_gib(run.folder) + saved / GIB, download_disk=free_disk_gib(hub_cache())
@@ -78,28 +77,10 @@ def limits_for_asking(run: Run) -> Limits:
     """What is free here for a run that is only asked: on any GPUs where those that it was trained on are not here."""
     here, ranks = this_machine(), run.accelerate.num_processes
     shown = here.shown_by(run.accelerate.gpu_ids)
-    return _held_to_cap(limits_here((here if shown.missing else shown).first(ranks)), run)
+    return _with_shared_gpus(limits_here((here if shown.missing else shown).first(ranks)), run)
 
 
-def machine_to_ask() -> Machine:
-    """This machine; with FITUNE_GPU_CAP_GIB its GPUs have no more free than a rank is held to.
-
-    Ranks that ask share no GPU: how many there are follows from the GPUs, not from a run.
-    """
-    machine = this_machine()
-    if (most := _capped_gib()) is None:
-        return machine
-    return replace(machine, gpus=tuple(replace(gpu, free_gib=min(gpu.free_gib, most)) for gpu in machine.gpus))
-
-
-def _held_to_cap(limits: Limits, run: Run) -> Limits:
-    """With FITUNE_GPU_CAP_GIB ranks may share the machine's GPUs, each held to that much of torch's memory."""
-    if (most := _capped_gib()) is None:
-        return limits
-    return replace(limits, gpus=run.accelerate.num_processes, gpu=most)
-
-
-def _capped_gib() -> float | None:
-    """What a rank takes of its GPU at most, with what lies outside torch's allocator; None: all."""
-    cap = number(GPU_CAP)
-    return cap and cap + MEASURED.outside_allocator / GIB
+def _with_shared_gpus(limits: Limits, run: Run) -> Limits:
+    """With FITUNE_GPU_CAP_GIB ranks may share the machine's GPUs, each held to a part of one."""
+    is_shared = number(GPU_CAP) and limits.gpus
+    return replace(limits, gpus=run.accelerate.num_processes) if is_shared else limits

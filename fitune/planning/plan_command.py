@@ -22,7 +22,7 @@ from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, refuse_se
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
 from fitune.planning.in_fp8 import better_in_fp8
-from fitune.planning.limits import Limits, given_machine, limits_of, machine_to_ask
+from fitune.planning.limits import Limits, given_machine, limits_of
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import merge_host
 from fitune.planning.network import ways_to_spread
@@ -49,7 +49,7 @@ def plan_command(
             raise UsageError(
                 f"{recipe} is a model's folder, or an adapter's: leave out --profile, --set, --find and --all"
             )
-        machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or machine_to_ask()
+        machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or this_machine()
         _plan_asking(recipe, machine, console, in_json=in_json)
         return
     own = own_profiles(recipe, profiles)

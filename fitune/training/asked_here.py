@@ -18,7 +18,8 @@ from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.asking import CONVERSATION, NF4_BITS, STORED, Holding, Reading, as_trained, choose, what_lacks
-from fitune.planning.limits import Limits, limits_for_asking, machine_to_ask
+from fitune.planning.hardware import this_machine
+from fitune.planning.limits import Limits, limits_for_asking
 from fitune.planning.plan import setup_of
 from fitune.planning.sizes import Setup
 from fitune.training.model_run import needs, write_processes
@@ -121,4 +122,4 @@ def _another_way(run: Run, setup: Setup, reading: Reading, lacks: str) -> Holdin
         raise UsageError(f"{run.folder}: {lacks}; give its model, which goes where it fits: {run.result_folder}")
     load = NF4_BITS if run.recipe.method == "qlora" else STORED
     asked = AskedFolder(setup.shape, setup.lora_r, setup.lora_targets, setup.trained_tokens)
-    return choose(asked, machine_to_ask(), load, reading=reading, name=str(run.result_folder))
+    return choose(asked, this_machine(), load, reading=reading, name=str(run.result_folder))

@@ -11,7 +11,7 @@ from fitune.config.schema import ADAPTER, AccelerateConfig, Base, Data, Lora, Pr
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder
 from fitune.planning.asking import METHOD, NF4_BITS, STORED, Holding, choose
-from fitune.planning.limits import machine_to_ask
+from fitune.planning.hardware import this_machine
 from fitune.planning.machine import Machine
 from fitune.training.given_model import GivenModel
 
@@ -27,7 +27,7 @@ def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding
         if load == "auto":
             return None
         raise
-    machine = machine_to_ask()
+    machine = this_machine()
     way = choose(asked, machine, load, exact=exact, name=str(given.folder))
     as_it_is = NF4_BITS if asked.shape.nf4_on_disk else STORED
     if given.is_adapter and (why_not := _cannot_be_held(given.folder)):

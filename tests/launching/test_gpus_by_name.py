@@ -64,7 +64,7 @@ def test_our_launcher_does_the_same_and_eval_takes_what_is_there(here, is_named,
         seen.append(prepare_multi_gpu_env(parsed).get(VISIBLE))
 
     monkeypatch.setattr(accelerate_launch, "launch_command", started)
-    monkeypatch.setattr(launch, "this_machine", lambda: Machine(here, 128, 120))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: Machine(here, 128, 120))
     monkeypatch.setattr(os, "environ", os.environ.copy())
     assert launch.launch(run, "fitune.training.evaluate") == 0
     assert seen == ["GPU-1111,GPU-2222" if is_named else given]

@@ -11,10 +11,10 @@ from fitune.cli import cli
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import LLAMA_3_FAMILY
 from fitune.errors import UsageError
-from fitune.planning import limits
 from fitune.planning.asked_folder import AskedFolder, asked_folder
 from fitune.planning.asking import choose, holdings
-from fitune.planning.limits import given_machine, machine_to_ask
+from fitune.planning.hardware import this_machine
+from fitune.planning.limits import given_machine
 from fitune.planning.machine import Gpu, Machine
 from fitune.training.model_run import write_processes
 
@@ -83,11 +83,11 @@ def test_a_gpu_that_others_have_filled_is_left_to_them(free, taken, tmp_path):
 
 
 def test_a_card_that_is_tried_out_on_a_larger_one_is_asked_as_it_is(folder_70b, monkeypatch):
-    monkeypatch.setattr(limits, "this_machine", lambda: given_machine(1, 139, 64))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(1, 139, 64))
     ways = {}
     for cap in ("", "22"):
         monkeypatch.setenv("FITUNE_GPU_CAP_GIB", cap)
-        ways[cap] = choose(MODEL_70B, machine_to_ask())
+        ways[cap] = choose(MODEL_70B, this_machine())
         said = CliRunner().invoke(cli, ["plan", str(folder_70b)], catch_exceptions=False).output
         assert said.splitlines()[0] == f"{folder_70b} asked with {ways[cap]}"
     assert not ways[""].offload and ways["22"].offload
@@ -116,7 +116,7 @@ def test_plan_of_a_folder_takes_hardware_only(folder_70b):
 
 
 def test_plan_of_a_folder_looks_at_this_machine_where_none_is_given(folder_70b, monkeypatch):
-    monkeypatch.setattr(limits, "this_machine", lambda: given_machine(1, 79, 200))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(1, 79, 200))
     said = CliRunner().invoke(cli, ["plan", str(folder_70b)], catch_exceptions=False).output
     assert said.splitlines()[0] == f"{folder_70b} asked with weights in NF4, on 1 GPU"
 

@@ -13,7 +13,7 @@ from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
 from fitune.launching import doctor, preflight
 from fitune.model.sharding import local_part
-from fitune.planning import compute, hardware, limits
+from fitune.planning import compute
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.machine import Gpu, Machine
@@ -30,8 +30,7 @@ def _plan(*arguments: str):
 
 def _on(monkeypatch, name: str) -> None:
     machine = Machine((Gpu(name, 80.0, 79.0),), 500.0, 500.0)
-    monkeypatch.setattr(hardware, "this_machine", lambda: machine)
-    monkeypatch.setattr(limits, "this_machine", lambda: machine)
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: machine)
 
 
 @pytest.mark.parametrize(

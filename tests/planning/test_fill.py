@@ -7,7 +7,6 @@ import pytest
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
-from fitune.planning import limits
 from fitune.planning.fill import AS_FAST, filled, filled_here, fits, resolve
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
@@ -74,7 +73,7 @@ def test_less_memory_keeps_fewer_layers_and_none_where_nothing_fits():
 def test_a_card_with_less_free_memory_than_its_profile_states_is_filled_as_far_as_it_goes(monkeypatch, tmp_path):
     run = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path / "run"))
     busy = Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 14.0),), 64, 60)
-    monkeypatch.setattr(limits, "this_machine", lambda: busy)
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: busy)
     monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
     here = filled_here(run)
     assert here.profile.kept_layers < resolve("llama3_8b_qlora", "single_gpu").profile.kept_layers

@@ -341,7 +341,7 @@ def test_time_is_that_of_the_gpus_there_are(cli, monkeypatch):
 
     assert gpu_of("--gpus", "1", "--gpu-memory", "80", "--find") == "H100"  # found: fsdp_1x48gb
     here = Machine((Gpu("NVIDIA GeForce RTX 3090", 24, 23.5),), 64, 60)
-    monkeypatch.setattr("fitune.planning.plan_command.this_machine", lambda: here)
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: here)
     assert gpu_of() == "RTX 3090" and gpu_of("--gpu", "RTX 4090") == "RTX 4090"
 
 
@@ -387,11 +387,10 @@ def test_answers_without_heavy_imports(arguments):
 
 def test_train_refuses_what_cannot_fit_and_force_overrides(monkeypatch, tmp_path):
     from fitune.launching import preflight
-    from fitune.planning import limits
 
     run = resolve("llama3_70b_qlora", "fsdp_4x24gb", output=str(tmp_path / "run"))
     small = Machine((Gpu("NVIDIA GeForce RTX 4080", 16, 15.5),) * 4, 64, 60)
-    monkeypatch.setattr(limits, "this_machine", lambda: small)
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: small)
     monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
     with pytest.raises(UsageError, match=r"does not fit: GPU memory: needs 2\d.* of 15.5.*--force"):
         preflight.check_fits(run)
@@ -406,21 +405,6 @@ def test_train_refuses_what_cannot_fit_and_force_overrides(monkeypatch, tmp_path
     with pytest.raises(UsageError, match="does not fit"):
         preflight.check_before_training(run)
     preflight.check_before_training(run, force=True)
-
-
-def test_ranks_that_share_a_gpu_are_checked_against_their_cap(monkeypatch, tmp_path):
-    from fitune.launching import preflight
-    from fitune.planning import limits
-
-    one_big_gpu = Machine((Gpu("NVIDIA H200", 140, 139),), 200, 190)
-    monkeypatch.setattr(limits, "this_machine", lambda: one_big_gpu)
-    monkeypatch.setattr(limits, "free_disk_gib", lambda _: 1000.0)
-    run = resolve("llama3_70b_qlora", "fsdp_4x24gb", output=str(tmp_path / "run"))
-    monkeypatch.setenv("FITUNE_GPU_CAP_GIB", "20.5")
-    preflight.check_fits(run)
-    monkeypatch.setenv("FITUNE_GPU_CAP_GIB", "12")
-    with pytest.raises(UsageError, match="GPU memory"):
-        preflight.check_fits(run)
 
 
 def test_a_picture_of_host_ram_begins_with_the_largest_and_leaves_out_what_rounds_to_nothing(cli, tiny_base):

@@ -197,8 +197,7 @@ def test_a_verdict_never_rounds_a_no_to_a_yes():
 
 def test_plan_find_and_train_show_what_was_chosen_tried_and_left_idle(monkeypatch):
     here = Machine((Gpu("NVIDIA GeForce RTX 4090", 24, 23.5),) * 5, 64, 60)
-    for module in ("planning.plan_command", "planning.limits", "launching.fastest_here"):
-        monkeypatch.setattr(f"fitune.{module}.this_machine", lambda: here)
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: here)
     planned = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--find"])
     assert planned.exit_code == 0, planned.output
     trained = CliRunner().invoke(cli, ["train", "llama3_8b_qlora", "--dry-run", "--set", "data.prepared=nowhere"])

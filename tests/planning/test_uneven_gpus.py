@@ -141,8 +141,7 @@ def test_where_nothing_fits_all_gpus_are_described():
 
 
 def here(monkeypatch, *gpus: Gpu) -> None:
-    for module in ("planning.plan_command", "planning.limits", "launching.fastest_here", "launching.launch"):
-        monkeypatch.setattr(f"fitune.{module}.this_machine", lambda: machine(*gpus))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: machine(*gpus))
 
 
 def test_plan_and_train_say_it(monkeypatch):
@@ -174,7 +173,7 @@ def test_plan_and_train_say_it(monkeypatch):
     ],
 )  # fmt: skip
 def test_doctor_notes_what_stays_idle_and_finds_nothing_bad(gpus, said, monkeypatch):
-    monkeypatch.setattr("fitune.planning.hardware.this_machine", lambda: machine(*gpus))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: machine(*gpus))
     monkeypatch.setattr(doctor.shutil, "which", lambda program: program)
     monkeypatch.setattr(doctor, "short_of_shared_memory", lambda: None)
     findings = [*doctor._gpus(), *doctor._fp8()]
@@ -205,7 +204,6 @@ def test_a_profile_takes_the_first_gpus_and_asks_no_others(monkeypatch):
     here(monkeypatch, LARGE, FULL, T4)
     assert machine_of(run).gpus == (LARGE,)
     here(monkeypatch, T4, LARGE)
-    monkeypatch.setattr("fitune.planning.hardware.this_machine", lambda: machine(T4, LARGE))
     with pytest.raises(UsageError, match=r"Tesla T4 .* leave it out: CUDA_VISIBLE_DEVICES=0$"):
         _check_gpus(run)
 

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer, LlamaConfig
 from fitune.cli import cli
 from fitune.data.chat_template import apply_chat_template_choice
 from fitune.errors import UsageError
-from fitune.planning import limits
 from fitune.planning.asking import Holding
 from fitune.planning.limits import given_machine
 from fitune.training.distributed import is_main_process
@@ -137,10 +136,10 @@ def test_rows_are_measured_over_ranks_as_on_one_device(model, make, prepared, tm
 @pytest.mark.parametrize("kind", NOT_HELD)
 def test_what_processes_cannot_hold_goes_to_one_device_or_is_refused(make, monkeypatch, kind):
     given = given_model(make(kind))
-    monkeypatch.setattr(limits, "this_machine", lambda: given_machine(1, 40, 64))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(1, 40, 64))
     assert how_to_hold(given, "auto") is None
     for load, gpu_gib in (("nf4", 40), ("auto", 1.31)):  # the second does not hold it
-        monkeypatch.setattr(limits, "this_machine", lambda gib=gpu_gib: given_machine(2, gib, 64))
+        monkeypatch.setattr("fitune.planning.hardware.found_here", lambda gib=gpu_gib: given_machine(2, gib, 64))
         with pytest.raises(UsageError, match=f"{kind}.* on one device only, .*: merge it|too large to ask here"):
             how_to_hold(given, load)
 

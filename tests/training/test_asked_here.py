@@ -19,7 +19,6 @@ from fitune.config.accelerate_config import written_out
 from fitune.config.model_shapes import find_shape
 from fitune.config.schema import AccelerateConfig
 from fitune.errors import UsageError
-from fitune.planning import limits
 from fitune.planning.asking import as_trained
 from fitune.planning.limits import given_machine
 from fitune.planning.machine import Gpu, Machine
@@ -36,7 +35,7 @@ ADDITIONS = 256
 def machine_is(monkeypatch):
     def set_to(machine: Machine) -> None:
         monkeypatch.delenv("FITUNE_GPU_CAP_GIB", raising=False)
-        monkeypatch.setattr(limits, "this_machine", lambda: machine)
+        monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: machine)
 
     return set_to
 

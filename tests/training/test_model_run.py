@@ -22,7 +22,6 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.schema import Run
 from fitune.data.chat_template import apply_chat_template_choice
-from fitune.planning import limits
 from fitune.planning.asking import Holding
 from fitune.planning.limits import given_machine
 from fitune.training.distributed import is_main_process
@@ -204,7 +203,7 @@ def test_a_folder_goes_where_it_fits_and_that_is_said(tmp_path, monkeypatch, cap
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = sizes | {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    monkeypatch.setattr(limits, "this_machine", lambda: given_machine(gpus, gib, 64))
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(gpus, gib, 64))
     given = given_model(tmp_path)
     way = how_to_hold(given, "auto", exact=exact)
     said = capsys.readouterr().err
