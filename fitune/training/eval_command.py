@@ -7,6 +7,7 @@ from fitune.config.gguf_files import SUFFIX, refuse_gguf
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
+from fitune.planning.asking import Reading
 from fitune.report.page import show_page_after_a_command
 from fitune.training.asked_here import held_here, rows_of_eval
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none
@@ -58,18 +59,20 @@ def _refuse_ignored_flags(data: Path | None, *, tasks: str | None, load: str, in
 
 
 def _evaluate_folder(given: Path, data: Path, load: str, force: bool) -> int:
-    from fitune.training.evaluate_folder import print_evaluation, rows_file
+    from fitune.training.evaluate_folder import longest_row, print_evaluation, rows_file, tokenise
     from fitune.training.given_model import given_model
     from fitune.training.model_run import how_to_hold, run_to_ask
 
     rows = rows_file(data)  # looked for before anything starts
     model = given_model(given, force=force)
     model.check_chat_template("without one, answers cannot be told from questions")
-    if way := how_to_hold(model, load, exact=True):
-        with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
+        tokens = tokenise(rows, model, Path(scratch))
+        reading = Reading(longest_row(tokens), answers=False)
+        if way := how_to_hold(model, load, exact=True, reading=reading):
             run = run_to_ask(model, way, Path(scratch))
-            return launch_until_stopped(run, "fitune.training.evaluate_model", str(rows.absolute()))
-    print_evaluation(model, data)
+            return launch_until_stopped(run, "fitune.training.evaluate_model", str(tokens.path))
+        print_evaluation(model, tokens)
     return 0
 
 

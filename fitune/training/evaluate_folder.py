@@ -29,7 +29,12 @@ Scored = tuple[float, int, int]
 
 def evaluate_folder(given: GivenModel, data: Path) -> dict:
     """{"model": metrics, "rows": N} on `data`, a prepared folder or a .jsonl file of the same schema."""
-    rows = read_rows(rows_file(data), given)
+    with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
+        return _evaluate(given, tokenise(rows_file(data), given, Path(scratch)))
+
+
+def _evaluate(given: GivenModel, tokens: TokenFile) -> dict:
+    rows = read_rows(tokens)
     score = load_scorer(given)
     with bar("evaluating", len(rows)) as advance:
         return {"model": metrics(score(row) for row in _counting(rows, advance)), "rows": len(rows)}
@@ -43,33 +48,44 @@ def rows_file(data: Path) -> Path:
     return file
 
 
-def print_evaluation(given: GivenModel, data: Path) -> None:
+def print_evaluation(given: GivenModel, tokens: TokenFile) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    print_report(evaluate_folder(given, data))
+    print_report(_evaluate(given, tokens))
 
 
 def print_report(report: dict) -> None:
     Console().print(evaluation_table(report))
 
 
-def read_rows(file: Path, given: GivenModel) -> list[Row]:
-    """By the model's tokenizer and template. UsageError with the line of every bad row."""
+def tokenise(file: Path, given: GivenModel, folder: Path) -> TokenFile:
+    """The rows by the model's tokenizer and template, written to `folder`. UsageError with the line of every bad row,
+    and for a template that fails or does not say which tokens are answers."""
     tokenizer = given.tokenizer()
-    apply_chat_template_choice(tokenizer, "tokenizer")
+    try:
+        apply_chat_template_choice(tokenizer, "tokenizer")
+    except UsageError as error:
+        raise UsageError(f"{given.folder}: {error}") from None
     settings = Data(
         dataset=str(file),
         prepared=str(file.parent),
         chat_template="tokenizer",
         system_message=given.system_message,
     )
-    with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
-        target = Path(scratch) / "tokens"
-        tokenise_lines(file, target, tokenizer, settings, workers=1)
-        tokens = TokenFile(target)
-        lengths = enumerate(tokens.lengths().tolist())
-        return [tuple(part.tolist() for part in tokens.read(number, 0, length)) for number, length in lengths]
+    target = folder / "rows.tokens.arrow"
+    tokenise_lines(file, target, tokenizer, settings, workers=1)
+    return TokenFile(target)
+
+
+def longest_row(tokens: TokenFile) -> int:
+    """In tokens."""
+    return max(tokens.lengths().tolist(), default=1)
+
+
+def read_rows(tokens: TokenFile) -> list[Row]:
+    lengths = enumerate(tokens.lengths().tolist())
+    return [tuple(part.tolist() for part in tokens.read(number, 0, length)) for number, length in lengths]
 
 
 def _counting(rows: list[Row], advance) -> Iterator[Row]:

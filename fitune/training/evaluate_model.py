@@ -1,8 +1,8 @@
 """Loss, perplexity and token accuracy of a model's folder, or an adapter's, that several processes hold.
 
-    accelerate launch --config_file X.yaml -m fitune.training.evaluate_model RUN ROWS
+    accelerate launch --config_file X.yaml -m fitune.training.evaluate_model RUN TOKENS
 
-RUN is a folder that `model_run.run_to_ask` wrote, ROWS a .jsonl file in prepare's schema.
+RUN is a folder that `model_run.run_to_ask` wrote, TOKENS a file of `evaluate_folder.tokenise`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fitune.config.schema import Run
+from fitune.data.token_file import TokenFile
 from fitune.model.skeleton import decoder
 from fitune.progress import bar
 from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
@@ -26,10 +27,10 @@ from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.train import run_stage
 
 
-def evaluate_model(run: Run, rows_file: Path) -> dict:
+def evaluate_model(run: Run, tokens: Path) -> dict:
     """{"model": metrics, "rows": N} of what `run_to_ask` made `run` for; printed. Call on all ranks."""
     mesh, given = join(run), model_of(run)
-    rows = read_rows(rows_file, given)
+    rows = read_rows(TokenFile(tokens))
     model = load_over_processes(run, given, mesh)
     add_answer_loss(decoder(model))
     with bar("evaluating", math.ceil(len(rows) / mesh.size()), show=is_main_process()) as advance:
@@ -66,9 +67,9 @@ def _totals(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fitune.training.evaluate_model", description=__doc__)
     parser.add_argument("run", type=Path, help="a folder that run_to_ask wrote")
-    parser.add_argument("rows", type=Path, help="held-out rows as prepare writes them")
+    parser.add_argument("tokens", type=Path, help="held-out rows, tokenised")
     options = parser.parse_args(arguments)
-    run_stage(options.run, partial(evaluate_model, rows_file=options.rows), explain_in_eval)
+    run_stage(options.run, partial(evaluate_model, tokens=options.tokens), explain_in_eval)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _ask_model(folder: Path, asked: dict, load: str) -> int:
 
     given = given_model(folder, force=asked["force"])
     if asked["prompt"] or asked["chat"]:
-        given.check_chat_template("give it --text to go on with")
+        given.check_can_be_asked("give it --text to go on with")
     if way := how_to_hold(given, load):
         with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
             run, chats = run_to_ask(given, way, Path(scratch)), bool(asked["chat"])

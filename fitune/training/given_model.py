@@ -10,6 +10,7 @@ from fitune.config.adapter_folder import is_adapter, named_base
 from fitune.config.hub import local_folder
 from fitune.config.json_file import read_json
 from fitune.config.schema import ADAPTER, Run
+from fitune.data.file_formats import first_line
 from fitune.errors import UsageError
 
 
@@ -48,6 +49,21 @@ class GivenModel:
 
         if not (template_of(self.folder) or template_of(self._folder_of_texts())):
             raise UsageError(f"{self.folder}: has no chat template, as base models have none; {instead}")
+
+    def check_can_be_asked(self, instead: str) -> None:
+        """Raises UsageError for a chat template that is missing, or that cannot write a question, with the system
+        message that the model was trained with."""
+        import jinja2
+
+        self.check_chat_template(instead)
+        before = [{"role": "system", "content": self.system_message}] if self.system_message else []
+        try:
+            self.tokenizer().apply_chat_template(
+                [*before, {"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            why = f"its chat template cannot write a question: {first_line(error)}"
+            raise UsageError(f"{self.folder}: {why}; mend it, or {instead}") from None
 
     def tokenizer(self):
         """The folder's own. PEFT alone saves none beside an adapter: then it is the base's, as is the chat template."""

@@ -10,16 +10,18 @@ from fitune.config.run import FOUND
 from fitune.config.schema import ADAPTER, AccelerateConfig, Base, Data, Lora, Profile, Recipe, Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder
-from fitune.planning.asking import METHOD, NF4_BITS, STORED, Holding, choose
+from fitune.planning.asking import CONVERSATION, METHOD, NF4_BITS, STORED, Holding, Reading, choose
 from fitune.planning.hardware import this_machine
 from fitune.planning.machine import Machine
 from fitune.training.given_model import GivenModel
 
 
-def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding | None:
+def how_to_hold(
+    given: GivenModel, load: str, *, exact: bool = False, reading: Reading = CONVERSATION
+) -> Holding | None:
     """None where plain transformers hold it as it is, on the first GPU or the CPU. UsageError where it fits nowhere.
 
-    It is said on stderr. `load` is what --load gave, `exact` as in `choose`.
+    It is said on stderr. `load` is what --load gave, `exact` and `reading` as in `choose`.
     """
     try:
         asked = asked_folder(given.folder)
@@ -28,10 +30,10 @@ def how_to_hold(given: GivenModel, load: str, *, exact: bool = False) -> Holding
             return None
         raise
     machine = this_machine()
-    way = choose(asked, machine, load, exact=exact, name=str(given.folder))
+    way = choose(asked, machine, load, exact=exact, reading=reading, name=str(given.folder))
     as_it_is = NF4_BITS if asked.shape.nf4_on_disk else STORED
     if given.is_adapter and (why_not := _cannot_be_held(given.folder)):
-        way = choose(asked, machine, as_it_is, name=str(given.folder))
+        way = choose(asked, machine, as_it_is, reading=reading, name=str(given.folder))
         if way.gathers or way.cards or load not in ("auto", as_it_is):
             raise why_not
     if not (way.gathers or way.cards) and way.load == as_it_is:

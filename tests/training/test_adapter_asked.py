@@ -23,7 +23,7 @@ from fitune.errors import UsageError
 from fitune.planning.asking import Holding
 from fitune.planning.limits import given_machine
 from fitune.training.distributed import is_main_process
-from fitune.training.evaluate_folder import evaluate_folder
+from fitune.training.evaluate_folder import evaluate_folder, tokenise
 from fitune.training.evaluate_model import evaluate_model
 from fitune.training.generate_model import generate_over_processes
 from fitune.training.given_model import given_model
@@ -124,9 +124,9 @@ def test_answers_of_base_and_adapter_are_plain_pefts(model, make, tmp_path, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_measured_over_ranks_as_on_one_device(model, make, prepared, tmp_path, kind):
-    found = run_ranks(
-        evaluate_model, 2, held(make(kind), tmp_path / "run", "stored", 2, False), prepared / "test.jsonl"
-    )
+    run = held(make(kind), tmp_path / "run", "stored", 2, False)
+    tokens = tokenise(prepared / "test.jsonl", given_model(make(kind)), run.folder)
+    found = run_ranks(evaluate_model, 2, run, tokens.path)
     expected = evaluate_folder(given_model(make(kind)), prepared)["model"]
     assert found[0] == found[1] and found[0]["model"]["tokens"] == expected["tokens"]
     error = rounding(additions_to_logits(LlamaConfig.from_pretrained(model), 256))

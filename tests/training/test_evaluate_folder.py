@@ -95,3 +95,43 @@ def test_what_cannot_be_measured_is_refused(run, prepared, tmp_path):
     bad.write_text("")
     with pytest.raises(UsageError, match="no row has an answer"):
         evaluate_folder(given_model(run.result_folder), bad)
+
+
+def test_there_must_be_room_for_the_longest_row(run, prepared, tmp_path, monkeypatch):
+    """Not for a conversation, as where answers are asked for: rows may be longer, or all of them short."""
+    checked = []
+    monkeypatch.setattr("fitune.training.model_run.how_to_hold", lambda *_, reading, **__: checked.append(reading))
+    monkeypatch.setattr("fitune.training.evaluate_folder.print_evaluation", lambda given, tokens: None)
+    long = tmp_path / "long.jsonl"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "answer " * 6000}]
+    long.write_text((prepared / "test.jsonl").read_text() + json.dumps({"messages": turns}) + "\n")
+    for rows in (prepared / "test.jsonl", long):
+        outcome = CliRunner().invoke(cli, ["eval", str(run.result_folder), "--data", str(rows)], catch_exceptions=False)
+        assert outcome.exit_code == 0, outcome.output
+    short, longest = checked
+    assert short.tokens < 512 and longest.tokens > 6000 and not (short.answers or longest.answers)
+
+
+BAD_TEMPLATES = {
+    "{% if %}": "not a working template: Expected an expression",
+    "{{ raise_exception('no') }}": "not a working template: no",
+    "{% for m in messages %}{{ m.content }}{% endfor %}": "leaves the end of the turn out of the answer",
+}
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES)
+def test_a_bad_chat_template_is_refused_before_processes_start(run, template, prepared, tmp_path, monkeypatch):
+    """`generate` writes questions alone, so the third is good enough for it."""
+    folder, started = Path(shutil.copytree(run.result_folder, tmp_path / "bad")), []
+    (folder / "chat_template.jinja").write_text(template)
+    for module in ("eval_command", "generate_command"):
+        monkeypatch.setattr(f"fitune.training.{module}.launch_until_stopped", lambda *_, **__: started.append(1) or 0)
+    measured = CliRunner().invoke(cli, ["eval", str(folder), "--load", "nf4", "--data", str(prepared)])
+    assert measured.exit_code == 2 and not started
+    assert f"{folder}: chat_template: tokenizer: " in measured.stderr and BAD_TEMPLATES[template] in measured.stderr
+    asked = CliRunner().invoke(cli, ["generate", str(folder), "--load", "nf4", "--prompt", "Hi"])
+    if template.startswith("{% for"):
+        assert asked.exit_code == 0 and started
+    else:
+        assert asked.exit_code == 2 and not started and asked.stderr.count("\n") == 1
+        assert f"{folder}: its chat template cannot write a question: " in asked.stderr

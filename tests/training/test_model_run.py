@@ -22,10 +22,11 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.schema import Run
 from fitune.data.chat_template import apply_chat_template_choice
-from fitune.planning.asking import Holding
+from fitune.planning.asked_folder import asked_folder
+from fitune.planning.asking import Holding, Reading, holdings
 from fitune.planning.limits import given_machine
 from fitune.training.distributed import is_main_process
-from fitune.training.evaluate_folder import evaluate_folder
+from fitune.training.evaluate_folder import evaluate_folder, tokenise
 from fitune.training.evaluate_model import evaluate_model
 from fitune.training.generate_model import generate_over_processes
 from fitune.training.given_model import given_model
@@ -169,7 +170,7 @@ def test_rows_are_measured_as_on_one_device(model, prepared, tmp_path, load, ran
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((prepared / "test.jsonl").read_text().splitlines(keepends=True)[:7]))
     run = held(model, tmp_path / "run", load, ranks, offload)
-    found = run_ranks(evaluate_model, ranks, run, rows)
+    found = run_ranks(evaluate_model, ranks, run, tokenise(rows, given_model(model), run.folder).path)
     assert all(report == found[0] for report in found) and found[0]["rows"] == 7
     as_held = tmp_path / "as_held"
     if load == "nf4":
@@ -199,10 +200,8 @@ def test_a_seed_repeats_a_batch_and_without_one_it_is_drawn_anew(model, tmp_path
     ],
 )
 def test_a_folder_goes_where_it_fits_and_that_is_said(tmp_path, monkeypatch, capsys, gpus, gib, exact, taken):
-    """An 8B's sizes: plain transformers take it where one GPU holds it."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    config = sizes | {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    """Plain transformers take it where one GPU holds it."""
+    write_8b_config(tmp_path)
     monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(gpus, gib, 64))
     given = given_model(tmp_path)
     way = how_to_hold(given, "auto", exact=exact)
@@ -211,6 +210,21 @@ def test_a_folder_goes_where_it_fits_and_that_is_said(tmp_path, monkeypatch, cap
     assert said == (f"{tmp_path}: {way}: {way.gpu:.1f} GiB of each GPU, {way.host:.1f} of RAM\n" if way else "")
     run = run_to_ask(given, replace(way, ranks=2), tmp_path) if way else None
     assert run is None or (run.accelerate.num_processes, run.accelerate.offload_params) == (2, way.offload)
+
+
+def write_8b_config(folder: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = sizes | {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+
+
+def test_a_folder_is_held_where_there_is_room_for_the_longest_row(tmp_path, monkeypatch):
+    write_8b_config(tmp_path)
+    short, long = (Reading(tokens, answers=False) for tokens in (1024, 8192))
+    needed = [next(holdings(asked_folder(tmp_path), 1, reading)).gpu for reading in (short, long)]
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(1, sum(needed) / 2, 64))
+    short_way, long_way = (how_to_hold(given_model(tmp_path), "auto", reading=reading) for reading in (short, long))
+    assert short_way is None and str(long_way) == "weights in NF4, on 1 GPU"
 
 
 def test_the_commands_start_processes_that_hold_it(model, prepared, expected, tmp_path, capfd):
