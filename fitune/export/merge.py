@@ -15,6 +15,7 @@ import torch
 
 from fitune.config.adapter_folder import named_base
 from fitune.config.base_model import ARCHITECTURES
+from fitune.config.base_of_run import base_of_run
 from fitune.config.hub import CONFIG_FILES, local_folder
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
@@ -57,7 +58,7 @@ def merge_run(
 ) -> Path:
     """Merges what `run`, or its checkpoint, trained into the run's base or another `base` (a folder or a Hub id)."""
     refuse_existing(output)  # before anything is downloaded
-    method, trained_on = run.recipe.method, run.recipe.base
+    method = run.recipe.method
     if method == "full":
         if base or onto:
             option = "--base" if base else "--onto"
@@ -65,7 +66,7 @@ def merge_run(
         return merge_full(run.result_folder, output, run=run, check=check)
     if method == "lora" and onto == "trained":
         raise UsageError(f"{run.folder}: method lora trained on the original weights; leave out --onto")
-    folder = local_folder(base) if base else local_folder(trained_on.model, trained_on.revision)
+    folder = local_folder(base) if base else base_of_run(run)
     onto = onto or ("trained" if method == "qlora" else None)
     return merge_adapter(folder, run.result_folder, output, onto=onto, force=force, run=run, check=check)
 

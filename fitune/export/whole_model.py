@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.config.adapter_folder import is_adapter, named_base
+from fitune.config.base_of_run import base_of_run
 from fitune.config.gguf_files import refuse_gguf
 from fitune.config.hub import local_folder
 from fitune.config.schema import Run
@@ -40,13 +41,8 @@ def whole_model(
     if run is not None and run.recipe.method == "full":
         return _as_it_is(run.result_folder, given, base, onto, run=run, check=check)
     if run is not None:
-        named = base or run.recipe.base.model
-        return WholeModel(
-            local_folder(named, None if base else run.recipe.base.revision),
-            lambda folder: merge_run(run, folder, **options),
-            run=run,
-            check=check,
-        )
+        weights = local_folder(base) if base else base_of_run(run)
+        return WholeModel(weights, lambda folder: merge_run(run, folder, **options), run=run, check=check)
     named = (base, None) if base else named_base(given, GIVE_BASE)
     return WholeModel(local_folder(*named), lambda folder: merge_folder(given, folder, **options), check=check)
 

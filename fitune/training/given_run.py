@@ -60,15 +60,16 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
 
     With `asked_as_trained` also for a template or system message that the run's result was not trained with.
     """
-    from fitune.config.hub import local_config  # not at the top: what needs no tokenizer is refused before
+    from fitune.config.base_of_run import base_of_run  # not at the top: what needs no tokenizer is refused before
+    from fitune.config.hub import local_config
     from fitune.data.dataset import load_tokenizer
     from fitune.data.prepared import check_prepared, dataset_in, refuse_no_rows
     from fitune.export.chat_record import refuse_another_chat
 
-    data, base = run.recipe.data, run.recipe.base
+    data = run.recipe.data
     if reads_rows and not quiet and (prepared_from := dataset_in(Path(data.prepared), data)):
         click.echo(f"data: {data.prepared}, prepared from {prepared_from}")
-    tokenizer = load_tokenizer(run.recipe, local_config(base.model, base.revision))
+    tokenizer = load_tokenizer(run.recipe, base_of_run(run, local_config))
     if asked_as_trained:
         refuse_another_chat(run, tokenizer)
     if reads_rows:

@@ -7,7 +7,9 @@ import click
 
 from fitune.columns import short
 from fitune.config import run as runs
+from fitune.config.base_of_run import base_of_run
 from fitune.config.command_name import command
+from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
@@ -38,7 +40,9 @@ def train_command(
         if resume and (finished := nothing_left(run)):
             click.echo(finished)
             return 0
-        if not goes_on:
+        if goes_on:
+            base_of_run(run, local_config)
+        else:
             runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
     left, plan_chooses_saving = run, run.profile.async_save == AUTO
     run = filled_here(on_gpus_here(as_started(run)) if resume else run)
