@@ -16,8 +16,11 @@ from fitune.config.schema import AccelerateConfig
 from fitune.config.shipped import name_of
 from fitune.errors import FituneError, UsageError
 from fitune.launching.job import Job, kubernetes_jobset, sbatch_script, skypilot_task
+from fitune.planning.compute import has_fp8, lack_of_fp8
 from fitune.planning.fill import resolve
+from fitune.planning.gpu_models import look_up
 from fitune.planning.limits import limits_of
+from fitune.planning.machine import Gpu, Machine
 from fitune.planning.plan import make_plan
 from fitune.planning.sizes import GIB
 
@@ -83,6 +86,8 @@ def submit(
     for flag, meaning in engine.needs.items():
         if getattr(job, flag) is None and not (flag == "gpu" and not job.gpus):
             raise UsageError(f"--on {scheduler} needs --{flag}: {meaning}")
+    if job.gpu and job.gpus:
+        _refuse_gpu(job)
     if not dry_run and shutil.which(engine.command[0]) is None:
         raise UsageError(f"{engine.command[0]}: no such command here; --dry-run writes the job file only")
     written = engine.write(job)
@@ -118,6 +123,22 @@ def _job(
     options |= {"memory": options["memory"] or _needed_memory(recipe, profile, sets)}
     folder = output or f"runs/{stem}-{hardware}"
     return Job(_name(folder), recipe, profile, sets, nodes, gpus, folder, loaded.data.prepared, **options)
+
+
+def _refuse_gpu(job: Job) -> None:
+    """UsageError for a GPU to ask for that cannot compute as the run does; one that is not known is left to the job."""
+    if (model := look_up(job.gpu)) is None:
+        return
+    Machine((Gpu(job.gpu, 0, 0),), 0, 0).refuse_missing_bf16()
+    if job.profile:
+        compute = runs.resolve(job.recipe, job.profile, job.sets).profile.compute
+    else:
+        compute = runs.parse_sets(job.sets)[1].get("compute")
+    if compute == "fp8" and not has_fp8(model):
+        raise UsageError(
+            f"--gpu {job.gpu}: {lack_of_fp8(model)}; ask for one that has it, such as L4, L40S or H100, or use --set "
+            f"profile.compute=bf16"
+        )
 
 
 def _nodes_of_profile(accelerate: AccelerateConfig, nodes: int | None, gpus: int | None) -> tuple[int, int]:

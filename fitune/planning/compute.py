@@ -32,7 +32,10 @@ def refuse_missing_fp8(run: Run, gpu: GpuModel | None) -> None:
         return
     assumed = "" if gpu else f", taken for a card of {run.profile.gpu_memory_gib:g} GiB,"
     instead = "use" if gpu else "name yours with --gpu, or use"
-    raise UsageError(
-        f"profile.compute fp8 needs compute capability {FP8_CAPABILITY}, {found.name}{assumed} has "
-        f"{found.capability:.1f}; {instead} --set profile.compute=bf16"
-    )
+    raise UsageError(f"{lack_of_fp8(found, assumed)}; {instead} --set profile.compute=bf16")
+
+
+def lack_of_fp8(gpu: GpuModel, assumed: str = "") -> str:
+    """What a GPU without fp8 lacks, in words."""
+    needed = f"profile.compute fp8 needs compute capability {FP8_CAPABILITY}"
+    return f"{needed}, {gpu.name}{assumed} has {gpu.capability:.1f}"

@@ -244,6 +244,29 @@ def test_bad_input_is_one_line_and_writes_nothing(scheduler, flags, said, submit
     assert not (tmp_path / "runs").exists()
 
 
+FP8 = ("--set", "profile.compute=fp8")
+ON_THE_PROFILE = ("--profile", "single_gpu")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flags", "said"),
+    [
+        ("V100", ("--gpus", "8"), "V100 has compute capability 7.0 and no bf16, in which fitune trains"),
+        ("T4", ON_THE_PROFILE, "T4 has compute capability 7.5 and no bf16"),
+        ("A100-80GB", ("--gpus", "8", *FP8), "--gpu A100-80GB: profile.compute fp8 needs compute capability 8.9, A100"),
+        ("A100", (*ON_THE_PROFILE, *FP8), "A100 has 8.0; ask for one that has it, such as L4, L40S or H100, or use"),
+        ("A100", ON_THE_PROFILE, None),
+        ("H100", (*ON_THE_PROFILE, *FP8), None),
+        ("L4", ("--gpus", "1", *FP8), None),
+        ("TPU-v5", ("--gpus", "1", *FP8), None),
+    ],
+)
+def test_a_gpu_that_cannot_compute_so_is_not_asked_for(gpu, flags, said, submit, tmp_path):
+    words = ("--gpu", gpu, "--bucket", "s3://mine", "--dry-run", *flags)
+    result = submit("skypilot", *words, code=2 if said else 0)
+    assert (said or "") in result.stderr and (tmp_path / "runs").exists() == (said is None)
+
+
 def test_a_refusal_of_the_scheduler_is_told(submit, tmp_path, monkeypatch):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
