@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fitune.config.schema import Run
 from fitune.environment import GPU_CAP, number
-from fitune.errors import UsageError
+from fitune.errors import CRASHED, STOPPED_BY_CTRL_C, UsageError
 from fitune.model.sharding import REPLICATE, SHARD, new_mesh
 
 BOTH = "cpu:gloo,cuda:nccl"
@@ -102,10 +103,13 @@ def as_rank(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as ending:
         code = ending.code or 0
+    except BaseException as error:  # what run_stage did not expect ends as Python ends it
+        traceback.print_exc()
+        code = STOPPED_BY_CTRL_C if isinstance(error, KeyboardInterrupt) else CRASHED
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError, ValueError):  # nobody reads any more, or it is closed
             stream.flush()
     os._exit(code)
 

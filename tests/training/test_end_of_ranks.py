@@ -5,6 +5,8 @@ import sys
 
 from patience import PATIENCE_SECONDS
 
+from fitune.errors import CRASHED, STOPPED_BY_CTRL_C
+
 RANKS = """
 import atexit, ctypes
 pause, usleep = ctypes.c_uint(0), ctypes.PyDLL(None).usleep  # PyDLL: Python is held meanwhile
@@ -47,3 +49,40 @@ def test_a_thread_of_gloos_that_meets_the_end_of_python_does_not_abort_the_rank(
     done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.stdout.splitlines() == ["what was registered", "2"], done.stderr
     assert "terminate called" not in done.stderr
+
+
+ENDS = {
+    "return": (0, ""),
+    "sys.exit()": (0, ""),
+    "sys.exit(75)": (75, ""),
+    "sys.stdout.close()": (0, ""),
+    "raise ValueError('nobody expected it')": (CRASHED, "ValueError: nobody expected it"),
+    "raise KeyboardInterrupt": (STOPPED_BY_CTRL_C, "KeyboardInterrupt"),
+}
+EACH = """
+import os, sys
+from fitune.training.distributed import as_rank
+
+class Held:
+    def __del__(self):
+        os.write(2, b"taken apart")
+
+for number, end in enumerate(sys.argv[2:]):
+    if not (child := os.fork()):
+        file = os.open(f"{sys.argv[1]}/{number}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.held = Held()
+        exec(f"def main():\\n print('the answer')\\n {end}")
+        as_rank(main)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_every_end_keeps_its_code_and_what_was_printed_and_does_not_take_python_apart(tmp_path):
+    words = [sys.executable, "-c", EACH, str(tmp_path), *ENDS]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    printed = [(tmp_path / str(number)).read_text().splitlines() for number in range(len(ENDS))]
+    assert done.stdout.split() == [str(code) for code, _ in ENDS.values()], (done.stderr, printed)
+    for lines, (_, said) in zip(printed, ENDS.values(), strict=True):
+        assert "the answer" in lines and (not said or said in lines), lines
+        assert not any("taken apart" in line for line in lines), lines
