@@ -1,84 +1,14 @@
-"""Recipes, memory profiles and accelerate configs: mistakes are named in one line, and every file shipped is right."""
-
-from pathlib import Path
+"""Recipes, memory profiles and accelerate configs become a run, and mistakes in them are named in one line."""
 
 import pytest
 import yaml
+from one_run import RECIPE, message_of
 
 from fitune.config import run as runs
-from fitune.config.accelerate_config import read_accelerate_config
-from fitune.config.installed_names import sft_config_fields
-from fitune.config.optimizers import ARGUMENTS, all_optimizers, nearest_fit
-from fitune.config.run import load_profile, load_recipe, resolve
-from fitune.config.schema import AUTO, Method, Run
-from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
-from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
+from fitune.config.run import load_recipe, resolve
+from fitune.config.schema import AUTO
 from fitune.errors import CRASHED, FituneError, UsageError
-from fitune.planning import fill
 from fitune.training.train import run_stage
-
-RECIPE = """\
-description: A recipe.
-base:
-  model: some/model
-data:
-  dataset: some/rows
-  prepared: data/rows
-method: qlora
-lora:
-  r: 8
-  target_modules: [q_proj, v_proj]
-max_length: 512
-global_batch_size: 8
-training:
-  learning_rate: 2e-4
-  num_train_epochs: 1
-"""
-PROFILE = """\
-description: A profile.
-accelerate_config: ACCELERATE
-num_gpus: 2
-gpu_memory_gib: 24
-host_memory_gib: 64
-fits:
-  8b: [qlora, lora]
-micro_batch: 2
-kept_layers: 0
-"""
-ACCELERATE = """\
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_offload_params: true
-mixed_precision: bf16
-num_processes: 2
-"""
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes the three files, `old` replaced by `new` in one of them; returns their paths."""
-
-    def write_files(kind: str = "recipe", old: str = "", new: str = "") -> dict[str, Path]:
-        paths = {name: tmp_path / f"{name}_8b.yaml" for name in ("recipe", "profile", "accelerate")}
-        texts = {"recipe": RECIPE, "profile": PROFILE, "accelerate": ACCELERATE}
-        assert old in texts[kind], old
-        texts[kind] = texts[kind].replace(old, new, 1)
-        for name, path in paths.items():
-            path.write_text(texts[name].replace("ACCELERATE", str(paths["accelerate"])), encoding="utf-8")
-        return paths
-
-    return write_files
-
-
-def _message(paths: dict[str, Path], sets: tuple[str, ...] = ()) -> str:
-    with pytest.raises(UsageError) as caught:
-        resolve(str(paths["recipe"]), str(paths["profile"]), sets)
-    message = str(caught.value)
-    assert caught.value.exit_code == 2
-    assert "\n" not in message
-    assert "Traceback" not in message and "pydantic" not in message
-    return message
 
 
 def test_files_resolve_to_a_run(write, tmp_path):
@@ -236,112 +166,14 @@ MISTAKES = {
 def test_mistake_is_named_in_one_line(mistake, write):
     kind, old, new, said = MISTAKES[mistake]
     paths = write(kind, old, new)
-    message = _message(paths)
+    message = message_of(paths)
     assert str(paths[kind]) in message
     for part in said:
         assert part in message
 
 
-@pytest.mark.parametrize("field", OWNED_ELSEWHERE)
-def test_training_field_owned_elsewhere_says_where(field, write):
-    paths = write("recipe", "num_train_epochs: 1", f"{field}: 1")
-    message = _message(paths)
-    assert f"training.{field} is not set here: {OWNED_ELSEWHERE[field]}" in message
-    assert str(paths["recipe"]) in message
-    assert field in sft_config_fields(), "TRL has no such field any more"
-
-
-PAIRS = {
-    "lora block with full": (("method=full",), ["'full'", "lora:", "method: lora"]),
-    "lora without its block": (("lora=null",), ["'qlora'", "lora:"]),
-    "method not in the profile": (("method=full", "lora=null"), ["profile_8b", "lora, qlora", "recipe_8b", "full"]),
-    "more rows a pass than there are": (
-        ("global_batch_size=3", "profile.micro_batch=3"),
-        ["micro_batch 3", "micro_batch=2"],
-    ),
-    "GPUs and processes differ": (("profile.num_gpus=4",), ["num_gpus 4", "num_processes 2", "make them equal"]),
-    "GPUs on the CPU": (("profile.num_gpus=0",), ["num_gpus 0", "use_cpu: false"]),
-    "unknown accelerate config": (("profile.accelerate_config=fsdp_2x40bg",), ["'fsdp_2x40bg'", "accelerate config"]),
-    "set without a value": (("seed",), ["--set seed", "key=value"]),
-    "set without a key": (("=3",), ["--set =3", "key=value"]),
-    "set a part of a value": (("seed=1", "seed.x=2"), ["--set seed.x=2", "'seed' already has a value"]),
-    "set broken YAML": (("seed=[1",), ["--set seed=[1", "not valid YAML"]),
-    "set an unknown key": (("sede=1",), ["with --set", "'sede'", "did you mean 'seed'?"]),
-    "set an unknown field": (("training.max_step=1",), ["with --set", "did you mean 'training.max_steps'?"]),
-    "set the profile to a value": (("profile=3",), ["profile"]),
-    "set an unknown value": (("training.optim=adamw_torh",), ["training.optim", "did you mean 'adamw_torch'?"]),
-    "set an unknown strategy": (("training.save_strategy=never",), ["allowed: best, epoch, no, steps"]),
-    "set a negative number of steps": (("training.max_steps=-5",), ["training.max_steps: -5 is not a number of steps"]),
-    "evaluate with an unknown metric": (
-        ("training.metric_for_best_model=bleu",),
-        ["'bleu'; allowed: loss, perplexity,"],
-    ),
-    "load the best of nothing": (
-        ("training.load_best_model_at_end=true",),
-        ["training.load_best_model_at_end needs evaluations", "training.eval_strategy"],
-    ),
-    "save the best of nothing": (("training.save_strategy=best",), ["training.save_strategy=best needs evaluations"]),
-    "stop early without looking": (("early_stopping.patience=2",), ["early_stopping needs evaluations"]),
-    "follow a metric that is not measured": (
-        ("training.lr_scheduler_type=reduce_lr_on_plateau",),
-        ["training.lr_scheduler_type=reduce_lr_on_plateau needs evaluations"],
-    ),
-    "a metric that nobody asks for": (
-        ("training.eval_strategy=epoch", "training.metric_for_best_model=perplexity"),
-        ["training.metric_for_best_model would change nothing"],
-    ),
-    "load the best and save none": (
-        ("training.eval_strategy=epoch", "training.load_best_model_at_end=true", "training.save_strategy='no'"),
-        ["training.save_strategy=no saves none"],
-    ),
-    "evaluate after the end": (
-        ("training.eval_strategy=steps", "training.eval_steps=9", "training.max_steps=5"),
-        ["training.eval_steps 9 is beyond training.max_steps 5"],
-    ),
-    "a field without its block": (("learning_rate=1e-4",), ["'learning_rate'; did you mean 'training.learning_rate'?"]),
-    "another program's word": (("epochs=3",), ["did you mean 'training.num_train_epochs'?"]),
-    "that word in the right block": (("training.epochs=3",), ["did you mean 'training.num_train_epochs'?"]),
-    "a list without brackets": (
-        ("lora.target_modules=q_proj,v_proj",),
-        ["lora.target_modules: a list needs brackets: [q_proj, v_proj]"],
-    ),
-    "trackers without brackets": (("training.report_to=tensorboard,wandb",), ["brackets: [tensorboard, wandb]"]),
-    "an absent tracker": (("training.report_to=neptune",), ["needs the package neptune", "pip install neptune"]),
-    "an unknown tracker": (("training.report_to=tensorbord",), ["did you mean 'tensorboard'?"]),
-    "a name for no tracker": (("training.run_name=x",), ["training.run_name is for training.report_to="]),
-    "Adam's with another optimizer": (("training.optim=sgd", "training.adam_beta1=0.8"), ["would ignore it"]),
-    "an argument that is none": (
-        ("training.optim=sgd", "training.optim_args=momentm=0.9"),
-        ["sgd has no argument 'momentm'; did you mean 'momentum'?"],
-    ),
-    "a schedule without its argument": (
-        ("training.lr_scheduler_type=cosine_with_min_lr",),
-        ["needs min_lr or min_lr_rate", "training.lr_scheduler_kwargs.min_lr=1e-6"],
-    ),
-    "an argument of another schedule": (
-        ("training.lr_scheduler_kwargs.min_lr=1e-6",),
-        ["schedule linear has no argument 'min_lr'"],
-    ),
-    "no epoch": (("training.num_train_epochs=0",), ["training.num_train_epochs: 0.0 is not above 0"]),
-    "a seed that numpy refuses": (("seed=4294967296",), ["seed: Input should be less than 4294967296"]),
-    "a step and a half": (("training.save_steps=1.5",), ["training.save_steps: 1.5 is not a whole number of steps"]),
-    "a rate below 0": (("training.learning_rate=-1e-4",), ["training.learning_rate: -0.0001 is not above 0"]),
-    "a loss that is none": (("training.loss_type=dtf",), ["did you mean 'dft'?", "training.loss_type"]),
-    "set the training block": (("training=3",), ["training"]),
-    "set a key of a list": (("lora.target_modules.x=3",), ["lora.target_modules"]),
-}
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_impossible_pair_is_named_in_one_line(pair, write):
-    sets, said = PAIRS[pair]
-    message = _message(write(), sets)
-    for part in said:
-        assert part in message
-
-
 def test_every_missing_key_is_named(write):
-    message = _message(write("recipe", RECIPE, "description: A recipe.\nmethod: qlora\n"))
+    message = message_of(write("recipe", RECIPE, "description: A recipe.\nmethod: qlora\n"))
     for key in ("base", "data", "max_length", "global_batch_size"):
         assert f"'{key}'" in message
     assert message.endswith(" are missing")
@@ -358,30 +190,6 @@ def test_words_that_yaml_reads_as_true_or_false(write):
     assert run.recipe.training["disable_tqdm"] is True and run.recipe.training["logging_first_step"] is False
 
 
-@pytest.mark.parametrize("name", sorted(all_optimizers()))
-def test_every_optimizer_resolves_or_names_the_nearest_that_works(name, write):
-    sets = (f"training.optim={name}",)
-    if name in ARGUMENTS:
-        paths = write()
-        assert resolve(str(paths["recipe"]), str(paths["profile"]), sets).recipe.training["optim"] == name
-        return
-    message = _message(write(), sets)
-    assert f"training.optim={name} " in message and nearest_fit(name) in ARGUMENTS
-    assert message.endswith(f"the nearest that works: {nearest_fit(name)}")
-
-
-@pytest.mark.parametrize("field", REFUSED)
-def test_a_refused_training_field_says_why(field, write):
-    message = _message(write("recipe", "num_train_epochs: 1", f"{field}: 1"))
-    assert f"training.{field} cannot be set: {REFUSED[field]}" in message
-
-
-def test_tables_name_fields_that_exist():
-    for table in (OWNED_ELSEWHERE, REFUSED, LIMITS, CHOICES, NEEDS_WORKERS):
-        assert set(table) <= set(sft_config_fields())
-    assert not set(OWNED_ELSEWHERE) & set(REFUSED)
-
-
 def test_wrong_names_and_paths_are_usage_errors(write, tmp_path):
     paths = write()
     for recipe, profile, said in (
@@ -390,14 +198,14 @@ def test_wrong_names_and_paths_are_usage_errors(write, tmp_path):
         (str(tmp_path), "x", [str(tmp_path), "is a folder without run.yaml"]),
         (str(paths["recipe"]), "fsdp_4x24bg", ["no memory profile called 'fsdp_4x24bg'", "did you mean"]),
     ):
-        message = _message({"recipe": recipe, "profile": profile})
+        message = message_of({"recipe": recipe, "profile": profile})
         assert all(part in message for part in said), message
     (tmp_path / "run.yaml").touch()
-    a_run = _message({"recipe": str(tmp_path), "profile": "x"})
+    a_run = message_of({"recipe": str(tmp_path), "profile": "x"})
     assert a_run.endswith(f"recipe {tmp_path}: is a run's folder; name a recipe or its .yaml file")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00\x01")
-    assert "binary.yaml" in _message({"recipe": binary, "profile": "x"})
+    assert "binary.yaml" in message_of({"recipe": binary, "profile": "x"})
 
 
 def test_stage_prints_one_line_and_exits_with_the_errors_code(write, tmp_path, capsys):
@@ -440,34 +248,3 @@ def test_what_a_stage_raises_decides_its_exit_code(error, code, said, write, tmp
         run_stage(path, stage)
     assert caught.value.code == code
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", names(RECIPES))
-def test_shipped_recipe_is_valid_and_has_a_profile(name):
-    recipe = load_recipe(name)
-    assert recipe.description
-    fitting = [p for p in names(PROFILES) if runs.goes_with(recipe, load_profile(p))]
-    assert fitting, "no memory profile goes with it"
-    for profile in fitting:
-        run = fill.resolve(name, profile)
-        assert Run.model_validate(yaml.safe_load(runs.dump(run))) == run
-
-
-@pytest.mark.parametrize("name", names(PROFILES))
-def test_shipped_profile_is_valid_and_names_an_accelerate_config(name):
-    profile = load_profile(name)
-    accelerate = read_accelerate_config(ACCELERATE_CONFIGS / f"{profile.accelerate_config}.yaml")
-    assert profile.accelerate_config == name
-    assert accelerate.num_processes == profile.num_gpus or (accelerate.use_cpu and not profile.num_gpus)
-    assert set(profile.expected) <= set(names(RECIPES))
-
-
-@pytest.mark.parametrize("name", names(ACCELERATE_CONFIGS))
-def test_shipped_accelerate_config_is_valid_and_used(name):
-    assert read_accelerate_config(ACCELERATE_CONFIGS / f"{name}.yaml").num_processes >= 1
-    assert name in {load_profile(profile).accelerate_config for profile in names(PROFILES)}
-
-
-def test_every_method_is_shipped():
-    shipped = {load_recipe(name).method for name in names(RECIPES)}
-    assert shipped == set(Method.__args__)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fitune.config.schema import Data
+from fitune.config.schema import Data, Recipe
 from fitune.data.prepare import prepare
+from fitune.data.prepared import load_rows
 from fitune.errors import UsageError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "instructions" / "instructions.jsonl"
@@ -37,6 +38,23 @@ def rows(tmp_path, split="train") -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text("utf-8").splitlines()]
 
 
+def everything(tmp_path) -> list[dict]:
+    return rows(tmp_path) + rows(tmp_path, "test")
+
+
+def recipe_for(folder, max_length=99, **data) -> Recipe:
+    values = {"dataset": "none", "prepared": str(folder)} | data
+    return Recipe.model_construct(data=Data(**values), max_length=max_length, packing=True)
+
+
+def trained_text(tmp_path, tokenizer, **data) -> str:
+    """What is trained of tmp_path/out, by the labels that training reads."""
+    settings = Data(dataset="none", prepared=str(tmp_path / "out"), **data)
+    recipe = Recipe.model_construct(data=settings, max_length=999, packing=True)
+    found = load_rows(recipe, "train", tokenizer, tmp_path / "cache")
+    return " ".join(tokenizer.decode([i for i in found[n]["labels"] if i != -100]) for n in range(len(found)))
+
+
 def refused(source, tmp_path, data=None, **options) -> str:
     """The message of the error; checks that nothing was left behind."""
     with pytest.raises(UsageError) as caught:
@@ -49,3 +67,4 @@ def refused(source, tmp_path, data=None, **options) -> str:
 QUESTION = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+NO, YES = ({"role": "assistant", "content": text} for text in ("Bad.", "Good."))
