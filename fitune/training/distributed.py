@@ -78,8 +78,9 @@ def _own_gpu() -> torch.device:
 def hold_to_cap(device: torch.device) -> None:
     """Gives this process no more of a GPU than FITUNE_GPU_CAP_GIB says."""
     if device.type == "cuda" and (cap_gib := number(GPU_CAP)):
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index  # torch takes no plain "cuda"
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / total), index)
 
 
 def end_with_launcher() -> None:

@@ -1,7 +1,11 @@
 """A large GPU that FITUNE_GPU_CAP_GIB holds to a small card is one for every command."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from click.testing import CliRunner
+from torch.cuda._utils import _get_device_index
 
 from fitune.cli import cli
 from fitune.errors import UsageError
@@ -9,6 +13,7 @@ from fitune.launching import doctor, preflight
 from fitune.planning import limits
 from fitune.planning.fill import resolve
 from fitune.planning.machine import Gpu, Machine
+from fitune.training.distributed import hold_to_cap
 
 CAP = "FITUNE_GPU_CAP_GIB"
 
@@ -45,6 +50,20 @@ def test_the_search_for_the_fastest_way_finds_what_fits_the_small_card(one_h200,
     all_kept = "kept_layers: 32\n"
     assert all_kept in said[None, "train"] and all_kept not in said["9.7", "train"]
     assert "of 11.0" in said["9.7", "plan"] and "of 139" in said[None, "plan"]
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0), ("cpu", None)])
+def test_a_process_gets_no_more_of_the_gpu_that_it_computes_on(device, index, monkeypatch):
+    """Of plain "cuda", as a model's folder is asked, torch's setter does not know which that is."""
+    held = []
+    monkeypatch.setenv(CAP, "10")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=40 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, gpu: held.append((share, _get_device_index(gpu)))
+    )
+    hold_to_cap(torch.device(device))
+    assert held == ([] if index is None else [(0.25, index)])
 
 
 def test_doctor_says_that_gpus_count_as_small_ones(one_h200, monkeypatch):
