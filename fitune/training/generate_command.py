@@ -34,12 +34,17 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
     return _ask_run(given, asked, place)
 
 
-def _refuse_ignored_flags(serve: int | None, *, prompt, text, test, chat, json, temperature, seed, **_) -> None:
+def _refuse_ignored_flags(
+    serve: int | None, *, prompt, text, test, chat, json, temperature, seed, load, force, **_
+) -> None:
     """UsageError for a flag that would do nothing beside others."""
     asks = {"--prompt": prompt, "--text": text, "--test": test, "--json": json}
     asks = [flag for flag, is_given in asks.items() if is_given]
-    if serve and (asks or chat):
-        raise UsageError(f"--serve starts a server, which is asked over its port: leave out {[*asks, '--chat'][0]}")
+    of_answers = {"--chat": chat, "--temperature": temperature, "--seed": seed is not None}
+    of_weights = {"--load": load != "auto", "--force": force}
+    if serve and (ignored := [*asks, *(flag for flag, is_given in (of_answers | of_weights).items() if is_given)]):
+        why = "holds the model by itself" if ignored[0] in of_weights else "is asked over its port"
+        raise UsageError(f"--serve starts a server, which {why}: leave out {ignored[0]}")
     if chat and asks:
         kept = "; /save FILE writes the conversation down" if asks == ["--json"] else ""
         raise UsageError(f"--chat is asked at its prompt: leave out {asks[0]}, or --chat{kept}")
