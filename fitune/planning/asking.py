@@ -110,6 +110,18 @@ def choose(
     )
 
 
+def as_plain(way: Holding, asked: AskedFolder, reading: Reading) -> Holding:
+    """The same by plain transformers, which have the logits of all of a row's tokens at once where it is measured.
+
+    Those of its answers follow in float32, as do their log-probabilities; every token may be one.
+    """
+    if reading.answers or not way.ranks:
+        return way
+    tokens = min(reading.tokens, asked.shape.max_positions)
+    beyond_a_tile = tokens * (BF16 + 2 * FP32) - min(tokens, LOSS_TOKENS) * FP32
+    return replace(way, gpu=way.gpu + beyond_a_tile * asked.shape.vocabulary / GIB)
+
+
 def fits(way: Holding, machine: Machine) -> bool:
     return not why_not(way, machine)
 

@@ -10,7 +10,7 @@ from fitune.config.run import FOUND
 from fitune.config.schema import ADAPTER, AccelerateConfig, Base, Data, Lora, Profile, Recipe, Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder
-from fitune.planning.asking import CONVERSATION, METHOD, NF4_BITS, STORED, Holding, Reading, choose
+from fitune.planning.asking import CONVERSATION, METHOD, NF4_BITS, STORED, Holding, Reading, as_plain, choose, fits
 from fitune.planning.hardware import this_machine
 from fitune.planning.machine import Machine
 from fitune.training.given_model import GivenModel
@@ -20,6 +20,8 @@ def how_to_hold(
     given: GivenModel, load: str, *, exact: bool = False, reading: Reading = CONVERSATION
 ) -> Holding | None:
     """None where plain transformers hold it as it is, on the first GPU or the CPU. UsageError where it fits nowhere.
+
+    What plain transformers have no room for, though processes of fitune's own do, goes to one of those.
 
     It is said on stderr. `load` is what --load gave, `exact` and `reading` as in `choose`.
     """
@@ -32,11 +34,13 @@ def how_to_hold(
     machine = this_machine()
     way = choose(asked, machine, load, exact=exact, reading=reading, name=str(given.folder))
     as_it_is = NF4_BITS if asked.shape.nf4_on_disk else STORED
-    if given.is_adapter and (why_not := _cannot_be_held(given.folder)):
+    plain_alone = _cannot_be_held(given.folder) if given.is_adapter else None
+    if plain_alone:
         way = choose(asked, machine, as_it_is, reading=reading, name=str(given.folder))
         if way.gathers or way.cards or load not in ("auto", as_it_is):
-            raise why_not
-    if not (way.gathers or way.cards) and way.load == as_it_is:
+            raise plain_alone
+    is_plain = not (way.gathers or way.cards) and way.load == as_it_is
+    if is_plain and (plain_alone or fits(as_plain(way, asked, reading), machine)):
         return None
     print(f"{given.folder}: {way}: {needs(way)}", file=sys.stderr)
     return way

@@ -23,7 +23,7 @@ from fitune.config import run as runs
 from fitune.config.schema import Run
 from fitune.data.chat_template import apply_chat_template_choice
 from fitune.planning.asked_folder import asked_folder
-from fitune.planning.asking import Holding, Reading, holdings
+from fitune.planning.asking import Holding, Reading, as_plain, holdings
 from fitune.planning.limits import given_machine
 from fitune.training.distributed import is_main_process
 from fitune.training.evaluate_folder import evaluate_folder, tokenise
@@ -221,10 +221,21 @@ def write_8b_config(folder: Path) -> None:
 def test_a_folder_is_held_where_there_is_room_for_the_longest_row(tmp_path, monkeypatch):
     write_8b_config(tmp_path)
     short, long = (Reading(tokens, answers=False) for tokens in (1024, 8192))
-    needed = [next(holdings(asked_folder(tmp_path), 1, reading)).gpu for reading in (short, long)]
-    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(1, sum(needed) / 2, 64))
-    short_way, long_way = (how_to_hold(given_model(tmp_path), "auto", reading=reading) for reading in (short, long))
-    assert short_way is None and str(long_way) == "weights in NF4, on 1 GPU"
+    asked = asked_folder(tmp_path)
+    needed = [next(holdings(asked, 1, reading)).gpu for reading in (short, long)]
+    by_plain = as_plain(next(holdings(asked, 1, long)), asked, long).gpu
+    assert by_plain == pytest.approx(needed[1] + (8192 * 10 - 1024 * 4) * 128256 / 2**30)
+
+    def taken(gib: float, reading: Reading) -> str | None:
+        monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: given_machine(1, gib, 64))
+        way = how_to_hold(given_model(tmp_path), "auto", reading=reading)
+        return way and str(way)
+
+    between = sum(needed) / 2
+    assert taken(between, long) == "weights in NF4, on 1 GPU" != taken(between, short)
+    assert taken(needed[1] + 0.1, long) == "weights as stored, on 1 GPU", "a tile of logits at a time"
+    assert taken(by_plain + 0.1, long) is None, "plain transformers have room for all"
+    assert taken(needed[1] + 0.1, replace(long, answers=True, tokens=1024)) is None, "an answer needs the last alone"
 
 
 def test_the_commands_start_processes_that_hold_it(model, prepared, expected, tmp_path, capfd):
