@@ -10,7 +10,7 @@ from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.planning.asking import Reading
 from fitune.report.page import show_page_after_a_command
 from fitune.training.asked_here import held_here, rows_of_eval
-from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none
+from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none, on_other_rows
 
 
 def eval_command(
@@ -37,7 +37,7 @@ def eval_command(
     if load != "auto":
         raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for folders of models")
     check_machine_flags(run, **place)
-    check_data(run, asked_as_trained=True, reads_rows=data is None)
+    check_data(on_other_rows(run, data) if data else run, asked_as_trained=True, quiet=data is not None)
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
     with held_here(run, rows_of_eval(run)) as held:
         words += held.flags

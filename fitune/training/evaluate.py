@@ -17,13 +17,13 @@ from fitune.config.hub import local_folder
 from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared
-from fitune.errors import UsageError
 from fitune.export.chat_record import refuse_another_chat
 from fitune.export.model_card import write_model_card
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.asked_here import as_held
 from fitune.training.distributed import as_rank, is_main_process, join, leave
+from fitune.training.given_run import on_other_rows
 from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.token_metrics import token_metrics
 from fitune.training.train import let_go, load_sharded_model, rows_on_all_ranks, run_stage
@@ -79,14 +79,6 @@ def _measured(
         ):
             found[label] = token_metrics(trainer.model, batches, advance)
     return found
-
-
-def on_other_rows(run: Run, data: Path) -> Run:
-    """The same run with the test rows of another prepared folder. UsageError if it has none."""
-    if not (data / "test.jsonl").is_file():
-        raise UsageError(f"{data / 'test.jsonl'}: no such file; give a folder that prepare wrote, with held-out rows")
-    prepared = run.recipe.data.model_copy(update={"prepared": str(data.absolute())})
-    return run.model_copy(update={"recipe": run.recipe.model_copy(update={"data": prepared})})
 
 
 def evaluation_table(report: dict[str, dict | int]) -> Table:

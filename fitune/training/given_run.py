@@ -54,6 +54,14 @@ def checkpoint_flag(run: Run) -> list[str]:
     return ["--checkpoint", run.checkpoint] if run.checkpoint else []
 
 
+def on_other_rows(run: Run, data: Path) -> Run:
+    """The same run with the test rows of another prepared folder. UsageError if it has none."""
+    if not (data / "test.jsonl").is_file():
+        raise UsageError(f"{data / 'test.jsonl'}: no such file; give a folder that prepare wrote, with held-out rows")
+    prepared = run.recipe.data.model_copy(update={"prepared": str(data.absolute())})
+    return run.model_copy(update={"recipe": run.recipe.model_copy(update={"data": prepared})})
+
+
 def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = True, quiet: bool = False) -> None:
     """Raises UsageError for rows that were prepared otherwise than the run's recipe says; unless `quiet` says whose
     they are.

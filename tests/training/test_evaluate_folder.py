@@ -11,6 +11,7 @@ from rounding import additions_to_logits, rounding
 from transformers import LlamaConfig
 
 from fitune.cli import cli
+from fitune.config import run as runs
 from fitune.errors import UsageError
 from fitune.export.merge import merge_run
 from fitune.training.evaluate import evaluate
@@ -71,6 +72,16 @@ def test_other_rows_are_measured_and_reported_by_name(run, tiny_base, other_rows
     rounded = rounding(additions_to_logits(LlamaConfig.from_pretrained(tiny_base), 256))
     assert_same(found["model"], report["tuned"], rounded)
     assert reported(run)["tuned"]["loss"] != report["tuned"]["loss"]
+
+
+def test_other_rows_that_cannot_be_measured_are_refused_before_processes_start(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fitune.training.eval_command.launch_until_stopped", lambda *_, **__: pytest.fail("started"))
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    for lines, said in ((None, "no such file; give a folder that prepare wrote, with held-out rows"), ("", "no rows")):
+        if lines is not None:
+            (tmp_path / "test.jsonl").write_text(lines)
+        outcome = CliRunner().invoke(cli, ["eval", str(run.folder), "--data", str(tmp_path)])
+        assert outcome.exit_code == 2 and f"{tmp_path / 'test.jsonl'}: {said}" in outcome.stderr, outcome.output
 
 
 def test_evaluation_renews_the_card(run):
