@@ -118,6 +118,8 @@ def _one_copy_alone(run: Run, setup: Setup, reading: Reading) -> Holding | None:
 
 def _another_way(run: Run, setup: Setup, reading: Reading, lacks: str) -> Holding:
     """The first that fits. UsageError where none does, and for method full, whose result is a model's folder."""
+    if run.recipe.method == "full" and run.checkpoint:
+        raise UsageError(f"{run.checkpoint}: {lacks}; of method full the run's result alone goes elsewhere")
     if run.recipe.method == "full":
         raise UsageError(f"{run.folder}: {lacks}; give its model, which goes where it fits: {run.result_folder}")
     load = NF4_BITS if run.recipe.method == "qlora" else STORED

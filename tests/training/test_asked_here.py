@@ -134,6 +134,10 @@ def test_a_full_run_is_refused_with_its_models_folder(machine_is, tmp_path):
     message = rf"it takes 2 GPUs, this machine has 1; give its model, .*: {run.folder}/model$"
     with pytest.raises(UsageError, match=message), held_here(run):
         pass
+    checkpoint = run.model_copy(update={"checkpoint": str(run.folder / "checkpoints" / "checkpoint-1")})
+    message = r"checkpoint-1: it takes 2 GPUs, this machine has 1; of method full the run's result alone goes elsewhere"
+    with pytest.raises(UsageError, match=message), held_here(checkpoint):
+        pass
 
 
 @pytest.mark.parametrize(("gib", "rows"), [(79, None), (10.5, 7), (9.4, 4), (8.2, 1)])
