@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -46,12 +48,29 @@ def join(run: Run) -> DeviceMesh:
     if not settings.use_cpu and not torch.cuda.is_available():
         raise UsageError(f"{settings.path} trains on GPUs and torch sees none here; try --profile cpu_2proc")
     take_over_from_accelerate()
+    if settings.num_machines > 1:
+        _meet_on_network_of(os.environ["MASTER_ADDR"])
     if settings.use_cpu:
         dist.init_process_group("gloo", timeout=timedelta(minutes=30))
         return new_mesh("cpu", run)
     device = _own_gpu()
     dist.init_process_group(BOTH, timeout=timedelta(minutes=30), device_id=device)
     return new_mesh("cuda", run, backend_override={REPLICATE: BOTH, SHARD: BOTH})
+
+
+def _meet_on_network_of(address: str) -> None:
+    """Has gloo talk to other machines through the interface by which `address` is reached, unless one is chosen.
+
+    By itself it takes that of the host's name, which on Debian and Ubuntu is the loopback: nobody answers there.
+    """
+    with suppress(OSError):  # an unknown address is for the store to name, which all connect to first
+        family, kind, _, _, machine_0 = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:  # sends nothing
+            way.connect(machine_0)
+            own = way.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in [one.address.partition("%")[0] for one in addresses]:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _own_gpu() -> torch.device:

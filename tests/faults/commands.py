@@ -126,11 +126,11 @@ class Running:
 
 
 def start_on_two_machines(
-    command: list[str], folder: Path, second: tuple[str, ...] = (), **environment: str
+    command: list[str], folder: Path, places: tuple[list[str], list[str]] = ([], []), **environment: str
 ) -> list[Running]:
     """Two launchers with one rank each, as on two machines that share a folder; their logs are in `folder`.
 
-    `second` comes before the command of machine 1.
+    `places` come before the commands of machine 0 and machine 1.
     """
     accelerate = folder / "two_machines.yaml"
     text = (ROOT / "accelerate_configs/cpu_2proc.yaml").read_text()
@@ -141,8 +141,7 @@ def start_on_two_machines(
     accelerate.write_text(text + "num_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
     command = [*command, "--set", f"profile.accelerate_config={accelerate}"]
     return [
-        Running([*prefix, *command, "--machine-rank", str(n)], folder / f"log-{n}", **environment)
-        for n, prefix in ((1, second), (0, ()))
+        Running([*places[n], *command, "--machine-rank", str(n)], folder / f"log-{n}", **environment) for n in (1, 0)
     ]
 
 
