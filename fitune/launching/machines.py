@@ -20,12 +20,15 @@ from fitune.config import run as runs
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.schema import Run
 from fitune.errors import INTERRUPTED, FituneError, UsageError
+from fitune.launching.meeting_point import MeetingPoint
 from fitune.launching.run_folder import ASKED, SETTINGS
 from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
 
 FOLDER = "machines"
 APPEARS_WITHIN_SECONDS = 600
 "How long a machine is waited for before it has shown itself at all."
+NAMED_WITHIN_SECONDS = 60
+"How long machine 0 may not reach its own address: Kubernetes makes its name known after it has started."
 NO_RESTART_SECONDS = 5
 "Machine 0 that is started again takes away what it had left before it shows itself: silent for so long is gone."
 
@@ -39,7 +42,7 @@ def check_machine_flags(
         if machine_rank or main_process_ip or main_process_port:
             raise UsageError(
                 f"--machine-rank, --main-process-ip and --main-process-port are for several machines, {config.path} "
-                f"has num_machines 1; add --machines N, or give a profile for several"
+                f"has num_machines 1; leave them out, or train with --machines N or a profile for several"
             )
         return
     if machine_rank is not None and machine_rank >= machines:
@@ -66,9 +69,11 @@ def refuse_machine_flags(
 class Machines:
     """This machine among those of a run. A context manager: it shows itself from its beginning to its end."""
 
-    def __init__(self, run: Run, rank: int, resume: bool):
+    def __init__(self, run: Run, rank: int, resume: bool, at: MeetingPoint):
         self.resume = resume
         "Whether the run goes on: what machine 0 was told counts."
+        self.at, self.not_reached = at, "not tried yet"
+        "Where ranks will meet, and why it is not reached from here."
         self.folder, self.count, self.rank = run.folder / FOLDER, run.accelerate.num_machines, rank
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.session, self._signs, self._settings = "", None, None
@@ -76,6 +81,7 @@ class Machines:
 
     def __enter__(self):
         if self.rank == 0:
+            self.at.open()
             self.session = uuid.uuid4().hex
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -88,6 +94,7 @@ class Machines:
         return self
 
     def __exit__(self, kind, *_):
+        self.at.close()
         self._signs.stop()
         has_failed = issubclass(kind, FituneError) if kind else self._code not in (0, INTERRUPTED)
         with suppress(OSError):
@@ -122,12 +129,13 @@ class Machines:
 
         Raises FituneError naming those that don't answer.
         """
-        self._show(ready=True)
         began, told, silent_since = time.monotonic(), 0.0, {}
         while missing := self._missing():
             if failed := [rank for rank in missing if _shown(self._failed_file(rank)).get("session") == self.session]:
                 raise FituneError(f"{_named(failed)} of {self.count} ended with an error, which is printed there")
             waited = time.monotonic() - began
+            if self.not_reached and waited > (APPEARS_WITHIN_SECONDS if self.rank else NAMED_WITHIN_SECONDS):
+                raise UsageError(self.not_reached)
             silent_since = {rank: silent_since.get(rank, waited) for rank in missing if not self._lives(rank)}
             silent = [rank for rank, since in silent_since.items() if waited - since >= NO_RESTART_SECONDS]
             if silent and waited > APPEARS_WITHIN_SECONDS:
@@ -137,16 +145,23 @@ class Machines:
                 )
             if waited - told > 60 or not told:
                 told = max(waited, 1e-9)
-                print(f"waiting for {_named(missing)} of {self.count}", file=sys.stderr)
+                because = f": {self.not_reached}" if self.not_reached else ""
+                print(f"waiting for {_named(missing)} of {self.count}{because}", file=sys.stderr)
             time.sleep(0.5)
+        self.at.close()
 
     def _missing(self) -> list[int]:
         """Those that are not ready. Machine 0 sees it and tells the others by name: what it once left names none."""
+        if self.not_reached:
+            self.not_reached = self.at.why_not_reached()
+            self._show(ready=not self.not_reached)
         if self.rank:
             self._follow_machine_0()
             return [] if self.name in self._read(0).get("together", []) else [0]
         shown = {rank: self._read(rank) for rank in range(1, self.count)}
         missing = [rank for rank, one in shown.items() if not (one.get("session") == self.session and one.get("ready"))]
+        if self.not_reached:
+            return missing or [0]
         if not missing:
             self._show(ready=True, together=[one["name"] for one in shown.values()])
         return missing
@@ -161,7 +176,7 @@ class Machines:
                 f"{self.folder.parent}: machine 0 was started again with other settings: start this machine again too"
             )
         self.session, self.resume = shown["session"], shown["resume"]
-        self._show(ready=True)
+        self._show(ready=not self.not_reached)
 
     def _load_settings(self) -> Run:
         folder = self.folder.parent

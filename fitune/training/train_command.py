@@ -15,6 +15,7 @@ from fitune.errors import UsageError
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
 from fitune.launching.launch import TRAINING, Place, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
+from fitune.launching.meeting_point import meeting_point
 from fitune.launching.preflight import check_before_training, fetch_base
 from fitune.launching.run_folder import as_started, nothing_left, open_run_folder
 from fitune.planning.async_save import waits_for_the_disk
@@ -102,7 +103,7 @@ def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, quiet: boo
             check_data(run, quiet=quiet)
             stack.enter_context(open_run_folder(run, resume))
         if several:
-            machines = stack.enter_context(Machines(run, rank, resume))
+            machines = stack.enter_context(Machines(run, rank, resume, meeting_point(run, place)))
             if rank:
                 run, resume = machines.settings_of_machine_0(run), machines.resume
                 check_before_training(run, force=force)

@@ -1,6 +1,7 @@
 """Several machines that share a run's folder: their flags, who chooses, how they start together."""
 
 import re
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -14,6 +15,7 @@ from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
 from fitune.launching import machines, signs_of_life
 from fitune.launching.machines import Machines, check_machine_flags
+from fitune.launching.meeting_point import MeetingPoint
 from fitune.planning.limits import given_machine
 from fitune.planning.search import find
 
@@ -27,6 +29,13 @@ def run(tmp_path):
     run = found.plan.run
     assert run.accelerate.num_machines == 2
     return run
+
+
+@pytest.fixture
+def at():
+    """A port of this host that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return MeetingPoint("127.0.0.1", free.getsockname()[1])
 
 
 @pytest.fixture
@@ -80,12 +89,12 @@ def test_eval_of_a_run_of_two_machines_without_an_address_is_refused_at_once(run
     assert time.monotonic() - began < 10
 
 
-def test_machines_start_together_however_long_one_prepares(run, quickly):
+def test_machines_start_together_however_long_one_prepares(run, quickly, at):
     started = []
     run.folder.mkdir()
 
     def machine(rank: int, seconds: float) -> None:
-        with Machines(run, rank, resume=False) as own:
+        with Machines(run, rank, resume=False, at=at) as own:
             time.sleep(seconds)
             own.start_together()
             started.append((rank, time.monotonic()))
@@ -102,28 +111,31 @@ def test_machines_start_together_however_long_one_prepares(run, quickly):
     assert not list((run.folder / "machines").glob("*.json"))
 
 
-def test_machines_that_do_not_answer_are_named(run, quickly):
+def test_machines_that_do_not_answer_are_named(run, quickly, at):
     run.folder.mkdir()
-    with Machines(run, 0, resume=False) as first, pytest.raises(FituneError, match=r"^machine 1 of 2 did not answer"):
+    with (
+        Machines(run, 0, resume=False, at=at) as first,
+        pytest.raises(FituneError, match=r"^machine 1 of 2 did not answer"),
+    ):
         first.start_together()
     with pytest.raises(UsageError, match="machine 0 did not show itself there"):
-        Machines(run, 1, resume=False).__enter__()
+        Machines(run, 1, resume=False, at=at).__enter__()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_nobody_waits_for_a_machine_that_ended_with_an_error(rank, run, quickly, monkeypatch):
+def test_nobody_waits_for_a_machine_that_ended_with_an_error(rank, run, quickly, monkeypatch, at):
     monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 600)
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
     both_are_there, said = threading.Barrier(2), []
 
     def fails() -> None:
-        with suppress(UsageError), Machines(run, 1 - rank, resume=False):
+        with suppress(UsageError), Machines(run, 1 - rank, resume=False, at=at):
             both_are_there.wait(60)
             raise UsageError("no rows here")
 
     def waits() -> None:
-        with Machines(run, rank, resume=False) as own:
+        with Machines(run, rank, resume=False, at=at) as own:
             both_are_there.wait(60)
             try:
                 own.start_together()
@@ -141,19 +153,19 @@ def test_nobody_waits_for_a_machine_that_ended_with_an_error(rank, run, quickly,
 
 
 @pytest.mark.parametrize(("code", "left"), [(0, False), (75, False), (1, True)])
-def test_a_machine_whose_ranks_failed_says_so(code, left, run):
+def test_a_machine_whose_ranks_failed_says_so(code, left, run, at):
     run.folder.mkdir()
-    with Machines(run, 0, resume=False) as own:
+    with Machines(run, 0, resume=False, at=at) as own:
         own.ended_with(code)
     assert (run.folder / "machines" / "0.failed").exists() == left
     assert not (run.folder / "machines" / "0.json").exists()
 
 
-def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quickly, tmp_path):
+def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quickly, tmp_path, at):
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
     fewer_rows = runs.with_numbers(run, micro_batch=1, kept_layers=0)
-    with Machines(run, 0, resume=True), Machines(fewer_rows, 1, resume=False) as second:
+    with Machines(run, 0, resume=True, at=at), Machines(fewer_rows, 1, resume=False, at=at) as second:
         assert second.resume is True
         assert second.settings_of_machine_0(fewer_rows) == runs.load(run.folder)
         other = run.model_copy(update={"recipe": run.recipe.model_copy(update={"seed": 7})})
@@ -161,11 +173,11 @@ def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quic
             second.settings_of_machine_0(other)
 
 
-def test_a_machine_that_is_just_being_started_again_is_not_called_gone(run, quickly, monkeypatch):
+def test_a_machine_that_is_just_being_started_again_is_not_called_gone(run, quickly, monkeypatch, at):
     """It takes away what it had left before it shows itself anew."""
     monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 0)
     looks = iter([[1], [1], []])
-    with Machines(run, 0, resume=False) as own:
+    with Machines(run, 0, resume=False, at=at) as own:
         monkeypatch.setattr(own, "_lives", lambda rank: False)
         monkeypatch.setattr(own, "_missing", lambda: next(looks))
         own.start_together()
@@ -174,7 +186,7 @@ def test_a_machine_that_is_just_being_started_again_is_not_called_gone(run, quic
             own.start_together()
 
 
-def test_what_a_dead_machine_0_left_does_not_mislead(run, quickly):
+def test_what_a_dead_machine_0_left_does_not_mislead(run, quickly, at):
     """It was killed a moment ago: machine 1 takes it for alive, and follows when it is started again."""
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
@@ -184,7 +196,7 @@ def test_what_a_dead_machine_0_left_does_not_mislead(run, quickly):
     started = []
 
     def machine_1() -> None:
-        with Machines(run, 1, resume=False) as own:
+        with Machines(run, 1, resume=False, at=at) as own:
             own.settings_of_machine_0(run)
             own.start_together()
             started.append((own.session, own.resume))
@@ -192,7 +204,49 @@ def test_what_a_dead_machine_0_left_does_not_mislead(run, quickly):
     second = threading.Thread(target=machine_1)
     second.start()
     time.sleep(1)
-    with Machines(run, 0, resume=True) as first:
+    with Machines(run, 0, resume=True, at=at) as first:
         first.start_together()
         second.join(60)
         assert started == [(first.session, True)]
+
+
+def test_an_address_where_machine_0_does_not_answer_is_refused_on_machine_0(run, quickly, monkeypatch):
+    """Torch would try for a quarter of an hour."""
+    monkeypatch.setattr(machines, "NAMED_WITHIN_SECONDS", 1)
+    run.folder.mkdir()
+    elsewhere = MeetingPoint("127.0.0.1", 9)
+    monkeypatch.setattr(elsewhere, "open", lambda: None)
+    said = r"^machine 0 does not answer at 127.0.0.1, port 9 \(Connection refused\): --main-process-ip is an address"
+    with (
+        pytest.raises(UsageError, match=said),
+        Machines(run, 0, resume=False, at=elsewhere) as first,
+    ):
+        first.start_together()
+    assert (run.folder / "machines" / "0.failed").exists()
+
+
+def test_a_machine_waits_until_machine_0_answers_and_says_so(run, at, quickly, capsys):
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    with Machines(run, 0, resume=False, at=at) as first, Machines(run, 1, resume=False, at=at) as second:
+        at.close()
+        together = [threading.Thread(target=machine.start_together) for machine in (first, second)]
+        for thread in together:
+            thread.start()
+        time.sleep(0.8)
+        at.open()
+        for thread in together:
+            thread.join(60)
+    assert f"of 2: machine 0 does not answer at 127.0.0.1, port {at.port} (" in capsys.readouterr().err
+    with socket.create_server(("", at.port)):
+        pass  # ranks find it free
+
+
+def test_a_port_that_is_taken_is_refused_before_machine_0_shows_itself(run, at):
+    run.folder.mkdir()
+    with (
+        socket.create_server(("", at.port)),
+        pytest.raises(UsageError, match=rf"^--main-process-port {at.port}: Address already in use on machine 0; give"),
+    ):
+        Machines(run, 0, resume=False, at=at).__enter__()
+    assert not (run.folder / "machines").exists()
