@@ -144,7 +144,7 @@ def launch(
             launch_command(parsed)
         except ChildFailedError as error:
             return _first_failure(error.failures, told, explained)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise FituneError(f"accelerate launch refused {config}: {error}") from None
     return 0
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from terminals import in_terminal, left_on_screen
 
 from fitune.cli import cli
 from fitune.config import run as runs
+from fitune.errors import FituneError
 from fitune.launching import launch
 from fitune.launching.launch import TOLD, _first_failure
 from fitune.planning.fill import resolve
@@ -142,6 +144,19 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])
     optimizer = measured["optimizer_seconds"]
     assert len(optimizer) == 4 and min(optimizer) >= 0 and max(optimizer) < PATIENCE_SECONDS
+
+
+def test_a_port_that_is_taken_is_one_line(tiny_base, tmp_path):
+    """On machine 0 of several, as `eval` may meet it; where there is one, accelerate takes another port."""
+    run = resolve("tiny_qlora", "cpu_2proc", (f"base.model={tiny_base}",), str(tmp_path / "run"))
+    config = tmp_path / "mine.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = Path(run.accelerate.path).read_text()
+        text = text.replace("main_process_port: 0", f"main_process_port: {port}")
+        config.write_text(f"{text}\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
+        with pytest.raises(FituneError, match=rf"^accelerate launch refused {config}: .*port `{port}`, but another"):
+            launch.launch(run, "fitune.training.evaluate", config=config)
 
 
 def test_ranks_with_gpus_get_segments_that_can_grow(monkeypatch):
