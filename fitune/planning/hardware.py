@@ -65,7 +65,7 @@ def _nvidia_smi(host_total: float, host_available: float) -> list[Gpu]:
             break
     else:
         return []
-    gpus = [_gpu(row, str(number), host_total, host_available) for number, row in enumerate(rows)]
+    gpus = [_gpu(row, number, host_total, host_available) for number, row in enumerate(rows)]
     divided = {row["uuid"] for row in rows if row.get("mig.mode.current") == "Enabled"}
     return _with_instances([gpu for gpu in gpus if gpu], divided) if divided else [gpu for gpu in gpus if gpu]
 
@@ -78,7 +78,7 @@ def _answer(*flags: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-def _gpu(row: dict[str, str], number: str, host_total: float, host_available: float) -> Gpu | None:
+def _gpu(row: dict[str, str], number: int, host_total: float, host_available: float) -> Gpu | None:
     """From one answer; None if it makes no sense. A GPU without memory of its own shares the machine's."""
     total, free = _number(row["memory.total"]), _number(row["memory.free"])
     generation, width = _number(row.get("pcie.link.gen.max")), _number(row.get("pcie.link.width.current"))
@@ -93,7 +93,8 @@ def _gpu(row: dict[str, str], number: str, host_total: float, host_available: fl
         link_gb_s=PCIE_GB_S_PER_LANE.get(int(generation), 2.0) * width if generation and width else None,
         unified=unified,
         identity=row["uuid"],
-        shown_as=number,
+        shown_as=str(number),
+        number=number,
     )
 
 
@@ -147,11 +148,11 @@ def _named(gpus: list[Gpu], names: list[str]) -> list[Gpu]:
 
 
 def _of_name(gpus: list[Gpu], name: str, first: str) -> Gpu | None:
-    """By number, or by identity where the `first` name is one. An identity may be cut short."""
+    """By number, of a divided GPU its first instance; by identity, maybe cut short, where the `first` name is one."""
     if first.startswith(IDENTITIES):
         known = (gpu for gpu in gpus if name.startswith(IDENTITIES) and gpu.identity.startswith(name))
         return next(known, None)
-    return gpus[int(name)] if name.isdigit() and int(name) < len(gpus) else None
+    return next((gpu for gpu in gpus if name.isdigit() and gpu.number == int(name)), None)
 
 
 def _missing(gpus: list[Gpu], names: list[str] | None) -> str:

@@ -34,6 +34,8 @@ class Gpu:
     "UUID."
     shown_as: str = ""
     "In CUDA_VISIBLE_DEVICES."
+    number: int | None = None
+    "As nvidia-smi counts; of a part of a GPU that of the whole one."
 
     @property
     def in_words(self) -> str:

@@ -145,7 +145,8 @@ GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-2222)"""
 
 
 @pytest.mark.parametrize(
-    ("visible", "gib", "share"), [(None, 18.6, 3 / 7), ("MIG-bbbb", 9.3, 2 / 7), ("GPU-2222", 40.0, 1.0)]
+    ("visible", "gib", "share"),
+    [(None, 18.6, 3 / 7), ("MIG-bbbb", 9.3, 2 / 7), ("GPU-2222", 40.0, 1.0), ("0", 18.6, 3 / 7), ("1", 40.0, 1.0)],
 )
 def test_of_instances_of_a_divided_gpu_one_counts(visible, gib, share, nvidia_smi, monkeypatch):
     a100 = {"name": "NVIDIA A100-SXM4-40GB", "memory__total": "40960", "memory__free": "40960", "compute_cap": "8.0"}
