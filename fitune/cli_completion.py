@@ -9,11 +9,15 @@ SHOWS_A_RESULT = ("run.yaml", "config.json", "adapter_config.json")
 
 
 def completion_script(shell: str, cli, program: str, variable: str) -> str:
-    """For bash, zsh or fish. In bash no space follows what is to be typed on: a key's `=`, a folder's `/`."""
+    """For bash, zsh or fish. In bash no space follows what is to be typed on: a key's `=`, a folder's `/`.
+
+    Bash puts quotes or backslashes around spaces in what it takes for the name of a file.
+    """
     script = get_completion_class(shell)(cli, {}, program, variable).source()
     if shell == BashComplete.name:
         add = "COMPREPLY+=($value)"
-        script = script.replace(add, f"{add}\n            [[ $value == *[=/] ]] && compopt -o nospace")
+        more = ("[[ $value == *[=/] ]] && compopt -o nospace", "[[ $value == *' '* ]] && compopt -o filenames")
+        script = script.replace(add, "\n            ".join([add, *more]))
     return script
 
 

@@ -92,17 +92,25 @@ def test_every_key_that_is_completed_can_be_set():
     runs.resolve("llama3_8b_qlora", "single_gpu", ("lora.r=8", "training.max_steps=3", "profile.kept_layers=2"))
 
 
-def test_bash_completes_and_lets_one_type_on_behind_a_key(folder):
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("train llama3_8b_qlora --set lora.alp", ["compopt -o nospace", "lora.alpha="]),
+        ("train my\\\\\\ rec", ["compopt -o nospace", "compopt -o filenames", "my recipes/"]),
+    ],
+)
+def test_bash_completes_and_lets_one_type_on_behind_a_key_or_a_folder_with_spaces(typed, told, folder):
     """The script as `completion bash` prints it; outside of a completion `compopt` tells what it is asked."""
+    (folder / "my recipes").mkdir()
     program = folder / "cli.py"
     program.write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
     program.chmod(0o755)
-    typed = f"""
+    lines = f"""
         compopt() {{ printf 'compopt %s %s\\n' $1 $2; }}
         source <({program} completion bash)
-        COMP_WORDS=(cli.py train llama3_8b_qlora --set lora.alp) COMP_CWORD=4
+        COMP_WORDS=(cli.py {typed}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
         _clipy_completion {program}
         echo "${{COMPREPLY[@]}}"
     """
-    done = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert done.stdout.splitlines()[-2:] == ["compopt -o nospace", "lora.alpha="], done.stdout + done.stderr
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.stdout.splitlines()[-len(told) :] == told, done.stdout + done.stderr
