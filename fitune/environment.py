@@ -18,6 +18,14 @@ MEANINGS = {
 }
 
 
+def let_segments_grow() -> None:
+    """Of GPU memory: they leave no unusable gaps between a layer's weights and the next one's.
+
+    Torch reads the variable when it first takes GPU memory, so a rank may set it itself, whoever started it.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def number(name: str, default: float | None = None) -> float | None:
     """The value of a variable, `default` where it is not set. Raises UsageError for one that is no number above 0."""
     text = os.environ.get(name)

@@ -16,7 +16,7 @@ from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import python_path
-from fitune.environment import HEARTBEATS
+from fitune.environment import HEARTBEATS, let_segments_grow
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.run_folder import launch_config, settings_to_train
 from fitune.launching.run_status import read_status
@@ -185,5 +185,4 @@ def _set_environment(run: Run) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // run.accelerate.num_processes)))
     else:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the numbers of nvidia-smi, by which plan chose
-        # segments that can grow leave no unusable gaps between a layer's weights and the next one's
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        let_segments_grow()

@@ -109,6 +109,12 @@ def found_before(recipe_name: str, sets: tuple[str, ...], folder: Path, gpus: in
     )
 
 
+def refuse_to_begin_again(run: Run) -> None:
+    """Raises UsageError for a run that is not resumed, in a folder that something was trained in."""
+    if not run.resume and _was_trained_in(run):
+        raise UsageError(f"{run.folder} exists; add --resume to continue it, or choose another --output")
+
+
 def begin_to_train(run: Run) -> None:
     """Called by the main process before the first step: what was asked for is accepted, and the result outdated."""
     accepted = run.model_copy(update={"resume": False})
@@ -167,8 +173,7 @@ def _lock(run: Run, resume: bool) -> RunLock:
     if not resume and folder.exists():
         if (folder / LOCK).exists():
             RunLock(folder).release()  # says who trains there, if someone does
-        if _was_trained_in(run):
-            raise UsageError(f"{folder} exists; add --resume to continue it, or choose another --output")
+        refuse_to_begin_again(run)
         of_others = [path for path in folder.iterdir() if path.name not in (LOCK, f".{SETTINGS}.partial")]
         if of_others and not (folder / SETTINGS).is_file():
             raise UsageError(f"{folder} exists and is not a run's folder; choose another --output")

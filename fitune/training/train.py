@@ -26,9 +26,10 @@ from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared, folder_with_tokens, map_rows, rows_beyond
+from fitune.environment import let_segments_grow
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, is_out_of_memory, say_while_training
 from fitune.launching.heartbeat import Heartbeat
-from fitune.launching.run_folder import begin_to_train, finish
+from fitune.launching.run_folder import begin_to_train, finish, refuse_to_begin_again
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
 from fitune.model.compute_capability import compute_capability
@@ -72,7 +73,10 @@ def train(run: Run) -> None:
     end_with_launcher()
     logging.set_verbosity_warning()
     heartbeat, interruption, report = Heartbeat(), Interruption(run.folder), RunReport()
-    lock = RunLock(run.folder) if is_main_process() and not is_held_by_launcher() else None
+    lock = None
+    if is_main_process() and not is_held_by_launcher():  # by `train`, which has looked
+        lock = RunLock(run.folder)
+        refuse_to_begin_again(run)
     processes = run.accelerate.num_processes
     report.begin(f"joining {processes} process{'es' * (processes > 1)}")
     with heartbeat.starting():
@@ -258,6 +262,8 @@ def run_stage(path: Path, stage, explain=explain_out_of_memory, **changes) -> No
     getLogger("transformers.trainer_utils").addFilter(_is_no_comparison_with_the_checkpoint)
     try:
         run = runs.load(path)
+        if not run.accelerate.use_cpu:
+            let_segments_grow()
         stage(run.model_copy(update={key: value for key, value in changes.items() if value}))
     except FituneError as error:
         if is_first_to_fail():

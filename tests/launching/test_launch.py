@@ -26,6 +26,7 @@ from fitune.errors import FituneError
 from fitune.launching import launch
 from fitune.launching.launch import TOLD, _first_failure
 from fitune.planning.fill import resolve
+from fitune.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -159,11 +160,17 @@ def test_a_port_that_is_taken_is_one_line(tiny_base, tmp_path):
             launch.launch(run, "fitune.training.evaluate", config=config)
 
 
-def test_ranks_with_gpus_get_segments_that_can_grow(monkeypatch):
+def test_ranks_with_gpus_get_segments_that_can_grow_whoever_starts_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(train.logging, "set_verbosity_error", lambda: None)
     for profile, expected in (("single_gpu", "expandable_segments:True"), ("cpu_2proc", None)):
-        recipe = "tiny_qlora" if expected is None else "llama3_8b_qlora"
+        run = resolve("tiny_qlora" if expected is None else "llama3_8b_qlora", profile, output=str(tmp_path / profile))
         monkeypatch.setattr(os, "environ", {})
-        launch._set_environment(resolve(recipe, profile))
+        launch._set_environment(run)
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+        monkeypatch.setattr(os, "environ", {})
+        run.folder.mkdir()
+        (run.folder / "run.yaml").write_text(runs.dump(run))
+        train.run_stage(run.folder, lambda run: None)
         assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
@@ -210,6 +217,9 @@ def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_pat
         done = start([*starter, "-m", "fitune.training.train", folder / "run.yaml"])
         assert done.returncode == 0, done.stderr[-3000:]
         assert losses(folder) == losses(finished), name
+    again = start([*starter, "-m", "fitune.training.train", folder])  # would begin anew over what is there
+    assert again.returncode == 1 and f"error: {folder} exists; add --resume to continue it" in again.stderr
+    assert losses(folder) == losses(finished)
 
 
 @pytest.mark.parametrize("late", ["no rank is late", "rank 0 is late"])
