@@ -16,6 +16,8 @@ SAVE_SECONDS = 600
 OTHERS_SECONDS = 120
 """After the first node of a Slurm job has ended, for the others to end: each writes what it has. With srun's
 --kill-on-bad-exit the first one that is interrupted would have the others ended as they save."""
+TOKEN = "HF_TOKEN"
+"The environment variable with a token of Hugging Face, for gated models."
 MOUNT = "/outputs"
 "Where a SkyPilot task sees its bucket."
 
@@ -173,7 +175,7 @@ def skypilot_task(job: Job) -> dict:
         "workdir": ".",
         "resources": resources,
         "file_mounts": {MOUNT: {"source": job.bucket, "mode": "MOUNT"}},
-        "envs": {"HF_TOKEN": ""},
+        "secrets": {TOKEN: ""},
         "setup": job.setup or 'pip install ".[gpu]"',
         "run": "\n".join(lines) + "\n",
     }
@@ -194,7 +196,7 @@ def kubernetes_jobset(job: Job) -> dict:
         "image": job.image,
         "command": ["bash", "-c", "\n".join(lines) + "\n"],
         "workingDir": "/data",
-        "env": [{"name": "HF_TOKEN", "valueFrom": token}],
+        "env": [{"name": TOKEN, "valueFrom": token}],
         **({"resources": resources} if resources else {}),
         "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }

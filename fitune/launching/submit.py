@@ -1,6 +1,7 @@
 """`fitune submit`: writes the job file of a scheduler and hands it over. No scheduler of our own."""
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from fitune.config import run as runs
 from fitune.config.schema import AccelerateConfig
 from fitune.config.shipped import name_of
 from fitune.errors import FituneError, UsageError
-from fitune.launching.job import Job, kubernetes_jobset, sbatch_script, skypilot_task
+from fitune.launching.job import TOKEN, Job, kubernetes_jobset, sbatch_script, skypilot_task
 from fitune.planning.compute import has_fp8, lack_of_fp8
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import look_up
@@ -46,6 +47,8 @@ class Scheduler:
     "Flags without which the job cannot be written, and what each is."
     takes: tuple[str, ...] = ()
     "Further flags that not every scheduler has a use for."
+    with_token: tuple[str, ...] = ()
+    "Words of the command that give the job the token in this environment, where there is one."
 
 
 SCHEDULERS = {
@@ -53,7 +56,7 @@ SCHEDULERS = {
     "skypilot": Scheduler(
         skypilot_task, ".sky.yaml", ("sky", "jobs", "launch", "--yes"),
         {"gpu": "the GPU model to ask for, such as H100", "bucket": "storage for checkpoints, such as s3://mine"},
-        ("image",),
+        ("image",), ("--secret", TOKEN),
     ),
     "kubernetes": Scheduler(
         kubernetes_jobset, ".jobset.yaml", ("kubectl", "apply", "-f"), {"image": "a container image with fitune"},
@@ -169,7 +172,8 @@ def _needed_memory(recipe: str, profile: str | None, sets: tuple[str, ...]) -> i
 
 
 def _hand_over(engine: Scheduler, file: Path) -> str:
-    done = subprocess.run([*engine.command, str(file)], capture_output=True, text=True, check=False)
+    token = engine.with_token if os.environ.get(TOKEN) else ()
+    done = subprocess.run([*engine.command, *token, str(file)], capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise FituneError(f"{engine.command[0]} refused {file}: {said[-1] if said else 'without a word'}")

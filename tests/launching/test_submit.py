@@ -197,6 +197,19 @@ def test_skypilot_keeps_checkpoints_where_they_outlive_the_machine(submit):
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
 
 
+@pytest.mark.parametrize("token", ["hf_mine", None])
+def test_skypilot_is_given_the_token_of_this_environment_but_not_in_the_file(token, submit, tmp_path, monkeypatch):
+    """SkyPilot hides secrets in its logs; Llama 3 is gated."""
+    (tmp_path / "sky").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "sky").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+    said = submit("skypilot", "--gpus", "1", *WANTED["skypilot"]).stdout
+    assert said == f"jobs launch --yes {'--secret HF_TOKEN ' if token else ''}runs/job.sky.yaml\n"
+    task = yaml.safe_load((tmp_path / "runs/job.sky.yaml").read_text())
+    assert task["secrets"] == {"HF_TOKEN": ""} and "envs" not in task
+
+
 def test_a_kubernetes_job_that_was_interrupted_starts_again_and_counts_as_no_failure(submit):
     spec = yaml.safe_load(submit("kubernetes", "--dry-run", "--gpus", "8", *WANTED["kubernetes"]).stdout)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
