@@ -10,7 +10,7 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Profile, Recipe
-from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
+from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, find, names
 from fitune.config.yaml_file import read_yaml
 from fitune.errors import UsageError
 
@@ -65,7 +65,9 @@ def _add(found: Catalogue, path: Path) -> None:
         if KEYS_OF["recipe"] & keys.keys():
             found.recipes[str(path)] = runs.load_recipe(str(path))
         elif KEYS_OF["profile"] & keys.keys():
-            found.profiles[str(path)] = runs.load_profile(str(path))
+            profile = runs.load_profile(str(path))
+            read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
+            found.profiles[str(path)] = profile
         elif KEYS_OF["accelerate config"] & keys.keys():
             read_accelerate_config(path)
             found.accelerate_configs[str(path)] = path

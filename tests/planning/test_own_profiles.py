@@ -79,3 +79,10 @@ def test_all_and_the_nearest_change_that_fits_have_them(mine):
     words += ["--set", "profile.micro_batch=4", "--set", "profile.kept_layers=32"]
     assert "or   --profile other/two.yaml" in _plan(*words, "--profiles", "other").stdout
     assert "other/two.yaml" not in _plan(*words).stdout
+
+
+def test_one_whose_accelerate_config_is_gone_is_listed_as_broken_and_stops_no_plan(mine):
+    (mine / "cards/two.accelerate.yaml").unlink()
+    assert json.loads(_plan("my.yaml", "--find", *TWO_CARDS, "--json").stdout)["own_profiles"] == []
+    listed = CliRunner().invoke(cli, ["list", "."]).stdout.partition("cannot be read\n")[2]
+    assert listed.splitlines()[0] == "  cards/two.yaml  accelerate config two.accelerate.yaml: no such file"
