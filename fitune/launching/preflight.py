@@ -32,6 +32,15 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
         print(f"note: {slow}", file=sys.stderr)
 
 
+def refuse_gpus_without_bf16(run: Run) -> None:
+    """Raises UsageError if a GPU that the run takes here cannot compute in bf16."""
+    from fitune.planning.hardware import this_machine
+    from fitune.planning.limits import machine_of
+
+    if not run.accelerate.use_cpu:
+        this_machine().shown_by(run.accelerate.gpu_ids).refuse_missing_bf16(len(machine_of(run).gpus))
+
+
 def fetch_base(run: Run) -> None:
     """Downloads what is missing of the base, once for all ranks of this machine and before any of them waits."""
     local_folder(run.recipe.base.model, run.recipe.base.revision)
@@ -43,13 +52,12 @@ def _check_gpus(run: Run) -> None:
     Of a GPU that is not known, the ranks find out about fp8.
     """
     from fitune.planning.compute import refuse_missing_fp8
-    from fitune.planning.hardware import this_machine
     from fitune.planning.limits import machine_of
 
     machine = machine_of(run)
     if not run.accelerate.use_cpu:
         machine.refuse_missing_gpus()
-        this_machine().shown_by(run.accelerate.gpu_ids).refuse_missing_bf16(len(machine.gpus))
+        refuse_gpus_without_bf16(run)
         if run.accelerate.num_processes > run.accelerate.num_machines and (short := short_of_shared_memory()):
             print(f"note: {'; '.join(short)}", file=sys.stderr)
     if gpu := machine.known_model:

@@ -16,7 +16,7 @@ from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_her
 from fitune.launching.launch import TRAINING, Place, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.meeting_point import meeting_point
-from fitune.launching.preflight import check_before_training, fetch_base
+from fitune.launching.preflight import check_before_training, fetch_base, refuse_gpus_without_bf16
 from fitune.launching.run_folder import as_started, nothing_left, open_run_folder
 from fitune.planning.async_save import waits_for_the_disk
 from fitune.planning.fill import filled_here
@@ -46,7 +46,9 @@ def train_command(
         else:
             runs.check_paths(recipe, sets, "data.prepared", "data.chat_template", "base.model")
     left, plan_chooses_saving = run, run.profile.async_save == AUTO
-    run = filled_here(on_gpus_here(as_started(run)) if resume else run)
+    run = on_gpus_here(as_started(run)) if resume else run
+    refuse_gpus_without_bf16(run)  # what they cannot do has no time to choose by
+    run = filled_here(run)
     if not quiet and (said := faster_gpus(run)):
         click.echo(f"note: {said}", err=True)
     if dry_run:

@@ -217,7 +217,8 @@ def test_memory_that_cpu_and_gpu_share_is_counted_once(nvidia_smi, monkeypatch):
 def test_gpus_without_bf16_are_refused_in_plan_doctor_and_train_with_what_to_do(name, capability, nvidia_smi, tmp_path):
     nvidia_smi([card(1, name=name, memory__total="15360", memory__free="15000", compute_cap=capability)])
     run = CliRunner().invoke
-    for command in (["plan", "llama3_8b_qlora"], ["train", "llama3_8b_qlora", "--dry-run"]):
+    train = ["train", "llama3_8b_qlora", "--dry-run"]
+    for command in (["plan", "llama3_8b_qlora"], train, [*train, "--profile", "single_gpu"]):
         result = run(cli, command)
         assert result.exit_code == 2, result.output
         assert f"{name} has compute capability {capability} and no bf16" in result.stderr
