@@ -36,9 +36,10 @@ class RunLock:
         except BlockingIOError:
             raise UsageError(f"{folder}: {_named(self._holder())} trains here; wait for it or stop it") from None
         holder = self._holder()
-        if holder and holder.get("host") != socket.gethostname():
+        if holder and holder.get("kernel") != _this_kernel():
             self._wait_until_gone(holder)
-        self._mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "alive_within": LOST_SECONDS})
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "kernel": _this_kernel()}
+        self._mine = json.dumps(mine | {"alive_within": LOST_SECONDS})
         self._write(self._mine)
         self._signs = SignsOfLife(self.file, self._is_ours, self._lost)
         self._signs.start()
@@ -93,6 +94,14 @@ class RunLock:
         self._stream.truncate()
         self._stream.write(text)
         self._stream.flush()
+
+
+def _this_kernel() -> str:
+    """What tells hosts apart, as their names may not: the kernel's own name for the time since it started (Linux)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _named(holder: dict) -> str:

@@ -82,9 +82,18 @@ def test_a_holder_that_was_taken_for_dead_ends_before_it_writes(tmp_path, monkey
     lock._signs.stop()
 
 
-def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 7, "host": socket.gethostname()}))
+def test_a_host_of_the_same_name_is_another_one_all_the_same(tmp_path):
+    left_by_another_host(tmp_path, seconds_ago=0, host=socket.gethostname())
+    began = time.monotonic()
     RunLock(tmp_path).release()
+    assert time.monotonic() - began > 1.5
+
+
+def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
+    left_by_another_host(tmp_path, seconds_ago=0, host="renamed", kernel=run_lock._this_kernel())
+    began = time.monotonic()
+    RunLock(tmp_path).release()
+    assert time.monotonic() - began < 1.5
 
 
 def test_what_is_released_names_nobody(tmp_path):
