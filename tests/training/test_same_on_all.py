@@ -1,5 +1,6 @@
 """Machines that differ are named before the first step; ranks wait for a slow rank 0 without a timeout."""
 
+import os
 import time
 from contextlib import nullcontext
 
@@ -66,3 +67,13 @@ def test_a_slow_rank_0_is_waited_for_beyond_any_timeout():
     """Looked for in vain again and again: under a collective's timeout once would have been the end."""
     waited = run_ranks(_come_late, 3, [2.0, 0.0, 0.0])
     assert min(waited[1:]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("address", "chosen", "taken"),
+    [("127.0.0.1", None, "lo"), ("localhost", "eth7", "eth7"), ("no such host", None, None)],
+)
+def test_gloo_talks_through_the_interface_that_reaches_machine_0(address, chosen, taken, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"GLOO_SOCKET_IFNAME": chosen} if chosen else {})
+    distributed._meet_on_network_of(address)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
