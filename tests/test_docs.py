@@ -23,7 +23,7 @@ from tests.pages import PAGES, ROOT, code, commands, headings, keys_in, links, q
 MADE_LATER = ("runs/", "models/", "data/", "rows.jsonl", "adapter/", "model/", "checkpoints/", "tensorboard/")
 "Paths that a command writes, or that stand for the reader's own."
 OF_OTHERS = {
-    "--nproc-per-node", "--config_file", "--check", "--env", "--cpus-per-task", "--mem", "--requeue", "--signal",
+    "--nproc-per-node", "--config_file", "--check", "--secret", "--cpus-per-task", "--mem", "--requeue", "--signal",
     "--shm-size", "--wait",
 }  # fmt: skip
 "Options of torchrun, accelerate, scripts in docs/ and benchmarks/, SkyPilot, Slurm and Docker."
