@@ -139,8 +139,8 @@ def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_ba
 
 def test_two_machines_share_a_run(undisturbed, tiny_base, prepared, tmp_path):
     folder = tmp_path / "run"
-    one_copy = train_command(tiny_base, prepared, folder, STEPS, **{"profile.hybrid_sharding": "false"})
-    for machine in start_on_two_machines(one_copy, tmp_path):  # two would add gradients up in another order
+    one_copy = train_command(tiny_base, prepared, folder, STEPS)  # two would add gradients up in another order
+    for machine in start_on_two_machines(one_copy, tmp_path):
         assert machine.wait() == 0, machine.log.read_text()[-3000:]
     assert losses(folder) == losses(undisturbed)
     assert (folder / ADAPTER).read_bytes() == (undisturbed / ADAPTER).read_bytes()
