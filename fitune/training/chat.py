@@ -90,6 +90,8 @@ class Conversation:
 
     def save(self, file: Path) -> str:
         """As a row that `prepare` reads; nothing is overwritten."""
+        if all(message["role"] == "system" for message in self.messages):
+            return f"{file}: not saved: nothing was said yet"
         try:
             with file.open("x", encoding="utf-8") as stream:
                 stream.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")

@@ -94,6 +94,15 @@ def test_save_writes_a_row_and_overwrites_nothing(typed, capsys, tmp_path):
     assert said.count(HELP) == 3  # at the beginning, without a file, for a command that there isn't
 
 
+@pytest.mark.parametrize("system_message", [None, "Be brief."])
+def test_save_writes_nothing_before_anything_was_said(typed, capsys, tmp_path, system_message):
+    file = tmp_path / "talk.jsonl"
+    typed(f"/save {file}", "Hi", "/reset", f"/save {file}")
+    talk(Told(), system_message)
+    assert not file.exists()
+    assert capsys.readouterr().out.count(f"{file}: not saved: nothing was said yet\n") == 2
+
+
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(typed, capsys):
     typed("Hi", "More")
     assert talk(Told(interruptions=1)) == [["Hi"], ["Hi", "answer 1", "More"]]
