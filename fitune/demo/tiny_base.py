@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fitune.config import run as runs
-from fitune.config.shipped import EXAMPLES, RECIPES
+from fitune.config.shipped import EXAMPLES
 from fitune.data.chat_template import training_template
 from fitune.errors import FituneError, UsageError
 from fitune.output_folder import new_folder, refuse_existing
@@ -45,8 +45,11 @@ SPECIAL_TOKENS = [
 
 
 def make_demo_base(recipe: str, sets: tuple[str, ...]) -> None:
-    """The base of a shipped tiny recipe, where `prepare` is the first to need it; says so on stderr."""
-    if not (RECIPES / f"{recipe}.yaml").is_file() or DEMO_BASE.exists():
+    """The base of the tiny recipes and of those that extend them, where `prepare` is the first to need it.
+
+    Says so on stderr.
+    """
+    if DEMO_BASE.exists():
         return
     model = runs.load_recipe(recipe, runs.parse_sets(sets)[0]).base.model
     if Path(model) == DEMO_BASE:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fitune.demo.tiny_base import TEXTS, build_tiny_base
+from fitune.demo.tiny_base import DEMO_BASE, TEXTS, build_tiny_base, make_demo_base
 from fitune.errors import UsageError
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -139,3 +139,23 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, sizes):
     with pytest.raises(UsageError, match=next(reversed(sizes)).replace("num_kv_heads", "num_heads 8")):
         build_tiny_base(tmp_path / "bad", **sizes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "sets", "made"),
+    [
+        ("extends: tiny_qlora\n", (), True),
+        ("extends: tiny_qlora\nbase: {model: org/another}\n", (), False),
+        ("extends: tiny_qlora\n", ("base.model=./elsewhere",), False),
+        ("extends: llama3_8b_qlora\n", (), False),
+    ],
+    ids=["extends", "another base", "another base typed", "extends another"],
+)
+def test_a_recipe_that_extends_a_tiny_one_gets_its_base(tmp_path, monkeypatch, capsys, own, sets, made):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(own)
+    make_demo_base("mine.yaml", sets)
+    assert (DEMO_BASE / "tokenizer.json").is_file() == made
+    assert ("models/tiny-base: made, the tiny Llama base model of mine.yaml" in capsys.readouterr().err) == made
+    make_demo_base("mine.yaml", sets)  # one that is there stays
+    assert not capsys.readouterr().err
