@@ -22,6 +22,7 @@ NEEDED_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 NEEDED_NAMES = {"llama3": ("bos_token", "eos_token"), "plain": ("bos_token", "eos_token")}
+MARK_ANSWERS = "put {% generation %} before what the assistant says and {% endgeneration %} after its end-of-turn token"
 PROBE = [
     {"role": "user", "content": "First question?"},
     {"role": "assistant", "content": "First answer."},
@@ -48,8 +49,18 @@ def apply_chat_template_choice(tokenizer, choice: str) -> None:
     """
     template = training_template(choice, tokenizer.chat_template)
     _refuse_missing_tokens(tokenizer, choice)
-    text, spans = find_answers(template, tokenizer.special_tokens_map, choice)
-    _refuse_answers_inside_tokens(tokenizer, text, spans, choice)
+    advice = f"{MARK_ANSWERS}, or use chat_template: {' or '.join(CHAT_TEMPLATES)}"
+    _apply(tokenizer, template, f"chat_template: {choice}", advice)
+
+
+def apply_own_chat_template(tokenizer) -> None:
+    """The same with the template that a model's tokenizer came with, where no recipe could choose another."""
+    _apply(tokenizer, _own_template(tokenizer.chat_template), "its chat template", MARK_ANSWERS)
+
+
+def _apply(tokenizer, template: str, named: str, advice: str) -> None:
+    text, spans = find_answers(template, tokenizer.special_tokens_map, named, advice)
+    _refuse_answers_inside_tokens(tokenizer, text, spans, named)
     pad_token = _pad_token(tokenizer)
     tokenizer.chat_template = template
     tokenizer.pad_token = pad_token
@@ -108,17 +119,24 @@ def training_template(choice: str, tokenizers_own: str | dict[str, str] | None =
     if choice in CHAT_TEMPLATES:
         return (TEMPLATE_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
     if choice == "tokenizer":
-        own = as_one(tokenizers_own) if isinstance(tokenizers_own, dict) else tokenizers_own
-        if own is None:
-            found = f"none called default, but {', '.join(tokenizers_own)}" if tokenizers_own else "no chat template"
-            raise UsageError(f"chat_template: tokenizer: this tokenizer has {found}; use {', '.join(CHAT_TEMPLATES)}")
-        return own
+        try:
+            return _own_template(tokenizers_own)
+        except UsageError as error:
+            raise UsageError(f"chat_template: tokenizer: {error}; use {', '.join(CHAT_TEMPLATES)}") from None
     if not choice.endswith(".jinja"):
         raise UsageError(f"chat_template: {choice}: allowed are {TEMPLATE_CHOICES}")
     try:
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"chat_template: {choice}: cannot be read: {error}") from None
+
+
+def _own_template(templates: str | dict[str, str] | None) -> str:
+    own = as_one(templates) if isinstance(templates, dict) else templates
+    if own is None:
+        found = f"no chat template called default, but {', '.join(templates)}" if templates else "no chat template"
+        raise UsageError(f"this tokenizer has {found}")
+    return own
 
 
 def as_one(templates: dict[str, str]) -> str | None:
@@ -134,15 +152,14 @@ def as_one(templates: dict[str, str]) -> str | None:
     return f"{{% if tools %}}\n{with_tools}{{{{ '' }}}}{{% else %}}\n{default}{{{{ '' }}}}{{% endif %}}"
 
 
-def find_answers(template: str, special_tokens: dict[str, str], choice: str) -> tuple[str, list[tuple[int, int]]]:
+def find_answers(
+    template: str, special_tokens: dict[str, str], named: str, advice: str
+) -> tuple[str, list[tuple[int, int]]]:
     """A conversation's text in a template, and where its answers lie.
 
-    Raises UsageError unless each answer with its end of turn is found, whether marked or not, and nothing else.
+    Raises UsageError unless each answer with its end of turn is found, whether marked or not, and nothing else. The
+    error calls the template `named` and ends with `advice`.
     """
-    advice = (
-        "put {% generation %} before what the assistant says and {% endgeneration %} after its end-of-turn token, "
-        f"or use chat_template: {' or '.join(CHAT_TEMPLATES)}"
-    )
     try:
         renderer = ChatRenderer(template, special_tokens)
         try:
@@ -150,12 +167,12 @@ def find_answers(template: str, special_tokens: dict[str, str], choice: str) -> 
         except AnswerNotFound:  # one that writes earlier answers without their thinking may still do for one exchange
             text, spans = renderer.render(PROBE[:2])
     except AnswerNotFound as error:
-        raise UsageError(f"chat_template: {choice}: the answers cannot be found: {error}; {advice}") from None
+        raise UsageError(f"{named}: the answers cannot be found: {error}; {advice}") from None
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UsageError(f"chat_template: {choice}: not a working template: {error}") from None
+        raise UsageError(f"{named}: not a working template: {error}") from None
     found = [text[start:end] for start, end in spans]
     if problem := _what_is_wrong(found, PROBE[:2] if len(found) == 1 and not renderer.marks_answers else PROBE):
-        raise UsageError(f"chat_template: {choice}: it {problem}; {advice}")
+        raise UsageError(f"{named}: it {problem}; {advice}")
     return text, spans
 
 
@@ -182,14 +199,14 @@ def _refuse_missing_tokens(tokenizer, choice: str) -> None:
         raise UsageError(f"chat_template: {choice}: this tokenizer has no {', '.join(missing)}; use {other}")
 
 
-def _refuse_answers_inside_tokens(tokenizer, text: str, spans: list[tuple[int, int]], choice: str) -> None:
+def _refuse_answers_inside_tokens(tokenizer, text: str, spans: list[tuple[int, int]], named: str) -> None:
     """A token with the prompt's end and the answer's beginning is none that the model could be asked with."""
     offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
     for (start, end), (first, stop) in zip(spans, trained_tokens(offsets, spans), strict=True):
         begins, ends = offsets[first][0], offsets[stop - 1][1]
         if begins < start or ends > end or text[begins:ends].strip() != text[start:end].strip():
             raise UsageError(
-                f"chat_template: {choice}: with this tokenizer {text[begins:ends]!r} would be trained instead of "
+                f"{named}: with this tokenizer {text[begins:ends]!r} would be trained instead of "
                 f"{text[start:end]!r}: an answer must begin and end where a token does"
             )
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fitune.config.schema import Data
-from fitune.data.chat_template import apply_chat_template_choice
+from fitune.data.chat_template import apply_own_chat_template
 from fitune.data.token_file import IGNORED, TokenFile
 from fitune.data.tokenise import tokenise_lines
 from fitune.errors import UsageError
@@ -64,7 +64,7 @@ def tokenise(file: Path, given: GivenModel, folder: Path) -> TokenFile:
     and for a template that fails or does not say which tokens are answers."""
     tokenizer = given.tokenizer()
     try:
-        apply_chat_template_choice(tokenizer, "tokenizer")
+        apply_own_chat_template(tokenizer)
     except UsageError as error:
         raise UsageError(f"{given.folder}: {error}") from None
     settings = Data(

@@ -215,7 +215,9 @@ def test_templates_by_name_are_one_that_writes_what_transformers_does(templates,
 
 
 def test_templates_of_which_none_is_the_default_are_named():
-    with pytest.raises(UsageError, match="this tokenizer has none called default, but rag, cot; use llama3"):
+    with pytest.raises(
+        UsageError, match="this tokenizer has no chat template called default, but rag, cot; use llama3"
+    ):
         training_template("tokenizer", {"rag": DEFAULT, "cot": DEFAULT})
 
 
