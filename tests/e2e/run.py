@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ MOST_GIB = 12
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and for commands too, behind a shell's `&`
     logging.disable_progress_bar()
     if not Path(torch.__cached__).exists():  # else each process would compile its imports
         os.environ.setdefault("PYTHONPYCACHEPREFIX", str(options.work / "pyc"))
