@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from xml.etree import ElementTree
 
 from fitune.config.host_limits import host_memory_gib
 from fitune.environment import GPU_CAP, number
@@ -22,7 +23,7 @@ MORE_FIELDS = ("compute_cap", "pcie.link.gen.max", "pcie.link.width.current", "m
 "What older drivers don't tell. The link's generation falls while a GPU idles, so the highest counts; its width stays."
 SLICES, FEWER_SLICES = 7, {"A30": 4, "RTX PRO": 4}
 "Into how many parts of its cores a GPU can be divided (MIG user guide, supported profiles)."
-_MIG = re.compile(r"^\s+MIG (?:\d+c\.)?(\d+)g\.(\d+)gb\S*\s+Device\s+\d+: \(UUID: (MIG-[^)]+)\)")
+_MIG = re.compile(r"^\s+MIG (?:\d+c\.)?(\d+)g\.(\d+)gb\S*\s+Device\s+(\d+): \(UUID: (MIG-[^)]+)\)")
 
 
 def this_machine() -> Machine:
@@ -71,11 +72,15 @@ def _nvidia_smi(host_total: float, host_available: float) -> list[Gpu]:
 
 
 def _answer(*flags: str) -> list[str]:
+    return [line for line in _text(*flags).splitlines() if line.strip()]
+
+
+def _text(*flags: str) -> str:
+    """What nvidia-smi says; '' where it fails or hangs."""
     try:
-        done = subprocess.run(["nvidia-smi", *flags], capture_output=True, text=True, check=True, timeout=20)
+        return subprocess.run(["nvidia-smi", *flags], capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return [line for line in done.stdout.splitlines() if line.strip()]
+        return ""
 
 
 def _gpu(row: dict[str, str], number: int, host_total: float, host_available: float) -> Gpu | None:
@@ -101,15 +106,16 @@ def _gpu(row: dict[str, str], number: int, host_total: float, host_available: fl
 def _with_instances(gpus: list[Gpu], divided: set[str]) -> list[Gpu]:
     """Instances by `nvidia-smi -L`, under the GPU they are part of: `MIG 3g.40gb Device 0: (UUID: MIG-...)`."""
     found, whole = [], None
-    by_identity = {gpu.identity: gpu for gpu in gpus}
+    by_identity, memory = {gpu.identity: gpu for gpu in gpus}, _memory_of_instances()
     for line in _answer("-L"):
         if instance := _MIG.match(line):
-            slices, gigabytes, identity = instance.groups()
+            slices, gigabytes, device, identity = instance.groups()
             if whole:
-                gib = min(float(gigabytes) * 1e9 / GIB, whole.total_gib)
+                by_name = min(float(gigabytes) * 1e9 / GIB, whole.total_gib)
+                total, free = memory.get((whole.identity, device), (by_name, by_name))
                 name = f"{whole.name} MIG {slices}g.{gigabytes}gb"
                 share = int(slices) / next((n for name, n in FEWER_SLICES.items() if name in whole.name), SLICES)
-                found.append(replace(whole, name=name, total_gib=gib, free_gib=gib, share=share,
+                found.append(replace(whole, name=name, total_gib=total, free_gib=free, share=share,
                                      identity=identity, shown_as=identity))  # fmt: skip
         elif identity := re.search(r"UUID: (GPU-[^)]+)\)", line):
             whole = by_identity.get(identity[1])
@@ -117,6 +123,29 @@ def _with_instances(gpus: list[Gpu], divided: set[str]) -> list[Gpu]:
                 found.append(whole)
                 whole = None
     return found
+
+
+def _memory_of_instances() -> dict[tuple[str, str], tuple[float, float]]:
+    """(total, free) GiB of instances, by their GPU's UUID and the number that `nvidia-smi -L` calls Device.
+
+    Only nvidia-smi's XML tells it, and not of all drivers: what is missing there is missing here.
+    """
+    try:
+        log = ElementTree.fromstring(_text("-q", "-x"))
+    except ElementTree.ParseError:
+        return {}
+    found = {}
+    for gpu in log.iter("gpu"):
+        for instance in gpu.iter("mig_device"):
+            total, free = (_mib(instance.findtext(f"fb_memory_usage/{kind}")) for kind in ("total", "free"))
+            if total and free is not None:
+                key = gpu.findtext("uuid", "").strip(), instance.findtext("index", "").strip()
+                found[key] = total / 1024, free / 1024
+    return found
+
+
+def _mib(text: str | None) -> float | None:
+    return _number(text.removesuffix("MiB")) if text else None
 
 
 def _number(text: str | None) -> float | None:

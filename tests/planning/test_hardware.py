@@ -29,15 +29,16 @@ def card(number: int, **changes: str) -> list[str]:
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a program in PATH that answers as nvidia-smi would: `nvidia_smi(rows)`, with `listed` for -L."""
+    """Puts a program in PATH that answers as nvidia-smi would: `nvidia_smi(rows)`, `listed` for -L, `xml` for -q -x."""
 
-    def put(rows: list[list[str]], listed: str = "", knows_all_fields: bool = True) -> None:
+    def put(rows: list[list[str]], listed: str = "", knows_all_fields: bool = True, xml: str = "") -> None:
         csv, short = ("\n".join(", ".join(row[:size]) for row in rows) for size in (None, len(FIELDS)))
         program = tmp_path / "bin" / "nvidia-smi"
         program.parent.mkdir(exist_ok=True)
         refusal = "" if knows_all_fields else 'case "$1" in *compute_cap*) echo "not a valid field"; exit 2;; esac\n'
         program.write_text(
-            f"#!/bin/sh\nif [ \"$1\" = -L ]; then cat <<'X'\n{listed}\nX\nexit; fi\n{refusal}"
+            f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\nif [ "$1" = -L ]; then cat <<\'X\'\n{listed}\nX\nexit; fi\n'
+            f"if [ \"$1 $2\" = '-q -x' ]; then cat <<'X'\n{xml}\nX\nexit; fi\n{refusal}"
             f"case \"$1\" in *compute_cap*) cat <<'X'\n{csv}\nX\n;; *) cat <<'X'\n{short}\nX\n;; esac\n"
         )
         program.chmod(0o755)
@@ -156,6 +157,57 @@ def test_of_instances_of_a_divided_gpu_one_counts(visible, gib, share, nvidia_sm
     [gpu] = this_machine().gpus
     assert round(gpu.total_gib, 1) == gib and gpu.share == pytest.approx(share)
     assert gpu.model.bf16_tflops == pytest.approx(312 * share)
+
+
+INSTANCE = """\
+   <mig_device>
+    <index>{}</index>
+    <gpu_instance_id>2</gpu_instance_id>
+    <device_attributes><shared><multiprocessor_count>42</multiprocessor_count></shared></device_attributes>
+    <fb_memory_usage>
+     <total>{} MiB</total>
+     <reserved>0 MiB</reserved>
+     <used>0 MiB</used>
+     <free>{}</free>
+    </fb_memory_usage>
+   </mig_device>
+"""
+XML = """\
+<?xml version="1.0" ?>
+<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">
+<nvidia_smi_log>
+ <gpu id="00000000:07:00.0">
+  <mig_mode><current_mig>Enabled</current_mig></mig_mode>
+  <mig_devices>
+{}  </mig_devices>
+  <fb_memory_usage><total>40960 MiB</total><free>N/A</free></fb_memory_usage>
+  <uuid>GPU-1111</uuid>
+ </gpu>
+</nvidia_smi_log>"""
+
+
+def test_memory_that_others_use_inside_an_instance_is_not_free(nvidia_smi, tmp_path, monkeypatch):
+    a100 = {"name": "NVIDIA A100-SXM4-40GB", "memory__total": "40960", "memory__free": "40960", "compute_cap": "8.0"}
+    rows = [card(1, **a100, mig__mode__current="Enabled"), card(2, **a100, mig__mode__current="Disabled")]
+
+    def seen(identity: str, xml: str) -> tuple[float, float]:
+        nvidia_smi(rows, LISTED, xml=xml)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", identity)
+        [gpu] = this_machine().gpus
+        return round(gpu.total_gib, 2), round(gpu.free_gib, 2)
+
+    xml = XML.format(INSTANCE.format(0, 19968, "2048 MiB") + INSTANCE.format(1, 9856, "9728 MiB"))
+    assert seen("MIG-aaaa", xml) == (19.5, 2.0) and seen("MIG-bbbb", xml) == (9.62, 9.5)
+    assert (tmp_path / "asked").read_text().count("-q -x\n") == 2  # once each time
+    by_name = (18.63, 18.63)  # of drivers that do not tell
+    for without in (XML.format(INSTANCE.format(0, 19968, "[N/A]")), XML.format("None"), "not a valid option", ""):
+        assert seen("MIG-aaaa", without) == by_name
+
+
+def test_a_machine_whose_gpus_are_whole_is_not_asked_for_instances(nvidia_smi, tmp_path):
+    nvidia_smi([card(1)])
+    assert this_machine().gpus
+    assert (tmp_path / "asked").read_text().count("\n") == 1
 
 
 def test_an_instance_that_is_all_of_its_gpu_is_one_all_the_same(nvidia_smi):
