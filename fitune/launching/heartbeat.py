@@ -24,7 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from fitune.environment import HEARTBEATS, HUNG_AFTER, number
-from fitune.errors import say_while_training
+from fitune.errors import INTERRUPTED, FituneError, say_while_training
 
 PATIENCE_SECONDS = number(HUNG_AFTER, 45)
 STARTING_SECONDS = max(300, PATIENCE_SECONDS)
@@ -175,6 +175,8 @@ class Watch(threading.Thread):
         self.folder, self.machines = folder, machines
         self.ended: set[int] = set()
         "Processes that were killed, and the reason printed."
+        self.reason: FituneError | None = None
+        "Why `end_ranks` was called."
         self._over = threading.Event()
         self._seen: dict[int, tuple[tuple, float]] = {}
 
@@ -187,9 +189,15 @@ class Watch(threading.Thread):
             ranks = self._ranks()
             if verdict := self._judge(ranks):
                 say_while_training(f"error: {verdict}")
-                for numbers in ranks.values():
-                    self._end(int(numbers[PID]))
+                self._end_all()
                 return
+
+    def end_ranks(self, reason: FituneError) -> None:
+        """Kills all ranks of this machine; the reason is printed the first time."""
+        if self.reason is None:
+            say_while_training(f"{'stopped' if reason.exit_code == INTERRUPTED else 'error'}: {reason}")
+        self.reason = reason
+        self._end_all()
 
     def stop(self) -> None:
         self._over.set()
@@ -235,6 +243,10 @@ class Watch(threading.Thread):
         if waits_for_disk or self._seen.get(rank, (None,))[0] != state:
             self._seen[rank] = state, now
         return now - self._seen[rank][1]
+
+    def _end_all(self) -> None:
+        for numbers in self._ranks().values():
+            self._end(int(numbers[PID]))
 
     def _end(self, pid: int) -> None:
         if psutil.pid_exists(pid):

@@ -6,8 +6,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fitune.columns import columns, short
@@ -30,6 +30,9 @@ LONG_WORD = 14
 Place = Mapping[str, int | str | None]
 "A machine's among several, in accelerate's words: machine_rank, main_process_ip, main_process_port."
 NO_PLACE: Place = {}
+Beside = Callable[[Callable[[FituneError], None]], AbstractContextManager]
+"Entered while ranks run, with what ends them."
+alone: Beside = nullcontext
 TOLD = -signal.SIGTERM
 "Not an exit code: processes were ended by a signal that was passed on to them."
 
@@ -46,15 +49,17 @@ def dry_run_text(run: Run) -> str:
     return f"# {file}\n{settings}\n# It is started with:\n# {launch_line(run, TRAINING)}"
 
 
-def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, place: Place, quiet: bool = False) -> int:
+def train_with_restarts(
+    run: Run, *, resume: bool, max_restarts: int, place: Place, beside: Beside = alone, quiet: bool = False
+) -> int:
     """Trains, and after a crash goes on from the newest checkpoint, at most `max_restarts` times; the exit code.
 
     A crash is a rank that died, hung or raised what fitune did not expect; an error that fitune explains would only
-    come again. `quiet` leaves out all but errors and warnings.
+    come again. `beside` looks after other machines. `quiet` leaves out all but errors and warnings.
     """
     with run_shown(live=not run.recipe.training.get("disable_tqdm"), quiet=quiet) as show:
         for restart in range(max_restarts + 1):
-            code, signals = _train_once(run, resume, place, show)
+            code, signals = _train_once(run, resume, place, show, beside)
             if code == TOLD:
                 say_while_training("stopped: before the first step, with nothing to save")
             if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
@@ -68,7 +73,7 @@ def train_with_restarts(run: Run, *, resume: bool, max_restarts: int, place: Pla
     return 1 if code in (TOLD, CRASHED) else code
 
 
-def _train_once(run: Run, resume: bool, place: Place, show: Show) -> tuple[int, int]:
+def _train_once(run: Run, resume: bool, place: Place, show: Show, beside: Beside) -> tuple[int, int]:
     """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
     from fitune.launching.heartbeat import Watch
 
@@ -81,14 +86,15 @@ def _train_once(run: Run, resume: bool, place: Place, show: Show) -> tuple[int, 
         watch.start()
         settings = settings_to_train(run.folder)
         try:
-            with passed_on_to_ranks(TRAINING, watch.has_begun_to_train) as received:
+            signals = passed_on_to_ranks(TRAINING, watch.has_begun_to_train)
+            with signals as received, beside(watch.end_ranks):
                 watched = {"told": received, "explained": watch.ended}
                 code = launch(run, TRAINING, *arguments, settings=settings, place=place, **watched)
             if code == TOLD and watch.has_begun_to_train():
                 code = INTERRUPTED  # rank 0 has said so; torch's launcher ended it on its way out, after another rank
         finally:
             watch.stop()
-    return code, len(received)
+    return watch.reason.exit_code if watch.reason else code, len(received)
 
 
 def launch_until_stopped(

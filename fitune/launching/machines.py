@@ -3,7 +3,7 @@
 Machine 0 chooses the settings; the others take them from run.yaml. Each machine downloads and checks on its own, for as
 long as it takes; only when all are ready are ranks started, so no timeout runs meanwhile. A machine shows that it lives
 by RUN/machines/N.json, and leaves N.failed if it ends with an error: nobody waits for it then, and a scheduler can tell
-a failed run from one that was only interrupted.
+a failed run from one that was only interrupted, which leaves N.stopped.
 """
 
 import json
@@ -13,14 +13,16 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.schema import Run
-from fitune.errors import INTERRUPTED, FituneError, UsageError
+from fitune.errors import INTERRUPTED, FituneError, Interrupted, UsageError
 from fitune.launching.meeting_point import MeetingPoint
+from fitune.launching.other_machines import FAILED, STOPPED, OtherMachines, shown, sign_file
 from fitune.launching.run_folder import ASKED, SETTINGS
 from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
 
@@ -77,6 +79,8 @@ class Machines:
         self.folder, self.count, self.rank = run.folder / FOLDER, run.accelerate.num_machines, rank
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.session, self._signs, self._settings = "", None, None
+        self._names: list[str] = []
+        "All machines', once they start together."
         self._code = 0
 
     def __enter__(self):
@@ -86,8 +90,8 @@ class Machines:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
         else:
-            shown = self._machine_0()
-            self.session, self.resume = shown["session"], shown["resume"]
+            first = self._machine_0()
+            self.session, self.resume = first["session"], first["resume"]
         self._show(ready=False)
         self._signs = SignsOfLife(self._file(self.rank), lambda: True, lambda: None)
         self._signs.start()
@@ -96,16 +100,24 @@ class Machines:
     def __exit__(self, kind, *_):
         self.at.close()
         self._signs.stop()
-        has_failed = issubclass(kind, FituneError) if kind else self._code not in (0, INTERRUPTED)
+        if kind:
+            has_failed = issubclass(kind, Exception) and not issubclass(kind, Interrupted)
+        else:
+            has_failed = self._code not in (0, INTERRUPTED)
+        has_finished = not kind and not self._code
         with suppress(OSError):
-            if has_failed:
-                self._file(self.rank).replace(self._failed_file(self.rank))
-            else:
+            if has_finished:
                 self._file(self.rank).unlink(missing_ok=True)
+            else:
+                self._file(self.rank).replace(self._ended_file(self.rank, FAILED if has_failed else STOPPED))
 
     def ended_with(self, code: int) -> None:
         """The exit code of this machine's ranks."""
         self._code = code
+
+    def noticed_while_ranks_run(self, end_ranks: Callable[[FituneError], None]) -> OtherMachines:
+        """A context manager: `end_ranks(why)` is called if one of the others is gone before the run is finished."""
+        return OtherMachines(self.folder, self.rank, self._names, self.session, end_ranks)
 
     def settings_of_machine_0(self, asked: Run) -> Run:
         """The run that machine 0 wrote: its profile counts. Raises UsageError if it trains something else."""
@@ -131,8 +143,10 @@ class Machines:
         """
         began, told, silent_since = time.monotonic(), 0.0, {}
         while missing := self._missing():
-            if failed := [rank for rank in missing if _shown(self._failed_file(rank)).get("session") == self.session]:
+            if failed := [rank for rank in missing if self._has_ended(rank, FAILED)]:
                 raise FituneError(f"{_named(failed)} of {self.count} ended with an error, which is printed there")
+            if stopped := [rank for rank in missing if self._has_ended(rank, STOPPED)]:
+                raise Interrupted(f"{_named(stopped)} of {self.count} was told to stop")
             waited = time.monotonic() - began
             if self.not_reached and waited > (APPEARS_WITHIN_SECONDS if self.rank else NAMED_WITHIN_SECONDS):
                 raise UsageError(self.not_reached)
@@ -149,6 +163,8 @@ class Machines:
                 print(f"waiting for {_named(missing)} of {self.count}{because}", file=sys.stderr)
             time.sleep(0.5)
         self.at.close()
+        first = self._read(0)
+        self._names = [first["name"], *first["together"]]
 
     def _missing(self) -> list[int]:
         """Those that are not ready. Machine 0 sees it and tells the others by name: what it once left names none."""
@@ -158,24 +174,24 @@ class Machines:
         if self.rank:
             self._follow_machine_0()
             return [] if self.name in self._read(0).get("together", []) else [0]
-        shown = {rank: self._read(rank) for rank in range(1, self.count)}
-        missing = [rank for rank, one in shown.items() if not (one.get("session") == self.session and one.get("ready"))]
+        signs = {rank: self._read(rank) for rank in range(1, self.count)}
+        missing = [rank for rank, one in signs.items() if not (one.get("session") == self.session and one.get("ready"))]
         if self.not_reached:
             return missing or [0]
         if not missing:
-            self._show(ready=True, together=[one["name"] for one in shown.values()])
+            self._show(ready=True, together=[one["name"] for one in signs.values()])
         return missing
 
     def _follow_machine_0(self) -> None:
         """Machine 0 may have died, and this machine seen what it had left, before it was started again."""
-        shown = self._read(0)
-        if shown.get("session") in (None, self.session):
+        first = self._read(0)
+        if first.get("session") in (None, self.session):
             return
         if self._settings != self._load_settings():
             raise FituneError(
                 f"{self.folder.parent}: machine 0 was started again with other settings: start this machine again too"
             )
-        self.session, self.resume = shown["session"], shown["resume"]
+        self.session, self.resume = first["session"], first["resume"]
         self._show(ready=not self.not_reached)
 
     def _load_settings(self) -> Run:
@@ -195,9 +211,9 @@ class Machines:
         return self._read(0)
 
     def _show(self, ready: bool, together: list[str] | None = None) -> None:
-        shown = {"name": self.name, "session": self.session, "resume": self.resume, "ready": ready}
+        sign = {"name": self.name, "session": self.session, "resume": self.resume, "ready": ready}
         partial = self.folder / f".{self.rank}.partial"
-        partial.write_text(json.dumps(shown | {"together": together or []}), encoding="utf-8")
+        partial.write_text(json.dumps(sign | {"together": together or []}), encoding="utf-8")
         partial.replace(self._file(self.rank))
 
     def _lives(self, rank: int) -> bool:
@@ -206,21 +222,16 @@ class Machines:
         return False
 
     def _read(self, rank: int) -> dict:
-        return _shown(self._file(rank))
+        return shown(self._file(rank))
+
+    def _has_ended(self, rank: int, how: str) -> bool:
+        return shown(self._ended_file(rank, how)).get("session") == self.session
 
     def _file(self, rank: int) -> Path:
-        return self.folder / f"{rank}.json"
+        return sign_file(self.folder, rank)
 
-    def _failed_file(self, rank: int) -> Path:
-        return self.folder / f"{rank}.failed"
-
-
-def _shown(file: Path) -> dict:
-    """What a machine's file says; nothing where there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    def _ended_file(self, rank: int, how: str) -> Path:
+        return self._file(rank).with_suffix(f".{how}")
 
 
 def _named(ranks: list[int]) -> str:

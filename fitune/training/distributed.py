@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -28,7 +29,9 @@ BOTH = "cpu:gloo,cuda:nccl"
 SECONDS_FOR_RANK_0 = 30
 "What the ranks of a busy machine may take longer than each other to start."
 LOOK_SECONDS = 60
-"Between two looks whether rank 0 has come."
+"Between two looks whether those have come who are waited for."
+_meetings = itertools.count()
+"All ranks come to them in the same order."
 
 
 def join(run: Run) -> DeviceMesh:
@@ -176,6 +179,23 @@ def wait_for_rank_0(event: str, waiting=nullcontext) -> None:
     if is_main_process():
         store.set(key, "1")
         return
+    _wait_in_store(store, key, waiting)
+
+
+def wait_for_all(waiting=nullcontext) -> None:
+    """Until all ranks have come here, however long one takes: no collective's timeout runs. Call on all ranks.
+
+    `waiting` is entered meanwhile. A machine that died is the launchers' to notice: they end the ranks.
+    """
+    if not dist.is_initialized():
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"fitune/meeting {next(_meetings)}"
+    if store.add(f"{key}/arrived", 1) == dist.get_world_size():
+        store.set(key, "1")
+    _wait_in_store(store, key, waiting)
+
+
+def _wait_in_store(store: dist.Store, key: str, waiting) -> None:
     with waiting():
         while True:
             try:

@@ -17,7 +17,7 @@ from fitune.config.schema import Run, Strict
 from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.prepared import sha256_of_rows
 from fitune.errors import UsageError
-from fitune.training.distributed import from_rank_0
+from fitune.training.distributed import from_rank_0, wait_for_all
 from fitune.weights.base_identity import BaseRecord
 
 MANIFEST = "manifest.json"
@@ -175,6 +175,7 @@ def _on_all_ranks(work, folder: Path, items: list, waiting) -> list:
 def _from_all_ranks(own, waiting) -> list:
     if not dist.is_initialized():
         return [own]
+    wait_for_all(waiting)  # one may have hashed what lies on a slow disk
     results = [None] * dist.get_world_size()
     with waiting():
         dist.all_gather_object(results, own)

@@ -15,7 +15,7 @@ from fitune.launching.heartbeat import Heartbeat
 from fitune.model.sharding import share_of
 from fitune.training.best_model import BestModel
 from fitune.training.checkpoint import CheckpointSaver, Writer, disk_errors_named
-from fitune.training.distributed import is_main_process
+from fitune.training.distributed import is_main_process, wait_for_all
 from fitune.training.manifest import Identity, find_damage
 from fitune.training.replicas import refuse_replicas_apart
 from fitune.training.result import gathered_result, save_result, write_result
@@ -124,6 +124,7 @@ class SavingSFTTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         with self.heartbeat.using_files():
             load_trainable_weights(Path(resume_from_checkpoint), self.model, self.share)
+            wait_for_all(self.heartbeat.waiting)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
@@ -132,6 +133,7 @@ class SavingSFTTrainer(SFTTrainer):
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         with self.heartbeat.using_files():
             load_optimizer_state(Path(checkpoint), self.model, optimizer, self.share)
+            wait_for_all(self.heartbeat.waiting)  # one machine's disk may be far slower than another's
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         if isinstance(self.lr_scheduler, LambdaLR):
             follow_this_runs_schedule(self.lr_scheduler, self.args.learning_rate)

@@ -15,7 +15,6 @@ from logging import LogRecord, getLogger
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import PrinterCallback
 from transformers.utils import logging
 
@@ -50,6 +49,7 @@ from fitune.training.distributed import (
     is_main_process,
     join,
     leave,
+    wait_for_all,
     wait_for_rank_0,
 )
 from fitune.training.interruption import Interruption
@@ -95,6 +95,7 @@ def train(run: Run) -> None:
         with Loading() as loading:
             as_trained = {"fp8": run.profile.compute == "fp8", "keep_gathered": run.accelerate.keeps_gathered}
             model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, **as_trained, bar=report.bar)
+        wait_for_all(heartbeat.waiting)  # one machine's disk may be far slower than another's
     heartbeat.count_layers(decoder(model).model.layers)
     report.begin("mapping the rows")
     setup = _planned(run, base_folder)
@@ -123,7 +124,7 @@ def train(run: Run) -> None:
             load_trainable_weights(checkpoint, model, share_of(run, mesh.get_rank()))
         trainer.state = state_of(checkpoint)
     else:
-        dist.barrier()  # machines may have read for longer than a first step may take
+        wait_for_all(heartbeat.waiting)
         if is_main_process():
             begin_to_train(run)
             write_origin(run.folder, identity.model_dump(), resumed=bool(run.resume))

@@ -13,7 +13,7 @@ from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
-from fitune.launching.launch import TRAINING, Place, dry_run_text, launch_line, train_with_restarts
+from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.meeting_point import meeting_point
 from fitune.launching.preflight import check_before_training, fetch_base, refuse_gpus_without_bf16
@@ -113,9 +113,12 @@ def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, quiet: boo
         if not quiet:
             click.echo(launch_line(run, TRAINING, *(["--resume"] if resume else [])))
         fetch_base(run)
+        beside = alone
         if several:
             machines.start_together()
-        code = train_with_restarts(run, resume=resume, max_restarts=max_restarts, place=place, quiet=quiet)
+            beside = machines.noticed_while_ranks_run
+        restarts = {"max_restarts": max_restarts, "resume": resume}
+        code = train_with_restarts(run, **restarts, place=place, beside=beside, quiet=quiet)
         if several:
             machines.ended_with(code)
         return code

@@ -1,9 +1,11 @@
 """`--max-restarts`: which ends of a run are followed by another start, and the exit code that is left."""
 
+from contextlib import contextmanager
+
 import pytest
 
 from fitune.environment import HEARTBEATS
-from fitune.errors import CRASHED, INTERRUPTED
+from fitune.errors import CRASHED, INTERRUPTED, FituneError, Interrupted
 from fitune.launching import launch
 from fitune.launching.heartbeat import Watch
 from fitune.planning.fill import resolve
@@ -28,7 +30,7 @@ def test_only_a_crash_is_followed_by_another_start(ends, most, code, resumed, mo
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     left, starts = list(ends), []
 
-    def once(run, resume, place, show):
+    def once(run, resume, place, show, beside):
         starts.append(resume)
         return left.pop(0)
 
@@ -45,7 +47,25 @@ def test_rank_0_that_is_ended_on_its_way_out_was_interrupted(has_begun, code, mo
     monkeypatch.setattr(launch, "launch", lambda *_, **__: launch.TOLD)
     monkeypatch.setattr(Watch, "has_begun_to_train", lambda self: has_begun)
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
-    assert launch._train_once(run, False, {}, lambda *_: None) == (code, 0)
+    assert launch._train_once(run, False, {}, lambda *_: None, launch.alone) == (code, 0)
+
+
+@pytest.mark.parametrize(("reason", "code"), [(FituneError("gone"), 1), (Interrupted("told to stop"), INTERRUPTED)])
+def test_ranks_that_were_ended_for_another_machine_are_not_started_again(reason, code, monkeypatch, tmp_path, capsys):
+    """They crash then, and would wait for it anew."""
+    monkeypatch.setenv(HEARTBEATS, "")
+    monkeypatch.setattr(launch, "settings_to_train", lambda folder: folder)
+    starts = []
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: starts.append(1) or CRASHED)
+
+    @contextmanager
+    def beside(end_ranks):
+        end_ranks(reason)
+        yield
+
+    run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
+    assert launch.train_with_restarts(run, resume=False, max_restarts=3, place={}, beside=beside) == code
+    assert len(starts) == 1 and capsys.readouterr().err.count(f": {reason}\n") == 1
 
 
 def test_a_crash_of_what_has_nothing_to_save_ends_with_code_1(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from fitune.errors import UsageError
 from fitune.training import distributed
-from fitune.training.distributed import wait_for_rank_0
+from fitune.training.distributed import wait_for_all, wait_for_rank_0
 from fitune.training.manifest import Identity
 from fitune.training.same_on_all import first_difference, refuse_differences
 
@@ -67,6 +67,23 @@ def test_a_slow_rank_0_is_waited_for_beyond_any_timeout():
     """Looked for in vain again and again: under a collective's timeout once would have been the end."""
     waited = run_ranks(_come_late, 3, [2.0, 0.0, 0.0])
     assert min(waited[1:]) > 0.5
+
+
+def _meet_twice(seconds: list[float]) -> list[float]:
+    dist.init_process_group("gloo")
+    distributed.LOOK_SECONDS = 0.2
+    waited = []
+    for slow in (1, 0):
+        time.sleep(seconds[dist.get_rank()] if dist.get_rank() == slow else 0)
+        began = time.monotonic()
+        wait_for_all()
+        waited.append(time.monotonic() - began)
+    return waited
+
+
+def test_ranks_wait_for_the_slowest_of_all_beyond_any_timeout_each_time_anew():
+    first, second, third = run_ranks(_meet_twice, 3, [1.5, 1.5, 0.0])
+    assert first[0] > 0.5 and third[0] > 0.5 and second[1] > 0.5 and third[1] > 0.5
 
 
 @pytest.mark.parametrize(

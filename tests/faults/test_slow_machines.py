@@ -1,0 +1,81 @@
+"""A machine that reads the base for far longer than another one is waited for; one that dies meanwhile is noticed."""
+
+import os
+import signal
+
+import psutil
+from commands import Running, changed, losses, start_on_two_machines, train_command
+from patience import PATIENCE_SECONDS
+
+READS_SLOWLY = """
+def change(rank):
+    from pathlib import Path
+    import torch.distributed as dist
+    from fitune.weights import load as loading
+
+    load, folder = loading.load_weights, Path({folder!r})
+    def slow_load(*args, **kwargs):
+        found = load(*args, **kwargs)
+        (folder / f"has-read-{{rank}}").touch()
+        while rank and not (folder / "has-read-0").exists():
+            time.sleep(0.01)
+        while rank and (folder / "hold").exists():
+            time.sleep(0.01)
+        time.sleep(2 * rank)
+        (folder / f"goes-on-{{rank}}").touch()
+        return found
+    loading.load_weights = slow_load
+
+    def checked(collective):
+        def call(*args, **kwargs):
+            if rank == 0 and (folder / "goes-on-0").exists() and not (folder / "goes-on-1").exists():
+                (folder / "under-a-timeout").touch()
+            return collective(*args, **kwargs)
+        return call
+    for name in ("barrier", "broadcast_object_list", "all_gather_object", "all_reduce"):
+        setattr(dist, name, checked(getattr(dist, name)))
+"""
+"""Machine 1 has read its base some time after machine 0, which leaves a file if it waits in a collective."""
+QUICKLY = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from fitune.launching import other_machines
+other_machines.LOOK_SECONDS, other_machines.GONE_SECONDS, other_machines.FOLLOWS_WITHIN_SECONDS = 0.2, 12, 1
+from fitune.cli import cli
+sys.argv[0] = "fitune"
+cli()
+"""
+
+
+def test_a_machine_that_reads_slowly_meets_no_timeout_of_a_collective(tiny_base, prepared, tmp_path):
+    environment = changed(READS_SLOWLY.format(folder=str(tmp_path)), tmp_path)
+    command = train_command(tiny_base, prepared, tmp_path / "run", 1)
+    for machine in start_on_two_machines(command, tmp_path, **environment):
+        assert machine.wait() == 0, machine.log.read_text()[-3000:]
+    assert (tmp_path / "goes-on-1").exists() and not (tmp_path / "under-a-timeout").exists()
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1]
+
+
+def test_a_machine_that_dies_while_it_reads_is_noticed_and_the_others_end(tiny_base, prepared, tmp_path):
+    """Its power was cut, as far as the launcher of machine 0 sees: no word, and no sign of life."""
+    (tmp_path / "hold").touch()
+    environment = changed(READS_SLOWLY.format(folder=str(tmp_path)), tmp_path)
+    quickly = tmp_path / "quickly.py"
+    quickly.write_text(QUICKLY)
+    python, _, *words = train_command(tiny_base, prepared, tmp_path / "run", 1)
+    second, first = start_on_two_machines([python, str(quickly), *words], tmp_path, **environment)
+    first.wait_for((tmp_path / "goes-on-0").exists)
+    first.wait_for((tmp_path / "has-read-1").exists)
+    _stop_altogether(second)
+    code = first.wait(PATIENCE_SECONDS)
+    second.process.kill()
+    said = first.log.read_text()
+    assert code == 1 and "error: machine 1 of 2 has shown no sign of life for 1" in said, said[-3000:]
+    assert "; the ranks here were ended" in said and "Traceback" not in said
+
+
+def _stop_altogether(machine: Running) -> None:
+    """Its sockets stay open, as those of a machine do whose power was cut."""
+    launcher = psutil.Process(machine.process.pid)
+    for process in (launcher, *launcher.children(recursive=True)):
+        os.kill(process.pid, signal.SIGSTOP)
