@@ -47,8 +47,8 @@ soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments, change it each time:
 planted: $(DEV_INSTALLED)  ## plant each fault of tests/planted/ in a copy: its tests must notice it: make planted [JOBS=16]
 	$(BIN)/python tests/planted/plant.py $(if $(JOBS),--jobs $(JOBS)) --json runs/planted.json
 
-slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm)
-	$(BIN)/python tests/slurm/run.py
+slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm) [OUTPUT=benchmarks/results]
+	$(BIN)/python tests/slurm/run.py $(if $(OUTPUT),--output $(OUTPUT))
 
 settings: $(DEV_INSTALLED)  ## try every field of SFTConfig and every optimizer, write docs/settings.md (about 15 min)
 	$(BIN)/python tests/settings/try_settings.py

@@ -2,9 +2,10 @@
 
 A tiny model is trained by two ranks over gloo, one on each node: undisturbed; told to stop in the middle by `scancel
 --signal=TERM`; and with either node killed in the middle. All are requeued, resumed, and end with the same adapter
-bytes. A job whose set-up fails ends at once and is not requeued.
+bytes. A job whose set-up fails ends at once and is not requeued. What happened is written to a JSON (`record.py`).
 """
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from cluster import ENDED, Cluster, enter_namespace, missing
+from record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER, STEPS = "adapter/adapter_model.safetensors", 30
@@ -71,9 +73,7 @@ class Jobs:
 
     def wait_for_step(self, job: str, run: Path, step: int) -> None:
         self.cluster.wait_for(
-            lambda: (
-                any(int(p.name.split("-")[1]) >= step for p in run.glob("checkpoints/checkpoint-*")) or self._over(job)
-            ),
+            lambda: any(saved >= step for saved in saved_steps(run)) or self._over(job),
             f"{run.name} has saved step {step}",
         )
         assert not self._over(job), self.log(run)
@@ -98,10 +98,13 @@ class Jobs:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs", help="the folder of the record")
+    output = parser.parse_args().output.absolute()
     if reason := missing():
         sys.exit(reason)
     enter_namespace()
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
     from conftest import build_base, write_split  # imports torch, which the first process needs not
 
     with tempfile.TemporaryDirectory(prefix="fitune-slurm-") as name:
@@ -112,54 +115,64 @@ def main() -> None:
         for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
             write_split(prepared, split, count, seed)
         with Cluster(folder / "slurm") as cluster:
+            record = Record(cluster, folder / "slurm")
             try:
                 jobs = Jobs(folder, cluster)
-                _fail(jobs, base, prepared)
-                _disturb(jobs, cluster, base, prepared)
-            except AssertionError:
+                _fail(jobs, record, base, prepared)
+                _disturb(jobs, record, base, prepared)
+            except AssertionError as error:
+                print(f"record: {record.write(output, str(error))}", file=sys.stderr)
                 for log in sorted((folder / "slurm").glob("*.log")):
                     print(f"--- {log.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
                 raise
+            print(f"record: {record.write(output)}")
 
 
-def _fail(jobs: Jobs, base: Path, prepared: Path) -> None:
+def _fail(jobs: Jobs, record: Record, base: Path, prepared: Path) -> None:
     job, run = jobs.submit("failed-set-up", base, prepared, then=" && source nowhere/activate")
     restarts = jobs.finish(job, run, "FAILED")["Restarts"]
     said = next(line for line in jobs.log(run).splitlines() if line.startswith("error: the set-up failed: "))
     assert restarts == "0" and not run.exists(), jobs.log(run)
-    print(f"set-up that fails: job {job} ended, not requeued: {said[:24]}")
+    what = "set-up that fails"
+    record.add(what, job, run)
+    print(f"{what}: job {job} ended, not requeued: {said[:24]}")
 
 
-def _disturb(jobs: Jobs, cluster: Cluster, base: Path, prepared: Path) -> None:
+def _disturb(jobs: Jobs, record: Record, base: Path, prepared: Path) -> None:
+    cluster = jobs.cluster
     job, run = jobs.submit("undisturbed", base, prepared)
     expected = jobs.adapter(job, run)
-    print(f"undisturbed: job {job} trained {STEPS} steps on {cluster.job_state(job)['NodeList']}")
+    case = record.add("undisturbed", job, run, expected, steps=STEPS)
+    print(f"undisturbed: job {job} trained {STEPS} steps on {case['NodeList']}")
+
+    def check(what: str, after: int, log_says: str) -> None:
+        """Ends the case: requeued once, resumed, and the same bytes as undisturbed."""
+        found = jobs.adapter(job, run)
+        log = Path(f"{run}-slurm.log").read_text()
+        resumed = next((line for line in log.splitlines() if "goes on after step" in line), "").partition(": ")[2]
+        same = found == expected
+        case = record.add(
+            what, job, run, found, steps=STEPS, disturbed_after_step=after, resumed=resumed, same_adapter_bytes=same
+        )
+        assert case["Restarts"] == "1" and log_says in log, f"{what}: {case['Restarts']} restarts\n{log[-4000:]}"
+        assert same, f"{what}: another adapter than undisturbed"
+        print(f"{what}: job {job} was requeued and {resumed}; the same adapter bytes")
 
     job, run = jobs.submit("told-to-stop", base, prepared)
     jobs.wait_for_step(job, run, 3)
+    after = max(saved_steps(run))
     cluster.command("scancel", "--signal=TERM", job)
     cluster.begin_now(job)
-    found = jobs.adapter(job, run)
-    _check(
-        "told to stop by scancel --signal=TERM", jobs, job, run, found == expected, "stopped: interrupted after step"
-    )
+    check("told to stop by scancel --signal=TERM", after, "stopped: interrupted after step")
 
     for node in ("n2", "n1"):  # n1 also runs the job's script, and rank 0
         job, run = jobs.submit(f"lost-{node}", base, prepared)
         jobs.wait_for_step(job, run, 3)
+        after = max(saved_steps(run))
         cluster.kill_node(node)
         cluster.wait_for_restart(job)
         cluster.start_node(node)
-        found = jobs.adapter(job, run)
-        _check(f"{node} killed", jobs, job, run, found == expected, "goes on after step")
-
-
-def _check(what: str, jobs: Jobs, job: str, run: Path, same: bool, said: str) -> None:
-    restarts, log = jobs.cluster.job_state(job)["Restarts"], Path(f"{run}-slurm.log").read_text()
-    assert restarts == "1" and said in log, f"{what}: {restarts} restarts\n{log[-4000:]}"
-    assert same, f"{what}: another adapter than undisturbed"
-    resumed = next(line for line in log.splitlines() if "goes on after step" in line)
-    print(f"{what}: job {job} was requeued and {resumed.partition(': ')[2]}; the same adapter bytes")
+        check(f"{node} killed", after, "goes on after step")
 
 
 if __name__ == "__main__":
