@@ -23,6 +23,6 @@ class Dropout:
         "A kept element's 32-bit number is at least this."
         return int(self.p * 2**32)
 
-    def rows(self, start: int, stop: int) -> "Dropout":
-        """The same place for tokens [start, stop)."""
-        return Dropout(self.p, self.keys[start:stop], self.place)
+    def rows(self, rows: slice) -> "Dropout":
+        """The same place for these tokens."""
+        return self if rows == slice(None) else Dropout(self.p, self.keys[rows], self.place)

@@ -155,5 +155,10 @@ def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype of sums: float32, or float64 as it is."""
-    return x.double() if x.dtype == torch.float64 else x.float()
+    """x in the dtype of sums."""
+    return x.to(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums: float32, but of float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fitune.model.dropout import Dropout
+from fitune.model.grid import blocks_of, power_of_two
 
 BLOCK = 2048  # channels of one program where a row needs no sum
 
@@ -182,7 +183,7 @@ def dropping(dropout: Dropout | None, unused: torch.Tensor) -> tuple:
 
 
 def _blocks(tokens: int, channels: int) -> tuple[int, int]:
-    return tokens, triton.cdiv(channels, BLOCK)
+    return tokens, blocks_of(channels, BLOCK)
 
 
 def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
@@ -209,7 +210,7 @@ def _rms_norm(x, weight, normed, dropped, eps: float, dropout: Dropout | None, *
     tokens, channels = x.shape
     _rms_norm_kernel[(tokens,)](
         x, weight, normed, dropped, *dropping(dropout, x), eps, CHANNELS=channels, NORM=norm, DROP=dropout is not None,
-        BLOCK=triton.next_power_of_2(channels), num_warps=8,
+        BLOCK=power_of_two(channels), num_warps=8,
     )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def rms_norm_backward(gradient, x, weight, eps: float, residual, out=None):
     out = torch.empty_like(x) if out is None else out
     _rms_norm_backward_kernel[(tokens,)](
         gradient, x, weight, x if residual is None else residual, out, eps, CHANNELS=channels,
-        ADD=residual is not None, BLOCK=triton.next_power_of_2(channels), num_warps=8,
+        ADD=residual is not None, BLOCK=power_of_two(channels), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -248,9 +249,9 @@ def rope_(heads, cos, sin) -> None:
     tokens, count, size = heads.shape
     _check_heads(heads)
     block = _block_of_heads(count)
-    _rope_kernel[(tokens, triton.cdiv(count, block))](
+    _rope_kernel[(tokens, blocks_of(count, block))](
         heads, heads.stride(0), cos, sin, cos.stride(0), HEADS=count, HALF=size // 2, BLOCK=block,
-        COLUMNS=triton.next_power_of_2(size // 2),
+        COLUMNS=power_of_two(size // 2),
     )  # fmt: skip
 
 
@@ -261,12 +262,12 @@ def rope_from_places(parts, places, cos, sin, *, back: bool):
     tokens = tokens if places is None else len(places)
     out = parts[0].new_empty(tokens, query_heads + 2 * key_heads, size)
     block = _block_of_heads(key_heads)
-    blocks = triton.cdiv(query_heads, block) + 2 * triton.cdiv(key_heads, block)
+    blocks = blocks_of(query_heads, block) + 2 * blocks_of(key_heads, block)
     strided = (given for part in parts for given in (part, part.stride(0)))
     _rope_from_places_kernel[(tokens, blocks)](
         *strided, cos if places is None else places, out, cos, sin, cos.stride(0), QUERY_HEADS=query_heads,
         KEY_HEADS=key_heads, HALF=size // 2, PLACES=places is not None, BACK=back, BLOCK=block,
-        COLUMNS=triton.next_power_of_2(size // 2),
+        COLUMNS=power_of_two(size // 2),
     )  # fmt: skip
     return out
 
@@ -278,4 +279,4 @@ def _check_heads(heads: torch.Tensor) -> None:
 
 def _block_of_heads(count: int) -> int:
     """How many of a token one program rotates."""
-    return min(16, triton.next_power_of_2(count))
+    return min(16, power_of_two(count))

@@ -9,6 +9,7 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 
 from fitune.model.e4m3 import E4M3, LARGEST, SMALLEST
+from fitune.model.grid import blocks_of, power_of_two
 
 AT_ONCE = 32768  # channels of a row that a program holds, and so reads once
 CHANNELS = 8192  # of a wider row, read at a time
@@ -103,7 +104,7 @@ def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.
     values = torch.empty(tokens, channels, dtype=E4M3, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rows, block, warps = _rows_at_once(channels, with_factors=factors is not None)
-    _quantise_rows_kernel[(triton.cdiv(tokens, rows),)](
+    _quantise_rows_kernel[(blocks_of(tokens, rows),)](
         x, x.stride(0), scales if factors is None else factors, values, scales, tokens, CHANNELS=channels,
         WITH_FACTORS=factors is not None, TOKENS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -112,7 +113,7 @@ def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.
 
 def _rows_at_once(channels: int, *, with_factors: bool) -> tuple[int, int, int]:
     """(tokens of a program, channels that it reads at a time, warps): the fastest on an H200."""
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     if block > AT_ONCE:
         return 2, CHANNELS, 16
     if block > 16384 and with_factors:
@@ -140,11 +141,11 @@ def round_matrix(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) 
 def transpose(values: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out ([out, in], its columns each in a row of memory) with values (e4m3 [out, in], contiguous)."""
     rows, columns = values.shape
-    grid = triton.cdiv(rows, SIDE), triton.cdiv(columns, SIDE)
+    grid = blocks_of(rows, SIDE), blocks_of(columns, SIDE)
     _transpose_kernel[grid](
         values.view(torch.uint8), out.view(torch.uint8), out.stride(1), rows, columns, SIDE=SIDE, num_warps=8
     )
 
 
 def _tiles(matrix: torch.Tensor) -> tuple[int, int]:
-    return triton.cdiv(matrix.shape[0], ROWS), triton.cdiv(matrix.shape[1], COLUMNS)
+    return blocks_of(matrix.shape[0], ROWS), blocks_of(matrix.shape[1], COLUMNS)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fitune.model.grid import power_of_two
+
 BLOCK, WARPS = 4096, 8  # columns at a time: 16 for each thread
 
 
@@ -49,6 +51,6 @@ def _kernel(logits, targets, found,
 def fold(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:
     tokens, vocabulary = logits.shape
     found = torch.empty(tokens, 3, device=logits.device)
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(BLOCK, power_of_two(vocabulary))
     _kernel[(tokens,)](logits, targets, found, vocabulary, gradient, block, num_warps=WARPS)
     return found

@@ -11,7 +11,7 @@ from torch import nn
 from fitune.config.tiles import MLP_TILE
 from fitune.model import attention, elementwise, fp8, products
 from fitune.model.dropout import Dropout
-from fitune.model.linears import DOWN, GATE_UP, GROUPS, OUT, QKV, Linears
+from fitune.model.linears import ALL, DOWN, GATE_UP, GROUPS, OUT, QKV, Linears, part
 from fitune.model.lora_linears import LoraLinears
 
 
@@ -85,36 +85,36 @@ class LayerPass:
     def mlp(self, mid: torch.Tensor, y: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
         """Fills y [T, h], tile by tile; returns gate and up if they are kept."""
         gate_up = mid.new_empty(mid.shape[0], self.linears.linears.width(GATE_UP)) if keep else None
-        for start, stop in _tiles(mid.shape[0]):
-            rows = slice(start, stop)
-            tile, _ = self._gate_up(mid[rows], rows, out=gate_up[rows] if keep else None)
+        for rows in _tiles(mid.shape[0]):
+            of_tile = part(mid, rows)
+            tile, _ = self._gate_up(of_tile, rows, out=part(gate_up, rows) if keep else None)
             product, dropped = elementwise.swiglu(tile, self._dropout_of_rows(DOWN, rows))
-            self.linears.multiply(DOWN, product, dropped, rows, residual=mid[rows], out=y[rows])
+            self.linears.multiply(DOWN, product, dropped, rows, residual=of_tile, out=part(y, rows))
         return gate_up
 
     def mlp_backward(self, dy: torch.Tensor, mid: torch.Tensor, gate_up: torch.Tensor | None) -> torch.Tensor:
         """The gradient of mid. Overwrites `gate_up`."""
         norm, dmid = self.layer.post_attention_layernorm, torch.empty_like(mid)
-        for start, stop in _tiles(mid.shape[0]):
-            rows = slice(start, stop)
+        for rows in _tiles(mid.shape[0]):
+            of_tile, dy_of_tile = part(mid, rows), part(dy, rows)
             if gate_up is None:
-                tile, dropped = self._gate_up(mid[rows], rows)
+                tile, dropped = self._gate_up(of_tile, rows)
             else:
-                tile = gate_up[rows]
-                dropped = self._dropped_norm_of_mid(mid[rows], rows)
+                tile = part(gate_up, rows)
+                dropped = self._dropped_norm_of_mid(of_tile, rows)
             down = self._dropout_of_rows(DOWN, rows)
-            low = self.linears.low_gradient(DOWN, dy[rows])
-            dproduct = self.linears.multiply_backward(DOWN, dy[rows], None, down, low=low)
+            low = self.linears.low_gradient(DOWN, dy_of_tile)
+            dproduct = self.linears.multiply_backward(DOWN, dy_of_tile, None, down, low=low)
             product = elementwise.swiglu_backward_(dproduct, tile, down)
             del dproduct
             if gate_up is None and DOWN in self.linears.adapters:
                 self.linears.fill_low(DOWN, product, rows)
-            self.linears.add_adapter_gradients(DOWN, dy[rows], product, rows, low)
+            self.linears.add_adapter_gradients(DOWN, dy_of_tile, product, rows, low)
             del product
             first = self._dropout_of_rows(GATE_UP, rows)
             dnormed = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
             elementwise.rms_norm_backward(
-                dnormed, mid[rows], norm.weight, norm.variance_epsilon, dy[rows], out=dmid[rows]
+                dnormed, of_tile, norm.weight, norm.variance_epsilon, dy_of_tile, out=part(dmid, rows)
             )
         return dmid
 
@@ -141,7 +141,7 @@ class LayerPass:
 
     def _dropout_of_rows(self, group: int, rows: slice) -> Dropout | None:
         dropout = self._dropout(group)
-        return dropout.rows(rows.start, rows.stop) if dropout else None
+        return dropout and dropout.rows(rows)
 
     @property
     def _examples(self) -> tuple:
@@ -185,5 +185,7 @@ class LayerPass:
         return torch.cat([*before, value], dim=1)
 
 
-def _tiles(tokens: int) -> list[tuple[int, int]]:
-    return [(start, min(start + MLP_TILE, tokens)) for start in range(0, tokens, MLP_TILE)]
+def _tiles(tokens: int) -> list[slice]:
+    if tokens <= MLP_TILE:
+        return [ALL]
+    return [slice(start, min(start + MLP_TILE, tokens)) for start in range(0, tokens, MLP_TILE)]

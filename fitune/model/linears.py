@@ -13,6 +13,11 @@ GROUPS = {QKV: (0, 1, 2), OUT: (3,), GATE_UP: (4, 5), DOWN: (6,)}
 "The linears of each shared input, by their place among q, k, v, o, gate, up and down."
 
 
+def part(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """x[rows]; x itself for all of them, without asking torch."""
+    return x if rows is ALL else x[rows]
+
+
 def base_of(linear: nn.Module) -> nn.Linear:
     """Without its adapter."""
     return linear.base_layer if isinstance(linear, LoraLayer) else linear
@@ -39,6 +44,23 @@ class Place:
         return flat.as_strided((self.rows, self.columns), (self.columns, 1), self.start)
 
 
+class Matrices:
+    """One tensor with a layer's adapters, or their gradients, and its matrices: each found once, not in every pass."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, layout: "Layout", dtype: torch.dtype, device: torch.device):
+        self.flat = torch.empty(layout.size, dtype=dtype, device=device)
+        self.of_parameters = [place.of(self.flat) for place in layout.places]
+        "Linear by linear A and B."
+        self.down, self.down_t, self.ups, self.stacked_up = {}, {}, {}, {}
+        for group, adapter in layout.adapters.items():
+            self.down[group] = adapter.down.of(self.flat)
+            self.down_t[group] = self.down[group].t()
+            self.ups[group] = {index: up.of(self.flat) for index, up in adapter.ups.items()}
+            self.stacked_up[group] = adapter.stacked_up and adapter.stacked_up.of(self.flat)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """LoRA of the linears that share an input, stacked along the rank: a = s x A^T, out_n += a_n B_n^T."""
@@ -51,11 +73,11 @@ class Adapter:
     "All B, [all outputs, r], if each linear of the input has one."
     ranks: dict[int, slice]
     "The columns of a that each linear's B reads."
-    columns: slice
-    "Of a, among those of all inputs."
+    widths: list[int]
+    "The outputs of each linear that has an adapter."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The adapters of a layer in one tensor: by shared input A of its linears, then their B."""
 
@@ -64,8 +86,13 @@ class Layout:
     places: tuple[Place, ...]
     "Of the parameters, linear by linear A and B."
     size: int
-    ranks: int
-    "Their sum."
+    ranks: tuple[int, ...]
+    "Of the adapter of each shared input."
+
+    @cache  # noqa: B019  layouts are few, and stay
+    def room(self, purpose: str, dtype: torch.dtype, device: torch.device) -> Matrices:
+        """The same for all layers: each fills it anew, and the GPU computes one after the other."""
+        return Matrices(self, dtype, device)
 
 
 class Linears:
@@ -80,6 +107,7 @@ class Linears:
                       for a, base in zip(of_each, self.bases, strict=True))  # fmt: skip
         self.layout = _layout(sizes)
         self.adapters = self.layout.adapters
+        self.has_bias = any(base.bias is not None for base in self.bases)
 
     def bases_of(self, group: int) -> list[nn.Linear]:
         """Those of the input's linears."""
@@ -123,7 +151,7 @@ class Linears:
 @cache
 def _layout(sizes: tuple[tuple[int, int, int] | None, ...]) -> Layout:
     """Of linears with an adapter of (rank, inputs, outputs) each, or none."""
-    adapters, places, start, width = {}, {}, 0, 0
+    adapters, places, start = {}, {}, 0
     for group, members in GROUPS.items():
         present = [index for index in members if sizes[index]]
         if not present:
@@ -144,6 +172,6 @@ def _layout(sizes: tuple[tuple[int, int, int] | None, ...]) -> Layout:
         if len(present) == len(members) and len({sizes[index][0] for index in present}) == 1:
             stacked = Place(first_up, sum(sizes[index][2] for index in present), sizes[present[0]][0])
         down = Place(first, wide, sizes[present[0]][1])
-        adapters[group] = Adapter(down, ups, stacked, ranks, slice(width, width + wide))
-        width += wide
-    return Layout(adapters, tuple(places[key] for key in sorted(places)), start, width)
+        adapters[group] = Adapter(down, ups, stacked, ranks, [sizes[index][2] for index in present])
+    in_order = tuple(places[key] for key in sorted(places))
+    return Layout(adapters, in_order, start, tuple(adapter.down.rows for adapter in adapters.values()))

@@ -6,7 +6,7 @@ import torch
 
 from fitune.model import elementwise
 from fitune.model.dropout import Dropout
-from fitune.model.linears import ALL, Linears
+from fitune.model.linears import ALL, Linears, Matrices, part
 
 
 class LoraLinears:
@@ -27,20 +27,19 @@ class LoraLinears:
     ):
         self.linears, self.parameters, self.products = linears, parameters, products
         self.adapters, self.layout = linears.adapters, linears.layout
-        self.flat = self._flat(x.dtype)
-        "All adapters, as `layout` has them."
-        self.flat_gradient: torch.Tensor | None = None
+        self.weights = self._in_dtype_of(x) if parameters else None
+        self.sums: Matrices | None = None
+        "The adapters' gradients."
         self.filled: set[int] = set()
         "The groups whose gradients hold some tokens'."
-        self.lows = x.new_empty(x.shape[0], self.layout.ranks) if lows is None else lows
+        self.lows = x.new_empty(x.shape[0], sum(self.layout.ranks)) if lows is None else lows
+        self.low_of = dict(zip(self.adapters, self.lows.split(self.layout.ranks, 1), strict=True))
 
-    def _flat(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The parameters in `dtype`, by one copy."""
-        if not self.parameters:
-            return None
-        flat = torch.empty(self.layout.size, dtype=dtype, device=self.parameters[0].device)
-        torch._foreach_copy_([place.of(flat) for place in self.layout.places], list(self.parameters))
-        return flat
+    def _in_dtype_of(self, x: torch.Tensor) -> Matrices:
+        """The parameters, by one copy."""
+        weights = self.layout.room("weights", x.dtype, x.device)
+        torch._foreach_copy_(weights.of_parameters, list(self.parameters))
+        return weights
 
     def multiply(self, group: int, x, dropped, rows: slice = ALL, *, residual=None, out=None) -> torch.Tensor:
         """x W'^T for the linears that read x, side by side; `dropped` is what their adapter reads.
@@ -57,28 +56,28 @@ class LoraLinears:
         else:
             self.products.multiply(x, bases, out)
             self._put_up(out, group, self.fill_low(group, dropped, rows), residual, add=True)
-        for base, columns in zip(bases, self.linears.columns(group).values(), strict=True):
-            if base.bias is not None:
-                out[:, columns] += base.bias
+        if self.linears.has_bias:
+            for base, columns in zip(bases, self.linears.columns(group).values(), strict=True):
+                if base.bias is not None:
+                    out[:, columns] += base.bias
         return out
 
     def _put_up(self, out, group: int, low, residual, *, add: bool = False) -> None:
         """out (+)= low B^T (+ residual)."""
-        adapter, columns = self.adapters[group], self.linears.columns(group)
-        if out.is_cuda and adapter.stacked_up is not None:
+        adapter, stacked = self.adapters[group], self.weights.stacked_up[group]
+        if out.is_cuda and stacked is not None:
             from fitune.model import low_rank_triton
 
-            widths = self._widths(group)
-            if low_rank_triton.can_fill(widths):
-                up = adapter.stacked_up.of(self.flat)
-                low_rank_triton.fill(out, low, up, widths, residual=residual, add=add)
+            if low_rank_triton.can_fill(adapter.widths):
+                low_rank_triton.fill(out, low, stacked, adapter.widths, residual=residual, add=add)
                 return
         if not add:
             out.copy_(residual) if residual is not None else out.zero_()
         elif residual is not None:
             out.add_(residual)
-        for index, up in adapter.ups.items():
-            out[:, columns[index]].addmm_(low[:, adapter.ranks[index]], up.of(self.flat).t())
+        columns = self.linears.columns(group)
+        for index, up in self.weights.ups[group].items():
+            out[:, columns[index]].addmm_(low[:, adapter.ranks[index]], up.t())
 
     def multiply_backward(
         self, group: int, dy, dropped, dropout: Dropout | None, rows: slice = ALL, *, low=None, need_dx: bool = True
@@ -106,13 +105,13 @@ class LoraLinears:
 
     def _put_down(self, dx, group: int, low, dropout: Dropout | None, *, add: bool = False) -> None:
         """dx (+)= low A, with the dropout of the adapter's input."""
-        down = self.adapters[group].down.of(self.flat)
         if dx.is_cuda:
             from fitune.model import low_rank_triton
 
-            low_rank_triton.fill(dx, low, down.t(), [dx.shape[1]], add=add, dropout=dropout)
+            down_t = self.weights.down_t[group]
+            low_rank_triton.fill(dx, low, down_t, [dx.shape[1]], add=add, dropout=dropout)
             return
-        product = elementwise.drop(low @ down, dropout)
+        product = elementwise.drop(low @ self.weights.down[group], dropout)
         dx.add_(product) if add else dx.copy_(product)
 
     def add_adapter_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None):
@@ -122,48 +121,44 @@ class LoraLinears:
         """
         if group not in self.adapters:
             return None
-        flat, low = self._gradient(group, dropped), self._low(group, rows)
-        found = self._gradients_by_one_reading(group, dy, low, flat) if low_gradient is None else None
+        sums, low = self._sums(group, dropped), self._low(group, rows)
+        found = self._gradients_by_one_reading(group, dy, low, sums) if low_gradient is None else None
         if found is None:
             found = self.low_gradient(group, dy) if low_gradient is None else low_gradient
             adapter, columns = self.adapters[group], self.linears.columns(group)
-            for index, up in adapter.ups.items():
-                self._put(up.of(flat), dy[:, columns[index]].t(), low[:, adapter.ranks[index]], group)
-        self._put(self.adapters[group].down.of(flat), found.t(), dropped, group)
+            for index, up in sums.ups[group].items():
+                self._put(up, dy[:, columns[index]].t(), low[:, adapter.ranks[index]], group)
+        self._put(sums.down[group], found.t(), dropped, group)
         self.filled.add(group)
         return found
 
-    def _gradients_by_one_reading(self, group: int, dy, low, flat) -> torch.Tensor | None:
+    def _gradients_by_one_reading(self, group: int, dy, low, sums: Matrices) -> torch.Tensor | None:
         """Puts that of B and returns `low_gradient`; None where two readings for each linear are the way."""
-        up = self.adapters[group].stacked_up
+        up = self.weights.stacked_up[group]
         if not dy.is_cuda or up is None:
             return None
         from fitune.model import up_gradients_triton
 
-        widths = self._widths(group)
-        if not up_gradients_triton.worth(dy, widths, up.columns):
+        widths = self.adapters[group].widths
+        if not up_gradients_triton.worth(dy, widths, up.shape[1]):
             return None
         scaling, add = self.linears.scaling(group), group in self.filled
-        return up_gradients_triton.gradients(dy, low, up.of(self.flat), widths, scaling, out=up.of(flat), add=add)
-
-    def _widths(self, group: int) -> list[int]:
-        """The outputs of each linear with an adapter."""
-        return [place.rows for place in self.adapters[group].ups.values()]
+        return up_gradients_triton.gradients(dy, low, up, widths, scaling, out=sums.stacked_up[group], add=add)
 
     def gradients(self) -> list[torch.Tensor]:
         """Of the parameters, in their order and dtype."""
         if not self.parameters:
             return []
-        flat = self.flat_gradient.to(self.parameters[0].dtype)
+        flat = self.sums.flat.to(self.parameters[0].dtype, copy=True)
         return [place.of(flat) for place in self.layout.places]
 
     def fill_low(self, group: int, dropped: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
         """s x A^T of these tokens, [T, sum of the group's ranks]."""
-        down = self.adapters[group].down.of(self.flat)
-        return self._low(group, rows).addmm_(dropped, down.t(), beta=0, alpha=self.linears.scaling(group))
+        down_t = self.weights.down_t[group]
+        return self._low(group, rows).addmm_(dropped, down_t, beta=0, alpha=self.linears.scaling(group))
 
     def _low(self, group: int, rows: slice) -> torch.Tensor:
-        return self.lows[rows, self.adapters[group].columns]
+        return part(self.low_of[group], rows)
 
     def low_gradient(self, group: int, dy) -> torch.Tensor | None:
         """The gradient of x A^T, [T, sum of ranks], from dy [T, all outputs of the group]; None without an adapter."""
@@ -171,18 +166,20 @@ class LoraLinears:
             return None
         adapter, columns, scaling = self.adapters[group], self.linears.columns(group), self.linears.scaling(group)
         low = dy.new_empty(dy.shape[0], adapter.down.rows)
-        for index, up in adapter.ups.items():
+        for index, up in self.weights.ups[group].items():
             ranks = low[:, adapter.ranks[index]]
-            ranks.addmm_(dy[:, columns[index]], up.of(self.flat), beta=0, alpha=scaling)
+            ranks.addmm_(dy[:, columns[index]], up, beta=0, alpha=scaling)
         return low
 
-    def _gradient(self, group: int, like: torch.Tensor) -> torch.Tensor:
-        """Where the group's is added up: in the dtype of products, or of sums once a second tile of tokens comes."""
-        if self.flat_gradient is None:
-            self.flat_gradient = like.new_empty(self.layout.size)
-        elif group in self.filled:
-            self.flat_gradient = elementwise.wide(self.flat_gradient)
-        return self.flat_gradient
+    def _sums(self, group: int, like: torch.Tensor) -> Matrices:
+        """Where the group's are added up: in the dtype of products, or of sums once a second tile of tokens comes."""
+        if self.sums is None:
+            self.sums = self.layout.room("gradients", like.dtype, like.device)
+        elif group in self.filled and self.sums.flat.dtype != elementwise.wide_dtype(like.dtype):
+            narrow = self.sums
+            self.sums = self.layout.room("gradients", elementwise.wide_dtype(like.dtype), like.device)
+            self.sums.flat.copy_(narrow.flat)
+        return self.sums
 
     def _put(self, target: torch.Tensor, a: torch.Tensor, b: torch.Tensor, group: int) -> None:
         """target (+)= a b."""

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fitune.model.dropout import Dropout
 from fitune.model.elementwise_triton import dropping, factors
+from fitune.model.grid import blocks_of, power_of_two
 
 TOKENS, COLUMNS, RANKS = 64, 128, 64  # of one program at a time, at most
 
@@ -55,11 +56,11 @@ def fill(out, low, up, widths: list[int], *, residual=None, add: bool, dropout: 
     columns = _columns(widths)
     second, third = borders(widths)
     addend = (out, 0) if residual is None else (residual, residual.stride(0))
-    _kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(channels, columns))](
+    _kernel[(blocks_of(tokens, TOKENS), blocks_of(channels, columns))](
         out, out.stride(0), low, low.stride(0), up, *up.stride(), *addend, *dropping(dropout, out), tokens,
         SECOND=second, THIRD=third, CHANNELS=channels, RANK=rank, ADD=add, RESIDUAL=residual is not None,
         DROP=dropout is not None, TOKENS=TOKENS, COLUMNS=columns,
-        RANKS=min(RANKS, max(16, triton.next_power_of_2(rank))),
+        RANKS=min(RANKS, max(16, power_of_two(rank))),
     )  # fmt: skip
 
 

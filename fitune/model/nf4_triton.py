@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
+from fitune.model.grid import blocks_of
+
 BLOCKS = 64  # of 64 weights, for one program
 
 
@@ -26,15 +28,17 @@ def _kernel(
     tl.store(out + block[:, None] * 64 + tl.arange(0, 64)[None, :], weights, mask=inside[:, None])
 
 
-def dequantise(packed: torch.Tensor, state: QuantState, out: torch.Tensor | None = None) -> torch.Tensor:
-    """[out, in] in the state's dtype from its packed bytes (uint8), with blocks of 64 and double quantisation.
+def dequantise(
+    packed: torch.Tensor, state: QuantState, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[out, in] in `dtype` from its packed bytes (uint8), with blocks of 64 and double quantisation.
 
     In `out`, contiguous, if it is given.
     """
     if out is None:
-        out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+        out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     blocks, nested = out.numel() // 64, state.state2
-    _kernel[(triton.cdiv(blocks, BLOCKS),)](
+    _kernel[(blocks_of(blocks, BLOCKS),)](
         packed, out, state.absmax, nested.code, nested.absmax, state.offset, state.code, blocks,
         PER_NESTED=nested.blocksize, BLOCKS=BLOCKS,
     )  # fmt: skip

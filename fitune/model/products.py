@@ -26,14 +26,15 @@ def weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None)
         return base.dequantised(dtype)
     if not isinstance(base, NF4Linear):
         return base.weight
-    packed, state = base.weight.view(torch.uint8).view(-1, 1), base.quant_state
-    if state.dtype != dtype:  # that of the weight before it was packed: rounding to it first would lose digits
-        state = copy.copy(state)
-        state.dtype = dtype
+    packed, state = base.weight.view(torch.uint8), base.quant_state
     if packed.is_cuda and state.nested and state.blocksize == BLOCK:
         from fitune.model.nf4_triton import dequantise
 
-        return dequantise(packed, state, out)
+        return dequantise(packed, state, dtype, out)
+    packed = packed.view(-1, 1)
+    if state.dtype != dtype:  # that of the weight before it was packed: rounding to it first would lose digits
+        state = copy.copy(state)
+        state.dtype = dtype
     if out is not None and not packed.is_cuda:  # bitsandbytes writes into a given tensor on GPUs alone
         return out.copy_(dequantize_4bit(packed, state))
     return dequantize_4bit(packed, state, out=out)
@@ -47,22 +48,27 @@ def multiply(
     The addend may be `out`. Returns out.
     """
     for columns, matrix in _weights(bases, x.dtype):
-        part = out[:, columns]
+        part = of_columns(out, columns)
         if addend is None:
             torch.mm(x, matrix.t(), out=part)
         elif addend is out:
             part.addmm_(x, matrix.t())
         else:
-            torch.addmm(addend[:, columns], x, matrix.t(), out=part)
+            torch.addmm(of_columns(addend, columns), x, matrix.t(), out=part)
     return out
 
 
 def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear], total: torch.Tensor | None = None) -> torch.Tensor:
     """dy W, [T, in], added to `total` if it is given; dy [T, all outputs of `bases`]."""
     for columns, matrix in _weights(bases, dy.dtype):
-        part = dy[:, columns]
+        part = of_columns(dy, columns)
         total = part @ matrix if total is None else total.addmm_(part, matrix)
     return total
+
+
+def of_columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
+    """x[:, columns]; x itself for all of them, without asking torch."""
+    return x if columns.stop - columns.start == x.shape[1] else x[:, columns]
 
 
 def _weights(bases: list[nn.Linear], dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fitune.model.grid import blocks_of
 from fitune.model.low_rank_triton import borders
 
 TOKENS, COLUMNS = 64, 512  # of dy, for one program at a time: the fastest of 21 shapes on an H200
@@ -94,9 +95,9 @@ def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tens
     linear.
     """
     (tokens, channels), rank = dy.shape, up.shape[1]
-    blocks = triton.cdiv(channels, COLUMNS)
-    share = triton.cdiv(triton.cdiv(tokens, triton.cdiv(PROGRAMS, blocks)), TOKENS) * TOKENS
-    parts = triton.cdiv(tokens, share)
+    blocks = blocks_of(channels, COLUMNS)
+    share = blocks_of(blocks_of(tokens, blocks_of(PROGRAMS, blocks)), TOKENS) * TOKENS
+    parts = blocks_of(tokens, share)
     low_parts = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=dy.device)
     up_parts = torch.empty(parts, channels, rank, dtype=torch.float32, device=dy.device)
     second, third = borders(widths)
@@ -105,9 +106,9 @@ def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tens
         CHANNELS=channels, RANK=rank, TOKENS=TOKENS, COLUMNS=COLUMNS, RANKS=RANKS, num_warps=8,
     )  # fmt: skip
     gradient = dy.new_empty(tokens, len(widths) * rank)
-    _sum_low_kernel[(triton.cdiv(tokens, 2 * TOKENS), len(widths))](
-        low_parts, gradient, scaling, tokens, SECOND=triton.cdiv(second, COLUMNS), THIRD=triton.cdiv(third, COLUMNS),
+    _sum_low_kernel[(blocks_of(tokens, 2 * TOKENS), len(widths))](
+        low_parts, gradient, scaling, tokens, SECOND=blocks_of(second, COLUMNS), THIRD=blocks_of(third, COLUMNS),
         BLOCKS=blocks, RANK=rank, TOKENS=2 * TOKENS, RANKS=RANKS,
     )  # fmt: skip
-    _sum_kernel[(triton.cdiv(out.numel(), SUMS),)](up_parts, out, out.numel(), parts, ADD=add, SUMS=SUMS)
+    _sum_kernel[(blocks_of(out.numel(), SUMS),)](up_parts, out, out.numel(), parts, ADD=add, SUMS=SUMS)
     return gradient

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fitune.model.elementwise_triton import mix
+from fitune.model.grid import blocks_of
 from fitune.training.moment import Moment, Step
 
 BLOCKS = 8  # of one program
@@ -73,7 +74,7 @@ def update_rows(
     """`fitune.training.adamw_step.update_rows` of contiguous tensors whose moments have scales."""
     count = mean.scales.numel()
     with torch.cuda.device(weight.device):
-        _adamw_kernel[(triton.cdiv(count, BLOCKS),)](
+        _adamw_kernel[(blocks_of(count, BLOCKS),)](
             weight, gradient, mean.values, mean.scales, root.values, root.scales, *codes, count,
             1.0 - step.rate * step.decay, step.rate / (1.0 - step.beta1**step.number), step.beta1, step.beta2,
             step.eps, (1.0 - step.beta2**step.number) ** 0.5, step.gradient_scale, step.key, step.first_element,
