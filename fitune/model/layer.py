@@ -69,9 +69,9 @@ class DecoderLayer(nn.Module):
         attention.check_bounds(cu_seq_lens_q, max_length_q, hidden_states.device)
         cos, sin = (angle.expand(rows, -1, -1).reshape(rows * length, -1) for angle in position_embeddings)
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
-        linears = Linears(self.linears())
+        linears = self._linears()
         with save_on_cpu(pin_memory=hidden_states.is_cuda) if self.offload else nullcontext():
-            return _Function.apply(hidden_states, self, batch, linears, *linears.parameters)
+            return _Function.apply(hidden_states, self, batch, linears, *linears.parameters())
 
     def train(self, mode: bool = True) -> "DecoderLayer":
         """Trainer asks for it in every pass; only a change goes through the layer's many modules."""
@@ -86,6 +86,13 @@ class DecoderLayer(nn.Module):
         """q, k, v, o, gate, up, down."""
         a, m = self.self_attn, self.mlp
         return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+    def _linears(self) -> Linears:
+        """What is known of them, found anew when they have changed."""
+        modules, found = self.linears(), self.__dict__.get("found_linears")
+        if found is None or not found.are(modules):
+            found = self.__dict__["found_linears"] = Linears(modules)
+        return found
 
     def bases(self) -> list[nn.Linear]:
         """The same without their adapters."""

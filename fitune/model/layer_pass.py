@@ -49,22 +49,24 @@ class LayerPass:
         multiplication = fp8 if layer.fp8 and layer.training else products
         self.linears = LoraLinears(linears, parameters, x, multiplication, lows)
         self.key_heads = linears.bases[1].out_features // layer.self_attn.head_dim
+        self.dropouts = [self._dropout(group) for group in GROUPS]
+        "By shared input, of all tokens of the batch; None where nothing is dropped."
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """(mid, what the backward pass needs beside x) of the attention half."""
-        dropout, norm = self._dropout(QKV), self.layer.input_layernorm
+        dropout, norm = self.dropouts[QKV], self.layer.input_layernorm
         normed, dropped = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon, dropout)
         qkv = self.linears.multiply(QKV, normed, dropped)
         heads = self._heads_for_attention(qkv, rotated=False)
         attended, statistics = attention.forward(heads, self.key_heads, *self._examples)
         attended = attended.reshape(x.shape[0], -1)
-        dropped = elementwise.drop(attended, self._dropout(OUT))
+        dropped = elementwise.drop(attended, self.dropouts[OUT])
         mid = self.linears.multiply(OUT, attended, dropped, residual=x)
         return mid, (qkv, attended, *statistics)
 
     def attend_backward(self, dmid: torch.Tensor, x: torch.Tensor, saved, *, need_dx: bool) -> torch.Tensor | None:
         qkv, attended, *statistics = saved
-        dropout = self._dropout(OUT)
+        dropout = self.dropouts[OUT]
         dattended = self.linears.multiply_backward(OUT, dmid, elementwise.drop(attended, dropout), dropout)
         heads = self._heads_for_attention(qkv, rotated=True)
         by_head = (x.unflatten(1, (-1, heads.shape[2])) for x in (dattended, attended))
@@ -73,7 +75,7 @@ class LayerPass:
         dheads = elementwise.rope_from_places(gradients, places, self.batch.cos, self.batch.sin, back=True)
         del gradients
         dqkv = self._head_norms_backward(dheads, qkv).flatten(1)
-        dropout, norm = self._dropout(QKV), self.layer.input_layernorm
+        dropout, norm = self.dropouts[QKV], self.layer.input_layernorm
         dropped = None
         if QKV in self.linears.adapters:
             dropped = elementwise.dropped_norm(x, norm.weight, norm.variance_epsilon, dropout)
@@ -131,16 +133,15 @@ class LayerPass:
         return elementwise.dropped_norm(mid, norm.weight, norm.variance_epsilon, dropout)
 
     def _dropout(self, group: int) -> Dropout | None:
-        """Of all tokens of the batch."""
-        p = self.linears.linears.dropout(group) if self.layer.training else 0.0
-        if not p:
+        p = self.linears.linears.dropouts.get(group)
+        if not (p and self.layer.training):
             return None
         if self.batch.dropout_keys is None:
             raise ValueError("lora.dropout needs dropout_keys beside the batch: see fitune.model.dropout_keys")
         return Dropout(p, self.batch.dropout_keys, self.layer.self_attn.layer_idx * len(GROUPS) + group + 1)
 
     def _dropout_of_rows(self, group: int, rows: slice) -> Dropout | None:
-        dropout = self._dropout(group)
+        dropout = self.dropouts[group]
         return dropout and dropout.rows(rows)
 
     @property

@@ -18,17 +18,22 @@ def part(x: torch.Tensor, rows: slice) -> torch.Tensor:
     return x if rows is ALL else x[rows]
 
 
+def of_columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
+    """x[:, columns]; x itself for all of them."""
+    return x if columns.stop - columns.start == x.shape[1] else x[:, columns]
+
+
 def base_of(linear: nn.Module) -> nn.Linear:
     """Without its adapter."""
     return linear.base_layer if isinstance(linear, LoraLayer) else linear
 
 
-def adapter_of(linear: nn.Module) -> list[nn.Parameter]:
-    """[A, B] of a linear's active adapter, [] without."""
+def adapter_of(linear: nn.Module) -> str | None:
+    """The name of a linear's active adapter, None without."""
     if not isinstance(linear, LoraLayer) or linear.disable_adapters:
-        return []
+        return None
     [name] = linear.active_adapters
-    return [linear.lora_A[name].weight, linear.lora_B[name].weight]
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class Adapter:
     "All B, [all outputs, r], if each linear of the input has one."
     ranks: dict[int, slice]
     "The columns of a that each linear's B reads."
-    widths: list[int]
+    widths: tuple[int, ...]
     "The outputs of each linear that has an adapter."
 
 
@@ -96,18 +101,27 @@ class Layout:
 
 
 class Linears:
-    """What both passes of a layer need to know of its linears, found once for both."""
+    """What all passes of a layer need to know of its linears, as long as these and their adapters stay."""
 
     def __init__(self, linears: list[nn.Module]):
         """`linears`: q, k, v, o, gate, up, down."""
         self.linears, self.bases = linears, [base_of(linear) for linear in linears]
-        of_each = [adapter_of(linear) for linear in linears]
-        self.parameters = tuple(parameter for adapter in of_each for parameter in adapter)
-        sizes = tuple((len(a[0]), base.in_features, base.out_features) if a else None
-                      for a, base in zip(of_each, self.bases, strict=True))  # fmt: skip
-        self.layout = _layout(sizes)
+        self.names = [adapter_of(linear) for linear in linears]
+        pairs = [name and (linear.lora_A[name], linear.lora_B[name])
+                 for name, linear in zip(self.names, linears, strict=True)]  # fmt: skip
+        self.of_adapters = [module for pair in pairs if pair for module in pair]
+        self.layout = _layout(tuple(pair and (pair[0].out_features, base.in_features, base.out_features)
+                                    for pair, base in zip(pairs, self.bases, strict=True)))  # fmt: skip
         self.adapters = self.layout.adapters
         self.has_bias = any(base.bias is not None for base in self.bases)
+
+    def are(self, linears: list[nn.Module]) -> bool:
+        """Whether these are the same linears, with the same adapters switched on."""
+        return self.linears == linears and self.names == [adapter_of(linear) for linear in linears]
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """A and B of each adapter, linear by linear, as they are now: FSDP exchanges them."""
+        return tuple(module.weight for module in self.of_adapters)
 
     def bases_of(self, group: int) -> list[nn.Linear]:
         """Those of the input's linears."""
@@ -115,34 +129,24 @@ class Linears:
 
     def width(self, group: int) -> int:
         """Of the group's outputs side by side."""
-        return sum(base.out_features for base in self.bases_of(group))
-
-    def columns(self, group: int) -> dict[int, slice]:
-        """Linear -> its columns of the group's output."""
-        return self._columns[group]
+        return sum(self.widths[group])
 
     @cached_property
-    def _columns(self) -> dict[int, dict[int, slice]]:
-        found = {}
-        for group, members in GROUPS.items():
-            start, found[group] = 0, {}
-            for index in members:
-                stop = start + self.bases[index].out_features
-                found[group][index] = slice(start, stop)
-                start = stop
-        return found
+    def widths(self) -> dict[int, list[int]]:
+        """The outputs of each of the input's linears."""
+        return {group: [base.out_features for base in self.bases_of(group)] for group in GROUPS}
 
     def scaling(self, group: int) -> float:
         """s of the group's adapter."""
         linear = self._first_with_adapter(group)
         return linear.scaling[linear.active_adapters[0]]
 
-    def dropout(self, group: int) -> float:
-        """The probability that an element of the group's input is dropped for its adapter; 0 without one."""
-        if group not in self.adapters:
-            return 0.0
-        linear = self._first_with_adapter(group)
-        return getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0)
+    @cached_property
+    def dropouts(self) -> dict[int, float]:
+        """The probability that an element of the group's input is dropped for its adapter."""
+        first = {group: self._first_with_adapter(group) for group in self.adapters}
+        return {group: getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0)
+                for group, linear in first.items()}  # fmt: skip
 
     def _first_with_adapter(self, group: int) -> LoraLayer:
         return self.linears[next(iter(self.adapters[group].ups))]
@@ -172,6 +176,6 @@ def _layout(sizes: tuple[tuple[int, int, int] | None, ...]) -> Layout:
         if len(present) == len(members) and len({sizes[index][0] for index in present}) == 1:
             stacked = Place(first_up, sum(sizes[index][2] for index in present), sizes[present[0]][0])
         down = Place(first, wide, sizes[present[0]][1])
-        adapters[group] = Adapter(down, ups, stacked, ranks, [sizes[index][2] for index in present])
+        adapters[group] = Adapter(down, ups, stacked, ranks, tuple(sizes[index][2] for index in present))
     in_order = tuple(places[key] for key in sorted(places))
     return Layout(adapters, in_order, start, tuple(adapter.down.rows for adapter in adapters.values()))

@@ -6,7 +6,7 @@ import torch
 
 from fitune.model import elementwise
 from fitune.model.dropout import Dropout
-from fitune.model.linears import ALL, Linears, Matrices, part
+from fitune.model.linears import ALL, GROUPS, Linears, Matrices, of_columns, part
 
 
 class LoraLinears:
@@ -57,9 +57,9 @@ class LoraLinears:
             self.products.multiply(x, bases, out)
             self._put_up(out, group, self.fill_low(group, dropped, rows), residual, add=True)
         if self.linears.has_bias:
-            for base, columns in zip(bases, self.linears.columns(group).values(), strict=True):
+            for base, columns in zip(bases, self._by_linear(group, out).values(), strict=True):
                 if base.bias is not None:
-                    out[:, columns] += base.bias
+                    columns += base.bias
         return out
 
     def _put_up(self, out, group: int, low, residual, *, add: bool = False) -> None:
@@ -75,9 +75,9 @@ class LoraLinears:
             out.copy_(residual) if residual is not None else out.zero_()
         elif residual is not None:
             out.add_(residual)
-        columns = self.linears.columns(group)
+        by_linear = self._by_linear(group, out)
         for index, up in self.weights.ups[group].items():
-            out[:, columns[index]].addmm_(low[:, adapter.ranks[index]], up.t())
+            by_linear[index].addmm_(of_columns(low, adapter.ranks[index]), up.t())
 
     def multiply_backward(
         self, group: int, dy, dropped, dropout: Dropout | None, rows: slice = ALL, *, low=None, need_dx: bool = True
@@ -109,7 +109,7 @@ class LoraLinears:
             from fitune.model import low_rank_triton
 
             down_t = self.weights.down_t[group]
-            low_rank_triton.fill(dx, low, down_t, [dx.shape[1]], add=add, dropout=dropout)
+            low_rank_triton.fill(dx, low, down_t, (dx.shape[1],), add=add, dropout=dropout)
             return
         product = elementwise.drop(low @ self.weights.down[group], dropout)
         dx.add_(product) if add else dx.copy_(product)
@@ -125,9 +125,9 @@ class LoraLinears:
         found = self._gradients_by_one_reading(group, dy, low, sums) if low_gradient is None else None
         if found is None:
             found = self.low_gradient(group, dy) if low_gradient is None else low_gradient
-            adapter, columns = self.adapters[group], self.linears.columns(group)
+            adapter, by_linear = self.adapters[group], self._by_linear(group, dy)
             for index, up in sums.ups[group].items():
-                self._put(up, dy[:, columns[index]].t(), low[:, adapter.ranks[index]], group)
+                self._put(up, by_linear[index].t(), of_columns(low, adapter.ranks[index]), group)
         self._put(sums.down[group], found.t(), dropped, group)
         self.filled.add(group)
         return found
@@ -164,12 +164,16 @@ class LoraLinears:
         """The gradient of x A^T, [T, sum of ranks], from dy [T, all outputs of the group]; None without an adapter."""
         if group not in self.adapters:
             return None
-        adapter, columns, scaling = self.adapters[group], self.linears.columns(group), self.linears.scaling(group)
-        low = dy.new_empty(dy.shape[0], adapter.down.rows)
+        adapter, scaling = self.adapters[group], self.linears.scaling(group)
+        low, by_linear = dy.new_empty(dy.shape[0], adapter.down.rows), self._by_linear(group, dy)
         for index, up in self.weights.ups[group].items():
-            ranks = low[:, adapter.ranks[index]]
-            ranks.addmm_(dy[:, columns[index]], up, beta=0, alpha=scaling)
+            of_columns(low, adapter.ranks[index]).addmm_(by_linear[index], up, beta=0, alpha=scaling)
         return low
+
+    def _by_linear(self, group: int, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Each linear's columns of x [T, all outputs of the group]."""
+        widths = self.linears.widths[group]
+        return dict(zip(GROUPS[group], x.split(widths, 1) if len(widths) > 1 else [x], strict=True))
 
     def _sums(self, group: int, like: torch.Tensor) -> Matrices:
         """Where the group's are added up: in the dtype of products, or of sums once a second tile of tokens comes."""

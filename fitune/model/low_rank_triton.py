@@ -4,6 +4,8 @@ them included. Imported on GPUs alone.
 cuBLAS takes one launch for each linear, copies an addend first, and reads and writes the output again to add to it.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
@@ -42,12 +44,12 @@ def _kernel(out, out_row, low, low_row, up, up_row, up_column, residual, residua
     tl.store(target, total, mask=inside)
 
 
-def can_fill(widths: list[int]) -> bool:
+def can_fill(widths: tuple[int, ...]) -> bool:
     """Whether the kernel knows linears of so many outputs."""
     return len(widths) <= 3 and _columns(widths) >= 16
 
 
-def fill(out, low, up, widths: list[int], *, residual=None, add: bool, dropout: Dropout | None = None) -> None:
+def fill(out, low, up, widths: tuple[int, ...], *, residual=None, add: bool, dropout: Dropout | None = None) -> None:
     """out (+)= low up^T (+ residual): out, residual [T, all outputs], low [T, linears x r], up [all outputs, r].
 
     `widths`: the outputs of each linear; each has r columns of `low`. `dropout` is that of the product.
@@ -64,12 +66,13 @@ def fill(out, low, up, widths: list[int], *, residual=None, add: bool, dropout: 
     )  # fmt: skip
 
 
-def borders(widths: list[int]) -> tuple[int, int]:
+def borders(widths: tuple[int, ...]) -> tuple[int, int]:
     """The columns where the second and third linear begin; behind the last column where there is none."""
     return widths[0], sum(widths[:2])
 
 
-def _columns(widths: list[int]) -> int:
+@cache
+def _columns(widths: tuple[int, ...]) -> int:
     """The largest power of two that divides where each linear but the first begins."""
     columns = COLUMNS
     while any(width % columns for width in widths[:-1]):

@@ -14,6 +14,7 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from fitune.model.fp8_linear import FP8Linear
+from fitune.model.linears import of_columns
 from fitune.model.nf4 import BLOCK, NF4Linear
 
 ADDS_IN_PLACE = True
@@ -64,11 +65,6 @@ def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear], total: torch.Ten
         part = of_columns(dy, columns)
         total = part @ matrix if total is None else total.addmm_(part, matrix)
     return total
-
-
-def of_columns(x: torch.Tensor, columns: slice) -> torch.Tensor:
-    """x[:, columns]; x itself for all of them, without asking torch."""
-    return x if columns.stop - columns.start == x.shape[1] else x[:, columns]
 
 
 def _weights(bases: list[nn.Linear], dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

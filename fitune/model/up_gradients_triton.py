@@ -81,14 +81,14 @@ def has_room(device: torch.device) -> bool:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= SHARED_BYTES
 
 
-def worth(dy: torch.Tensor, widths: list[int], rank: int) -> bool:
+def worth(dy: torch.Tensor, widths: tuple[int, ...], rank: int) -> bool:
     """Whether the kernel knows such numbers, ranks and linears on this GPU, and is the faster way."""
     if dy.numel() < WORTH or dy.element_size() != 2 or rank > RANKS or not has_room(dy.device):
         return False
     return len(widths) <= 3 and not any(width % COLUMNS for width in widths[:-1])
 
 
-def gradients(dy, low, up, widths: list[int], scaling: float, *, out: torch.Tensor, add: bool) -> torch.Tensor:
+def gradients(dy, low, up, widths: tuple[int, ...], scaling: float, *, out: torch.Tensor, add: bool) -> torch.Tensor:
     """Returns da s, [T, linears x r], of dy [T, all outputs]; out (+)= dB, [all outputs, r].
 
     low, a, [T, linears x r] and up, B, [all outputs, r] as for `low_rank_triton.fill`. `widths`: the outputs of each

@@ -191,7 +191,7 @@ def test_rope_from_places(tokens, heads, key_heads, size, placed, dtype, random)
 @pytest.mark.parametrize("add", [False, True], ids=["fill", "add"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("rank", [4, 16, 24, 128])
-@pytest.mark.parametrize("widths", [[4096], [576, 192, 192], [4096, 1024, 1024], [14336, 14336]], ids=str)
+@pytest.mark.parametrize("widths", [(4096,), (576, 192, 192), (4096, 1024, 1024), (14336, 14336)], ids=str)
 @by_tokens
 def test_adapters_ups(tokens, widths, rank, with_residual, add, dtype, random):
     """The output is a part of a wider row, as with gate and up of a tile."""
@@ -220,14 +220,14 @@ def test_gradients_of_adapters_inputs(tokens, channels, ranks, add, dtype, dropp
     )
     dropout = _dropout(tokens) if dropping else None
     out = before.cuda()
-    low_rank_triton.fill(out, low.cuda(), down.cuda().t(), [channels], add=add, dropout=_on_gpu(dropout))
+    low_rank_triton.fill(out, low.cuda(), down.cuda().t(), (channels,), add=add, dropout=_on_gpu(dropout))
     expected = elementwise.drop(low.double() @ down.double(), dropout) + (before.double() if add else 0)
     _assert_close(out, expected, roundings=1)
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["fill", "add"])
 @pytest.mark.parametrize("rank", [4, 16])
-@pytest.mark.parametrize("widths", [[4096], [576], [4096, 1024, 1024], [14336, 14336]], ids=str)
+@pytest.mark.parametrize("widths", [(4096,), (576,), (4096, 1024, 1024), (14336, 14336)], ids=str)
 @by_tokens
 def test_both_gradients_of_adapters_ups(tokens, widths, rank, add, random):
     """Of parts of wider rows; that of B is added to sums in float32."""
@@ -259,7 +259,7 @@ def test_masks_are_those_of_the_cpu_to_the_last_bit(place, p, channels, tokens):
     assert torch.equal(elementwise.factors(_on_gpu(dropout), channels).cpu(), expected)
     assert torch.equal(elementwise.drop(ones, _on_gpu(dropout)).cpu(), expected)
     out = torch.empty_like(ones)
-    low_rank_triton.fill(out, ones[:, :1], ones[:1].t(), [channels], add=False, dropout=_on_gpu(dropout))
+    low_rank_triton.fill(out, ones[:, :1], ones[:1].t(), (channels,), add=False, dropout=_on_gpu(dropout))
     assert torch.equal(out.cpu(), expected)
 
 
