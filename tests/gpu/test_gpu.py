@@ -108,6 +108,7 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
     ("recipe", "profile", "extra"),
     [
         pytest.param("tiny_qlora", "single_gpu", [], id="qlora"),
+        pytest.param("tiny_qlora", "fsdp_2x40gb", ["profile.replicas=2"], id="qlora-a-whole-copy-on-each-of-two-ranks"),
         pytest.param("tiny_lora", "fsdp_1x48gb", [], id="lora"),
         pytest.param("tiny_lora", "fsdp_1x48gb", ["profile.compute=fp8"], id="lora-in-fp8", marks=needs_fp8),
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
@@ -137,7 +138,7 @@ def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_pa
 def test_lora_in_fp8_takes_the_memory_that_plan_says(profile, bf16_checkpoint, tmp_path):
     """In a few steps; and loaded, which ends with the head, the layers' linears are half as large as in bf16."""
     sets = ["training.max_steps=3", "training.logging_steps=1", "profile.embedding_offload=false"]
-    sets += ["profile.kept_layers=0"]
+    sets += ["profile.kept_layers=0", "profile.replicas=1"]
     flags = [*flags_of_small_rows(bf16_checkpoint, tmp_path), *(part for item in sets for part in ("--set", item))]
     held = {}
     for compute in ("bf16", "fp8"):
