@@ -30,12 +30,13 @@ class Combination:
 ON_GPUS = [
     Combination("qlora-1", "qlora", "single_gpu", True, "nf4", thorough=True),
     Combination("lora-1-embedding", "lora", "fsdp_1x48gb", True, "bf16", thorough=True),
-    Combination("full-2", "full", "fsdp_2x80gb", True, "bf16", 2, thorough=True),
+    Combination("full-2", "full", "fsdp_2x80gb", True, "bf16", 2, {"profile.replicas": "1"}, thorough=True),
     Combination("qlora-4-embedding", "qlora", "fsdp_4x24gb", True, "nf4", 4, {"profile.embedding_offload": "true"}),
     Combination("qlora-4-offloaded", "qlora", "fsdp_offload_4gpu", True, "bf16", 4),
     Combination("lora-4-offloaded", "lora", "fsdp_offload_4gpu", True, "bf16", 4),
-    Combination("full-4", "full", "fsdp_4x48gb", False, "untied", 4),
-    Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2),
+    Combination("full-4", "full", "fsdp_4x48gb", False, "untied", 4, {"profile.replicas": "2"}),
+    Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2, {"profile.replicas": "1"}),
+    Combination("lora-2-copies", "lora", "fsdp_2x40gb", True, "bf16", 2, {"profile.replicas": "2"}),
     Combination("lora-2-embedding", "lora", "fsdp_2x40gb", False, "bf16", 2, {"profile.embedding_offload": "true"}),
     Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "bf16"),
     Combination(
