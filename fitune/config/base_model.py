@@ -143,7 +143,7 @@ def check_vocabulary(folder: Path) -> None:
     rows = (_read(folder / "config.json") or {}).get("vocab_size")
     if rows is None:
         return
-    beyond = sorted((number, token) for token, number in _token_ids(folder).items() if number >= rows)
+    beyond = sorted((number, token) for token, number in token_ids(folder).items() if number >= rows)
     if beyond:
         number, token = beyond[0]
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
@@ -153,7 +153,7 @@ def check_vocabulary(folder: Path) -> None:
         )
 
 
-def _token_ids(folder: Path) -> dict[str, int]:
+def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id, as far as the tokenizer's JSON files say; they are not loaded into a tokenizer."""
     tokenizer = _read(folder / "tokenizer.json")
     vocabulary = (tokenizer or {}).get("model", {}).get("vocab") if tokenizer else _read(folder / "vocab.json")

@@ -7,15 +7,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import torch
+
+from fitune.config.base_model import token_ids
 from fitune.errors import FituneError, UsageError, nearest
 from fitune.export.check_gguf import check_gguf
 from fitune.export.model_card import CARD
+from fitune.export.model_folder import write_small_files
 from fitune.export.modelfile import MODELFILE, modelfile
+from fitune.export.tokenizer_files import has_tokenizer
 from fitune.export.whole_model import WholeModel
 from fitune.output_folder import check_disk_space, new_folder, refuse_existing
-from fitune.weights.base_weights import unpacked_shapes
+from fitune.weights.base_weights import read_base_config, unpacked_shapes
 from fitune.weights.model_files import LICENCE_FILES, copy_file, matching
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -50,11 +56,13 @@ def export_gguf(model: WholeModel, output: Path, kind: str, smaller: str | None 
     refuse_impossible(kind, smaller, output)
     bytes_a_weight = BYTES_A_WEIGHT[kind] * (2 if smaller else 1) + (2 if model.needs_merging else 0)
     check_disk_space(output, int(_weights(model.weights) * bytes_a_weight))
+    if model.needs_merging:
+        _refuse_what_the_converter_lacks(model)
     with new_folder(output) as unfinished:
         temporary = unfinished / "model"
         folder = model.make(temporary)
         files = [unfinished / f"{output.name}-{kind}.gguf"]
-        _convert(folder, files[0], kind)
+        _convert(folder, files[0], kind, model.given)
         for file in matching(folder, [*LICENCE_FILES, CARD]):
             copy_file(file, unfinished)
         if smaller:
@@ -71,12 +79,29 @@ def _weights(folder: Path) -> int:
         return sum(math.prod(shape) for shape in unpacked_shapes(checkpoint).values())
 
 
-def _convert(model: Path, file: Path, kind: str) -> None:
-    command = [sys.executable, "-m", CONVERTER, str(model), "--outtype", kind, "--outfile", str(file)]
+def _refuse_what_the_converter_lacks(model: WholeModel) -> None:
+    """Before a merge, which may take long: the converter reads what the merged folder will hold beside the weights."""
+    with tempfile.TemporaryDirectory(prefix="fitune-") as scratch:
+        folder = Path(scratch)
+        texts = model.adapter if has_tokenizer(model.adapter) else model.weights
+        rows = 1 + max(token_ids(texts).values(), default=0)  # an adapter may bring tokens, and the rows for them
+        config = read_base_config(model.weights)
+        config["vocab_size"] = max(config.get("vocab_size") or 0, rows)
+        write_small_files(model.weights, model.adapter, folder, config, torch.bfloat16)
+        _ask_converter(model.given, folder, folder / "vocabulary.gguf", "--vocab-only")
+
+
+def _convert(model: Path, file: Path, kind: str, given: Path) -> None:
     print(f"converting to {kind}", file=sys.stderr)
+    _ask_converter(given, model, file, "--outtype", kind)
+
+
+def _ask_converter(given: Path, model: Path, file: Path, *words: str) -> None:
+    """Has it write `file` of the folder `model`. FituneError, which names what was `given`, where it fails."""
+    command = [sys.executable, "-m", CONVERTER, str(model), *words, "--outfile", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode or not file.is_file():
-        raise FituneError(f"{model}: llama.cpp's converter failed: {_said(done.stderr)}")
+        raise FituneError(f"{given}: llama.cpp's converter failed: {_said(done.stderr)}")
 
 
 def _said(stderr: str) -> str:

@@ -17,15 +17,20 @@ from fitune.export.merge import GIVE_BASE, merge_folder, merge_run
 class WholeModel:
     """`weights` is a folder whose tensors have the model's sizes; `make(folder)` returns the model's own folder.
 
-    That is the given one where it is whole already, else `folder`, which it writes as `merge` does. `run` is whose
-    result it is, if that is known; `check` says whether what is made of it is checked too.
+    That is the one `given` where it is whole already, else `folder`, which it writes as `merge` does, of `weights` and
+    `adapter`. `run` is whose result it is, if that is known; `check` says whether what is made of it is checked too.
     """
 
+    given: Path
     weights: Path
     make: Callable[[Path], Path]
-    needs_merging: bool = True
+    adapter: Path | None = None
     run: Run | None = None
     check: bool = True
+
+    @property
+    def needs_merging(self) -> bool:
+        return self.adapter is not None
 
 
 def whole_model(
@@ -42,12 +47,14 @@ def whole_model(
         return _as_it_is(run.result_folder, given, base, onto, run=run, check=check)
     if run is not None:
         weights = local_folder(base) if base else base_of_run(run)
-        return WholeModel(weights, lambda folder: merge_run(run, folder, **options), run=run, check=check)
-    named = (base, None) if base else named_base(given, GIVE_BASE)
-    return WholeModel(local_folder(*named), lambda folder: merge_folder(given, folder, **options), check=check)
+        return WholeModel(
+            given, weights, lambda folder: merge_run(run, folder, **options), run.result_folder, run, check
+        )
+    weights = local_folder(*((base, None) if base else named_base(given, GIVE_BASE)))
+    return WholeModel(given, weights, lambda folder: merge_folder(given, folder, **options), given, check=check)
 
 
 def _as_it_is(model: Path, given: Path, base: str | None, onto, **of_check) -> WholeModel:
     if base or onto:
         raise UsageError(f"{given}: a whole model, nothing to merge: leave out {'--base' if base else '--onto'}")
-    return WholeModel(model, lambda folder: model, needs_merging=False, **of_check)
+    return WholeModel(given, model, lambda folder: model, **of_check)

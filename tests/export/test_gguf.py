@@ -25,6 +25,11 @@ words = sys.argv[1:]
 if "{failing}":
     sys.exit("{failing}")
 file = pathlib.Path(words[words.index("--outfile") + 1])
+if "--vocab-only" in words:
+    folder = pathlib.Path(words[0])
+    assert (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+    assert not list(folder.glob("*.safetensors"))
+    sys.exit(file.write_text("vocabulary") and None)
 weights = sum(file.stat().st_size for file in pathlib.Path(words[0]).glob("*.safetensors"))
 file.write_text(f"{{words[words.index('--outtype') + 1]}} of {{weights > 1000}}")
 """
@@ -239,3 +244,20 @@ def test_a_converter_that_fails_leaves_nothing(base, tmp_path, converter, failin
     converter(failing)
     assert said in refused(1, base, "--gguf", "f16", "--output", tmp_path / "mine")
     assert [path.name for path in Path(tmp_path).iterdir()] == ["site"]
+
+
+def test_a_tokenizer_that_the_converter_does_not_know_is_refused_before_the_merge(
+    base, adapter, tmp_path, converter, monkeypatch
+):
+    monkeypatch.setattr("fitune.export.whole_model.merge_folder", lambda *_, **__: pytest.fail("merged"))
+    converter("WARNING: BPE pre-tokenizer was not recognized")
+    said = refused(1, adapter, "--base", base, "--gguf", "f16", "--output", tmp_path / "mine")
+    assert said.startswith(f"error: {adapter}: llama.cpp's converter failed: it does not know this tokenizer")
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["site"]
+
+
+def test_what_the_converter_cannot_write_names_what_was_given(base, adapter, tmp_path, converter, monkeypatch):
+    converter("NotImplementedError: no")
+    monkeypatch.setattr(gguf, "_refuse_what_the_converter_lacks", lambda model: None)
+    said = refused(1, adapter, "--base", base, "--gguf", "f16", "--output", tmp_path / "mine")
+    assert said == f"error: {adapter}: llama.cpp's converter failed: NotImplementedError: no"

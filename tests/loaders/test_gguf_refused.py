@@ -20,7 +20,7 @@ def test_a_damaged_gguf_is_refused(train_once, tmp_path, monkeypatch, kind, dama
     trained = train_once("real", "lora")
     damaged = _damaged(trained.merged, tmp_path / "damaged", damage)
     convert = gguf._convert
-    monkeypatch.setattr(gguf, "_convert", lambda model, file, kind: convert(damaged, file, kind))
+    monkeypatch.setattr(gguf, "_convert", lambda model, *rest: convert(damaged, *rest))
     with pytest.raises(FituneError, match="not the model that was converted"):
         export_gguf(whole_model(trained.merged, None), tmp_path / "mine", kind)
     assert not (tmp_path / "mine").exists()
