@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from fitune.config.config_types import check_shapes_are_there, check_types, model_type
 from fitune.config.schema import Recipe
 from fitune.config.stored_weights import ADVICE, check_stored_weights
 from fitune.config.tiles import NF4_BLOCK
@@ -39,17 +40,30 @@ def check_base_model(folder: Path, recipe: Recipe | None = None) -> dict:
 
 
 def check_config(config: Mapping, where: Path) -> None:
-    """Raises UsageError for an architecture that is not Llama's, and for weights in a format that is not read.
+    """Raises UsageError for an architecture that is not Llama's, a value of a wrong kind, and weights in a format that
+    is not read.
 
     `where` is the config.json that it stands in.
     """
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if (kind := model_type(config, where)) not in ARCHITECTURES:
         known = ", ".join(f"{name} (model_type: {kind})" for kind, name in ARCHITECTURES.items())
-        raise UsageError(f"{where}: a {kind} model; fitune trains these only: {known}")
+        raise UsageError(
+            f"{where}: {f'a {kind} model' if kind else 'no model_type'}; fitune trains these only: {known}"
+        )
+    check_types(config, where)
     if (activation := config.get("hidden_act", ACTIVATION)) != ACTIVATION:
         raise UsageError(f"{where}: hidden_act is {activation!r}; fitune trains models with {ACTIVATION!r} only")
     check_precision(config, where)
+
+
+def check_sizes(config: Mapping, where: Path) -> None:
+    """Raises UsageError for a size that is missing or no number, and for other values of a wrong kind.
+
+    Of the models that fitune trains: what others' config.json may hold is transformers' to say.
+    """
+    if model_type(config, where) in ARCHITECTURES:
+        check_types(config, where)
+        check_shapes_are_there(config, where)
 
 
 def check_precision(config: Mapping, where: Path) -> None:
@@ -140,8 +154,12 @@ def check_vocabulary(folder: Path) -> None:
 
     A folder without a config.json, or with none of the files that are looked at, says nothing about it.
     """
-    rows = (_read(folder / "config.json") or {}).get("vocab_size")
-    if rows is None:
+    where = folder / "config.json"
+    config = _read(where) or {}
+    if model_type(config, where) in ARCHITECTURES:
+        check_types(config, where)
+    rows = config.get("vocab_size")
+    if not isinstance(rows, int):
         return
     beyond = sorted((number, token) for token, number in token_ids(folder).items() if number >= rows)
     if beyond:

@@ -33,11 +33,12 @@ PROBE = [
 
 def read_tokenizer(folder: Path | str):
     """The transformers tokenizer of a model folder; code that lies beside it is not run. Raises UsageError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UsageError(f"tokenizer {folder}: cannot be loaded: {first_line(error)}") from None
 
 

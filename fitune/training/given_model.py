@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.config.adapter_folder import is_adapter, named_base
+from fitune.config.base_model import check_sizes
 from fitune.config.hub import local_folder
 from fitune.config.json_file import read_json
 from fitune.config.schema import ADAPTER, Run
@@ -100,7 +101,7 @@ def given_model(folder: Path, *, force: bool = False) -> GivenModel:
     if not is_adapter(folder):
         from fitune.export.configs import generation_config
 
-        read_json(folder / "config.json", "give a model's folder")
+        check_sizes(read_json(folder / "config.json", "give a model's folder"), folder / "config.json")
         generation_config(folder)  # both are refused where they are damaged
         return GivenModel(folder, folder)
     base = local_folder(*named_base(folder, "merge it with --base MODEL and give that folder"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fitune.config.base_model import check_precision
+from fitune.config.base_model import check_precision, check_sizes
 from fitune.config.json_file import read_json
 from fitune.errors import FituneError
 from fitune.weights.safetensors_files import Checkpoint
@@ -19,8 +19,9 @@ _PACKED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def read_base_config(base: Path) -> dict:
-    """The base's config.json; UsageError for weights quantised in a way that cannot be read."""
+    """The base's config.json; UsageError for wrong sizes and for weights quantised in a way that cannot be read."""
     config = read_json(base / "config.json", "give a folder with config.json and *.safetensors")
+    check_sizes(config, base / "config.json")
     check_precision(config, base / "config.json")
     return config
 

@@ -1,0 +1,81 @@
+"""A wrong value in a base's config.json is one line, which names file and key, whichever command reads it first."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from fitune.cli import cli
+from fitune.config.base_model import check_config, check_sizes
+from fitune.config.config_types import SHAPES
+from fitune.errors import UsageError
+
+COUNT = "expected a whole number above 0"
+
+
+@pytest.fixture
+def good(tiny_base) -> dict:
+    return json.loads((tiny_base / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_hidden_layers", "four", f"num_hidden_layers is 'four', {COUNT};"),
+        ("hidden_size", [128], rf"hidden_size is \[128\], {COUNT};"),
+        ("num_attention_heads", -8, f"num_attention_heads is -8, {COUNT};"),
+        ("intermediate_size", 0, f"intermediate_size is 0, {COUNT};"),
+        ("max_position_embeddings", 8192.0, f"max_position_embeddings is 8192.0, {COUNT};"),
+        ("vocab_size", None, f"vocab_size is None, {COUNT};"),
+        ("head_dim", True, f"head_dim is True, {COUNT}, or null;"),
+        ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5', expected a number above 0;"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings is 'yes', expected true or false, or null;"),
+        ("eos_token_id", ["<|end|>"], "eos_token_id is .*, expected a token's id, or a list of them, or null;"),
+        ("rope_parameters", [1], r"rope_parameters is \[1\], expected an object, or null;"),
+        ("rope_parameters", {"rope_theta": "x"}, "rope_parameters.rope_theta is 'x', expected a number above 0;"),
+        ("model_type", ["llama"], r"model_type is \['llama'\], expected a text, or null;"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_named(good, tmp_path, key, value, said):
+    where = tmp_path / "config.json"
+    for check in (check_config, check_sizes):
+        check(good, where)
+        with pytest.raises(UsageError, match=f"^{where}: {said}"):
+            check(good | {key: value}, where)
+
+
+@pytest.mark.parametrize("key", SHAPES)
+def test_a_missing_size_is_named(good, tmp_path, key):
+    with pytest.raises(UsageError, match=f"config.json: key '{key}' is missing"):
+        check_sizes({name: value for name, value in good.items() if name != key}, tmp_path / "config.json")
+
+
+def test_other_architectures_may_hold_other_kinds(tmp_path):
+    check_sizes({"model_type": "gemma3n", "intermediate_size": [1, 2]}, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "tiny_qlora", "--profile", "cpu_2proc", "--set"],
+        ["plan"],
+        ["prepare", "tiny_qlora", "--output", "data", "--set"],
+        ["train", "tiny_qlora", "--profile", "cpu_2proc", "--output", "run", "--set"],
+        ["quantize", "--output", "nf4"],
+        ["generate", "--text", "Hi"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_that_reads_it_says_so(good, tiny_base, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(good | {"num_hidden_layers": "four"}))
+    given = "base.model=./base" if words[-1] == "--set" else "base"
+    if words[0] == "train":  # which looks for rows first
+        (tmp_path / "data" / "tiny").mkdir(parents=True)
+        (tmp_path / "data" / "tiny" / "report.json").write_text("{}")
+    outcome = CliRunner().invoke(cli, [*words, given])
+    assert outcome.exit_code == 2 and isinstance(outcome.exception, SystemExit), outcome.output
+    [line] = outcome.stderr.splitlines()
+    assert "base/config.json: num_hidden_layers is 'four', expected a whole number above 0" in line
