@@ -53,11 +53,11 @@ def _refuse_ignored_flags(
 
 
 def _serve(given: Path, port: int) -> int:
-    from fitune.export.serve import note_on, serve, server_command
+    from fitune.export.serve import notes_on, serve, server_command
 
     run = None if given.suffix == SUFFIX and given.is_file() else finished_run_or_none(given)
     command = server_command(given, run, port)
-    if note := note_on(given, run):
+    for note in notes_on(given, run):
         print(note, file=sys.stderr)
     serve(command)
     return 0

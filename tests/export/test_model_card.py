@@ -4,7 +4,10 @@ import json
 
 import pytest
 import yaml
+from adapters import set_values
+from bases import make_adapter
 
+from fitune.config.adapter_folder import BASE_RECORD
 from fitune.export.model_card import write_model_card
 
 REPORT = {
@@ -132,3 +135,32 @@ def test_a_merged_model_says_which_numbers_are_its_own(run, tmp_path, method, on
     write_model_card(tmp_path, of, "org/base", None, tmp_path, onto=onto)
     merged = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("Merged: ")]
     assert len(merged) == (onto is not None) and all(said in line for line in merged)
+
+
+def served(adapter) -> str:
+    write_model_card(adapter, None, "org/base", "0123abcd", adapter)
+    return (adapter / "README.md").read_text().partition("## Serving")[2]
+
+
+def test_an_adapter_says_how_vllm_and_sglang_serve_it(tiny_base, tmp_path):
+    adapter = make_adapter(tiny_base, tmp_path / "adapter", r=20)
+    at = "org/base --revision 0123abcd"
+    commands = [
+        f"vllm serve {at} --enable-lora --lora-modules tuned=ADAPTER --max-lora-rank 32",
+        f"python -m sglang.launch_server --model-path {at} --lora-paths tuned=ADAPTER",
+    ]
+    assert "```\n" + "\n".join(commands) + "\n```" in served(adapter) and "NF4" not in served(adapter)
+    (adapter / BASE_RECORD).write_text(json.dumps({"computed_in": "nf4"}))
+    assert "trained and measured beside weights in NF4" in served(adapter)
+
+
+def test_it_says_which_server_does_not_take_it(tiny_base, tmp_path):
+    adapter = make_adapter(tiny_base, tmp_path / "adapter", use_rslora=True)
+    said = served(adapter)
+    assert "vllm serve" in said and "sglang.launch_server" not in said
+    assert "SGLang takes no adapter with use_rslora, as it scales by alpha / r: for SGLang merge it" in said
+    set_values(adapter / "adapter_config.json", modules_to_save=["lm_head"])
+    said = served(adapter)
+    assert "```" not in said
+    for server in ("vLLM", "SGLang"):
+        assert f"{server} takes no adapter with modules_to_save: for {server} merge it (`fitune merge`)." in said

@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from fitune.cli import cli
 from fitune.config.adapter_folder import BASE_RECORD
 from fitune.errors import UsageError
-from fitune.export.serve import note_on, serve, server_command
+from fitune.export.adapter import AdapterFile
+from fitune.export.adapter_servers import SGLANG, VLLM, what_lacks
+from fitune.export.serve import notes_on, serve, server_command
 
 
 def test_a_models_folder_is_served_by_vllm_and_a_gguf_by_llama_cpp(base, tmp_path):
@@ -39,7 +41,7 @@ def test_a_plain_adapter_is_added_by_vllm_to_its_base(base, tmp_path):
 @pytest.mark.parametrize("computed_in", ["nf4", "bf16"])
 def test_an_adapter_that_nf4_was_trained_beside_is_not_served_beside_it_which_is_said(base, tmp_path, computed_in):
     own_adapter = make_adapter(base, tmp_path / "plain")
-    assert note_on(own_adapter, None) == note_on(base, None) == ""
+    assert notes_on(own_adapter, None) == notes_on(base, None) == []
     (own_adapter / BASE_RECORD).write_text(json.dumps({"computed_in": computed_in}))
     said = CliRunner().invoke(cli, ["generate", str(own_adapter), "--serve", "8000"]).stderr
     assert ("trained, and measured, beside weights in NF4, and is served on the base's own" in said) is (
@@ -71,6 +73,58 @@ def test_what_vllm_does_not_add_must_be_merged(base, tmp_path, changed, said):
 def test_an_adapter_of_a_rank_beyond_vllms_must_be_merged(base, tmp_path):
     with pytest.raises(UsageError, match="up to rank 512, this has 513: merge it"):
         server_command(make_adapter(base, tmp_path / "plain", r=513, target_modules=["q_proj"]), None, 8000)
+
+
+def lacks(adapter, server: str) -> str:
+    with AdapterFile(adapter) as file:
+        return what_lacks(server, file)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"trainable_token_indices": [1]},
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 6}},
+        {"alpha_pattern": {"q_proj": 6}},
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_what_neither_server_takes(base, tmp_path, changed):
+    own_adapter = make_adapter(base, tmp_path / "plain")
+    assert lacks(own_adapter, VLLM) == lacks(own_adapter, SGLANG) == ""
+    set_values(own_adapter / "adapter_config.json", **changed)
+    assert lacks(own_adapter, VLLM) == lacks(own_adapter, SGLANG) != ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_rslora": True}, "no adapter with use_rslora, as it scales by alpha / r"),
+        ({"target_modules": r".*\.(q_proj|v_proj)"}, "no adapter with an expression for target_modules"),
+        ({"target_modules": ["q_proj"]}, "no adapter with q_proj and no v_proj"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "no adapter with q_proj and no v_proj"),
+        ({"target_modules": ["v_proj", "o_proj"]}, "no adapter with v_proj and no q_proj"),
+        ({"target_modules": ["up_proj", "down_proj"]}, "no adapter with up_proj and no gate_proj"),
+        ({"target_modules": ["q_proj", "v_proj"]}, ""),
+        ({"target_modules": ["gate_proj", "o_proj"]}, ""),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, ""),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_sglang_alone_does_not_take_is_a_note(base, tmp_path, options, said):
+    own_adapter = make_adapter(base, tmp_path / "plain", **options)
+    assert lacks(own_adapter, VLLM) == "" and lacks(own_adapter, SGLANG) == said
+    printed = CliRunner().invoke(cli, ["generate", str(own_adapter), "--serve", "8000"])
+    assert printed.exit_code == 0 and printed.stdout.startswith("vllm serve ")
+    assert (f"note: SGLang takes {said}: for SGLang merge it" in printed.stderr) is bool(said)
+
+
+def test_sglang_takes_any_rank(base, tmp_path):
+    of_high_rank = make_adapter(base, tmp_path / "plain", r=513, target_modules=["o_proj"])
+    assert lacks(of_high_rank, SGLANG) == "" and "up to rank 512" in lacks(of_high_rank, VLLM)
 
 
 def test_it_is_started_where_it_is_installed_and_else_said(base, tmp_path, monkeypatch, capsys):
