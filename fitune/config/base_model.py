@@ -46,10 +46,9 @@ def check_config(config: Mapping, where: Path) -> None:
     `where` is the config.json that it stands in.
     """
     if (kind := model_type(config, where)) not in ARCHITECTURES:
-        known = ", ".join(f"{name} (model_type: {kind})" for kind, name in ARCHITECTURES.items())
-        raise UsageError(
-            f"{where}: {f'a {kind} model' if kind else 'no model_type'}; fitune trains these only: {known}"
-        )
+        known = ", ".join(f"{name} (model_type: {each})" for each, name in ARCHITECTURES.items())
+        named = f"a {kind}" if kind else "an unnamed"
+        raise UsageError(f"{where}: {named} model; fitune trains these only: {known}")
     check_types(config, where)
     if (activation := config.get("hidden_act", ACTIVATION)) != ACTIVATION:
         raise UsageError(f"{where}: hidden_act is {activation!r}; fitune trains models with {ACTIVATION!r} only")
