@@ -17,13 +17,14 @@ class MeetingPoint:
     """An address of machine 0, and a port that is free there until ranks take it."""
 
     def __init__(self, host: str, port: int):
-        self.host, self.port, self._listener = host, port, None
+        self.host, self.port = host, port
+        self.listener: socket.socket | None = None
 
     def open(self) -> None:
         """On machine 0. Raises UsageError where the port is taken."""
         try:
             both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-            self._listener = socket.create_server(("", self.port), **both)
+            self.listener = socket.create_server(("", self.port), **both)
         except OSError as error:
             why = os.strerror(error.errno)
             raise UsageError(
@@ -31,19 +32,26 @@ class MeetingPoint:
             ) from None
 
     def close(self) -> None:
-        if self._listener:
-            self._listener.close()
+        if self.listener:
+            self.listener.close()
+
+    def connect(self) -> socket.socket:
+        """From here. Raises UsageError where nobody answers."""
+        try:
+            return socket.create_connection((self.host, self.port), timeout=TRY_SECONDS)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UsageError(
+                f"machine 0 does not answer at {self.host}, port {self.port} ({why}): --main-process-ip is an address "
+                "of machine 0 that all machines reach, --main-process-port a port that no firewall closes"
+            ) from None
 
     def why_not_reached(self) -> str:
         """From here; '' where it is."""
         try:
-            socket.create_connection((self.host, self.port), timeout=TRY_SECONDS).close()
-        except OSError as error:
-            why = error.strerror or str(error)
-            return (
-                f"machine 0 does not answer at {self.host}, port {self.port} ({why}): --main-process-ip is an address "
-                "of machine 0 that all machines reach, --main-process-port a port that no firewall closes"
-            )
+            self.connect().close()
+        except UsageError as error:
+            return str(error)
         return ""
 
 

@@ -8,6 +8,7 @@ from fitune.config.gguf_files import SUFFIX
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
+from fitune.launching.roll_call import meet
 from fitune.planning.asked_folder import is_asked_as_folder
 from fitune.report.page import show_page_after_a_command
 from fitune.training.asked_here import held_here
@@ -90,6 +91,7 @@ def _ask_run(folder: Path, asked: dict, place: Place) -> int:
     check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
     with held_here(run) as held:
         words = [*checkpoint_flag(run), *held.flags, *_as_typed(asked)]
+        meet(run, place)
         started = {"config": held.config, "place": place, "interrupts_go_on": bool(asked["chat"])}
         code = launch_until_stopped(run, "fitune.training.generate", *words, **started)
     if asked["test"] and not code:

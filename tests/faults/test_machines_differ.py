@@ -4,13 +4,15 @@ Each has a name, which leads to its loopback as on Debian and Ubuntu, and mounts
 two models.
 """
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
-from commands import losses, start_on_two_machines, train_command
+from commands import Running, losses, start_on_two_machines, train_command
 
 ADDRESSES = ("10.77.5.1", "10.77.5.2")
 INSIDE = (
@@ -88,3 +90,14 @@ def test_machines_whose_names_lead_to_their_loopback_train_together(two_machines
     for machine in start_on_two_machines(command, tmp_path, (two_machines(0), two_machines(1))):
         assert machine.wait() == 0, machine.log.read_text()[-3000:]
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_what_two_machines_trained_they_eval_together(tiny_base, prepared, tmp_path):
+    """Without namespaces: the port at which they meet is free again for their ranks."""
+    for machine in start_on_two_machines(train_command(tiny_base, prepared, tmp_path / "run", 1), tmp_path):
+        assert machine.wait() == 0, machine.log.read_text()[-3000:]
+    command = [sys.executable, "cli.py", "eval", str(tmp_path / "run"), "--main-process-ip", "127.0.0.1"]
+    machines = [Running([*command, "--machine-rank", str(n)], tmp_path / f"eval-{n}") for n in (1, 0)]
+    for machine in machines:
+        assert machine.wait() == 0, machine.log.read_text()[-3000:]
+    assert set(json.loads((tmp_path / "run/eval.json").read_text())) == {"base", "tuned", "rows"}
