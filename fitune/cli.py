@@ -238,7 +238,10 @@ def train(recipe, profile, sets, output, **options):
 @click.option("--nodes", metavar="N", type=click.IntRange(min=1), help="Machines. [default: the profile's, else 1]")
 @click.option("--gpus", metavar="N", type=click.IntRange(min=1), help="GPUs of each node. [default: the profile's]")
 @click.option(
-    "--gpu", metavar="MODEL", shell_complete=complete_gpu, help="GPU model that SkyPilot is asked for, such as H100."
+    "--gpu",
+    metavar="MODEL",
+    shell_complete=complete_gpu,
+    help="GPU model to ask SkyPilot for, such as H100.",
 )
 @click.option(
     "--image", metavar="NAME", help="Container image with fitune, for Kubernetes and SkyPilot (see Dockerfile)."
@@ -253,9 +256,7 @@ def train(recipe, profile, sets, output, **options):
     "--hours",
     metavar="N",
     type=click.FloatRange(min=0.1),
-    default=24,
-    show_default=True,
-    help="After so many the job is ended; it goes on in the next.",
+    help="After so many the job is ended; it goes on in the next. For Slurm and Kubernetes. [default: 24]",
 )
 @click.option("--cpus", metavar="N", type=click.IntRange(min=1), help="Cores of each node. [default: two for each GPU]")
 @click.option(

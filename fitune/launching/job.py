@@ -4,6 +4,7 @@ A job prepares its rows once, trains with each machine's place among the others,
 started again: exit code 75 says that it was interrupted and saved.
 """
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def skypilot_task(job: Job) -> dict:
     place = job.place("$SKYPILOT_NODE_RANK", head)
     lines = ["set -e", job.prepare, *job.arguments(output), f'fitune train "$@"{place}']
     resources = {
-        **({"accelerators": f"{job.gpu}:{job.gpus}"} if job.gpus else {}),
+        **({"accelerators": f"{name_in_catalogue(job.gpu)}:{job.gpus}"} if job.gpus else {}),
         **({"cpus": f"{job.cpus}+"} if job.cpus else {}),
         **({"memory": f"{job.memory}+"} if job.memory else {}),
         **({"image_id": f"docker:{job.image}"} if job.image else {}),
@@ -179,6 +180,13 @@ def skypilot_task(job: Job) -> dict:
         "setup": job.setup or 'pip install ".[gpu]"',
         "run": "\n".join(lines) + "\n",
     }
+
+
+def name_in_catalogue(gpu: str) -> str:
+    """A GPU as SkyPilot's catalogue names it: RTX4090, RTXA6000, RTX6000-Ada, A100-80GB; SkyPilot ignores the case."""
+    name = re.sub(r"(?i)\b(nvidia|geforce|quadro|tesla|generation)\b", "", gpu).strip()
+    name = re.sub(r"(?i)\b(RTX)[ -]?(PRO|A)?[ -]?(?=\d)", r"\1\2", name)
+    return re.sub(r"[ -]+", "-", name)
 
 
 def kubernetes_jobset(job: Job) -> dict:

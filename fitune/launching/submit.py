@@ -19,12 +19,13 @@ from fitune.errors import FituneError, UsageError
 from fitune.launching.job import TOKEN, Job, kubernetes_jobset, sbatch_script, skypilot_task
 from fitune.planning.compute import has_fp8, lack_of_fp8
 from fitune.planning.fill import resolve
-from fitune.planning.gpu_models import look_up
+from fitune.planning.gpu_models import look_up, refuse_several
 from fitune.planning.limits import limits_of
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.plan import make_plan
 from fitune.planning.sizes import GIB
 
+HOURS = 24
 CORES_OF_A_GPU = 2
 "One for its rank's Python, one for what loads, saves and prepares. Slurm gives a job one core unless it is asked."
 LEAST_MEMORY = 8
@@ -52,7 +53,7 @@ class Scheduler:
 
 
 SCHEDULERS = {
-    "slurm": Scheduler(sbatch_script, ".sbatch", ("sbatch",), {}, ("partition",)),
+    "slurm": Scheduler(sbatch_script, ".sbatch", ("sbatch",), {}, ("hours", "partition")),
     "skypilot": Scheduler(
         skypilot_task, ".sky.yaml", ("sky", "jobs", "launch", "--yes"),
         {"gpu": "the GPU model to ask for, such as H100", "bucket": "storage for checkpoints, such as s3://mine"},
@@ -60,6 +61,7 @@ SCHEDULERS = {
     ),
     "kubernetes": Scheduler(
         kubernetes_jobset, ".jobset.yaml", ("kubectl", "apply", "-f"), {"image": "a container image with fitune"},
+        ("hours",),
     ),
 }  # fmt: skip
 
@@ -89,7 +91,7 @@ def submit(
     for flag, meaning in engine.needs.items():
         if getattr(job, flag) is None and not (flag == "gpu" and not job.gpus):
             raise UsageError(f"--on {scheduler} needs --{flag}: {meaning}")
-    if job.gpu and job.gpus:
+    if job.gpu:
         _refuse_gpu(job)
     if not dry_run and shutil.which(engine.command[0]) is None:
         raise UsageError(f"{engine.command[0]}: no such command here; --dry-run writes the job file only")
@@ -123,6 +125,7 @@ def _job(
     nodes = nodes or 1
     hardware = name_of(profile) if profile else f"{nodes}x{gpus}gpu"
     options |= {"cpus": options["cpus"] or CORES_OF_A_GPU * gpus or None}
+    options |= {"hours": options["hours"] or HOURS}
     options |= {"memory": options["memory"] or _needed_memory(recipe, profile, sets)}
     folder = output or f"runs/{stem}-{hardware}"
     return Job(_name(folder), recipe, profile, sets, nodes, gpus, folder, loaded.data.prepared, **options)
@@ -130,6 +133,12 @@ def _job(
 
 def _refuse_gpu(job: Job) -> None:
     """UsageError for a GPU to ask for that cannot compute as the run does; one that is not known is left to the job."""
+    model, colon, count = job.gpu.partition(":")
+    if colon:
+        raise UsageError(f"--gpu {job.gpu}: give the model alone, --gpu '{model}' --gpus {count}")
+    refuse_several(job.gpu)
+    if not job.gpus:
+        raise UsageError(f"--gpu {job.gpu}: the profile trains on the CPU; leave out --gpu")
     if (model := look_up(job.gpu)) is None:
         return
     Machine((Gpu(job.gpu, 0, 0),), 0, 0).refuse_missing_bf16()

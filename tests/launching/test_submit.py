@@ -13,6 +13,7 @@ WANTED = {
     "skypilot": ["--gpu", "H100", "--bucket", "s3://mine"],
     "kubernetes": ["--image", "example.org/fitune:1"],
 }
+SKY = ("--gpus", "8", "--bucket", "s3://mine")
 
 
 @pytest.fixture
@@ -197,6 +198,21 @@ def test_skypilot_keeps_checkpoints_where_they_outlive_the_machine(submit):
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("H100", "H100"), ("RTX 4090", "RTX4090"), ("rtx4090", "rtx4090"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("RTX-5090", "RTX5090"), ("RTX A6000", "RTXA6000"), ("A6000", "A6000"), ("RTX 6000 Ada", "RTX6000-Ada"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada"), ("RTX PRO 6000", "RTXPRO6000"), ("A100 80GB", "A100-80GB"),
+        ("A100-80GB", "A100-80GB"), ("H100 NVL", "H100-NVL"), ("L40S", "L40S"), ("tpu-v6e", "tpu-v6e"),
+    ],
+)  # fmt: skip
+def test_skypilot_is_asked_for_a_gpu_by_the_name_in_its_catalogue(gpu, name, submit):
+    """catalogs/v8/common/accelerators.csv of SkyPilot's public catalogue; SkyPilot compares without the case."""
+    task = yaml.safe_load(submit("skypilot", "--dry-run", *SKY, "--gpu", gpu).stdout)
+    assert task["resources"]["accelerators"] == f"{name}:8"
+
+
 @pytest.mark.parametrize("token", ["hf_mine", None])
 def test_skypilot_is_given_the_token_of_this_environment_but_not_in_the_file(token, submit, tmp_path, monkeypatch):
     """SkyPilot hides secrets in its logs; Llama 3 is gated."""
@@ -248,6 +264,10 @@ def test_a_profile_says_how_many_gpus_each_node_has(submit):
         ("slurm", ("--gpus", "1", "--image", "x"), "--image is for skypilot and kubernetes: leave it out"),
         ("kubernetes", ("--gpus", "1", "--gpu", "L4"), "--gpu is for skypilot: leave it out with --on kubernetes"),
         ("skypilot", ("--gpus", "1", "--partition", "x"), "--partition is for slurm: leave it out"),
+        ("skypilot", ("--gpus", "1", "--hours", "8"), "--hours is for slurm and kubernetes: leave it out"),
+        ("skypilot", (*SKY, "--gpu", "H100:8"), "--gpu H100:8: give the model alone, --gpu 'H100' --gpus 8\n"),
+        ("skypilot", (*SKY, "--gpu", "2x RTX 4090"), "use --gpu 'RTX 4090' --gpus 2"),
+        ("skypilot", (*SKY, "--gpu", "H100,A100"), "--gpu takes one model, given is 'H100,A100'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(scheduler, flags, said, submit, tmp_path, monkeypatch):
