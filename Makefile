@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
 LOADERS := $(CURDIR)/.loaders
+SCHEDULERS := $(CURDIR)/.schedulers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser-test loaders soak slurm-test planted settings audit lint format gpu-test gpu-e2e real bench
+.PHONY: help setup demo test browser-test loaders soak slurm-test submit-test planted settings audit lint format gpu-test gpu-e2e real bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-28s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,8 +48,16 @@ soak: $(DEV_INSTALLED)  ## kill a run at 50 random moments, change it each time:
 planted: $(DEV_INSTALLED)  ## plant each fault of tests/planted/ in a copy: its tests must notice it: make planted [JOBS=16]
 	$(BIN)/python tests/planted/plant.py $(if $(JOBS),--jobs $(JOBS)) --json runs/planted.json
 
-slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm) [OUTPUT=benchmarks/results]
+slurm-test: $(DEV_INSTALLED)  ## jobs on a real Slurm of two nodes: interrupted, requeued, resumed (root; apt install slurm-wlm)
 	$(BIN)/python tests/slurm/run.py $(if $(OUTPUT),--output $(OUTPUT))
+
+submit-test: $(DEV_INSTALLED) $(SCHEDULERS)/.installed  ## job files of submit, read by SkyPilot's parser and JobSet's published models
+	$(BIN)/python tests/submit/run.py $(SCHEDULERS)/bin/python
+
+$(SCHEDULERS)/.installed: tests/submit/requirements.txt
+	test -x $(SCHEDULERS)/bin/python || $(PYTHON) -m venv $(SCHEDULERS)
+	$(SCHEDULERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/submit/requirements.txt
+	@touch $@
 
 settings: $(DEV_INSTALLED)  ## try every field of SFTConfig and every optimizer, write docs/settings.md (about 15 min)
 	$(BIN)/python tests/settings/try_settings.py
