@@ -74,9 +74,19 @@ WHERE = {
     "cpu_offload": "use a profile whose accelerate config has fsdp_offload_params, such as fsdp_offload_4gpu",
 }
 "A word of other programs that is no key here: what to do instead."
+EARLIER = {
+    "hybrid_sharding": "replicas took its place, the copies of the model: as many as machines for true, 1 for false",
+    "activation_checkpointing": "kept_layers took its place: 0 for true",
+}
+"A profile's keys in earlier versions: what took their place."
 _BLOCKS = {
     "": Recipe, "base.": Base, "data.": Data, "lora.": Lora, "early_stopping.": EarlyStopping, "profile.": Profile,
 }  # fmt: skip
+
+
+def became(key: str) -> str | None:
+    """What to say of a key that profiles had in earlier versions. None: they never had it."""
+    return f"; {EARLIER[key]}" if key in EARLIER else None
 
 
 def meant_by(key: str) -> str | None:

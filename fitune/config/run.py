@@ -10,7 +10,7 @@ import yaml
 from fitune import __version__
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.command_name import command
-from fitune.config.hints import meant_by
+from fitune.config.hints import became, meant_by
 from fitune.config.ignored import refuse_ignored
 from fitune.config.model_shapes import find_shape
 from fitune.config.model_sizes import is_of_size
@@ -85,7 +85,7 @@ def load_profile(name: str, overrides: dict | None = None) -> Profile:
     values = read_yaml(path)
     if is_path(str(values.get("accelerate_config"))):
         values = path_from_here(values, "accelerate_config", path.parent)
-    return parse(Profile, joined(values, overrides or {}), f"{path}{' with --set' if overrides else ''}")
+    return parse(Profile, joined(values, overrides or {}), f"{path}{' with --set' if overrides else ''}", became)
 
 
 def goes_with(recipe: Recipe, profile: Profile) -> bool:
@@ -121,7 +121,7 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     if profile_name:
         profile = load_profile(profile_name, profile_overrides)
     else:
-        profile = parse(Profile, joined(old.profile.model_dump(), profile_overrides), source)
+        profile = parse(Profile, joined(old.profile.model_dump(), profile_overrides), source, became)
     if profile_name or "accelerate_config" in profile_overrides:
         accelerate_file = find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config")
     else:

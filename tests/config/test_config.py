@@ -73,6 +73,12 @@ MISTAKES = {
         ["'data.mix.0.wieght'", "did you mean 'data.mix.0.weight'?"],
     ),
     "unknown key in a profile": ("profile", "micro_batch", "micro_batches", ["did you mean 'micro_batch'?"]),
+    "a profile's key of earlier versions": (
+        "profile",
+        "micro_batch: 2",
+        "micro_batch: 2\nhybrid_sharding: true",
+        ["'hybrid_sharding'; replicas took its place, the copies of the model: as many as machines for true"],
+    ),
     "unknown key of accelerate": ("accelerate", "num_processes", "num_proceses", ["did you mean 'num_processes'?"]),
     "typo in fsdp_config": (
         "accelerate",
