@@ -112,7 +112,7 @@ def _one_copy_alone(run: Run, setup: Setup, reading: Reading) -> Holding | None:
     if setup.holds_a_whole_copy:
         with suppress(UsageError):
             way = _another_way(run, setup, reading, "")
-            return None if way.gathers else way
+            return way if way.ranks == 1 and not way.offload else None
     return None
 
 

@@ -86,6 +86,10 @@ def test_of_several_whole_copies_one_answers_and_all_of_them_measure(machine_is,
     with held_here(run) as held:
         assert as_held(run, held.config).accelerate.num_processes > 1, "no GPU has room for a whole copy"
     assert "of each GPU are needed" in capsys.readouterr().err
+    machine_is(Machine((), 256, 250))
+    with held_here(run) as held:
+        assert as_held(run, held.config).accelerate.use_cpu
+    assert "on the CPU" in (said := capsys.readouterr().err) and "it takes 4 GPUs, this machine has 0" in said
 
 
 @pytest.mark.parametrize("max_length", [512, 8192])
