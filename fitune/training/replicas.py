@@ -44,12 +44,13 @@ def average_gradients(model: nn.Module) -> None:
 def _buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """In the order given, which is the same on all ranks; all of a bucket have one dtype."""
     bucket: list[torch.Tensor] = []
+    size = 0
     for gradient in gradients:
-        size = sum(one.nbytes for one in (*bucket, gradient))
-        if bucket and (size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(gradient)
+        size += gradient.nbytes
     if bucket:
         yield bucket
 

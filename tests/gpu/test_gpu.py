@@ -74,15 +74,22 @@ def test_so_they_are_with_hybrid_sharding(bf16_checkpoint, tmp_path):
     assert_bit_exact("fsdp_4x24gb", bf16_checkpoint, tmp_path, **options)
 
 
+@pytest.mark.parametrize("machines", [1, 2, 4])
+def test_whole_copies_hold_every_byte(machines, checkpoint, tmp_path):
+    assert_bit_exact("fsdp_4x24gb", checkpoint, tmp_path, machines=machines, replicas=4)
+
+
 def assert_bit_exact(
-    profile: str, checkpoint: Path, tmp_path: Path, machines: int = 1, recipe: str = "llama3_70b_qlora", sets=()
-) -> None:
+    profile: str, checkpoint: Path, tmp_path: Path, machines: int = 1, recipe: str = "llama3_70b_qlora", sets=(),
+    replicas: int | None = None,
+) -> None:  # fmt: skip
+    """`replicas`: copies of the model; None: one for each machine."""
     from fitune.config import run as runs
     from fitune.planning.fill import resolve
 
     sets = (f"base.model={checkpoint}", "global_batch_size=8", *sets)
     run = resolve(recipe, profile, sets, str(tmp_path))
-    hybrid = run.profile.model_copy(update={"replicas": machines})
+    hybrid = run.profile.model_copy(update={"replicas": replicas or machines})
     several = run.accelerate.model_copy(update={"num_machines": machines})
     run = run.model_copy(update={"profile": hybrid, "accelerate": several})
     (tmp_path / "run.yaml").write_text(runs.dump(run))
@@ -111,6 +118,7 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
         pytest.param("tiny_qlora", "fsdp_2x40gb", ["profile.replicas=2"], id="qlora-a-whole-copy-on-each-of-two-ranks"),
         pytest.param("tiny_lora", "fsdp_1x48gb", [], id="lora"),
         pytest.param("tiny_lora", "fsdp_1x48gb", ["profile.compute=fp8"], id="lora-in-fp8", marks=needs_fp8),
+        pytest.param("tiny_qlora", "fsdp_2x40gb", ["profile.replicas=2"], id="two-whole-copies"),
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
     ],

@@ -115,9 +115,10 @@ def _train_on_a_disk_that_fails(run) -> tuple[str, list[int]]:
     return str(caught.value), begun
 
 
-def test_a_disk_that_fails_stops_all_ranks_at_the_next_step(tiny_base, make_run, tmp_path):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_disk_that_fails_stops_all_ranks_at_the_next_step(replicas, tiny_base, make_run, tmp_path):
     training = TRAINING | {"max_steps": 40, "save_steps": 0.05}
-    run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, training=training)
+    run = make_run(tiny_base, tmp_path / "run", "lora", processes=2, replicas=replicas, training=training)
     for said, begun in run_ranks(_train_on_a_disk_that_fails, 2, run):
         assert said.startswith(f"step 2 was not saved in {run.folder}/checkpoints: [Errno 28] No space left on device")
         assert "make room, then go on with" in said

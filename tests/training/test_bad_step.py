@@ -40,10 +40,13 @@ def poisoned(run, poison_of=not_a_number) -> tuple[str, str]:
     return str(caught.value), "".join(texts)
 
 
-@pytest.mark.parametrize(("method", "packing"), [("full", False), ("qlora", True)])
-def test_all_ranks_stop_before_the_optimizer_step(method, packing, make_run, tiny_base, prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "packing", "replicas"), [("full", False, 1), ("qlora", True, 1), ("lora", False, 2)]
+)
+def test_all_ranks_stop_before_the_optimizer_step(method, packing, replicas, make_run, tiny_base, prepared, tmp_path):
     training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
-    run = make_run(tiny_base, tmp_path, method, processes=2, batch=2, packing=packing, training=training)
+    options = {"processes": 2, "replicas": replicas, "batch": 2, "packing": packing, "training": training}
+    run = make_run(tiny_base, tmp_path, method, **options)
     (message, _), (other_message, text) = run_ranks(poisoned, 2, run)
     assert message == other_message
     assert message.startswith("step 3: the gradient's norm is nan; loss is not finite on rank 1: ")

@@ -102,10 +102,11 @@ def test_the_best_evaluation_becomes_the_result(method, processes, rate, make_ru
     assert abs(_evaluated(run)["loss"] - losses[second]) < allowed * losses[second]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_training_ends_where_it_gets_no_better(processes, make_run, tiny_base, tmp_path):
+@pytest.mark.parametrize(("processes", "replicas"), [(1, 1), (2, 1), (2, 2)])
+def test_training_ends_where_it_gets_no_better(processes, replicas, make_run, tiny_base, tmp_path):
     training = {**EACH_STEP, **WORSE_LATER, "max_steps": 40, "load_best_model_at_end": True}
-    options = {"processes": processes, "batch": 2, "training": training, "early_stopping": {"patience": 1}}
+    options = {"processes": processes, "replicas": replicas, "batch": 2, "training": training}
+    options |= {"early_stopping": {"patience": 1}}
     run = make_run(tiny_base, tmp_path / "run", "qlora", **options)
     run_ranks(train_here, processes, run)
     losses = list(_logged(run, "eval_loss").values())
