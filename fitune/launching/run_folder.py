@@ -42,9 +42,9 @@ def as_started(run: Run) -> Run:
     if not file.is_file():
         return run
     old = runs.load(file)
-    possible = runs.possible_replicas(run.accelerate.num_processes, run.accelerate.num_machines)
-    if run.profile.replicas == AUTO and old.profile.replicas in possible:
-        run = run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": old.replicas})})
+    spread = [(one.accelerate.num_processes, one.accelerate.num_machines) for one in (old, run)]
+    if run.profile.replicas == AUTO and spread[0] == spread[1]:  # other GPUs can hold another number
+        run = run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": old.profile.replicas})})
     if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
         run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
     return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})

@@ -14,7 +14,7 @@ from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
 from fitune.planning.limits import Limits, limits_here
 from fitune.planning.machine import Gpu, Machine
-from fitune.planning.memory import MEASURED, gpu_peak, host_moments, resident
+from fitune.planning.memory import MEASURED, gpu_peak, host_moments, outside_allocator, resident
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 from fitune.planning.words import numbers
 
@@ -175,7 +175,7 @@ def as_trained(trained: Setup, reading: Reading = CONVERSATION) -> Holding:
 def _holding(setup: Setup, load: str, reading: Reading) -> Holding:
     inside = asking_moment(setup, answers=reading.answers)
     slack = MEASURED.fragmentation * sum(inside.values()) + setup.unsharded_layer
-    total = sum(inside.values()) + slack + MEASURED.outside_allocator
+    total = sum(inside.values()) + slack + outside_allocator(setup)
     host = sum(host_moments(setup)["load"].values()) + setup.trainable * FP32 * setup.offload
     return Holding(load, setup.ranks, setup.offload, total / GIB, host / GIB)
 

@@ -27,6 +27,9 @@ class Measured:
     1.55 to 1.60 of a rank among several, each on a GPU of its own (`benchmarks/results/tiers-h200x4-2026-11-27.json`).
     Their holes are fewer than `freed_layers` says: what each such run needed lies 0.75 GiB or more below the sum.
     """
+    nccl: float = 0.25 * GIB
+    """What 1.55 to 1.60 is above one rank's, of ranks that gather nothing: they have no holes of `freed_layers` to make
+    up for it. An estimate."""
     loading: float = 2.25 * GIB
     "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.1 to 2.35."
     training: float = 2.2 * GIB
@@ -168,9 +171,14 @@ def gpu_peak(s: Setup) -> GpuPeak:
     phase = max(phases, key=phases.get)
     freed_layers = s.unsharded_layer * (2 if s.shards > 1 else 1)  # the hole a layer leaves on each of FSDP's streams
     slack = MEASURED.fragmentation * phases[phase] + freed_layers
-    outside = {"allocator slack": slack, "context, kernels, NCCL": MEASURED.outside_allocator}
+    outside = {"allocator slack": slack, "context, kernels, NCCL": outside_allocator(s)}
     components = {name: size for name, size in (moments[phase] | outside).items() if size}
     return GpuPeak(phase, components, phases)
+
+
+def outside_allocator(s: Setup) -> float:
+    """Of each process on a GPU, bytes."""
+    return MEASURED.outside_allocator + MEASURED.nccl * (s.ranks > 1 and not s.unsharded_layer)
 
 
 def host_moments(s: Setup) -> dict[str, dict[str, float]]:

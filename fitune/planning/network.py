@@ -1,14 +1,18 @@
 """What the network between several machines costs a step, as planned and otherwise: `plan` says it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fitune.config import run as runs
+from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, SMALLEST, Run
 from fitune.planning.fill import filled
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.outlook import shortfall
 from fitune.planning.plan import Plan, make_plan
+from fitune.planning.step_time import ADDING_UP
 from fitune.planning.words import rounded
 
 REPLICAS = "profile.replicas"
@@ -26,17 +30,24 @@ class Way:
     def typed(self) -> str:
         return " ".join(f"--set {key}={value}" for key, value in self.changes.items())
 
+    @property
+    def network_seconds(self) -> float:
+        """Of a step, beside computing or, where each GPU holds a whole copy, after it."""
+        return self.plan.time.parts["network"] + self.plan.time.parts.get(ADDING_UP, 0.0)
+
     def as_json(self) -> dict:
         parts = self.plan.time.parts
         return {
             "set": self.changes, "fits": self.plan.fits, "replicas": self.plan.setup.replicas,
-            "network_seconds": round(parts["network"], 3), "compute_seconds": round(parts["compute"], 3),
+            "network_seconds": round(self.network_seconds, 3), "compute_seconds": round(parts["compute"], 3),
             "step_seconds": round(parts["total"], 3),
         }  # fmt: skip
 
 
 def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
     """The plan, then what its machines could do instead; rows and kept layers are chosen anew. [] for one machine.
+
+    So is whether gathered weights stay, unless the accelerate config says it.
 
     `options` are those of `make_plan`.
     """
@@ -55,9 +66,14 @@ def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
     values |= {"replicas": int(values["replicas"])}
     profile = run.profile.model_copy(update=dict.fromkeys(SMALLEST, AUTO) | {"async_save": AUTO} | values)
-    accelerate = run.accelerate.model_copy(update={"reshard_after_forward": AUTO})
+    said = AUTO if profile.accelerate_config == FOUND else _said_in(Path(run.accelerate.path))
+    accelerate = run.accelerate.model_copy(update={"reshard_after_forward": said})
     other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
     return filled(other, plan.limits, gpu)
+
+
+def _said_in(file: Path) -> bool | str:
+    return read_accelerate_config(file).reshard_after_forward
 
 
 def network_lines(ways: list[Way]) -> list[str]:
@@ -75,5 +91,5 @@ def network_lines(ways: list[Way]) -> list[str]:
 
 
 def _seconds(way: Way) -> str:
-    parts = way.plan.time.parts
-    return f"{rounded(parts['network'])} s of a step beside {rounded(parts['compute'])} s of computing"
+    computing = way.plan.time.parts["compute"]
+    return f"{rounded(way.network_seconds)} s of a step beside {rounded(computing)} s of computing"

@@ -31,18 +31,18 @@ class Outlook:
     changes: list[str]
     "The nearest changes that fit, as they are typed; none where the plan itself fits."
     largest_micro_batch: int
-    "With no layer kept, nor gathered weights."
+    "With no layer kept, nor gathered weights, and one copy of the model."
     longest_sequence: int
     "Tokens, with one row a pass and as little kept."
 
 
 def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
     """Everything that `plan` says beside the run that was asked for; `own` are files of profiles beside the shipped."""
-    recomputed = replace(plan.setup, kept_layers=0, reshard=True)
+    smallest = replace(plan.setup, kept_layers=0, reshard=True, replicas=1)
     return Outlook(
         [] if plan.fits else nearest_changes(plan, own),
-        largest_micro_batch(recomputed, plan.limits),
-        longest_sequence(recomputed, plan.limits),
+        largest_micro_batch(smallest, plan.limits),
+        longest_sequence(smallest, plan.limits),
     )
 
 
@@ -85,6 +85,9 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     if setup.kept_layers:
         changes.append((f"--set profile.kept_layers={setup.kept_layers // 2}", {"kept_layers": setup.kept_layers // 2}))
         changes.append(("--set profile.kept_layers=0", {"kept_layers": 0}))
+    for count in reversed(runs.possible_replicas(setup.ranks, setup.machines)):
+        if count < setup.replicas:
+            changes.append((f"--set profile.replicas={count}", {"replicas": count}))
     if not setup.embedding_offload and not setup.offload and not setup.full:
         changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
     if not setup.activation_offload and setup.on_gpu:

@@ -54,7 +54,7 @@ def as_typed(run: Run, sets: tuple[str, ...] = ()) -> str:
     """A preset's name, and the `--set` that make the shipped one that of a run which was filled elsewhere."""
     shipped = preset_run(run.recipe_name, run.recipe, run.profile_name, runs.parse_sets(sets)[1])
     as_shipped = filled(shipped, limits_of(shipped)).profile
-    found = {key: getattr(run.profile, key) for key in SMALLEST}
+    found = {key: getattr(run.profile, key) for key in ("replicas", *SMALLEST)}
     changes = [f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key)]
     return " --set ".join([shlex.quote(run.profile_name), *changes])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import DEFAULT_PORT
+from fitune.config.hints import became
 from fitune.config.optimizers import DEFAULT as OPTIMIZER
 from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, AccelerateConfig, Profile, Recipe, Run
@@ -203,7 +204,7 @@ def _run(
         "description": "Found by plan.", "accelerate_config": FOUND, "num_gpus": ranks,
         "gpu_memory_gib": total, "host_memory_gib": machine.host_total_gib, "fits": {"any": [recipe.method]},
     }  # fmt: skip
-    profile = parse(Profile, stated | values, "--set")
+    profile = parse(Profile, stated | values, "--set", became)
     accelerate = AccelerateConfig(
         path=str(Path(output) / FOUND), num_processes=ranks, num_machines=machines, mixed_precision="bf16",
         offload_params=place == ALL_IN_RAM, main_process_port=DEFAULT_PORT if machines > 1 else 0,

@@ -7,6 +7,8 @@ from fitune.config.attention_kernels import CUDNN_CAPABILITIES, CUDNN_FROM
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 
+ADDING_UP = "adding up adapters"
+"The part of a step in which copies of the model that are whole on each GPU exchange gradients."
 COMPUTE_EFFICIENCY = 0.64
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
 FP8_SPEEDUP = 1.5
@@ -58,7 +60,7 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
     }
     if s.holds_a_whole_copy:
-        one_after_the_other["adding up adapters"] = _replicas_seconds(s, model, network_gb_s)
+        one_after_the_other[ADDING_UP] = _replicas_seconds(s, model, network_gb_s)
     if s.optimizer_offload:
         both_ways = model.host_link_gb_s * link * BOTH_WAYS
         one_after_the_other["optimizer"] = s.trainable / s.shards * (s.trained + 2 * s.optimizer_state) / both_ways
@@ -194,7 +196,8 @@ def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> flo
     times, link = 1 if s.reduced_once else s.accumulation, BANDWIDTH_EFFICIENCY * 1e9
     inside, across = max(1.0, s.copies_a_machine), min(s.replicas, s.machines)
     of_a_rank = _around_a_ring(s.trainable * FP32 / s.shards, inside) / (model.peer_link_gb_s * link)
-    return times * (of_a_rank + _around_a_ring(s.trainable * FP32, across) / (between_machines * link))
+    of_a_machine = _around_a_ring(s.trainable * FP32 * min(1.0, s.copies_a_machine), across) / (between_machines * link)
+    return times * (of_a_rank + of_a_machine)
 
 
 def _shards_bytes(s: Setup) -> float:

@@ -13,12 +13,16 @@ from fitune.config.model_shapes import find_shape
 from fitune.config.schema import AUTO
 from fitune.errors import UsageError
 from fitune.launching.run_folder import as_started, begin_to_train, open_run_folder
+from fitune.planning.asking import as_trained
 from fitune.planning.fill import AS_FAST, filled, resolve
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import given_machine, limits_of
-from fitune.planning.memory import gpu_peak, host_peak
+from fitune.planning.memory import MEASURED, gpu_peak, host_peak
+from fitune.planning.outlook import look_around, nearest_changes
 from fitune.planning.plan import make_plan, setup_of
+from fitune.planning.presets import as_typed
 from fitune.planning.search import find
+from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
 from fitune.planning.words import described
 
@@ -50,11 +54,14 @@ def test_plan_takes_as_many_as_are_fastest(recipe, profile, copies):
             assert seconds <= (1 + AS_FAST) * step_seconds(setup_of(other, shape), model)["total"]
 
 
-def test_a_whole_copy_takes_what_one_gpu_takes_alone():
+def test_a_whole_copy_takes_what_one_gpu_takes_alone_and_what_nccl_needs():
     four = setup("llama3_8b_qlora", "fsdp_4x24gb", *SMALLEST)
     assert four.holds_a_whole_copy and (four.replicas, four.shards) == (4, 1)
     one = setup("llama3_8b_qlora", "single_gpu", *SMALLEST)
-    assert gpu_peak(four).total == pytest.approx(gpu_peak(one).total)
+    assert gpu_peak(four).allocated == pytest.approx(gpu_peak(one).allocated)
+    assert gpu_peak(four).total == pytest.approx(gpu_peak(one).total + MEASURED.nccl)
+    asked = [as_trained(whole).gpu for whole in (four, one)]
+    assert asked[0] * GIB == pytest.approx(asked[1] * GIB + MEASURED.nccl)
     sharded = setup("llama3_8b_qlora", "fsdp_4x24gb", *SMALLEST, "profile.replicas=1")
     assert gpu_peak(sharded).total < gpu_peak(four).total and not sharded.holds_a_whole_copy
 
@@ -82,6 +89,17 @@ def test_whole_copies_send_adapters_once_a_step_when_they_have_computed():
     between = 2 * four.trainable * 4 / 2 / 0.85e9
     inside = four.trainable * 4 / (model.peer_link_gb_s * 0.85e9)
     assert two_machines == pytest.approx(between + inside)
+
+
+def test_a_copy_over_two_machines_sends_half_of_its_gradients_from_each():
+    """Four machines, two copies: what crosses the network beside the gradients is the same for a copy over two."""
+    model, copies = gpu_model("RTX 4090"), {}
+    for machines, replicas in ((2, 1), (4, 2)):
+        one = setup("llama3_8b_lora", "fsdp_4x24gb", *SMALLEST, "profile.replicas=1")
+        one = replace(one, ranks=2 * machines, machines=machines, replicas=replicas)
+        copies[replicas] = step_seconds(one, model, network_gb_s=1)["network"]
+    gradients = one.trainable * 4
+    assert copies[2] - copies[1] == pytest.approx(gradients / 2 / 0.85e9)  # 2 x (2 - 1) / 2 of a half, float32
 
 
 def test_it_is_said_in_words_and_in_json():
@@ -127,8 +145,33 @@ def test_what_was_chosen_stays_when_a_run_goes_on(tmp_path):
     again = runs.resolve("llama3_8b_lora", "fsdp_4x24gb", sets[1:], str(tmp_path / "run"))
     assert again.profile.replicas == AUTO and filled(again, replace(limits_of(again), gpu=1000)).replicas == 4
     assert as_started(again).replicas == 2
-    other_ranks = runs.resolve("llama3_8b_lora", "fsdp_1x48gb", sets[1:], str(tmp_path / "run"))
-    assert as_started(other_ranks).replicas == 1
+    for profile in ("fsdp_1x48gb", "fsdp_2x40gb"):  # two could hold two copies, which were chosen for four
+        other_ranks = runs.resolve("llama3_8b_lora", profile, sets[1:], str(tmp_path / "run"))
+        assert as_started(other_ranks).profile.replicas == AUTO
+
+
+def test_the_key_of_earlier_versions_is_told_what_took_its_place():
+    with pytest.raises(UsageError, match="--set: unknown key 'hybrid_sharding'; replicas took its place"):
+        find("llama3_8b_qlora", ("profile.hybrid_sharding=true",), given_machine(4, 24, 128))
+
+
+def test_fewer_copies_are_named_where_they_make_it_fit():
+    run = resolve("llama3_8b_lora", "fsdp_4x24gb", ("profile.replicas=4", "profile.micro_batch=1"))
+    plan = make_plan(run, replace(limits_of(run), gpu=12))
+    assert not plan.fits
+    assert "--set profile.replicas=1" in " ".join(nearest_changes(plan))
+    few, many = (look_around(make_plan(run, limits_of(run))) for run in (_with_copies(run, 1), run))
+    assert few.largest_micro_batch == many.largest_micro_batch, "at most: with one copy"
+
+
+def _with_copies(run, count: int):
+    return run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": count})})
+
+
+def test_a_preset_that_is_filled_elsewhere_is_typed_with_its_copies():
+    run = runs.resolve("llama3_8b_lora", "fsdp_4x24gb")
+    assert as_typed(filled(run, limits_of(run))) == "fsdp_4x24gb"
+    assert "--set profile.replicas=4" in as_typed(filled(run, replace(limits_of(run), gpu=100)))
 
 
 @pytest.mark.parametrize(("earlier", "machines", "copies"), [(True, 2, 2), (False, 2, 1), (None, 1, 1), ("auto", 2, 1)])

@@ -13,10 +13,11 @@ from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
-from fitune.planning.limits import given_machine
+from fitune.planning.limits import given_machine, limits_of
 from fitune.planning.machine import Machine
 from fitune.planning.memory import checkpoint_copy, gpu_peak, host_peak
-from fitune.planning.plan import setup_of, setup_to_train
+from fitune.planning.network import ways_to_spread
+from fitune.planning.plan import make_plan, setup_of, setup_to_train
 from fitune.planning.search import find
 from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
@@ -149,6 +150,29 @@ def test_plan_for_as_many_machines_as_are_given():
     assert planned["network_seconds"] < 0.1 * otherwise["network_seconds"]
     alone = CliRunner().invoke(cli, ["plan", "llama3_70b_qlora", "--gpus", "8", "--gpu", "H100", "--json"])
     assert json.loads(alone.stdout)["network"] == []
+
+
+def test_what_whole_copies_exchange_is_what_the_network_costs():
+    asked = ["plan", "llama3_8b_qlora", "--gpus", "4", "--gpu", "RTX 4090", "--machines", "2", "--network", "1"]
+    asked += ["--host-memory", "256", "--set", "global_batch_size=64", "--json"]
+    planned, otherwise = json.loads(CliRunner().invoke(cli, asked).stdout)["network"]
+    assert planned["replicas"] == 8 and 0.1 < planned["network_seconds"] < otherwise["network_seconds"]
+    parted = planned["step_seconds"] - planned["network_seconds"] - planned["compute_seconds"]
+    assert parted == pytest.approx(0, abs=0.01), "after computing, not beside it"
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_comparison_keeps_what_the_accelerate_config_says(said, tmp_path):
+    """Whether a layer's gathered weights are freed."""
+    file = tmp_path / "sixteen.yaml"
+    line = f"  fsdp_reshard_after_forward: {str(said).lower()}\n"
+    text = "distributed_type: FSDP\nmixed_precision: bf16\nnum_processes: 16\nnum_machines: 2\nfsdp_config:\n"
+    file.write_text(f"{text}  fsdp_version: 2\n{line}")
+    sets = (f"profile.accelerate_config={file}", "profile.replicas=1", "global_batch_size=32")
+    run = resolve("llama3_70b_qlora", "fsdp_full_16x80gb", (*sets, "profile.fits={70b: [qlora]}"))
+    plan = make_plan(run, limits_of(run), H100)
+    chosen = [way.plan.setup.reshard for way in ways_to_spread(plan, H100)]
+    assert chosen == [said, said]
 
 
 def test_machines_that_would_have_unequal_ranks_are_refused(tmp_path):
