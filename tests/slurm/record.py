@@ -22,6 +22,9 @@ class Record:
 
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster, self.folder, self.cases, self.began = cluster, folder, [], time.monotonic()
+        self.commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     def add(self, what: str, job: str, run: Path, adapter: bytes | None = None, **outcome) -> dict:
         """One job that is over; `adapter` is its result, `outcome` what a case knows besides."""
@@ -43,9 +46,6 @@ class Record:
         """The record in the folder `output`; with an `error`, one of a run that failed."""
         from tier_run import about  # torch, which the first process needs not
 
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
         report = {
             "benchmark": "jobs on a real Slurm: told to stop, nodes killed, requeued, resumed",
             "ok": error is None,
@@ -59,7 +59,7 @@ class Record:
             "slurm": self.cluster.command("slurmctld", "-V").strip(),
             "system": platform.freedesktop_os_release()["PRETTY_NAME"],
             "python": platform.python_version(),
-            **about(commit or "unknown"),
+            **about(self.commit or "unknown"),
             "cases": self.cases,
         }  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,8 @@ def _read(file: Path) -> list[str]:
     """Its lines as a terminal would leave them: what a progress bar wrote over is gone."""
     if not file.is_file():
         return []
-    return [line.rpartition("\r")[2] for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    lines = file.read_bytes().decode(errors="replace").split("\n")
+    return [line.rstrip("\r").rpartition("\r")[2] for line in lines if line.strip()]
 
 
 def _cpu() -> str:
