@@ -17,7 +17,7 @@ from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
 from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
-from fitune.planning.gpu_models import GpuModel, likely_model
+from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
 from fitune.planning.plan import ERROR, setup_of, verdicts
 from fitune.planning.sizes import Setup
@@ -44,9 +44,12 @@ def filled_here(run: Run) -> Run:
 def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
     """The run with numbers for what its profile leaves to `plan`; the smallest ones where nothing fits.
 
-    `gpu` is the model whose speed counts; None takes the typical one with so much memory.
+    `gpu` is the model whose speed counts; None, and a run on the CPU, take the typical one with so much memory. Raises
+    UsageError for one without bf16.
     """
-    gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
+    if gpu is None or run.accelerate.use_cpu:
+        gpu = likely_model(run.profile.gpu_memory_gib or 0)
+    refuse_missing_bf16(gpu)
     run = settled(run, None if run.accelerate.use_cpu else gpu)
     run = _with_rows_and_layers(run, limits, gpu) if run.profile.replicas != AUTO else _spread(run, limits, gpu)
     return with_async_save(run, limits)

@@ -199,6 +199,20 @@ def gpu_model(name: str) -> GpuModel:
     return found
 
 
+def lack_of_bf16(name: str, model: GpuModel) -> str:
+    """What a GPU called `name` cannot do, which fitune needs."""
+    return (
+        f"{name} has compute capability {model.capability:.1f} and no bf16, in which fitune trains (8.0 and later: "
+        f"RTX 30, A10, A100, L4 and newer)"
+    )
+
+
+def refuse_missing_bf16(model: GpuModel) -> None:
+    """Raises UsageError for a model that has no products to time."""
+    if not model.bf16_tflops:
+        raise UsageError(f"{lack_of_bf16(model.name, model)}; use a newer GPU")
+
+
 def refuse_several(name: str) -> None:
     """Raises UsageError for a list of GPUs, or a number of them, where --gpu takes one model's name."""
     if "," in name:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from fitune.errors import UsageError
-from fitune.planning.gpu_models import BF16_CAPABILITY, GpuModel, likely_model, look_up
+from fitune.planning.gpu_models import BF16_CAPABILITY, GpuModel, lack_of_bf16, likely_model, look_up
 
 UNEVEN = 1.2
 "GPUs that differ by less count as alike."
@@ -184,10 +184,7 @@ class Machine:
             return
         others = self.with_bf16
         instead = f"leave it out: {others.in_variable}" if others.gpus else "use a newer GPU"
-        raise UsageError(
-            f"{lacking[0].name} has compute capability {lacking[0].model.capability:.1f} and no bf16, in which fitune "
-            f"trains (8.0 and later: RTX 30, A10, A100, L4 and newer); {instead}"
-        )
+        raise UsageError(f"{lack_of_bf16(lacking[0].name, lacking[0].model)}; {instead}")
 
 
 MEASURES = {

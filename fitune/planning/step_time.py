@@ -4,7 +4,7 @@ benchmarks/README.md has it beside every run that was timed with a GPU for each 
 """
 
 from fitune.config.attention_kernels import CUDNN_CAPABILITIES, CUDNN_FROM
-from fitune.planning.gpu_models import GpuModel
+from fitune.planning.gpu_models import GpuModel, refuse_missing_bf16
 from fitune.planning.sizes import BF16, FP8, FP32, NF4, Setup
 
 ADDING_UP = "adding up adapters"
@@ -46,7 +46,9 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
     """Seconds by what they go to, and their total. Computing and transfers run side by side: the slowest counts.
 
     Gradients that wait in host RAM while their optimizer's states do, too, travel beside the backward pass alone.
+    Raises UsageError for a model without products in bf16.
     """
+    refuse_missing_bf16(model)
     link = BANDWIDTH_EFFICIENCY * 1e9
     side_by_side = {
         "compute": s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model)),

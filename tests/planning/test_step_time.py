@@ -1,12 +1,14 @@
 """What `plan` says of time and money: the parts of a step, the number of steps, their price."""
 
 import json
+import re
 
 import pytest
 
 from fitune.config.model_shapes import find_shape
+from fitune.errors import UsageError
 from fitune.planning.fill import resolve
-from fitune.planning.gpu_models import gpu_model
+from fitune.planning.gpu_models import GPU_MODELS, gpu_model
 from fitune.planning.limits import limits_of
 from fitune.planning.plan import make_plan, setup_of, steps_of
 from fitune.planning.step_time import step_seconds
@@ -54,3 +56,23 @@ def test_money_is_hours_times_price():
     assert plan.time.hours == pytest.approx(100 * plan.time.parts["total"] / 3600)
     tokens = run.recipe.global_batch_size * run.recipe.max_length  # of a step
     assert plan.time.tokens_per_second == pytest.approx(tokens / plan.time.parts["total"])
+
+
+@pytest.mark.parametrize("name", [model.name for model in GPU_MODELS if not model.has_bf16])
+def test_a_gpu_without_bf16_is_refused_in_one_line_wherever_it_would_be_timed(name):
+    """It has no rate to divide by."""
+    gpu, said = gpu_model(name), rf"^{re.escape(name)} has compute capability \d\.\d and no bf16, .*; use a newer GPU$"
+    run = resolve("llama3_8b_qlora", "single_gpu")
+    for call in (
+        lambda: resolve("llama3_8b_qlora", "single_gpu", gpu=gpu),
+        lambda: resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=1", "profile.kept_layers=0"), gpu=gpu),
+        lambda: make_plan(run, limits_of(run), gpu),
+    ):
+        with pytest.raises(UsageError, match=said):
+            call()
+
+
+def test_a_run_on_the_cpu_is_filled_beside_any_gpu():
+    sets = ("base.model=meta-llama/Llama-3.2-1B", "profile.micro_batch=auto", "profile.kept_layers=auto")
+    beside_none = resolve("tiny_qlora", "cpu_2proc", sets)
+    assert resolve("tiny_qlora", "cpu_2proc", sets, gpu=gpu_model("T4")).profile == beside_none.profile
