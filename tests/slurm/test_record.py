@@ -19,7 +19,8 @@ class FakeCluster:
         return "slurm-wlm 22.05.8\n"
 
 
-def test_a_case_has_what_slurm_and_the_job_say_of_it_and_no_path_of_this_machine(tmp_path):
+def test_a_case_has_what_slurm_and_the_job_say_of_it_and_no_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS.parent)
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/slurmctld.log").write_text("a: JobId=4 begins\nb: JobId=44 begins\nc: Requeuing JobId=4\n")
     run = tmp_path / "lost-n2"
