@@ -29,11 +29,17 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
 
 
 def norm_over_ranks(norms: list[torch.Tensor], group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Of all gradients from those of this rank's parts, whose squares are added up over `group`; None: of one rank."""
+    """Of all gradients from those of this rank's parts, whose squares are added up over `group`; None: of one rank.
+
+    Several copies of the model take that of the first: unlike GPUs add up in other orders, and weights that were scaled
+    by another last bit would no longer be the same.
+    """
     device = next((norm.device for norm in norms if norm.is_cuda), torch.device("cpu"))
     square = (
         torch.stack([norm.to(device) for norm in norms]).square().sum() if norms else torch.zeros((), device=device)
     )
     if group:
         dist.all_reduce(square, group=group)
+    if dist.is_initialized() and dist.get_world_size() > (group.size() if group else 1):
+        dist.broadcast(square, src=0)
     return square.sqrt()

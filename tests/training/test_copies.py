@@ -17,7 +17,7 @@ from fitune.errors import FituneError
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import Share, local_part, local_rows, share_of
 from fitune.planning.plan import setup_of
-from fitune.training import replicas, train, trainer
+from fitune.training import gradient_norm, replicas, train, trainer
 from fitune.training.evaluate import evaluate
 from fitune.training.replicas import average_gradients, refuse_replicas_apart
 
@@ -274,6 +274,24 @@ def test_gradients_become_their_mean_in_buckets_of_one_dtype(bucket_bytes, sizes
         for gradient, mean in zip(gradients, expected, strict=True):
             if gradient is not None:
                 torch.testing.assert_close(gradient, mean.detach())
+
+
+def _clipped(max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm and clipped gradients, the same on all ranks, where each adds up a little otherwise."""
+    dist.init_process_group("gloo")
+    total_norm = gradient_norm.get_total_norm
+    gradient_norm.get_total_norm = lambda parts: total_norm(parts) * (1 + 1e-6 * dist.get_rank())
+    model = torch.nn.Linear(3, 5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return gradient_norm.clip_gradients(model, max_norm), model.weight.grad
+
+
+def test_copies_on_unlike_gpus_are_clipped_by_one_norm():
+    (norm, gradients), *others = run_ranks(_clipped, 3, 0.5)
+    torch.testing.assert_close(norm, torch.tensor(20.0).sqrt())
+    for other_norm, other in others:
+        assert torch.equal(other_norm, norm) and torch.equal(other, gradients)
 
 
 def _tampered(run) -> str | None:
