@@ -290,7 +290,9 @@ def load(path: Path) -> Run:
         _turn_earlier_keys(content["profile"], content["accelerate"])
         if content["profile"].get("accelerate_config") == FOUND:
             content["accelerate"] |= {"path": str(path.absolute().parent / FOUND)}
-    return parse(Run, _seen_from_here(content), str(path))
+    run = parse(Run, _seen_from_here(content), str(path))
+    _refuse_replicas_across_machines(run.profile, run.accelerate)
+    return run
 
 
 def _turn_earlier_keys(profile: dict, accelerate: dict) -> None:

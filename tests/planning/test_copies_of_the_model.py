@@ -137,6 +137,13 @@ def test_a_number_that_the_gpus_cannot_hold_is_refused_before_anything_is_loaded
     assert find("llama3_8b_qlora", ("profile.replicas=3",), four).plan.setup.ranks == 3
 
 
+def test_a_run_that_was_edited_to_such_a_number_is_refused_too(tmp_path):
+    run = resolve("llama3_8b_lora", "fsdp_4x24gb", ("profile.replicas=2",), str(tmp_path))
+    (tmp_path / "run.yaml").write_text(runs.dump(run).replace("replicas: 2", "replicas: 3"))
+    with pytest.raises(UsageError, match=r"profile.replicas 3: .*, which can hold 1, 2, 4 or auto"):
+        runs.load(tmp_path)
+
+
 def test_what_was_chosen_stays_when_a_run_goes_on(tmp_path):
     sets = ("profile.replicas=2", "data.prepared=none")
     started = resolve("llama3_8b_lora", "fsdp_4x24gb", sets, str(tmp_path / "run"))
