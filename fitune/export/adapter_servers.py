@@ -6,6 +6,8 @@ Read in the sources of vLLM 0.33 and SGLang 0.5.23. What they do not take must b
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitune.config.adapter_folder import was_trained_in_nf4
+from fitune.config.base_model import in_four_bits
 from fitune.export.adapter import AdapterFile, Lora, read_adapter
 
 VLLM, SGLANG = "vLLM", "SGLang"
@@ -49,6 +51,11 @@ def what_lacks(server: str, file: AdapterFile) -> str:
         return f"no adapter with {part}"
     rank = file.config.get("r") or 0
     return f"adapters up to rank {RANKS[-1]}, this has {rank}" if server == VLLM and rank > RANKS[-1] else ""
+
+
+def is_beside_other_weights(adapter: Path, base_config: dict) -> bool:
+    """Whether a server adds it to weights that it was not trained beside: to bf16 ones, after training in NF4."""
+    return was_trained_in_nf4(adapter) and not in_four_bits(base_config)
 
 
 def vllm_command(adapter: Path | str, config: dict, base: ServedBase) -> list[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import yaml
 
 from fitune import __version__
-from fitune.config.adapter_folder import ADAPTER_WEIGHTS, was_trained_in_nf4
+from fitune.config.adapter_folder import ADAPTER_WEIGHTS
 from fitune.config.schema import Run
 from fitune.export.adapter import AdapterFile
 from fitune.export.adapter_servers import (
     SGLANG,
     VLLM,
     ServedBase,
+    is_beside_other_weights,
     sglang_command,
     vllm_command,
     what_lacks,
@@ -58,7 +59,7 @@ def write_model_card(
         OLDER_LOADERS if is_adapter and is_misread_by_older(_json(base_folder / "config.json")) else "",
         *((_data(run), _settings(run), _losses(run)) if run else ()),
         _template(folder),
-        _serving(folder, _name(base), revision) if is_adapter else "",
+        _serving(folder, ServedBase(_name(base), revision), base_folder) if is_adapter else "",
         f"Made with fitune {__version__}.",
     ]
     (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
@@ -170,23 +171,22 @@ def _template(folder: Path) -> str:
     return f"## Chat template\n\n```jinja\n{text.rstrip()}\n```" if text else ""
 
 
-def _serving(folder: Path, base: str, revision: str | None) -> str:
+def _serving(folder: Path, base: ServedBase, base_folder: Path) -> str:
     """How vLLM and SGLang add an adapter to its base, each where it takes this one."""
     if not (folder / ADAPTER_WEIGHTS).exists():
         return ""
     commands, refused = [], []
     with AdapterFile(folder) as file:
-        served = ServedBase(base, revision)
         for server in (VLLM, SGLANG):
             if takes := what_lacks(server, file):
                 refused.append(f"{server} takes {takes}: for {server} merge it (`fitune merge`).")
             elif server == VLLM:
-                commands.append(vllm_command("ADAPTER", file.config, served))
+                commands.append(vllm_command("ADAPTER", file.config, base))
             else:
-                commands.append(sglang_command("ADAPTER", served))
+                commands.append(sglang_command("ADAPTER", base))
     lines = "\n".join(map(shlex.join, commands))
     parts = [f"ADAPTER is this folder.\n\n```\n{lines}\n```" if commands else "", *refused]
-    if commands and was_trained_in_nf4(folder):
+    if commands and is_beside_other_weights(folder, _json(base_folder / "config.json")):
         parts.append("It was trained and measured beside weights in NF4; here it is added to the base's own weights.")
     return "\n\n".join(["## Serving", *filter(None, parts)])
 

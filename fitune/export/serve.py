@@ -6,14 +6,25 @@ import shutil
 import sys
 from pathlib import Path
 
-from fitune.config.adapter_folder import is_adapter, named_base, was_trained_in_nf4
+from fitune.config.adapter_folder import is_adapter, named_base
 from fitune.config.gguf_files import gguf_files
+from fitune.config.json_file import read_json
+from fitune.config.model_shapes import cached_config
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile
-from fitune.export.adapter_servers import SGLANG, VLLM, ServedBase, vllm_command, what_lacks
+from fitune.export.adapter_servers import (
+    SGLANG,
+    VLLM,
+    ServedBase,
+    is_beside_other_weights,
+    vllm_command,
+    what_lacks,
+)
 
 INSTALL = {"vllm": "pip install vllm", "llama-server": "it comes with llama.cpp"}
+MERGE_INTO = "merge it with --base MODEL, and serve the merged model's folder"
+"Where an adapter names no base."
 
 
 def server_command(given: Path, run: Run | None, port: int) -> list[str]:
@@ -34,7 +45,7 @@ def notes_on(given: Path, run: Run | None) -> list[str]:
     folder, notes = run.result_folder if run else given, []
     if not is_adapter(folder):
         return notes
-    if was_trained_in_nf4(folder):
+    if is_beside_other_weights(folder, _base_config(folder)):
         notes.append(
             f"note: {folder} was trained, and measured, beside weights in NF4, and is served on the base's own: merge "
             f"it, and serve that folder, for what was trained"
@@ -43,6 +54,13 @@ def notes_on(given: Path, run: Run | None) -> list[str]:
         if takes := what_lacks(SGLANG, file):
             notes.append(f"note: SGLang takes {takes}: for SGLang merge it, and serve the merged model's folder")
     return notes
+
+
+def _base_config(adapter: Path) -> dict:
+    """Of its base, where that is a folder or in the Hub's cache."""
+    base, revision = named_base(adapter, MERGE_INTO)
+    file = Path(base) / "config.json" if Path(base).is_dir() else cached_config(base, revision)
+    return read_json(file, "give a model's folder") if file else {}
 
 
 def serve(command: list[str]) -> None:
@@ -61,7 +79,7 @@ def _with_adapter(folder: Path, port: int) -> list[str]:
         if takes := what_lacks(VLLM, file):
             raise UsageError(f"{folder}: vLLM takes {takes}: merge it, and serve the merged model's folder")
         config = file.config
-    base = ServedBase(*named_base(folder, "merge it with --base MODEL, and serve the merged model's folder"))
+    base = ServedBase(*named_base(folder, MERGE_INTO))
     template = folder / "chat_template.jinja"
     return [
         *vllm_command(folder, config, base),

@@ -38,15 +38,21 @@ def test_a_plain_adapter_is_added_by_vllm_to_its_base(base, tmp_path):
     assert server_command(own_adapter, None, 8000) == expected.split()
 
 
-@pytest.mark.parametrize("computed_in", ["nf4", "bf16"])
-def test_an_adapter_that_nf4_was_trained_beside_is_not_served_beside_it_which_is_said(base, tmp_path, computed_in):
-    own_adapter = make_adapter(base, tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("computed_in", "stored", "said"), [("nf4", "bf16", True), ("nf4", "nf4", False), ("stored", "bf16", False)]
+)
+def test_an_adapter_that_nf4_was_trained_beside_is_not_served_beside_it_which_is_said(
+    base, tmp_path, computed_in, stored, said
+):
+    own_adapter, own_base = make_adapter(base, tmp_path / "plain"), tmp_path / "base"
+    own_base.mkdir()
+    in_four_bits = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (own_base / "config.json").write_text(json.dumps(in_four_bits if stored == "nf4" else {}))
+    set_values(own_adapter / "adapter_config.json", base_model_name_or_path=str(own_base))
     assert notes_on(own_adapter, None) == notes_on(base, None) == []
     (own_adapter / BASE_RECORD).write_text(json.dumps({"computed_in": computed_in}))
-    said = CliRunner().invoke(cli, ["generate", str(own_adapter), "--serve", "8000"]).stderr
-    assert ("trained, and measured, beside weights in NF4, and is served on the base's own" in said) is (
-        computed_in == "nf4"
-    )
+    printed = CliRunner().invoke(cli, ["generate", str(own_adapter), "--serve", "8000"]).stderr
+    assert ("trained, and measured, beside weights in NF4, and is served on the base's own" in printed) is said
 
 
 @pytest.mark.parametrize(
