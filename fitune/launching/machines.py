@@ -92,6 +92,8 @@ class Machines:
         else:
             first = self._machine_0()
             self.session, self.resume = first["session"], first["resume"]
+            for how in (FAILED, STOPPED):  # it was stopped, and is started again while the others wait
+                self._ended_file(self.rank, how).unlink(missing_ok=True)
         self._show(ready=False)
         self._signs = SignsOfLife(self._file(self.rank), lambda: True, lambda: None)
         self._signs.start()
@@ -143,10 +145,9 @@ class Machines:
         """
         began, told, silent_since = time.monotonic(), 0.0, {}
         while missing := self._missing():
-            if failed := [rank for rank in missing if self._has_ended(rank, FAILED)]:
+            ended = {rank: shown(self._ended_file(rank, FAILED)) for rank in missing}
+            if failed := [rank for rank, sign in ended.items() if sign.get("session") == self.session]:
                 raise FituneError(f"{_named(failed)} of {self.count} ended with an error, which is printed there")
-            if stopped := [rank for rank in missing if self._has_ended(rank, STOPPED)]:
-                raise Interrupted(f"{_named(stopped)} of {self.count} was told to stop")
             waited = time.monotonic() - began
             if self.not_reached and waited > (APPEARS_WITHIN_SECONDS if self.rank else NAMED_WITHIN_SECONDS):
                 raise UsageError(self.not_reached)
@@ -163,8 +164,6 @@ class Machines:
                 print(f"waiting for {_named(missing)} of {self.count}{because}", file=sys.stderr)
             time.sleep(0.5)
         self.at.close()
-        first = self._read(0)
-        self._names = [first["name"], *first["together"]]
 
     def _missing(self) -> list[int]:
         """Those that are not ready. Machine 0 sees it and tells the others by name: what it once left names none."""
@@ -173,13 +172,16 @@ class Machines:
             self._show(ready=not self.not_reached)
         if self.rank:
             self._follow_machine_0()
-            return [] if self.name in self._read(0).get("together", []) else [0]
+            first = self._read(0)
+            self._names = [first.get("name"), *first.get("together", [])]
+            return [] if self.name in self._names else [0]
         signs = {rank: self._read(rank) for rank in range(1, self.count)}
         missing = [rank for rank, one in signs.items() if not (one.get("session") == self.session and one.get("ready"))]
         if self.not_reached:
             return missing or [0]
         if not missing:
-            self._show(ready=True, together=[one["name"] for one in signs.values()])
+            self._names = [self.name, *(sign["name"] for sign in signs.values())]
+            self._show(ready=True, together=self._names[1:])
         return missing
 
     def _follow_machine_0(self) -> None:
@@ -223,9 +225,6 @@ class Machines:
 
     def _read(self, rank: int) -> dict:
         return shown(self._file(rank))
-
-    def _has_ended(self, rank: int, how: str) -> bool:
-        return shown(self._ended_file(rank, how)).get("session") == self.session
 
     def _file(self, rank: int) -> Path:
         return sign_file(self.folder, rank)

@@ -160,6 +160,26 @@ def test_a_machine_whose_ranks_failed_says_so(code, left, run, at):
     assert [file.name for file in (run.folder / "machines").glob("*.*")] == left
 
 
+def test_a_machine_that_was_stopped_while_others_wait_may_come_again(run, quickly, at):
+    """What it left when it was stopped does not end the ranks of the others later."""
+    run.folder.mkdir()
+    (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    there = MeetingPoint(at.host, at.port)
+    with Machines(run, 0, resume=False, at=at) as first:
+        with suppress(KeyboardInterrupt), Machines(run, 1, resume=False, at=there):
+            raise KeyboardInterrupt
+        assert (run.folder / "machines" / "1.stopped").exists()
+        with Machines(run, 1, resume=False, at=there) as again:
+            together = threading.Thread(target=first.start_together)
+            together.start()
+            again.start_together()
+            together.join(60)
+            assert {file.name for file in (run.folder / "machines").glob("[01].*")} == {"0.json", "1.json"}
+            for machine in (first, again):
+                assert machine.noticed_while_ranks_run(None)._look(0) is None
+                assert machine.noticed_while_ranks_run(None).names == [first.name, again.name]
+
+
 def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quickly, tmp_path, at):
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
