@@ -8,7 +8,6 @@ a failed run from one that was only interrupted, which leaves N.stopped.
 
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -87,8 +86,10 @@ class Machines:
         if self.rank == 0:
             self.at.open()
             self.session = uuid.uuid4().hex
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.iterdir():  # the folder stays: another machine may write into it just now
+                with suppress(OSError):
+                    left.unlink()
         else:
             first = self._machine_0()
             self.session, self.resume = first["session"], first["resume"]
