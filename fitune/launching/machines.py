@@ -9,7 +9,6 @@ a failed run from one that was only interrupted, which leaves N.stopped.
 import json
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from fitune.launching.meeting_point import MeetingPoint
 from fitune.launching.other_machines import FAILED, STOPPED, OtherMachines, shown, sign_file
 from fitune.launching.run_folder import ASKED, SETTINGS
 from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
+from fitune.launching.waiting import WaitingLine, named
 
 FOLDER = "machines"
 APPEARS_WITHIN_SECONDS = 600
@@ -144,25 +144,23 @@ class Machines:
 
         Raises FituneError naming those that don't answer.
         """
-        began, told, silent_since = time.monotonic(), 0.0, {}
+        line, silent_since = WaitingLine(), {}
         while missing := self._missing():
             ended = {rank: shown(self._ended_file(rank, FAILED)) for rank in missing}
             if failed := [rank for rank, sign in ended.items() if sign.get("session") == self.session]:
-                raise FituneError(f"{_named(failed)} of {self.count} ended with an error, which is printed there")
-            waited = time.monotonic() - began
+                raise FituneError(f"{named(failed)} of {self.count} ended with an error, which is printed there")
+            waited = line.seconds
             if self.not_reached and waited > (APPEARS_WITHIN_SECONDS if self.rank else NAMED_WITHIN_SECONDS):
                 raise UsageError(self.not_reached)
             silent_since = {rank: silent_since.get(rank, waited) for rank in missing if not self._lives(rank)}
             silent = [rank for rank, since in silent_since.items() if waited - since >= NO_RESTART_SECONDS]
             if silent and waited > APPEARS_WITHIN_SECONDS:
                 raise FituneError(
-                    f"{_named(silent)} of {self.count} did not answer for {waited:.0f} s; start each with the same "
+                    f"{named(silent)} of {self.count} did not answer for {waited:.0f} s; start each with the same "
                     f"command and its own --machine-rank, in a folder that all machines share"
                 )
-            if waited - told > 60 or not told:
-                told = max(waited, 1e-9)
-                because = f": {self.not_reached}" if self.not_reached else ""
-                print(f"waiting for {_named(missing)} of {self.count}{because}", file=sys.stderr)
+            because = f": {self.not_reached}" if self.not_reached else ""
+            line.say(f"waiting for {named(missing)} of {self.count}{because}")
             time.sleep(0.5)
         self.at.close()
 
@@ -232,7 +230,3 @@ class Machines:
 
     def _ended_file(self, rank: int, how: str) -> Path:
         return self._file(rank).with_suffix(f".{how}")
-
-
-def _named(ranks: list[int]) -> str:
-    return f"machine{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

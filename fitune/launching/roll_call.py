@@ -5,7 +5,6 @@ They meet at the port that their ranks will take. By itself torch would try for 
 
 import select
 import socket
-import sys
 import time
 from contextlib import ExitStack, closing, suppress
 
@@ -13,6 +12,7 @@ from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
 from fitune.launching.launch import Place
 from fitune.launching.meeting_point import TRY_SECONDS, MeetingPoint, meeting_point
+from fitune.launching.waiting import WaitingLine, named
 
 PATIENCE_SECONDS = 600
 "How long a machine is waited for: somebody types on each."
@@ -40,12 +40,12 @@ def _call_the_roll(at: MeetingPoint, machines: int) -> None:
         at.open()
         at.connect().close()  # refuses an address that does not lead here
         at.listener.settimeout(1)
-        line, here = _Line(), {}
+        line, here = WaitingLine(), {}
         while missing := [rank for rank in range(1, machines) if rank not in here or _is_closed(here[rank])]:
-            line.say(f"waiting for {_named(missing)} of {machines}")
+            line.say(f"waiting for {named(missing)} of {machines}")
             if line.seconds > PATIENCE_SECONDS:
                 raise FituneError(
-                    f"{_named(missing)} of {machines} did not come for {PATIENCE_SECONDS} s; type the same on each, "
+                    f"{named(missing)} of {machines} did not come for {PATIENCE_SECONDS} s; type the same on each, "
                     "with its own --machine-rank"
                 )
             try:
@@ -66,7 +66,7 @@ def _call_the_roll(at: MeetingPoint, machines: int) -> None:
 
 def _tell_machine_0(at: MeetingPoint, rank: int, machines: int) -> None:
     """On another machine: until machine 0 has seen all."""
-    line = _Line()
+    line = WaitingLine()
     while True:
         try:
             connection = at.connect()
@@ -86,22 +86,6 @@ def _tell_machine_0(at: MeetingPoint, rank: int, machines: int) -> None:
         raise FituneError(
             "machine 0 ended before all machines had come, or runs already; what it says is printed there"
         )
-
-
-class _Line:
-    """What is waited for, said at once and then each minute."""
-
-    def __init__(self):
-        self._began, self._told = time.monotonic(), -60.0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def say(self, text: str) -> None:
-        if self.seconds - self._told >= 60:
-            self._told = self.seconds
-            print(text, file=sys.stderr)
 
 
 def _greeting(rank: int, machines: int) -> bytes:
@@ -129,7 +113,3 @@ def _heard(connection: socket.socket) -> bytes:
 def _is_closed(connection: socket.socket) -> bool:
     readable, _, _ = select.select([connection], [], [], 0)
     return bool(readable)  # it has nothing more to say
-
-
-def _named(ranks: list[int]) -> str:
-    return f"machine{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -138,18 +138,19 @@ class Linears:
 
     def scaling(self, group: int) -> float:
         """s of the group's adapter."""
-        linear = self._first_with_adapter(group)
-        return linear.scaling[linear.active_adapters[0]]
+        linear, name = self._first_adapter(group)
+        return linear.scaling[name]
 
     @cached_property
     def dropouts(self) -> dict[int, float]:
         """The probability that an element of the group's input is dropped for its adapter."""
-        first = {group: self._first_with_adapter(group) for group in self.adapters}
-        return {group: getattr(linear.lora_dropout[linear.active_adapters[0]], "p", 0.0)
-                for group, linear in first.items()}  # fmt: skip
+        first = {group: self._first_adapter(group) for group in self.adapters}
+        return {group: getattr(linear.lora_dropout[name], "p", 0.0) for group, (linear, name) in first.items()}
 
-    def _first_with_adapter(self, group: int) -> LoraLayer:
-        return self.linears[next(iter(self.adapters[group].ups))]
+    def _first_adapter(self, group: int) -> tuple[LoraLayer, str]:
+        """Of the group's linears the first one that has an adapter, and its name there."""
+        index = next(iter(self.adapters[group].ups))
+        return self.linears[index], self.names[index]
 
 
 @cache

@@ -195,7 +195,7 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
         state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
     # a checkpoint is written tensor by tensor, each rank of the first copy its rows; an adapter's tensors are small
-    copies = s.embedding * _saved_by_a_machine(s) if s.saves and s.full and not s.offload else 0.0
+    copies = s.embedding * s.part_of_a_copy if s.saves and s.full and not s.offload else 0.0
     copy = {"copy of a checkpoint": checkpoint_copy(s)}
     # method full ends with gathering the largest tensor on one rank: before, every rank holds its part and rounds it
     gathered = s.embedding * 1.5 if s.full else 0.0
@@ -216,13 +216,8 @@ def checkpoint_copy(s: Setup) -> float:
     """
     if not (s.saves and s.async_save):
         return 0.0
-    weights = s.trainable * s.trained * (_saved_by_a_machine(s) if s.full else 1)
-    return weights + s.trainable * s.optimizer_state * _saved_by_a_machine(s)
-
-
-def _saved_by_a_machine(s: Setup) -> float:
-    """The first machine's part of what is saved, which is one copy of the model."""
-    return min(1.0, s.copies_a_machine)
+    weights = s.trainable * s.trained * (s.part_of_a_copy if s.full else 1)
+    return weights + s.trainable * s.optimizer_state * s.part_of_a_copy
 
 
 def one_checkpoint(s: Setup) -> float:

@@ -66,14 +66,11 @@ def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
     values |= {"replicas": int(values["replicas"])}
     profile = run.profile.model_copy(update=dict.fromkeys(SMALLEST, AUTO) | {"async_save": AUTO} | values)
-    said = AUTO if profile.accelerate_config == FOUND else _said_in(Path(run.accelerate.path))
+    file, is_found = Path(run.accelerate.path), profile.accelerate_config == FOUND
+    said = AUTO if is_found else read_accelerate_config(file).reshard_after_forward
     accelerate = run.accelerate.model_copy(update={"reshard_after_forward": said})
     other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
     return filled(other, plan.limits, gpu)
-
-
-def _said_in(file: Path) -> bool | str:
-    return read_accelerate_config(file).reshard_after_forward
 
 
 def network_lines(ways: list[Way]) -> list[str]:

@@ -81,6 +81,11 @@ class Setup:
         return self.replicas / self.machines
 
     @property
+    def part_of_a_copy(self) -> float:
+        """How much of one copy lies on one machine: all of it, but where several machines share it."""
+        return min(1.0, self.copies_a_machine)
+
+    @property
     def holds_a_whole_copy(self) -> bool:
         """Whether each of several ranks has a whole frozen base on its GPU, and gradients travel without FSDP."""
         in_ram = self.offload or self.embedding_offload

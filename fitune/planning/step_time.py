@@ -198,7 +198,7 @@ def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> flo
     times, link = 1 if s.reduced_once else s.accumulation, BANDWIDTH_EFFICIENCY * 1e9
     inside, across = max(1.0, s.copies_a_machine), min(s.replicas, s.machines)
     of_a_rank = _around_a_ring(s.trainable * FP32 / s.shards, inside) / (model.peer_link_gb_s * link)
-    of_a_machine = _around_a_ring(s.trainable * FP32 * min(1.0, s.copies_a_machine), across) / (between_machines * link)
+    of_a_machine = _around_a_ring(s.trainable * FP32 * s.part_of_a_copy, across) / (between_machines * link)
     return times * (of_a_rank + of_a_machine)
 
 
