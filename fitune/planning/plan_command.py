@@ -202,4 +202,6 @@ def search_as_json(found: Found) -> dict:
 
 def _outcome(plan: Plan) -> dict:
     seconds = round(plan.time.parts["total"], 3) if plan.time and plan.time.is_known else None
-    return {"fits": plan.fits, "why_not": shortfall(plan) or None, "step_seconds": seconds}
+    return {
+        "fits": plan.fits, "why_not": shortfall(plan) or None, "step_seconds": seconds, "replicas": plan.setup.replicas,
+    }  # fmt: skip

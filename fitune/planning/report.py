@@ -148,7 +148,7 @@ def _print_plans(
     """One line each, `named` by its profile, its GPUs counted or by number; narrow enough for 80 columns."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("profile" if named else "")
-    for column in ("GPUs", "rows", "kept", "a step", "GPU GiB", "RAM GiB"):
+    for column in ("GPUs", "copies", "rows", "kept", "a step", "GPU\nGiB", "RAM\nGiB"):
         table.add_column(column, justify="left" if column == "a step" else "right", no_wrap=True)
     for plan in plans:
         s, name = plan.setup, plan.run.profile_name if named else ", ".join(places(plan))
@@ -156,7 +156,7 @@ def _print_plans(
         ram = f"{sum(plan.host[plan.host_phase].values()) / GIB:.1f}"
         kept = f"{s.kept_layers}/{s.shape.layers}"
         gpus = numbers(plan.used_cards) if names_gpus else str(s.ranks * s.on_gpu)
-        table.add_row(name, gpus, str(s.micro_batch), kept, _outcome(plan), gpu, ram)
+        table.add_row(name, gpus, str(s.replicas), str(s.micro_batch), kept, _outcome(plan), gpu, ram)
     console.print(table)
 
 
@@ -168,7 +168,7 @@ def _outcome(plan: Plan) -> str | Text:
     if worst.resource == GPU_COUNT:
         return Text(f"no: takes {worst.needs:.0f} GPUs", style="red")
     short = max(0.1, worst.needs - worst.has)  # what is smaller would be shown as none
-    return Text(f"no: {SHORT.get(worst.resource, worst.resource)}, {short:.1f} short", style="red")
+    return Text(f"no: {SHORT.get(worst.resource, worst.resource)} {short:.1f} short", style="red")
 
 
 def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:

@@ -31,9 +31,11 @@ def ranks_in_words(setup: Setup) -> str:
 
 
 def copies_in_words(setup: Setup) -> str:
-    """How many copies of the model they hold, behind a comma; '' of one."""
-    if setup.replicas == 1:
+    """How many copies of the model they hold, behind a comma; '' of a single rank."""
+    if setup.ranks == 1:
         return ""
+    if setup.replicas == 1:
+        return ", one copy of the model"
     return ", a copy of the model on each" if setup.shards == 1 else f", {setup.replicas} copies of the model"
 
 

@@ -98,7 +98,9 @@ def test_on_the_cpu_it_is_emulated_and_said(capsys):
     assert "fp8 is emulated on the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("processes", "said"), [(1, "1 CPU process, weights"), (2, "2 CPU processes, weights")])
+@pytest.mark.parametrize(
+    ("processes", "said"), [(1, "1 CPU process, weights"), (2, "2 CPU processes, one copy of the model, weights")]
+)
 def test_plan_says_so_too_and_nothing_of_a_gpus_time(processes, said, tiny_base, tmp_path):
     one = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nuse_cpu: true\nnum_processes: 1\n"
     (tmp_path / "one.yaml").write_text(one)
@@ -167,7 +169,7 @@ def test_plan_says_what_it_would_bring_where_the_card_has_it():
         assert _offered(*flags, "--gpu", gpu) == f"{fp8}{guess}{ends}" and fp8 != bf16
         assert seconds[1]["in_fp8"]["step_seconds"] == seconds[0]["estimate"]["step_seconds"]
     more_fits = _offered("llama3_70b_lora", "--gpu", "H100", "--gpus", "2", "--host-memory", "256")
-    assert more_fits.startswith("2 GPUs, weights on the GPUs, ") and more_fits.endswith(ends)
+    assert more_fits.startswith("2 GPUs, one copy of the model, weights on the GPUs, ") and more_fits.endswith(ends)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_what_does_not_fit_in_bf16_may_fit_so():
     assert "what fits: --set profile.compute=fp8 or the recipe llama3_70b_qlora" in said["RTX 5090"]
     assert "does not fit" in said["A100"] and "fp8" not in said["A100"]
     fits = _plan("llama3_70b_lora", "--gpu", "RTX 5090", *there, "--set", FP8)
-    assert fits.exit_code == 0 and "4 GPUs, weights on the GPUs" in fits.output
+    assert fits.exit_code == 0 and "4 GPUs, one copy of the model, weights on the GPUs" in fits.output
 
 
 def test_plan_counts_its_memory_and_its_speed():

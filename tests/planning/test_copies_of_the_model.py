@@ -15,6 +15,7 @@ from fitune.errors import UsageError
 from fitune.launching.run_folder import as_started, begin_to_train, open_run_folder
 from fitune.planning.asking import as_trained
 from fitune.planning.fill import AS_FAST, filled, resolve
+from fitune.planning.found import best_of_each_kind
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import given_machine, limits_of
 from fitune.planning.memory import MEASURED, gpu_peak, host_peak
@@ -107,11 +108,28 @@ def test_it_is_said_in_words_and_in_json():
     assert described(make_plan(run, limits_of(run))).startswith("4 GPUs, a copy of the model on each, weights on the")
     two = resolve("llama3_8b_lora", "fsdp_4x24gb")
     assert described(make_plan(two, limits_of(two))).startswith("4 GPUs, 2 copies of the model, weights on the GPUs")
+    one = resolve("llama3_70b_qlora", "fsdp_4x24gb")
+    assert described(make_plan(one, limits_of(one))).startswith("4 GPUs, one copy of the model, weights on the GPUs")
+    alone = resolve("llama3_8b_qlora", "single_gpu")
+    assert described(make_plan(alone, limits_of(alone))).startswith("1 GPU, weights on the GPUs")
     asked = ["plan", "llama3_8b_qlora", "--gpus", "4", "--gpu", "RTX 4090", "--host-memory", "128"]
     done = CliRunner().invoke(cli, asked)
     assert done.exit_code == 0, done.output
     assert "4 GPUs, a copy of the model on each" in done.stdout
     assert json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)["replicas"] == 4
+
+
+def test_each_way_that_was_tried_has_its_copies():
+    asked = ["plan", "llama3_8b_lora", "--gpus", "4", "--gpu", "RTX 4090", "--host-memory", "64", "--find"]
+    lines = CliRunner().invoke(cli, asked).stdout.partition("tried, the best of each kind first\n")[2].splitlines()
+    heading = next(line for line in lines if "copies" in line)
+    shown = [line for line in lines if line.startswith("weight") or line.startswith("embedding")]
+    copies = [int(line[: heading.index("copies") + len("copies")].split()[-1]) for line in shown]
+    found = find("llama3_8b_lora", (), given_machine(4, 24, 64), gpu_model("RTX 4090"))
+    assert copies == [plan.setup.replicas for plan in best_of_each_kind(found)][: len(copies)]
+    assert set(copies) == {1, 2, 3}
+    told = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
+    assert [way["replicas"] for way in told["tried"]] == [plan.setup.replicas for plan in found.tried]
 
 
 def test_machines_hold_a_copy_or_more_each_though_one_over_all_would_be_as_fast():

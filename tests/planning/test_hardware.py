@@ -79,7 +79,7 @@ def test_a_link_of_one_lane_decides_against_weights_that_are_gathered(nvidia_smi
         used[lanes] = found.plan.setup.ranks
     assert used == {"16": 2, "1": 1}
     assert find("llama3_8b_qlora", (), here).plan.setup.replicas == 2
-    assert found.why_idle().startswith("1 of 2 GPUs stays idle: with 2 GPUs, weights on the GPUs, ")
+    assert found.why_idle().startswith("1 of 2 GPUs stays idle: with 2 GPUs, one copy of the model, weights on the ")
     assert found.why_idle().endswith(" s a step") and "it is slower" in found.why_idle()
 
 

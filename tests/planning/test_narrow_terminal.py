@@ -45,12 +45,12 @@ def test_what_was_tried():
     found = find("llama3_70b_qlora", (), given_machine(4, 24, 64))
     lines = _lines(lambda console: print_tried(found, [found.plan], console))
     first = next(line for line in lines if line.startswith("weights on the GPUs "))
-    assert first.split()[4:6] == ["4", "1"] and first.split()[8] == "s"
-    assert any("no: GPU, " in line and " short " in line for line in lines)
-    assert len(lines) <= 1 + 1 + 2 * 12 + 3  # a title and a heading each; a plan has two lines at most
+    assert first.split()[4:7] == ["4", "1", "1"] and first.split()[9] == "s"
+    assert any("no: GPU " in line and " short " in line for line in lines)
+    assert len(lines) <= 2 * (1 + 2) + 2 * 12 + 2  # titles and headings; a plan has two lines at most
 
 
 def test_what_lacks_next_to_nothing_is_not_short_of_none():
     plan = find("llama3_8b_qlora", (), given_machine(1, 24, 64)).plan
     lacks = replace(plan, verdicts=[Verdict("host RAM", 128.01, 128.0)])
-    assert str(_outcome(lacks)) == "no: RAM, 0.1 short"
+    assert str(_outcome(lacks)) == "no: RAM 0.1 short"

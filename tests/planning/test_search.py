@@ -48,8 +48,8 @@ def test_cards_that_stay_idle_are_named_with_the_reason():
 def test_the_line_names_the_choice_and_the_runner_up():
     found = find("llama3_70b_qlora", (), given_machine(4, 24, 64))
     line = found.in_one_line()
-    assert "\n" not in line and line.startswith("plan chose 4 GPUs, weights on the GPUs, 1 row a pass, ")
-    assert "; next best: 4 GPUs, weights in RAM, " in line
+    assert "\n" not in line and line.startswith("plan chose 4 GPUs, one copy of the model, weights on the GPUs, ")
+    assert "; next best: 4 GPUs, one copy of the model, weights in RAM, " in line
     assert line.endswith(" s a step (too little faster for the RAM it takes)")
     slower = find("llama3_8b_qlora", (), given_machine(2, 80, 256)).in_one_line()
     assert "; next best: 1 GPU, " in slower and slower.endswith(" s a step")

@@ -154,7 +154,7 @@ def test_plan_and_train_say_it(monkeypatch):
         assert "smallest counts" not in done.output
         assert ("gpu_ids: a,f" in done.output) == ("--dry-run" in words)
     planned = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--find"]).output
-    assert re.search(r"weights on the GPUs +0, 5 +1 +32/32 +4\.6 s", planned), planned
+    assert re.search(r"weights on the GPUs +0, 5 +2 +1 +32/32 +4\.6 s", planned), planned
     assert re.search(r"weights on the GPUs +0, 1, 5 ", planned), planned
     data = json.loads(CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--json"]).stdout)
     assert (data["gpu_ids"], data["gpus_there"], data["gpus_idle"]) == ("a,f", 3, 1)
