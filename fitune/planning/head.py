@@ -9,9 +9,11 @@ from rich.text import Text
 from fitune.planning import in_fp8
 from fitune.planning.async_save import how_it_saves
 from fitune.planning.found import Found
+from fitune.planning.memory import base_on_disk
 from fitune.planning.network import Way, network_lines
 from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import Plan, Time, Verdict, needed_disk
+from fitune.planning.sizes import Setup
 from fitune.planning.words import KEEPS_GATHERED, copies_in_words, described, ranks_in_words, rounded, timed
 
 GAP = 2
@@ -105,12 +107,26 @@ def _run(plan: Plan) -> Iterator[Line]:
 
 
 def detail_lines(plan: Plan) -> list[Line]:
-    """Of --details: disk, how it saves, where the time of a step goes."""
+    """Of --details: disk, who reads the base, how it saves, where the time of a step goes."""
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.disk.items() if size)
     lines = [Line("disk", f"{needed_disk(plan.disk) / 1e9:.1f} GB to train: {parts}")]
+    if reading := _reading(plan.setup):
+        lines.append(Line("reading", reading))
     if saving := how_it_saves(plan.setup):
         lines.append(Line("saving", saving))
     if plan.time and plan.time.is_known:
         shown = {name: seconds for name, seconds in plan.time.parts.items() if name != "total" and seconds >= 0.05}
         lines.append(Line("a step", ", ".join(f"{name} {rounded(seconds)} s" for name, seconds in shown.items())))
     return lines
+
+
+def _reading(s: Setup) -> str:
+    """What several copies of the model on a machine ask of its disk; '' of one.
+
+    Their ranks read the same files at about the same time, so what one has read the page cache has for the others.
+    """
+    copies, base = round(s.copies_a_machine), base_on_disk(s.shape) / 1e9
+    if copies <= 1:
+        return ""
+    cached = f"each of {copies} copies reads the base: {base:.1f} GB of a disk that the page cache serves"
+    return f"{cached}, {copies * base:.1f} GB of a network disk that it does not"

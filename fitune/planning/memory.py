@@ -8,6 +8,7 @@ answer token, and every row to be full.
 
 from dataclasses import dataclass
 
+from fitune.config.model_shapes import ModelShape
 from fitune.config.optimizer_pieces import SLOT_BYTES, SLOTS
 from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
@@ -261,13 +262,22 @@ def merge_host(s: Setup) -> float:
     return MEASURED.cpu_process + max(rows * columns * (2 * FP32 + BF16), s.shape.embedding_weights * BF16)
 
 
+def base_on_disk(shape: ModelShape) -> float:
+    """Bytes of a base's files, of which each copy of the model reads all."""
+    return _quantised_base(shape) if shape.nf4_on_disk else shape.parameters * BF16
+
+
+def _quantised_base(shape: ModelShape) -> float:
+    linears = shape.layers * shape.layer_linear_weights
+    return linears * (NF4 + NF4_STATISTICS) + (shape.parameters - linears) * BF16
+
+
 def disk(s: Setup, kept_checkpoints: int) -> dict[str, float]:
     """Bytes on disk by purpose. A new checkpoint is whole before the oldest goes, so there is room for one more."""
-    weights = s.shape.layers * s.shape.layer_linear_weights
-    quantised = weights * (NF4 + NF4_STATISTICS) + (s.shape.parameters - weights) * BF16
+    quantised = _quantised_base(s.shape)
     result = s.trainable * (BF16 if s.full else FP32)
     return {
-        "download": quantised if s.shape.nf4_on_disk else s.shape.parameters * BF16,
+        "download": base_on_disk(s.shape),
         "checkpoints": one_checkpoint(s) * (kept_checkpoints + 1) if kept_checkpoints else 0.0,
         "result": result,
         "quantised copy (optional)": quantised if s.method == "qlora" and not s.shape.nf4_on_disk else 0.0,

@@ -17,6 +17,7 @@ from fitune.planning.asking import as_trained
 from fitune.planning.fill import AS_FAST, filled, resolve
 from fitune.planning.found import best_of_each_kind
 from fitune.planning.gpu_models import gpu_model, likely_model
+from fitune.planning.head import detail_lines
 from fitune.planning.limits import given_machine, limits_of
 from fitune.planning.memory import MEASURED, gpu_peak, host_peak
 from fitune.planning.outlook import look_around, nearest_changes
@@ -130,6 +131,19 @@ def test_each_way_that_was_tried_has_its_copies():
     assert set(copies) == {1, 2, 3}
     told = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
     assert [way["replicas"] for way in told["tried"]] == [plan.setup.replicas for plan in found.tried]
+
+
+@pytest.mark.parametrize(("machines", "replicas", "said"), [(1, 1, ""), (1, 2, "2 copies"), (1, 4, "4 copies"),
+                                                            (4, 4, ""), (2, 4, "2 copies"), (2, 1, "")])  # fmt: skip
+def test_several_copies_on_a_machine_each_read_the_base_which_plan_says(machines, replicas, said):
+    run = resolve("llama3_8b_lora", "fsdp_4x24gb", ("profile.replicas=1",))
+    plan = make_plan(run, limits_of(run))
+    lines = detail_lines(replace(plan, setup=replace(plan.setup, machines=machines, replicas=replicas)))
+    texts = [str(line.text) for line in lines if line.label == "reading"]
+    assert [text.split(" reads")[0] for text in texts] == [f"each of {said}"] * bool(said)
+    if said:  # 8,030 M parameters in bf16
+        assert "reads the base: 16.1 GB of a disk that the page cache serves, " in texts[0]
+        assert texts[0].endswith(f", {int(said[0]) * 16.06:.1f} GB of a network disk that it does not")
 
 
 def test_machines_hold_a_copy_or_more_each_though_one_over_all_would_be_as_fast():
