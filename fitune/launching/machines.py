@@ -23,11 +23,9 @@ from fitune.launching.meeting_point import MeetingPoint
 from fitune.launching.other_machines import FAILED, STOPPED, OtherMachines, shown, sign_file
 from fitune.launching.run_folder import ASKED, SETTINGS
 from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
-from fitune.launching.waiting import WaitingLine, named
+from fitune.launching.waiting import PATIENCE_SECONDS, WaitingLine, named
 
 FOLDER = "machines"
-APPEARS_WITHIN_SECONDS = 600
-"How long a machine is waited for before it has shown itself at all."
 NAMED_WITHIN_SECONDS = 60
 "How long machine 0 may not reach its own address: Kubernetes makes its name known after it has started."
 NO_RESTART_SECONDS = 5
@@ -150,11 +148,11 @@ class Machines:
             if failed := [rank for rank, sign in ended.items() if sign.get("session") == self.session]:
                 raise FituneError(f"{named(failed)} of {self.count} ended with an error, which is printed there")
             waited = line.seconds
-            if self.not_reached and waited > (APPEARS_WITHIN_SECONDS if self.rank else NAMED_WITHIN_SECONDS):
+            if self.not_reached and waited > (PATIENCE_SECONDS if self.rank else NAMED_WITHIN_SECONDS):
                 raise UsageError(self.not_reached)
             silent_since = {rank: silent_since.get(rank, waited) for rank in missing if not self._lives(rank)}
             silent = [rank for rank, since in silent_since.items() if waited - since >= NO_RESTART_SECONDS]
-            if silent and waited > APPEARS_WITHIN_SECONDS:
+            if silent and waited > PATIENCE_SECONDS:
                 raise FituneError(
                     f"{named(silent)} of {self.count} did not answer for {waited:.0f} s; start each with the same "
                     f"command and its own --machine-rank, in a folder that all machines share"
@@ -203,9 +201,9 @@ class Machines:
         """What machine 0 shows, once it does."""
         began = time.monotonic()
         while not self._lives(0):
-            if time.monotonic() - began > APPEARS_WITHIN_SECONDS:
+            if time.monotonic() - began > PATIENCE_SECONDS:
                 raise UsageError(
-                    f"{self.folder.parent}: machine 0 did not show itself there for {APPEARS_WITHIN_SECONDS} s; start "
+                    f"{self.folder.parent}: machine 0 did not show itself there for {PATIENCE_SECONDS} s; start "
                     f"it with the same --output, in a folder that all machines share"
                 )
             time.sleep(0.5)

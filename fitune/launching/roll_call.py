@@ -12,10 +12,8 @@ from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
 from fitune.launching.launch import Place
 from fitune.launching.meeting_point import TRY_SECONDS, MeetingPoint, meeting_point
-from fitune.launching.waiting import WaitingLine, named
+from fitune.launching.waiting import PATIENCE_SECONDS, WaitingLine, named
 
-PATIENCE_SECONDS = 600
-"How long a machine is waited for: somebody types on each."
 START = b"start\n"
 
 

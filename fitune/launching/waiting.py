@@ -1,8 +1,10 @@
-"""What is said while other machines are waited for."""
+"""What is said while other machines are waited for, and for how long."""
 
 import sys
 import time
 
+PATIENCE_SECONDS = 600
+"How long a machine is waited for before it has shown itself at all: somebody types on each."
 AGAIN_SECONDS = 60
 
 

@@ -42,7 +42,7 @@ def at():
 def quickly(monkeypatch):
     monkeypatch.setattr(signs_of_life, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(machines, "LOST_SECONDS", 2)
-    monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 1)
+    monkeypatch.setattr(machines, "PATIENCE_SECONDS", 1)
     monkeypatch.setattr(machines, "NO_RESTART_SECONDS", 1)
 
 
@@ -124,7 +124,7 @@ def test_machines_that_do_not_answer_are_named(run, quickly, at):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nobody_waits_for_a_machine_that_ended_with_an_error(rank, run, quickly, monkeypatch, at):
-    monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 600)
+    monkeypatch.setattr(machines, "PATIENCE_SECONDS", 600)
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
     both_are_there, said = threading.Barrier(2), []
@@ -194,7 +194,7 @@ def test_machine_0_decides_what_is_resumed_and_how_the_model_is_spread(run, quic
 
 def test_a_machine_that_is_just_being_started_again_is_not_called_gone(run, quickly, monkeypatch, at):
     """It takes away what it had left before it shows itself anew."""
-    monkeypatch.setattr(machines, "APPEARS_WITHIN_SECONDS", 0)
+    monkeypatch.setattr(machines, "PATIENCE_SECONDS", 0)
     looks = iter([[1], [1], []])
     with Machines(run, 0, resume=False, at=at) as own:
         monkeypatch.setattr(own, "_lives", lambda rank: False)
