@@ -87,6 +87,16 @@ class ShardedSFTTrainer(SavingSFTTrainer):
             rows_a_pass = self.args.per_device_eval_batch_size * self.args.world_size
             self.eval_dataset = eval_dataset.filled_up(rows_a_pass, pad)
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Also has gradients go by the optimizer's list.
+
+        The model's own `zero_grad` looks for them in all its modules: 5 ms for 8B with adapters (one core, by hand),
+        which the GPU waits for.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.model.zero_grad = optimizer.zero_grad
+        return optimizer
+
     def _get_train_sampler(self, train_dataset=None):
         self._order = in_whole_steps(super()._get_train_sampler(train_dataset), self.run)
         return self._order

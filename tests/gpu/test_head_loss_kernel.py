@@ -40,7 +40,7 @@ def test_gradients_are_those_of_the_cpu(head_trained, vocabulary):
     inputs = [torch.randn(tokens, size).bfloat16(), (torch.randn(vocabulary, size) / 8).bfloat16()]
     targets, results = torch.randint(vocabulary, (tokens,)), []
     for device in ("cpu", "cuda"):
-        hidden, weight = (one.to(device).requires_grad_() for one in inputs)
+        hidden, weight = (one.clone().to(device).requires_grad_() for one in inputs)
         weight.requires_grad_(head_trained)
         sums = head_loss(hidden, weight, None, targets.to(device))
         (sums.loss / tokens).backward()
