@@ -10,8 +10,9 @@ INTERRUPTED = 75
 "Exit code of a run that was told to stop and has saved what it did."
 
 
+ENDED_BY_A_SIGNAL = 128
+"Exit code of any other command that a signal ended: this and the signal's number, as shells have it."
 STOPPED_BY_CTRL_C = 130
-"Exit code of any other command: 128 and SIGINT's number, as shells have it."
 
 
 class FituneError(Exception):

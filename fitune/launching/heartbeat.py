@@ -24,7 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from fitune.environment import HEARTBEATS, HUNG_AFTER, number
-from fitune.errors import INTERRUPTED, FituneError, say_while_training
+from fitune.errors import FituneError, say_while_training
 
 PATIENCE_SECONDS = number(HUNG_AFTER, 45)
 STARTING_SECONDS = max(300, PATIENCE_SECONDS)
@@ -193,9 +193,7 @@ class Watch(threading.Thread):
                 return
 
     def end_ranks(self, reason: FituneError) -> None:
-        """Kills all ranks of this machine; the reason is printed the first time."""
-        if self.reason is None:
-            say_while_training(f"{'stopped' if reason.exit_code == INTERRUPTED else 'error'}: {reason}")
+        """Kills all ranks of this machine."""
         self.reason = reason
         self._end_all()
 

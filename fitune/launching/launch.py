@@ -17,10 +17,10 @@ from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import python_path
 from fitune.environment import HEARTBEATS, let_segments_grow
-from fitune.errors import CRASHED, INTERRUPTED, FituneError, say_while_training
+from fitune.errors import CRASHED, ENDED_BY_A_SIGNAL, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.run_folder import launch_config, settings_to_train
 from fitune.launching.run_status import read_status
-from fitune.launching.signals import interrupts_passed_on, passed_on_to_ranks
+from fitune.launching.signals import Killed, interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
 from fitune.planning.hardware import this_machine
 
@@ -103,18 +103,24 @@ def launch_until_stopped(
     *arguments: str,
     config: Path | None = None,
     place: Place = NO_PLACE,
+    beside: Beside = alone,
     interrupts_go_on: bool = False,
 ) -> int:
     """`launch` for what has nothing to save: a signal ends all processes; the exit code is then 128 + its number.
 
-    With `interrupts_go_on` Ctrl-C doesn't, which is then the processes' own business.
+    `beside` looks after other machines. With `interrupts_go_on` Ctrl-C doesn't end them, which is then the processes'
+    own business.
     """
     interrupts = interrupts_passed_on(module) if interrupts_go_on else nullcontext()
-    with passed_on_to_ranks(module) as received, interrupts:
-        code = launch(run, module, *arguments, config=config, place=place, told=received)
+    killed = Killed(module)
+    with passed_on_to_ranks(module) as received, interrupts, beside(killed.end_ranks):
+        watched = {"told": received, "explained": killed.pids}
+        code = launch(run, module, *arguments, config=config, place=place, **watched)
     if received:
         say_while_training("stopped")
-        return 128 + received[0]
+        return ENDED_BY_A_SIGNAL + received[0]
+    if killed.reason:
+        return killed.reason.exit_code
     return 1 if code == CRASHED else code
 
 

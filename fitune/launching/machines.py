@@ -18,9 +18,9 @@ from pathlib import Path
 from fitune.config import run as runs
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.schema import Run
-from fitune.errors import INTERRUPTED, FituneError, Interrupted, UsageError
+from fitune.errors import FituneError, UsageError
 from fitune.launching.meeting_point import MeetingPoint
-from fitune.launching.other_machines import FAILED, STOPPED, OtherMachines, shown, sign_file
+from fitune.launching.other_machines import FAILED, FINISHED, STOPPED, MachinesOfAFolder, how_it_ended, shown, sign_file
 from fitune.launching.run_folder import ASKED, SETTINGS
 from fitune.launching.signs_of_life import LOST_SECONDS, SignsOfLife, seconds_silent
 from fitune.launching.waiting import PATIENCE_SECONDS, WaitingLine, named
@@ -101,24 +101,20 @@ class Machines:
     def __exit__(self, kind, *_):
         self.at.close()
         self._signs.stop()
-        if kind:
-            has_failed = issubclass(kind, Exception) and not issubclass(kind, Interrupted)
-        else:
-            has_failed = self._code not in (0, INTERRUPTED)
-        has_finished = not kind and not self._code
+        how = how_it_ended(kind, self._code)
         with suppress(OSError):
-            if has_finished:
+            if how == FINISHED:
                 self._file(self.rank).unlink(missing_ok=True)
             else:
-                self._file(self.rank).replace(self._ended_file(self.rank, FAILED if has_failed else STOPPED))
+                self._file(self.rank).replace(self._ended_file(self.rank, how))
 
     def ended_with(self, code: int) -> None:
         """The exit code of this machine's ranks."""
         self._code = code
 
-    def noticed_while_ranks_run(self, end_ranks: Callable[[FituneError], None]) -> OtherMachines:
+    def noticed_while_ranks_run(self, end_ranks: Callable[[FituneError], None]) -> MachinesOfAFolder:
         """A context manager: `end_ranks(why)` is called if one of the others is gone before the run is finished."""
-        return OtherMachines(self.folder, self.rank, self._names, self.session, end_ranks)
+        return MachinesOfAFolder(self.folder, self.rank, self._names, self.session, end_ranks)
 
     def settings_of_machine_0(self, asked: Run) -> Run:
         """The run that machine 0 wrote: its profile counts. Raises UsageError if it trains something else."""

@@ -1,9 +1,9 @@
 """Several machines that `eval` or `generate`: each tells machine 0 that it is there, then their ranks start together.
 
-They meet at the port that their ranks will take. By itself torch would try for a quarter of an hour, and print a page.
+They meet at the port that their ranks will take, and stay connected. By itself torch would try for a quarter of an
+hour, and print a page.
 """
 
-import select
 import socket
 import time
 from contextlib import ExitStack, closing, suppress
@@ -11,35 +11,33 @@ from contextlib import ExitStack, closing, suppress
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
 from fitune.launching.launch import Place
+from fitune.launching.links import Links, has_something_to_say, heard
 from fitune.launching.meeting_point import TRY_SECONDS, MeetingPoint, meeting_point
 from fitune.launching.waiting import PATIENCE_SECONDS, WaitingLine, named
 
 START = b"start\n"
 
 
-def meet(run: Run, place: Place) -> None:
-    """Returns when all machines of the run are there; at once where there is one.
+def meet(run: Run, place: Place) -> Links:
+    """Returns when all machines of the run are there; at once where there is one, which is linked to none.
 
     Raises UsageError for an address where machine 0 does not answer, FituneError for machines that do not come.
     """
     machines, rank = run.accelerate.num_machines, int(place["machine_rank"] or 0)
     if machines == 1:
-        return
+        return Links({}, machines)
     at = meeting_point(run, place)
-    if rank:
-        _tell_machine_0(at, rank, machines)
-    else:
-        _call_the_roll(at, machines)
+    return Links({0: _tell_machine_0(at, rank, machines)} if rank else _call_the_roll(at, machines), machines)
 
 
-def _call_the_roll(at: MeetingPoint, machines: int) -> None:
-    """On machine 0: until each of the others has said its number."""
+def _call_the_roll(at: MeetingPoint, machines: int) -> dict[int, socket.socket]:
+    """On machine 0: until each of the others has said its number. The connections to them."""
     with closing(at), ExitStack() as stack:
         at.open()
         at.connect().close()  # refuses an address that does not lead here
         at.listener.settimeout(1)
         line, here = WaitingLine(), {}
-        while missing := [rank for rank in range(1, machines) if rank not in here or _is_closed(here[rank])]:
+        while missing := [rank for rank in range(1, machines) if rank not in here or _is_gone(here[rank])]:
             line.say(f"waiting for {named(missing)} of {machines}")
             if line.seconds > PATIENCE_SECONDS:
                 raise FituneError(
@@ -51,19 +49,21 @@ def _call_the_roll(at: MeetingPoint, machines: int) -> None:
             except TimeoutError:
                 continue
             rank = _number_of(connection, machines)
-            if rank in here and not _is_closed(here[rank]):
+            if rank in here and not _is_gone(here[rank]):
                 raise UsageError(f"two machines say --machine-rank {rank}; give each its own, 0 to {machines - 1}")
             if rank:
                 here[rank] = connection
+            else:
+                connection.close()
         for connection in here.values():
             with suppress(OSError):  # it has just ended; its ranks are missed then
                 connection.sendall(START)
-        for connection in here.values():
-            _heard(connection)  # closed there first, or this port would rest for a minute
+        stack.pop_all()
+        return here
 
 
-def _tell_machine_0(at: MeetingPoint, rank: int, machines: int) -> None:
-    """On another machine: until machine 0 has seen all."""
+def _tell_machine_0(at: MeetingPoint, rank: int, machines: int) -> socket.socket:
+    """On another machine: until machine 0 has seen all. The connection to it."""
     line = WaitingLine()
     while True:
         try:
@@ -74,16 +74,17 @@ def _tell_machine_0(at: MeetingPoint, rank: int, machines: int) -> None:
                 raise
             line.say(f"waiting for machine 0 of {machines}: {error}")
             time.sleep(1)
-    with connection:
+    with ExitStack() as stack:
+        stack.enter_context(connection)
         connection.sendall(_greeting(rank, machines))
         connection.settimeout(PATIENCE_SECONDS + TRY_SECONDS)
-        said = _heard(connection)
-    if said != START:
-        if said:
-            raise UsageError(f"{at.host}, port {at.port}: another program answers there; give all another port")
-        raise FituneError(
-            "machine 0 ended before all machines had come, or runs already; what it says is printed there"
-        )
+        said = heard(connection)
+        if said == START:
+            stack.pop_all()
+            return connection
+    if said:
+        raise UsageError(f"{at.host}, port {at.port}: another program answers there; give all another port")
+    raise FituneError("machine 0 ended before all machines had come, or runs already; what it says is printed there")
 
 
 def _greeting(rank: int, machines: int) -> bytes:
@@ -93,21 +94,9 @@ def _greeting(rank: int, machines: int) -> bytes:
 def _number_of(connection: socket.socket, machines: int) -> int | None:
     """The rank that is told; None for whoever is no machine of this run."""
     connection.settimeout(TRY_SECONDS)
-    said = _heard(connection)
+    said = heard(connection)
     return next((rank for rank in range(1, machines) if said == _greeting(rank, machines)), None)
 
 
-def _heard(connection: socket.socket) -> bytes:
-    """A line, or what came of one; nothing where the other side is gone or silent."""
-    said = b""
-    try:
-        while not said.endswith(b"\n") and len(said) < 100 and (part := connection.recv(100)):
-            said += part
-    except OSError:
-        pass
-    return said
-
-
-def _is_closed(connection: socket.socket) -> bool:
-    readable, _, _ = select.select([connection], [], [], 0)
-    return bool(readable)  # it has nothing more to say
+def _is_gone(connection: socket.socket) -> bool:
+    return has_something_to_say(connection)  # nothing is left to say

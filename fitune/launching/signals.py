@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from fitune.errors import say_while_training
+from fitune.errors import FituneError, say_while_training
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -23,7 +23,7 @@ def passed_on_to_ranks(module: str, is_saving: Callable[[], bool] = lambda: Fals
 
     def forward(number, frame) -> None:
         received.append(number)
-        for rank in _processes_of(module):
+        for rank in _ranks_of(module):
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
         if len(received) > 1:
@@ -43,7 +43,7 @@ def interrupts_passed_on(module: str) -> Iterator[None]:
     """Ctrl-C, each time: processes in a session of their own, as torch's launcher starts them, miss it otherwise."""
 
     def forward(number, frame) -> None:
-        for rank in _processes_of(module):
+        for rank in _ranks_of(module):
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 if os.getsid(rank.pid) != os.getsid(0):
                     rank.send_signal(number)
@@ -62,13 +62,34 @@ def _handled_by(handler: Callable, numbers: list[int]) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+class Killed:
+    """The launcher's processes that run `module`, once they were killed for a reason."""
+
+    def __init__(self, module: str):
+        self.module = module
+        self.pids: set[int] = set()
+        self.reason: FituneError | None = None
+
+    def end_ranks(self, reason: FituneError) -> None:
+        self.reason = reason
+        for rank in _processes_of(self.module):
+            self.pids.add(rank.pid)
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
+
+
+def _ranks_of(module: str) -> list[psutil.Process]:
+    """The same as `_processes_of`. Raises KeyboardInterrupt for none."""
+    if not (found := _processes_of(module)):
+        raise KeyboardInterrupt
+    return found
+
+
 def _processes_of(module: str) -> list[psutil.Process]:
-    """The launcher's children that run `module`; others help the launcher itself. Raises KeyboardInterrupt for none."""
+    """The launcher's children that run `module`; others help the launcher itself."""
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if module in child.cmdline():
                 found.append(child)
-    if not found:
-        raise KeyboardInterrupt
     return found

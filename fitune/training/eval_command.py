@@ -42,8 +42,10 @@ def eval_command(
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
     with held_here(run, rows_of_eval(run)) as held:
         words += held.flags
-        meet(run, place)
-        code = launch_until_stopped(run, "fitune.training.evaluate", *words, config=held.config, place=place)
+        with meet(run, place) as others:
+            started = {"config": held.config, "place": place, "beside": others.beside}
+            code = launch_until_stopped(run, "fitune.training.evaluate", *words, **started)
+            others.ended_with(code)
     if not code:
         show_page_after_a_command(run.folder, place)
     return code

@@ -91,9 +91,11 @@ def _ask_run(folder: Path, asked: dict, place: Place) -> int:
     check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
     with held_here(run) as held:
         words = [*checkpoint_flag(run), *held.flags, *_as_typed(asked)]
-        meet(run, place)
-        started = {"config": held.config, "place": place, "interrupts_go_on": bool(asked["chat"])}
-        code = launch_until_stopped(run, "fitune.training.generate", *words, **started)
+        with meet(run, place) as others:
+            started = {"config": held.config, "place": place, "beside": others.beside}
+            started |= {"interrupts_go_on": bool(asked["chat"])}
+            code = launch_until_stopped(run, "fitune.training.generate", *words, **started)
+            others.ended_with(code)
     if asked["test"] and not code:
         show_page_after_a_command(run.folder, place)
     return code

@@ -94,8 +94,7 @@ def train(run: Run) -> None:
         steps_left = steps_left_after(run, checkpoint)
         with Loading() as loading:
             as_trained = {"fp8": run.profile.compute == "fp8", "keep_gathered": run.accelerate.keeps_gathered}
-            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat.count, **as_trained, bar=report.bar)
-        wait_for_all(heartbeat.waiting)  # one machine's disk may be far slower than another's
+            model = load_sharded_model(run, base_folder, tokenizer, mesh, heartbeat, **as_trained, bar=report.bar)
     heartbeat.count_layers(decoder(model).model.layers)
     report.begin("mapping the rows")
     setup = _planned(run, base_folder)
@@ -141,10 +140,12 @@ def train(run: Run) -> None:
 
 
 def load_sharded_model(
-    run: Run, base_folder: Path, tokenizer, mesh, on_step=lambda: None, *, fp8=False, keep_gathered=False,
-    adapter=True, bar=None,
+    run: Run, base_folder: Path, tokenizer, mesh, heartbeat: Heartbeat | None = None, *, fp8=False,
+    keep_gathered=False, adapter=True, bar=None,
 ) -> torch.nn.Module:  # fmt: skip
     """The run's model with this process's share of the weights: skeleton on meta, shard, then stream.
+
+    Call on all ranks: returns when all have read theirs, however long one machine's disk takes.
 
     `fp8` has it train with fp8 products, `keep_gathered` keep what a forward pass gathers until the backward pass;
     without `adapter` it is the frozen model alone. `bar` shows how far it is; without one, rank 0 draws its own.
@@ -159,9 +160,10 @@ def load_sharded_model(
     device = compute_device(mesh)
     share, in_host_ram = share_of(run, mesh.get_rank()), frozenset(kept_in_host_ram(model, run))
     placement = Placement(share.shard, share.shards, device, in_host_ram, ranks_of_a_copy(mesh))
-    bar = bar or partial(progress.bar, show=is_main_process())
+    bar, heartbeat = bar or partial(progress.bar, show=is_main_process()), heartbeat or Heartbeat()
     with Checkpoint(base_folder) as checkpoint, bar("reading the base", checkpoint.nbytes, in_bytes=True) as advance:
-        load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=on_step)
+        load_weights(model, checkpoint, placement, run.recipe.seed, on_tensor=advance, on_step=heartbeat.count)
+    wait_for_all(heartbeat.waiting)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return model

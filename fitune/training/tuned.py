@@ -12,8 +12,8 @@ from fitune.config.command_name import command
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.export.adapter import AdapterFile, saved_name
-from fitune.model.sharding import local_part, local_rows, share_of
-from fitune.training.distributed import is_main_process
+from fitune.model.sharding import Share, local_part, local_rows, share_of
+from fitune.training.distributed import is_main_process, wait_for_all
 from fitune.training.held_adapter import HeldAdapter, hold
 from fitune.training.state import load_trainable_weights
 from fitune.weights.base_identity import base_fingerprint, base_mismatch, read_base_record, settle_doubt
@@ -56,13 +56,17 @@ def load_tuned_weights(run: Run, model: nn.Module, mesh: DeviceMesh) -> None:
     of training, before they are rounded for a result.
 
     The result may be an adapter from elsewhere, if `model` was made with the shape that `hold` gives it. Raises
-    UsageError for one that is not as the run's settings say.
+    UsageError for one that is not as the run's settings say. Call on all ranks: returns when all have read theirs.
     """
     share = share_of(run, mesh.get_rank())
-    if run.recipe.method == "full":
-        if run.checkpoint:
-            load_trainable_weights(Path(run.checkpoint), model, share)
-        return
+    if run.recipe.method != "full":
+        _load_adapter(run, model, share)
+    elif run.checkpoint:
+        load_trainable_weights(Path(run.checkpoint), model, share)
+    wait_for_all()
+
+
+def _load_adapter(run: Run, model: nn.Module, share: Share) -> None:
     with AdapterFile(run.result_folder) as adapter, torch.no_grad():
         held = hold(adapter)
         parameters = {saved_name(name): part for name, part in model.named_parameters() if part.requires_grad}

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import psutil
+import pytest
 from commands import Running, changed, losses, start_on_two_machines, train_command
 
 READS_SLOWLY = """
@@ -76,6 +79,47 @@ def test_a_machine_that_dies_while_it_reads_is_noticed_and_the_others_end(tiny_b
     said = first.log.read_text()
     assert code == 1 and "error: machine 1 of 2 has shown no sign of life for 1" in said, said[-3000:]
     assert "; the ranks here were ended" in said and "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, prepared, tmp_path_factory) -> Path:
+    """A run of two machines."""
+    folder = tmp_path_factory.mktemp("trained")
+    for machine in start_on_two_machines(train_command(tiny_base, prepared, folder / "run", 1), folder):
+        assert machine.wait() == 0, machine.log.read_text()[-3000:]
+    return folder / "run"
+
+
+def _eval_on_two_machines(run: Path, folder: Path, *program: str) -> list[Running]:
+    """Machine 1, then machine 0."""
+    command = [sys.executable, *(program or ["cli.py"]), "eval", str(run), "--main-process-ip", "127.0.0.1"]
+    environment = changed(READS_SLOWLY.format(folder=str(folder)), folder)
+    return [Running([*command, "--machine-rank", str(n)], folder / f"log-{n}", **environment) for n in (1, 0)]
+
+
+def test_nor_does_it_in_eval(trained, tmp_path):
+    for machine in _eval_on_two_machines(trained, tmp_path):
+        assert machine.wait() == 0, machine.log.read_text()[-3000:]
+    assert (tmp_path / "goes-on-1").exists() and not (tmp_path / "under-a-timeout").exists()
+    assert (trained / "eval.json").exists()
+
+
+def test_a_machine_that_is_killed_while_it_reads_for_eval_is_noticed_and_the_others_end(trained, tmp_path):
+    (tmp_path / "hold").touch()
+    (tmp_path / "quickly.py").write_text(QUICKLY)
+    second, first = _eval_on_two_machines(trained, tmp_path, str(tmp_path / "quickly.py"))
+    try:
+        first.wait_for((tmp_path / "goes-on-0").exists)
+        first.wait_for((tmp_path / "has-read-1").exists)
+        for process in (*psutil.Process(second.process.pid).children(recursive=True), second.process):
+            process.kill()
+        code = first.wait(NOTICED_WITHIN_SECONDS)
+    finally:
+        for machine in (first, second):
+            machine.process.kill()
+    said = first.log.read_text()
+    assert code == 1 and "error: machine 1 of 2 is gone; the ranks here were ended" in said, said[-3000:]
+    assert "Traceback" not in said and "SIGKILL" not in said
 
 
 def _stop_altogether(machine: Running) -> None:

@@ -9,7 +9,7 @@ from patience import PATIENCE_SECONDS
 
 from fitune.errors import INTERRUPTED
 from fitune.launching import other_machines
-from fitune.launching.other_machines import OtherMachines
+from fitune.launching.other_machines import MachinesOfAFolder
 
 NAMES = ["first-1", "second-2"]
 
@@ -26,7 +26,7 @@ def machine_1(tmp_path, monkeypatch):
 def told(folder, seconds: float = PATIENCE_SECONDS):
     """The reason for which ranks are ended, within so long; None for none."""
     reasons, ended = [], threading.Event()
-    with OtherMachines(folder, 0, NAMES, "s", lambda why: (reasons.append(why), ended.set())):
+    with MachinesOfAFolder(folder, 0, NAMES, "s", lambda why: (reasons.append(why), ended.set())):
         ended.wait(seconds)
     return reasons[0] if reasons else None
 
@@ -39,10 +39,11 @@ def told(folder, seconds: float = PATIENCE_SECONDS):
         ("1.json", '{"name": "second-9", "session": "s"}', "was started again", 1),
     ],
 )
-def test_a_machine_that_ended_is_named_and_the_code_is_its_own(name, content, said, code, machine_1):
+def test_a_machine_that_ended_is_named_and_the_code_is_its_own(name, content, said, code, machine_1, capsys):
     (machine_1 / name).write_text(content)
     why = told(machine_1)
     assert str(why) == f"machine 1 of 2 {said}; the ranks here were ended" and why.exit_code == code
+    assert capsys.readouterr().err.count(f": {why}\n") == 1, "said once, however often ranks are ended"
 
 
 def test_a_machine_that_shows_no_sign_of_life_is_named(machine_1):

@@ -14,6 +14,7 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
 from fitune.launching import roll_call
+from fitune.launching.launch import alone
 from fitune.launching.roll_call import meet
 from fitune.planning.limits import given_machine
 from fitune.planning.search import find
@@ -40,7 +41,8 @@ def in_threads(run, places: list[dict], seconds: float = 60) -> list[Exception |
 
     def one(number: int, place: dict) -> None:
         try:
-            meet(run, place)
+            with meet(run, place):
+                pass
             outcomes[number] = time.monotonic()
         except FituneError as error:
             outcomes[number] = error
@@ -64,7 +66,8 @@ def test_machines_start_together_in_whatever_order_they_come_and_leave_the_port_
 
 def test_one_machine_waits_for_nobody(tmp_path):
     one = runs.resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
-    meet(one, {"machine_rank": None, "main_process_ip": None, "main_process_port": None})
+    with meet(one, {"machine_rank": None, "main_process_ip": None, "main_process_port": None}) as others:
+        assert others.beside is alone
 
 
 def test_an_address_that_is_not_machine_0s_is_refused_there_at_once(found, port):
@@ -106,8 +109,8 @@ def test_a_machine_that_was_stopped_and_comes_again_counts_once(found, port):
             break
     time.sleep(1)
     assert not started
-    meet(found, at(port, 1))
-    together.join(60)
+    with meet(found, at(port, 1)):
+        together.join(60)
     assert all(isinstance(when, float) for when in started) and len(started) == 2
 
 
