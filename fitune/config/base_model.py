@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fitune.config.config_types import check_shapes_are_there, check_types, model_type
+from fitune.config.config_types import check_shapes_are_there, check_types, heads_of, model_type
 from fitune.config.schema import Recipe
 from fitune.config.stored_weights import ADVICE, check_stored_weights
 from fitune.config.tiles import NF4_BLOCK
@@ -116,11 +116,11 @@ def _check_method(config: dict, where: Path, recipe: Recipe) -> None:
 def _inputs_of_linears(config: dict) -> dict[str, int]:
     """How many inputs a decoder layer's linears have, by what config.json calls it."""
     try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        sizes = {"hidden_size": hidden, "intermediate_size": config["intermediate_size"]}
+        heads = heads_of(config)
+        sizes = {key: config[key] for key in ("hidden_size", "intermediate_size")}
     except KeyError:  # a file that leaves sizes to transformers' defaults; loading compares them with the weights
         return {}
-    return sizes | {"num_attention_heads x head_dim": heads * (config.get("head_dim") or hidden // heads)}
+    return sizes | {"num_attention_heads x head_dim": heads.query * heads.dim}
 
 
 def _check_window(config: dict, where: Path, recipe: Recipe) -> None:

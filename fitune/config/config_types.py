@@ -1,4 +1,4 @@
-"""Which values config.json may hold: a wrong one is refused by its key, before anything computes with it."""
+"""Which values config.json may hold: wrong ones are refused by their keys, before anything computes with them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -73,6 +73,20 @@ ROPE = dict.fromkeys(
     ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), NUMBER
 )
 "Of the keys in `rope_parameters` and `rope_scaling`."
+KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+"What transformers takes where config.json does not say; Llamas have as many as query heads."
+HEAD_DIM = {"qwen3": 128}
+"Likewise; others share hidden_size among the heads."
+CORRECT_IT = "; correct it, or get the model again"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of a decoder layer's attention."""
+
+    query: int
+    key_value: int
+    dim: int
 
 
 def model_type(config: Mapping, where: Path) -> str | None:
@@ -82,10 +96,37 @@ def model_type(config: Mapping, where: Path) -> str | None:
 
 
 def check_types(config: Mapping, where: Path) -> None:
-    """Raises UsageError for the first value of a wrong kind. `where` is the config.json that it stands in."""
+    """Raises UsageError for the first value of a wrong kind, and for heads that do not divide what they share.
+
+    `where` is the config.json that it stands in, of a model that fitune trains.
+    """
     _check(config, KINDS, "", where)
     for block in ("rope_parameters", "rope_scaling"):
         _check(config.get(block) or {}, ROPE, f"{block}.", where)
+    if {"hidden_size", "num_attention_heads"} <= config.keys():
+        _check_heads(config, where)
+
+
+def heads_of(config: Mapping) -> Heads:
+    """Those of a config.json with the sizes that `_check_heads` needs, with transformers' defaults."""
+    kind, heads = config["model_type"], config["num_attention_heads"]
+    key_value = config.get("num_key_value_heads", KEY_VALUE_HEADS.get(kind)) or heads
+    return Heads(heads, key_value, config.get("head_dim") or HEAD_DIM.get(kind) or config["hidden_size"] // heads)
+
+
+def _check_heads(config: Mapping, where: Path) -> None:
+    heads, hidden = heads_of(config), config["hidden_size"]
+    if heads.query % heads.key_value:
+        not_given = "" if config.get("num_key_value_heads") else " where it is not given"
+        raise UsageError(
+            f"{where}: num_attention_heads is {heads.query}, expected a multiple of num_key_value_heads "
+            f"({heads.key_value}{not_given}){CORRECT_IT}"
+        )
+    is_shared = config["model_type"] == "llama" or not (config.get("head_dim") or config["model_type"] in HEAD_DIM)
+    if is_shared and hidden % heads.query:  # transformers refuses a Llama so even with a head_dim
+        raise UsageError(
+            f"{where}: hidden_size is {hidden}, expected a multiple of num_attention_heads ({heads.query}){CORRECT_IT}"
+        )
 
 
 def check_shapes_are_there(config: Mapping, where: Path) -> None:
@@ -96,6 +137,4 @@ def check_shapes_are_there(config: Mapping, where: Path) -> None:
 def _check(values: Mapping, kinds: dict[str, Kind], block: str, where: Path) -> None:
     for key, kind in kinds.items():
         if key in values and not kind.holds(values[key]):
-            raise UsageError(
-                f"{where}: {block}{key} is {values[key]!r}, expected {kind.said}; correct it, or get the model again"
-            )
+            raise UsageError(f"{where}: {block}{key} is {values[key]!r}, expected {kind.said}{CORRECT_IT}")

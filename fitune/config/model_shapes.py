@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.config.base_model import check_config, in_four_bits
+from fitune.config.config_types import heads_of
 from fitune.config.json_file import read_json
 from fitune.errors import UsageError
 
@@ -147,19 +148,19 @@ def read_config(file: Path) -> ModelShape:
     config = read_json(file, "give a folder with config.json")
     check_config(config, file)
     try:
-        kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+        heads = heads_of(config)
         return ModelShape(
-            hidden=hidden,
+            hidden=config["hidden_size"],
             intermediate=config["intermediate_size"],
             layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
+            heads=heads.query,
+            kv_heads=heads.key_value,
+            head_dim=heads.dim,
             vocabulary=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             tied=bool(config.get("tie_word_embeddings")),
             biased=_biased(config),
-            head_norms=kind == "qwen3",
+            head_norms=config["model_type"] == "qwen3",
             nf4_on_disk=in_four_bits(config),
         )
     except KeyError as error:

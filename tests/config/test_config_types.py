@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from fitune.cli import cli
 from fitune.config.base_model import check_config, check_sizes
-from fitune.config.config_types import SHAPES
+from fitune.config.config_types import SHAPES, heads_of
 from fitune.errors import UsageError
 
 COUNT = "expected a whole number above 0"
@@ -45,6 +46,44 @@ def test_a_value_of_a_wrong_kind_is_named(good, tmp_path, key, value, said):
             check(good | {key: value}, where)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, r"num_attention_heads is 6, expected a .* \(4\);"),
+        (
+            {"hidden_size": 66, "head_dim": None},
+            r"hidden_size is 66, expected a multiple of num_attention_heads \(4\);",
+        ),
+        ({"hidden_size": 66, "head_dim": 16}, r"hidden_size is 66, expected a multiple of num_attention_heads \(4\);"),
+        ({"model_type": "mistral", "hidden_size": 66, "head_dim": None}, "hidden_size is 66, "),
+        ({"model_type": "qwen2", "num_key_value_heads": 3}, r"num_attention_heads is 4, .* num_key_value_heads \(3\);"),
+    ],
+)
+def test_heads_that_do_not_divide_what_they_share_are_refused(good, tmp_path, sizes, said):
+    for check in (check_config, check_sizes):
+        with pytest.raises(UsageError, match=f"config.json: {said}.* correct it, or get the model again$"):
+            check(good | {"num_attention_heads": 4, "num_key_value_heads": 2} | sizes, tmp_path / "config.json")
+
+
+def test_heads_that_are_not_given_are_those_that_transformers_takes(good, tmp_path):
+    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    sizes = {"hidden_size": 256, "num_attention_heads": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    for kind, config in classes.items():
+        here = {"model_type": kind, **sizes, "vocab_size": 100, "max_position_embeddings": 64}
+        check_config(here, tmp_path / "config.json")
+        theirs, ours = config(**sizes), heads_of(here)
+        assert ours.key_value == theirs.num_key_value_heads
+        assert ours.dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    few = {"model_type": "mistral", **sizes, "num_attention_heads": 4}
+    with pytest.raises(UsageError, match=r"num_attention_heads is 4, .* \(8 where it is not given\)"):
+        check_config(few, tmp_path / "config.json")
+
+
+def test_heads_of_a_size_of_their_own_need_not_share_the_hidden_size(good, tmp_path):
+    for kind, dim in (("mistral", 16), ("qwen2", 16), ("qwen3", None)):
+        check_config(good | {"model_type": kind, "hidden_size": 66, "head_dim": dim}, tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("key", SHAPES)
 def test_a_missing_size_is_named(good, tmp_path, key):
     with pytest.raises(UsageError, match=f"config.json: key '{key}' is missing"):
@@ -55,6 +94,13 @@ def test_other_architectures_may_hold_other_kinds(tmp_path):
     check_sizes({"model_type": "gemma3n", "intermediate_size": [1, 2]}, tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', expected a whole number above 0"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, expected a multiple of num_key_value_heads (3)"),
+    ],
+)
 @pytest.mark.parametrize(
     "words",
     [
@@ -67,10 +113,10 @@ def test_other_architectures_may_hold_other_kinds(tmp_path):
     ],
     ids=" ".join,
 )
-def test_every_command_that_reads_it_says_so(good, tiny_base, tmp_path, monkeypatch, words):
+def test_every_command_that_reads_it_says_so(good, tiny_base, tmp_path, monkeypatch, words, wrong, said):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text(json.dumps(good | {"num_hidden_layers": "four"}))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(good | wrong))
     given = "base.model=./base" if words[-1] == "--set" else "base"
     if words[0] == "train":  # which looks for rows first
         (tmp_path / "data" / "tiny").mkdir(parents=True)
@@ -78,4 +124,4 @@ def test_every_command_that_reads_it_says_so(good, tiny_base, tmp_path, monkeypa
     outcome = CliRunner().invoke(cli, [*words, given])
     assert outcome.exit_code == 2 and isinstance(outcome.exception, SystemExit), outcome.output
     [line] = outcome.stderr.splitlines()
-    assert "base/config.json: num_hidden_layers is 'four', expected a whole number above 0" in line
+    assert f"base/config.json: {said}" in line
