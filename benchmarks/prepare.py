@@ -142,7 +142,7 @@ def run_side(arguments) -> None:
 
 
 def with_prepare(tokenizer, arguments) -> int:
-    from fitune.config.schema import Data
+    from fitune.config.recipe import Data
     from fitune.data.prepare import prepare
 
     data = Data(dataset=arguments.input, prepared=arguments.output)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import BaseModel
 
-from fitune.config import evaluation, optimizers, schedules, schema, trackers
+from fitune.config import evaluation, optimizers, recipe, schedules, schema, trackers
 from fitune.config.installed_names import sft_config_fields, training_enums
 from fitune.config.training_fields import CHOICES, LIMITS, OWNED_ELSEWHERE, REFUSED
 
@@ -61,9 +61,9 @@ BOUNDS = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "b
 
 def docstrings() -> dict[str, dict[str, str]]:
     """The text under each field of the schema, by class and field."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    parsed = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (recipe, schema)]
     found = {}
-    for block in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    for block in (node for tree in parsed for node in tree.body if isinstance(node, ast.ClassDef)):
         texts = found[block.name] = {}
         for field, below in zip(block.body, [*block.body[1:], None], strict=True):
             is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
@@ -78,14 +78,12 @@ def rows_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     required, rows = described.get("required", ()), []
     for name in model.model_fields:
         if name not in texts:
-            raise SystemExit(
-                f"fitune/config/schema.py: {model.__name__}.{name} has no text under it that says what it is"
-            )
+            raise SystemExit(f"{model.__module__}: {model.__name__}.{name} has no text under it that says what it is")
         given = described["properties"][name]
         default = "**needed**" if name in required else _shown(given.get("default"))
         rows.append(f"| `{prefix}{name}` | {_cell(_value(given))} | {default} | {_cell(texts[name])} |")
         for block, between in _blocks_in(given):
-            rows += rows_of(getattr(schema, block), f"{prefix}{name}{between}.")
+            rows += rows_of(getattr(recipe, block, None) or getattr(schema, block), f"{prefix}{name}{between}.")
     return rows
 
 
@@ -170,8 +168,8 @@ def page() -> str:
     table = "| key | value | default | meaning |\n|---|---|---|---|"
     parts = [
         HEAD,
-        f"## Recipe\n\n{schema.Recipe.__doc__}\n",
-        "\n".join([table, EXTENDS, *rows_of(schema.Recipe)]),
+        f"## Recipe\n\n{recipe.Recipe.__doc__}\n",
+        "\n".join([table, EXTENDS, *rows_of(recipe.Recipe)]),
         f"\n## Memory profile\n\n{schema.Profile.__doc__}\n",
         "\n".join([table, *rows_of(schema.Profile)]),
         "\n" + "\n".join([TRAINING, *training_rows()]),

@@ -110,7 +110,8 @@ def make_run(prepared):
     Gradient accumulation follows from `batch`, `micro_batch` and `processes`; further keywords go to the recipe.
     """
     from fitune import __version__
-    from fitune.config.schema import AccelerateConfig, Profile, Recipe, Run
+    from fitune.config.recipe import Recipe
+    from fitune.config.schema import AccelerateConfig, Profile, Run
 
     def make(
         base: Path,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fitune.config.config_types import check_shapes_are_there, check_types, heads_of, model_type
-from fitune.config.schema import Recipe
+from fitune.config.recipe import Recipe
 from fitune.config.stored_weights import ADVICE, check_stored_weights
 from fitune.config.tiles import NF4_BLOCK
 from fitune.errors import UsageError

@@ -9,7 +9,8 @@ from fitune.columns import beside
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.model_shapes import find_shape
-from fitune.config.schema import Profile, Recipe
+from fitune.config.recipe import Recipe
+from fitune.config.schema import Profile
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, find, names
 from fitune.config.yaml_file import read_yaml
 from fitune.errors import UsageError

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fitune.config.schema import EarlyStopping
+from fitune.config.recipe import EarlyStopping
 from fitune.errors import UsageError, nearest
 
 METRICS = ("loss", "perplexity", "token_accuracy")

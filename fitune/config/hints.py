@@ -1,7 +1,8 @@
 """What a reader of other programs may type, and what it is called here."""
 
 from fitune.config.installed_names import sft_config_fields
-from fitune.config.schema import Base, Data, EarlyStopping, Lora, Profile, Recipe
+from fitune.config.recipe import Base, Data, EarlyStopping, Lora, Recipe
+from fitune.config.schema import Profile
 from fitune.config.training_fields import OWNED_ELSEWHERE, REFUSED
 
 SYNONYMS = {

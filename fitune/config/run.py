@@ -15,10 +15,11 @@ from fitune.config.ignored import refuse_ignored
 from fitune.config.model_shapes import find_shape
 from fitune.config.model_sizes import is_of_size
 from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.recipe import Recipe
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
 from fitune.config.recipe_paths import found_beside, path_from_here
 from fitune.config.results import refuse_what_runs_leave
-from fitune.config.schema import AUTO, SMALLEST, AccelerateConfig, Profile, Recipe, Run
+from fitune.config.schema import AUTO, SMALLEST, AccelerateConfig, Profile, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, name_of, names
 from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
 from fitune.config.yaml_file import Where, parse, parse_yaml, read_yaml

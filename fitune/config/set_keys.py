@@ -6,7 +6,8 @@ from typing import get_args
 from pydantic import BaseModel
 
 from fitune.config.installed_names import sft_config_fields
-from fitune.config.schema import Profile, Recipe
+from fitune.config.recipe import Recipe
+from fitune.config.schema import Profile
 from fitune.config.training_fields import OWNED_ELSEWHERE, REFUSED
 
 

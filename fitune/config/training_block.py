@@ -11,8 +11,8 @@ from fitune.config.hints import meant_by
 from fitune.config.installed_names import sft_config_fields, training_enums
 from fitune.config.optimizers import ARGUMENTS as WORKING_OPTIMIZERS
 from fitune.config.optimizers import refuse_unfit_optimizer
+from fitune.config.recipe import Recipe
 from fitune.config.schedules import refuse_unfit_schedule
-from fitune.config.schema import Recipe
 from fitune.config.trackers import refuse_missing_trackers
 from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
 from fitune.config.yaml_file import Where, place_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from fitune.config.schema import CHAT_TEMPLATES, TEMPLATE_CHOICES
+from fitune.config.recipe import CHAT_TEMPLATES, TEMPLATE_CHOICES
 from fitune.data.chat_renderer import AnswerNotFound, ChatRenderer
 from fitune.data.conversations import arguments_as_objects
 from fitune.data.file_formats import first_line

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fitune.config.schema import Recipe
+from fitune.config.recipe import Recipe
 from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
 from fitune.data.packing import Layout
 from fitune.data.token_file import IGNORED, TokenFile

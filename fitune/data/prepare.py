@@ -8,7 +8,7 @@ import numpy as np
 
 from fitune.config.base_model import check_vocabulary
 from fitune.config.host_limits import usable_cores
-from fitune.config.schema import Data, Source
+from fitune.config.recipe import Data, Source
 from fitune.data import chat_template
 from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.data_report import describe, print_report

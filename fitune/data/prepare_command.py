@@ -7,7 +7,7 @@ from pathlib import Path
 from fitune.config import run as runs
 from fitune.config.command_name import command
 from fitune.config.hub import local_config
-from fitune.config.schema import Data, Recipe
+from fitune.config.recipe import Data, Recipe
 from fitune.config.yaml_file import parse
 from fitune.data.prepare import prepare
 from fitune.data.sources import refuse_missing_file

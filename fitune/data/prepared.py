@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fitune.config.command_name import command
-from fitune.config.schema import Data, Recipe
+from fitune.config.recipe import Data, Recipe
 from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.conversations import quote
 from fitune.data.dataset import TokenisedRows

@@ -3,7 +3,7 @@
 import operator
 import re
 
-from fitune.config.schema import YES_OR_NO
+from fitune.config.fields import YES_OR_NO
 from fitune.errors import UsageError
 
 _COMPARISON = re.compile(r"\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*")

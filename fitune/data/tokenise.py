@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitune.config.schema import Data
+from fitune.config.recipe import Data
 from fitune.data.hub_dataset import Splits
 from fitune.data.reading import read_all, refuse_problems
 from fitune.data.row_store import RowStore

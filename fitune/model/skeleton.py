@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from fitune.config.base_model import check_base_model
-from fitune.config.schema import Lora, Recipe
+from fitune.config.recipe import Lora, Recipe
 from fitune.config.shipped import how_to_install
 from fitune.errors import UsageError
 from fitune.model.attention import PACKED_ATTENTION

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fitune.config import run as runs
-from fitune.config.schema import Recipe
+from fitune.config.recipe import Recipe
 from fitune.config.shipped import RECIPES, names
 from fitune.planning.outlook import nearest_changes
 from fitune.planning.plan import Plan

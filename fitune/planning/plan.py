@@ -9,7 +9,8 @@ from fitune.config.base_model import refuse_length_beyond
 from fitune.config.evaluation import keeps_the_best
 from fitune.config.model_shapes import ModelShape, find_shape, has_weights
 from fitune.config.optimizers import numbers_per_weight
-from fitune.config.schema import Recipe, Run
+from fitune.config.recipe import Recipe
+from fitune.config.schema import Run
 from fitune.errors import UsageError, nearest
 from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.limits import Limits

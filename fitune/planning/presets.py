@@ -8,7 +8,8 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.catalogue import own_files
 from fitune.config.command_name import command
-from fitune.config.schema import AUTO, SMALLEST, Recipe, Run
+from fitune.config.recipe import Recipe
+from fitune.config.schema import AUTO, SMALLEST, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, names
 from fitune.errors import UsageError
 from fitune.planning.fill import filled

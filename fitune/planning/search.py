@@ -17,8 +17,9 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import DEFAULT_PORT
 from fitune.config.hints import became
 from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.recipe import Recipe
 from fitune.config.run import FOUND
-from fitune.config.schema import AUTO, AccelerateConfig, Profile, Recipe, Run
+from fitune.config.schema import AUTO, AccelerateConfig, Profile, Run
 from fitune.config.shipped import name_of
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError

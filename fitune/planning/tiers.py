@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from fitune.config import run as runs
-from fitune.config.schema import Lora, Recipe, Run
+from fitune.config.recipe import Lora, Recipe
+from fitune.config.schema import Run
 from fitune.config.shipped import name_of
 from fitune.planning.fill import filled
 from fitune.planning.limits import limits_of

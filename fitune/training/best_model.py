@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from fitune.config.evaluation import LARGER_IS_BETTER, best_metric, keeps_the_best
-from fitune.config.schema import Recipe
+from fitune.config.recipe import Recipe
 from fitune.training.distributed import is_main_process
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fitune.config.schema import Data
+from fitune.config.recipe import Data
 from fitune.data.chat_template import apply_own_chat_template
 from fitune.data.token_file import IGNORED, TokenFile
 from fitune.data.tokenise import tokenise_lines

@@ -13,7 +13,8 @@ from typing import Literal
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from fitune.config.schema import Run, Strict
+from fitune.config.fields import Strict
+from fitune.config.schema import Run
 from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.prepared import sha256_of_rows
 from fitune.errors import UsageError

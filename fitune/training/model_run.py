@@ -6,8 +6,9 @@ from pathlib import Path
 from fitune import __version__
 from fitune.config import run as runs
 from fitune.config.accelerate_config import written_out
+from fitune.config.recipe import Base, Data, Lora, Recipe
 from fitune.config.run import FOUND
-from fitune.config.schema import ADAPTER, AccelerateConfig, Base, Data, Lora, Profile, Recipe, Run
+from fitune.config.schema import ADAPTER, AccelerateConfig, Profile, Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder
 from fitune.planning.asking import CONVERSATION, METHOD, NF4_BITS, STORED, Holding, Reading, as_plain, choose, fits

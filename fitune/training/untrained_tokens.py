@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fitune.config.schema import Recipe
+from fitune.config.recipe import Recipe
 from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.data.chat_template import control_tokens_of_template
 from fitune.errors import UsageError

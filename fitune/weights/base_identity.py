@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fitune.config.adapter_folder import BASE_RECORD
 from fitune.config.hub import resolved_commit
-from fitune.config.schema import Base
+from fitune.config.recipe import Base
 from fitune.errors import UsageError
 from fitune.weights.base_weights import unpacked_shapes
 from fitune.weights.safetensors_files import Checkpoint

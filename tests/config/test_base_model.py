@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fitune.config.base_model import check_base_model, check_vocabulary
-from fitune.config.schema import Data
+from fitune.config.recipe import Data
 from fitune.data.prepare import prepare
 from fitune.errors import UsageError
 from fitune.launching.preflight import check_before_training

@@ -5,8 +5,9 @@ import yaml
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.fields import Method
 from fitune.config.run import load_profile, load_recipe
-from fitune.config.schema import Method, Run
+from fitune.config.schema import Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, RECIPES, names
 from fitune.planning import fill
 

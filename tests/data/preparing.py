@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.config.schema import Data, Recipe
+from fitune.config.recipe import Data, Recipe
 from fitune.data.prepare import prepare
 from fitune.data.prepared import load_rows
 from fitune.errors import UsageError

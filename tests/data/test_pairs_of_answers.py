@@ -3,7 +3,7 @@
 import pytest
 from preparing import NO, QUESTION, YES, chat, everything, refused, rows, run, write
 
-from fitune.config.schema import Source
+from fitune.config.recipe import Source
 from fitune.errors import UsageError
 
 PAIRS = {

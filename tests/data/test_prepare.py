@@ -23,7 +23,7 @@ from preparing import (
 from rich.console import Console
 from tiny_tokenizer import tiny_tokenizer
 
-from fitune.config.schema import Source
+from fitune.config.recipe import Source
 from fitune.data import file_formats, reading
 from fitune.data.prepared import load_rows
 from fitune.errors import UsageError
@@ -154,7 +154,7 @@ def test_an_interrupted_prepare_leaves_nothing(tmp_path, number):
     source = tmp_path / "pipe.jsonl"
     write(source, *[chat(n, "word " * 500) for n in range(8000)])
     program = (
-        "import sys; from pathlib import Path; from fitune.config.schema import Data\n"
+        "import sys; from pathlib import Path; from fitune.config.recipe import Data\n"
         "from fitune.data import prepare, reading\n"
         "add = reading.Tally.add\n"
         "def slow(*given): print('reading', flush=True); import time; time.sleep(0.5); add(*given)\n"
@@ -287,7 +287,7 @@ def test_a_preview_without_colours_marks_what_is_trained(colours, tmp_path):
 
 def test_prepare_does_not_import_torch(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from fitune.config.schema import Data\n"
+        "import sys; from pathlib import Path; from fitune.config.recipe import Data\n"
         "from fitune.data.prepare import prepare\n"
         f"prepare(Data(dataset={str(EXAMPLES)!r}, prepared='x'), Path({str(tmp_path / 'out')!r}))\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"

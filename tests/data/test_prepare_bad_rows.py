@@ -12,7 +12,7 @@ import yaml
 from preparing import ANSWER, QUESTION, SYSTEM, chat, refused, rows, run, write
 from tiny_tokenizer import tiny_tokenizer
 
-from fitune.config.schema import Data
+from fitune.config.recipe import Data
 from fitune.config.yaml_file import parse
 from fitune.data import conversations, file_formats, reading, row_formats
 from fitune.errors import UsageError

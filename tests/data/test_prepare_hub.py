@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from fitune.config.schema import Data
+from fitune.config.recipe import Data
 from fitune.data.prepare import prepare
 from fitune.errors import FituneError, UsageError
 

@@ -10,7 +10,7 @@ import torch
 from preparing import chat, refused, rows, run, write
 from tiny_tokenizer import tiny_tokenizer
 
-from fitune.config.schema import Data, Recipe, Source
+from fitune.config.recipe import Data, Recipe, Source
 from fitune.data.chat_template import apply_chat_template_choice
 from fitune.data.dataset import TokenisedRows
 from fitune.data.prepared import check_prepared, load_rows

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fitune.config.schema import EarlyStopping
+from fitune.config.recipe import EarlyStopping
 from fitune.training.best_model import BestModel
 
 

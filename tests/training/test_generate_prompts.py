@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tiny_tokenizer import tiny_tokenizer
 
 from fitune.cli import cli
-from fitune.config.schema import Data, Recipe
+from fitune.config.recipe import Data, Recipe
 from fitune.data.chat_template import apply_chat_template_choice, template_hash
 from fitune.errors import UsageError
 from fitune.export.chat_record import ChatRecord, read_chat_record, refuse_another_chat, write_chat_record

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_alone, run_ranks, train_here
 
-from fitune.config.schema import Base
+from fitune.config.recipe import Base
 from fitune.errors import UsageError
 from fitune.training.tuned import tuned_base_folder
 from fitune.weights import base_identity
