@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks share few cores
@@ -42,6 +44,14 @@ def prepared(tmp_path_factory) -> Path:
     for split, count, seed in (("train", 48, 1), ("test", 8, 2)):
         write_split(folder, split, count, seed)
     return folder
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Puts a program in PATH that answers as nvidia-smi would: `nvidia_smi(rows)`, as `put_in_path` has it."""
+    from fake_nvidia_smi import put_in_path
+
+    return partial(put_in_path, tmp_path, monkeypatch)
 
 
 def write_split(folder: Path, split: str, count: int, seed: int) -> None:

@@ -1,51 +1,21 @@
 """Which GPUs count and what they can do: by the answers of fake nvidia-smi programs."""
 
 import json
-import os
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from fake_nvidia_smi import CARD, card
 
 from fitune.cli import cli
 from fitune.errors import UsageError
-from fitune.launching import disk_speed, doctor
+from fitune.launching import doctor
 from fitune.planning import hardware
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
-from fitune.planning.hardware import FIELDS, MORE_FIELDS, this_machine
+from fitune.planning.hardware import this_machine
 from fitune.planning.limits import limits_here
 from fitune.planning.machine import Machine
 from fitune.planning.search import find
-
-CARD = ("GPU-{n}", "NVIDIA GeForce RTX 4090", "24564", "24100", "8.9", "4", "16", "[N/A]")
-"""uuid, name, memory.total, memory.free, compute_cap, pcie.link.gen.max, pcie.link.width.current, mig.mode.current"""
-
-
-def card(number: int, **changes: str) -> list[str]:
-    values = dict(zip(FIELDS + MORE_FIELDS, CARD, strict=True)) | {"uuid": f"GPU-{number}{number}{number}{number}"}
-    return list((values | {key.replace("__", "."): value for key, value in changes.items()}).values())
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """Puts a program in PATH that answers as nvidia-smi would: `nvidia_smi(rows)`, `listed` for -L, `xml` for -q -x."""
-
-    def put(rows: list[list[str]], listed: str = "", knows_all_fields: bool = True, xml: str = "") -> None:
-        csv, short = ("\n".join(", ".join(row[:size]) for row in rows) for size in (None, len(FIELDS)))
-        program = tmp_path / "bin" / "nvidia-smi"
-        program.parent.mkdir(exist_ok=True)
-        refusal = "" if knows_all_fields else 'case "$1" in *compute_cap*) echo "not a valid field"; exit 2;; esac\n'
-        program.write_text(
-            f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\nif [ "$1" = -L ]; then cat <<\'X\'\n{listed}\nX\nexit; fi\n'
-            f"if [ \"$1 $2\" = '-q -x' ]; then cat <<'X'\n{xml}\nX\nexit; fi\n{refusal}"
-            f"case \"$1\" in *compute_cap*) cat <<'X'\n{csv}\nX\n;; *) cat <<'X'\n{short}\nX\n;; esac\n"
-        )
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    return put
 
 
 def test_every_card_is_read_with_what_others_leave_free_and_its_link(nvidia_smi):
@@ -138,92 +108,6 @@ def test_hidden_gpus_do_not_stop_what_is_planned_elsewhere(nvidia_smi, monkeypat
     assert CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--gpu", "RTX 4090"]).exit_code == 0
 
 
-LISTED = """\
-GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1111)
-  MIG 3g.20gb     Device  0: (UUID: MIG-aaaa)
-  MIG 2g.10gb     Device  1: (UUID: MIG-bbbb)
-GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-2222)"""
-
-
-@pytest.mark.parametrize(
-    ("visible", "gib", "share"),
-    [(None, 18.6, 3 / 7), ("MIG-bbbb", 9.3, 2 / 7), ("GPU-2222", 40.0, 1.0), ("0", 18.6, 3 / 7), ("1", 40.0, 1.0)],
-)
-def test_of_instances_of_a_divided_gpu_one_counts(visible, gib, share, nvidia_smi, monkeypatch):
-    a100 = {"name": "NVIDIA A100-SXM4-40GB", "memory__total": "40960", "memory__free": "40960", "compute_cap": "8.0"}
-    nvidia_smi([card(1, **a100, mig__mode__current="Enabled"), card(2, **a100, mig__mode__current="Disabled")], LISTED)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    [gpu] = this_machine().gpus
-    assert round(gpu.total_gib, 1) == gib and gpu.share == pytest.approx(share)
-    assert gpu.model.bf16_tflops == pytest.approx(312 * share)
-
-
-INSTANCE = """\
-   <mig_device>
-    <index>{}</index>
-    <gpu_instance_id>2</gpu_instance_id>
-    <device_attributes><shared><multiprocessor_count>42</multiprocessor_count></shared></device_attributes>
-    <fb_memory_usage>
-     <total>{} MiB</total>
-     <reserved>0 MiB</reserved>
-     <used>0 MiB</used>
-     <free>{}</free>
-    </fb_memory_usage>
-   </mig_device>
-"""
-XML = """\
-<?xml version="1.0" ?>
-<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">
-<nvidia_smi_log>
- <gpu id="00000000:07:00.0">
-  <mig_mode><current_mig>Enabled</current_mig></mig_mode>
-  <mig_devices>
-{}  </mig_devices>
-  <fb_memory_usage><total>40960 MiB</total><free>N/A</free></fb_memory_usage>
-  <uuid>GPU-1111</uuid>
- </gpu>
-</nvidia_smi_log>"""
-
-
-def test_memory_that_others_use_inside_an_instance_is_not_free(nvidia_smi, tmp_path, monkeypatch):
-    a100 = {"name": "NVIDIA A100-SXM4-40GB", "memory__total": "40960", "memory__free": "40960", "compute_cap": "8.0"}
-    rows = [card(1, **a100, mig__mode__current="Enabled"), card(2, **a100, mig__mode__current="Disabled")]
-
-    def seen(identity: str, xml: str) -> tuple[float, float]:
-        nvidia_smi(rows, LISTED, xml=xml)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", identity)
-        [gpu] = this_machine().gpus
-        return round(gpu.total_gib, 2), round(gpu.free_gib, 2)
-
-    xml = XML.format(INSTANCE.format(0, 19968, "2048 MiB") + INSTANCE.format(1, 9856, "9728 MiB"))
-    assert seen("MIG-aaaa", xml) == (19.5, 2.0) and seen("MIG-bbbb", xml) == (9.62, 9.5)
-    assert (tmp_path / "asked").read_text().count("-q -x\n") == 2  # once each time
-    by_name = (18.63, 18.63)  # of drivers that do not tell
-    for without in (XML.format(INSTANCE.format(0, 19968, "[N/A]")), XML.format("None"), "not a valid option", ""):
-        assert seen("MIG-aaaa", without) == by_name
-
-
-def test_a_machine_whose_gpus_are_whole_is_not_asked_for_instances(nvidia_smi, tmp_path):
-    nvidia_smi([card(1)])
-    assert this_machine().gpus
-    assert (tmp_path / "asked").read_text().count("\n") == 1
-
-
-def test_an_instance_that_is_all_of_its_gpu_is_one_all_the_same(nvidia_smi):
-    """CUDA shows a process one instance, however large; an A30 and an RTX PRO are divided into four parts at most."""
-    whole = "GPU {0}: {1} (UUID: GPU-{0}{0}{0}{0})\n  MIG {2}     Device  0: (UUID: MIG-{0})"
-    a100 = {"name": "NVIDIA A100-SXM4-80GB", "memory__total": "81920", "memory__free": "81920", "compute_cap": "8.0"}
-    rows = [card(n, **a100, mig__mode__current="Enabled") for n in (1, 2)]
-    nvidia_smi(rows, "\n".join(whole.format(n, a100["name"], "7g.80gb") for n in (1, 2)))
-    [gpu] = this_machine().gpus
-    assert (gpu.share, gpu.identity, gpu.shown_as) == (1, "MIG-1", "MIG-1")
-    a30 = a100 | {"name": "NVIDIA A30", "memory__total": "24576", "memory__free": "24576"}
-    nvidia_smi([card(1, **a30, mig__mode__current="Enabled")], whole.format(1, "NVIDIA A30", "2g.12gb"))
-    [gpu] = this_machine().gpus
-    assert gpu.share == 0.5 and gpu.model.bf16_tflops == 165 / 2
-
-
 def test_of_cards_of_different_sizes_the_smallest_counts_and_a_line_says_so(nvidia_smi):
     small = {"name": "NVIDIA GeForce RTX 3060", "memory__total": "12288", "memory__free": "12000", "compute_cap": "8.6"}
     nvidia_smi([card(1), card(2, **small), card(3)])
@@ -298,60 +182,3 @@ def test_a_gpu_that_the_table_does_not_have_is_not_timed_as_another(nvidia_smi):
     assert "'NVIDIA Unheard Of' is not in the table of GPUs; give --gpu-tflops N" in result.output
     estimate = json.loads(CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--json"]).output)["estimate"]
     assert estimate is None
-
-
-def test_doctor_times_the_disk_that_runs_are_saved_on(tmp_path, monkeypatch):
-    clock = iter([0.0, 0.1, 0.0, 2.0])
-    monkeypatch.setattr(disk_speed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    fast = doctor._disk_speed(tmp_path)
-    assert fast.good and fast.text.startswith("writes 0.67 GB/s here; a checkpoint has 0.5 GB") and not fast.fix
-    slow = doctor._disk_speed(tmp_path)
-    assert slow.good is None and slow.text.startswith("writes 0.034 GB/s here") and "--output FOLDER" in slow.fix
-    assert not list(tmp_path.iterdir())
-    missing = doctor._disk_speed(tmp_path / "nowhere")
-    assert missing.good is None and missing.text == "nothing can be written here: No such file or directory"
-
-
-def test_train_notes_a_disk_that_large_checkpoints_take_minutes_on(tmp_path, monkeypatch):
-    """Full fine-tuning's are large. An adapter's disk is not timed at all."""
-    seconds = []
-    monkeypatch.setattr(disk_speed, "time", SimpleNamespace(perf_counter=lambda: seconds.pop(0)))
-
-    def said(recipe: str, profile: str, took: float, *sets: str) -> str | None:
-        seconds[:] = [0.0, took]
-        return disk_speed.slow_to_save(resolve(recipe, profile, sets, str(tmp_path / "runs/run")))
-
-    assert said("llama3_8b_full", "fsdp_2x80gb", 1.0) == (
-        f"{tmp_path} is written at 0.067 GB/s: a checkpoint of 96 GB takes 24 minutes; --output on a faster disk, or a "
-        f"larger training.save_steps"
-    )
-    assert said("llama3_8b_full", "fsdp_2x80gb", 0.05) is None and not seconds
-    assert said("llama3_8b_full", "fsdp_2x80gb", 1.0, "training.save_strategy=no") is None and seconds
-    assert said("llama3_70b_qlora", "fsdp_4x24gb", 1.0) is None and seconds
-    assert not list(tmp_path.iterdir())
-
-
-def test_too_little_shared_memory_is_seen_by_doctor_and_told_before_ranks_of_one_machine_start(
-    nvidia_smi, monkeypatch, capsys
-):
-    from fitune.launching import doctor, preflight, shared_memory
-
-    nvidia_smi([card(1), card(2)])
-    one, two = resolve("llama3_8b_qlora", "single_gpu"), resolve("llama3_8b_lora", "fsdp_2x40gb")
-    for free, is_short in ((64 * 2**20, True), (2**32, False)):
-        usage = SimpleNamespace(free=free)
-        monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _, usage=usage: usage)
-        found = doctor._shared_memory()
-        assert bool(found) == is_short
-        if found:
-            assert found[0].good is False and "64 MiB" in found[0].text and "--shm-size=1g" in found[0].fix
-        preflight._check_gpus(one)
-        assert capsys.readouterr().err == ""
-        preflight._check_gpus(two)
-        assert ("note: /dev/shm has 64 MiB free" in capsys.readouterr().err) == is_short
-
-
-def test_doctor_counts_gpus_that_are_alike(nvidia_smi):
-    nvidia_smi([card(1), card(2), card(3, name="NVIDIA L4")])
-    text = doctor._gpus()[0].text
-    assert text.startswith("2 x NVIDIA ") and text.count(";") == 1 and "; NVIDIA L4, " in text
