@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fitune.config.base_model import check_config, in_four_bits
@@ -34,7 +35,7 @@ class ModelShape:
     nf4_on_disk: bool = False
     "The checkpoint is already quantised."
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Linears of one decoder layer: (output features, input features)."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -48,11 +49,11 @@ class ModelShape:
             "down_proj": (self.hidden, self.intermediate),
         }
 
-    @property
+    @cached_property
     def layer_linear_weights(self) -> int:
         return sum(rows * columns for rows, columns in self.linears.values())
 
-    @property
+    @cached_property
     def layer_vector_weights(self) -> int:
         """Of norms and biases, which are never quantised."""
         biases = sum(self.linears[name][0] for name in self.biased)

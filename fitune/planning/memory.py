@@ -68,13 +68,14 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.reduced else 0.0
     last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
-    before = {**resident(s), "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
+    always = resident(s)
+    before = {**always, "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
     stay = not (s.offload or s.optimizer_offload)
     left = s.gradients if s.accumulated_on_gpu or stay else s.leaving_gradients
     left = s.waiting_gradients if s.adapters_wait else left
-    after = {**resident(s), "gradients": left, **fixed}
+    after = {**always, "gradients": left, **fixed}
     not_yet = s.last_gradients if stay and not s.accumulated_on_gpu else 0.0
-    stepping = {**resident(s), "gradients": s.gradients * stay, **fixed}
+    stepping = {**always, "gradients": s.gradients * stay, **fixed}
     return {
         "load": {**resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
         "forward, gathering the head": {
@@ -102,7 +103,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
             "gradient reduction": head_reduction, "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "optimizer step": stepping,
-        "save": resident(s),
+        "save": always,
     }  # fmt: skip
 
 

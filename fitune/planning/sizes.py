@@ -4,6 +4,7 @@ h = hidden size, i = intermediate size, T = tokens of one forward pass (micro ba
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fitune.config.model_shapes import ModelShape
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES
@@ -62,7 +63,7 @@ class Setup:
     async_save: bool = False
     "Copies each to host RAM first and trains on."
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.micro_batch * self.max_length
 
@@ -103,19 +104,19 @@ class Setup:
         """Bytes of one decoder-layer weight as stored: trained ones, packed NF4, fp8, or as it computes."""
         return {"full": self.trained, "qlora": NF4, "lora": FP8 if self.fp8 else self.compute}[self.method]
 
-    @property
+    @cached_property
     def lora_per_layer(self) -> int:
         """Parameters of A [r, in] and B [out, r] of every targeted linear."""
         return sum(self.lora_r * sum(self.shape.linears[name]) for name in self.lora_targets)
 
-    @property
+    @cached_property
     def trainable(self) -> int:
         """Parameters."""
         if self.full:
             return self.shape.parameters
         return self.shape.layers * self.lora_per_layer + 2 * self.trained_tokens * self.shape.hidden
 
-    @property
+    @cached_property
     def layer_weights(self) -> float:
         """Base weights of one layer as stored; norms and biases are never quantised."""
         norm = self.trained if self.full else self.compute
@@ -136,19 +137,19 @@ class Setup:
         """Embedding and head as stored."""
         return self.embedding * (1 if self.one_embedding else 2)
 
-    @property
+    @cached_property
     def statistics(self) -> float:
         """NF4's scales and fp8's, whole on every rank and on the GPU even when the weights are offloaded."""
         linears = self.shape.layers * self.shape.layer_linear_weights
         kept_scales = self.shape.layers * self.fp8_scales * (not self.full)
         return linears * NF4_STATISTICS * (self.method == "qlora") + kept_scales
 
-    @property
+    @cached_property
     def fp8_scales(self) -> float:
         """Of the rows of one layer's weights, for products in fp8: those that are trained have them for a pass."""
         return sum(rows for rows, _ in self.shape.linears.values()) * FP32 * self.fp8
 
-    @property
+    @cached_property
     def gathered_layer(self) -> float:
         """One layer as it computes, all ranks' rows; LoRA is gathered in float32."""
         if self.full:
@@ -159,7 +160,7 @@ class Setup:
     def gathered_head(self) -> float:
         return self.shape.embedding_weights * self.compute
 
-    @property
+    @cached_property
     def unsharded_layer(self) -> float:
         """What a gathered layer takes beside this rank's share. One rank uses what lies on the GPU where it is."""
         return 0.0 if self._in_place and not self.offload else self.gathered_layer
@@ -232,7 +233,7 @@ class Setup:
 
     # Activations, bytes
 
-    @property
+    @cached_property
     def hidden_state(self) -> float:
         """[T, h]."""
         return self.tokens * self.shape.hidden * self.compute
@@ -261,7 +262,7 @@ class Setup:
         """Pairs of tokens that sdpa has a mask for; examples of packed rows and of a frozen base's need none."""
         return self.micro_batch * self.max_length**2 if self.full and not self.packing else 0
 
-    @property
+    @cached_property
     def saved_by_layer(self) -> float:
         """What one layer keeps for its backward pass, its input left out."""
         h, q, i = self.hidden_state, self.query_heads, self.inner_state
@@ -276,7 +277,7 @@ class Setup:
         inputs = 2 * h + i  # the linears' own: two norms, SwiGLU's product
         return attention + bias + mlp + inputs + self.fp8_scales
 
-    @property
+    @cached_property
     def layer_backward(self) -> float:
         """Peak while a layer is recomputed and goes backward, beside its gathered weights and output gradient."""
         h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
