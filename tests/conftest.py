@@ -113,6 +113,14 @@ def plain_linear4bit(monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
+@pytest.fixture
+def quick_ranks(monkeypatch) -> None:
+    """Ranks of a command that runs in the test's own process start at once: see `tests/quick_python.py`."""
+    from quick_python import rank
+
+    monkeypatch.setattr("torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler.Popen", rank)
+
+
 @pytest.fixture(scope="session")
 def make_run(prepared):
     """A factory of runs on CPU processes: `make_run(base, folder, "lora", processes=2, training={...})`.

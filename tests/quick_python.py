@@ -106,6 +106,12 @@ class Program(Child):
         return int.from_bytes(word, "big", signed=True)
 
 
+def rank(args: tuple[str, ...], env: dict[str, str], stdout=None, stderr=None, **_) -> Program:
+    """What torch's launcher starts with Popen, where that runs in this process."""
+    streams = (0, stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2)
+    return Program(list(args[1:]), env, Path.cwd(), streams)
+
+
 @functools.cache
 def _server() -> str:
     """The address of this process's server of programs, which ends with it."""
@@ -204,7 +210,7 @@ class _Start:
 
 
 class Rank(Child):
-    """What torch's launcher starts with Popen, forked from the launcher."""
+    """The same where the launcher is a program: a fork of it."""
 
     def __init__(self, start: _Start, args, env, stdout=None, stderr=None, **_):
         self.pid = os.fork()

@@ -160,7 +160,7 @@ def test_trained_biases_stay_on_one_device_and_the_base_is_not_asked_with_them(u
     assert "base" not in answers and answers["tuned"] == plain_answers(base, adapter, "full")[0]["tuned"]
 
 
-def test_an_adapter_trained_beside_nf4_is_asked_beside_nf4(model, make, prepared, tmp_path, capfd):
+def test_an_adapter_trained_beside_nf4_is_asked_beside_nf4(model, make, prepared, tmp_path, capfd, quick_ranks):
     """By the real `eval` and `generate`; the figure is that of the weights that NF4 stands for."""
     adapter = Path(shutil.copytree(make("plain"), tmp_path / "adapter"))
     with Checkpoint(model) as checkpoint:

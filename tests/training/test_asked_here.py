@@ -204,7 +204,7 @@ def test_what_no_way_here_holds_is_refused_before_anything_starts(machine_is, tm
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_commands_hold_a_run_of_two_gpus_on_this_machine(
-    make_run, tiny_base, machine_is, tmp_path, capfd, method, plain_linear4bit
+    make_run, tiny_base, machine_is, tmp_path, capfd, quick_ranks, method, plain_linear4bit
 ):
     """The real `generate` and `eval`, on a machine without a GPU: answers and losses are those of its own processes."""
     made = make_run(tiny_base, tmp_path / "run", method)

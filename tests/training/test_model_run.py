@@ -238,7 +238,7 @@ def test_a_folder_is_held_where_there_is_room_for_the_longest_row(tmp_path, monk
     assert taken(needed[1] + 0.1, replace(long, answers=True, tokens=1024)) is None, "an answer needs the last alone"
 
 
-def test_the_commands_start_processes_that_hold_it(model, prepared, expected, tmp_path, capfd):
+def test_the_commands_start_processes_that_hold_it(model, prepared, expected, tmp_path, capfd, quick_ranks):
     """The real `generate` and `eval`, in 4 bits on the CPU."""
     asked = ["generate", str(model), "--load", "nf4", "--max-new-tokens", "8", "--json", str(tmp_path / "a.json")]
     for prompt in PROMPTS:
