@@ -1,11 +1,12 @@
 """planning/memory.py against the model's own code on fake tensors (benchmarks/fake_memory.py shares no formula)."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
+import quick_python
+from patience import PATIENCE_SECONDS
 
 from benchmarks.accuracy import FAKE, predicted_phases
 
@@ -37,20 +38,14 @@ def test_phases_agree(entry):
 )
 def test_phases_agree_in_a_run_of_three_layers(asked, tmp_path):
     """The model's code as it is now: a change to it that takes more memory is noticed."""
-    output = tmp_path / "fake.json"
-    command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, *asked, "--layers", "3"]
-    subprocess.run(command, check=True, capture_output=True)
-    [entry] = json.loads(output.read_text(encoding="utf-8"))
+    [entry] = measured(tmp_path, [*asked, "--layers", "3"])
     assert agree(entry)
 
 
 def test_what_fp8_adds_to_full_fine_tuning_is_there(tmp_path):
     """A rounded gradient and weight beside the last layer's activations, where the passes are long."""
-    output = tmp_path / "fake.json"
-    for compute in ("bf16", "fp8"):
-        command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, "llama3_8b_full", "fsdp_2x80gb"]
-        subprocess.run([*command, "--layers", "3", "--compute", compute], check=True, capture_output=True)
-    bf16, fp8 = json.loads(output.read_text(encoding="utf-8"))
+    asked = ["llama3_8b_full", "fsdp_2x80gb", "--layers", "3", "--compute"]
+    bf16, fp8 = measured(tmp_path, [*asked, "bf16"], [*asked, "fp8"])
     assert agree(fp8)
     phase = "backward, last layer"
     found = fp8["phases"][phase] - bf16["phases"][phase]
@@ -60,11 +55,8 @@ def test_what_fp8_adds_to_full_fine_tuning_is_there(tmp_path):
 
 def test_what_kept_gathered_weights_add_is_there(tmp_path):
     """All layers' until the backward pass is through with them, less the next layer's, which is not gathered again."""
-    output, asked = tmp_path / "fake.json", ["llama3_8b_full", "fsdp_2x80gb", "--layers", "4"]
-    for more in ([], ["--keep-gathered"]):
-        command = [sys.executable, ROOT / "benchmarks" / "fake_memory.py", output, *asked, *more]
-        subprocess.run(command, check=True, capture_output=True)
-    freed, kept = json.loads(output.read_text(encoding="utf-8"))
+    asked = ["llama3_8b_full", "fsdp_2x80gb", "--layers", "4"]
+    freed, kept = measured(tmp_path, asked, [*asked, "--keep-gathered"])
     assert (freed["reshard_after_forward"], kept["reshard_after_forward"]) == (True, False)
     before, after = predicted_phases(freed), predicted_phases(kept)
     added = {phase: kept["phases"][phase] - freed["phases"][phase] for phase in PHASES}
@@ -72,6 +64,16 @@ def test_what_kept_gathered_weights_add_is_there(tmp_path):
     layer = added["forward, loss"] / 4
     assert layer > 0.4 and added["backward, loss"] == pytest.approx(3 * layer, abs=0.002)
     assert added["backward, last layer"] == pytest.approx(2 * layer, abs=0.002)
+
+
+def measured(folder: Path, *runs: list[str]) -> list[dict]:
+    """What the command writes of each of the runs, started after each other."""
+    output = folder / "fake.json"
+    for asked in runs:
+        command = ["benchmarks/fake_memory.py", output, *asked]
+        done = quick_python.run(command, dict(os.environ), ROOT, PATIENCE_SECONDS)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def agree(entry: dict) -> bool:
