@@ -10,14 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from commands import Running, losses, start_on_two_machines, train_command
 
 ADDRESSES = ("10.77.5.1", "10.77.5.2")
-INSIDE = (
-    'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; [ -z "$1" ] || mount --bind "$1" "$2"; shift 2; exec "$@"'
-)
+MACHINE = Path(__file__).with_name("machine.py")
 
 
 def _ip(*words: str) -> bool:
@@ -48,8 +47,7 @@ def two_machines(tmp_path) -> Iterator:
         hosts = tmp_path / f"hosts-{n}"
         others = "".join(f"{address} machine-{i}.lan\n" for i, address in enumerate(ADDRESSES))
         hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 machine-{n}\n{others}")
-        unshared = ["ip", "netns", "exec", names[n], "unshare", "--uts", "--mount", "sh", "-c", INSIDE, "sh"]
-        return [*unshared, f"machine-{n}", str(hosts), str(model), str(path)]
+        return [sys.executable, str(MACHINE), names[n], f"machine-{n}", str(hosts), str(model), str(path)]
 
     yield place
     for name in names:
