@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_python
 import torch
+from patience import PATIENCE_SECONDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fitune.demo.tiny_base import DEMO_BASE, TEXTS, build_tiny_base, make_demo_base
@@ -32,20 +34,19 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def _command(folder, *options):
-    command = [sys.executable, "-m", "fitune.demo.tiny_base", str(folder), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"})
-
-
 def test_command_in_another_process_gives_the_same_bytes(folder, tmp_path):
-    done = _command(tmp_path / "again")
+    """With another seed of Python's hashes."""
+    command = [sys.executable, "-m", "fitune.demo.tiny_base", str(tmp_path / "again")]
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert _digests(tmp_path / "again") == _digests(folder)
 
 
 def test_command_refuses_an_existing_folder_in_one_line(tmp_path):
     (tmp_path / "mine").mkdir()
-    done = _command(tmp_path / "mine")
+    words = ["-m", "fitune.demo.tiny_base", tmp_path / "mine"]
+    done = quick_python.run(words, dict(os.environ), ROOT, PATIENCE_SECONDS)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "exists already" in done.stderr
