@@ -7,8 +7,6 @@ from pathlib import Path
 from fitune.config.schema import Run
 from fitune.data.file_formats import first_line
 from fitune.errors import FituneError, UsageError
-from fitune.export.gguf import export_gguf, refuse_impossible
-from fitune.export.whole_model import whole_model
 
 
 def login() -> str:
@@ -49,12 +47,15 @@ def repository(name: str | None, user: str, given: Path) -> str:
 def what_to_push(given: Path, run: Run | None, *, merged: bool, gguf: str | None, **merging) -> Callable[[Path], Path]:
     """Makes the folder to upload, given a name for it. UsageError and FituneError for what is impossible.
 
-    `merging` are the options of `whole_model`.
+    `merging` are the options of `whole_model`. Torch is imported only where there is something to merge.
     """
     if not (merged or gguf):
         if ignored := next((name for name in ("base", "onto") if merging.get(name)), None):
             raise UsageError(f"--{ignored} is for what is merged: add --merged or --gguf TYPE, or leave it out")
         return lambda folder: run.result_folder if run else given
+    from fitune.export.gguf import export_gguf, refuse_impossible
+    from fitune.export.whole_model import whole_model
+
     if gguf:
         refuse_impossible(gguf)
     model = whole_model(given, run, **merging)
