@@ -14,6 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fitune.training.train  # noqa: F401
+from fitune.data.chat_renderer import ChatRenderer
+from fitune.data.chat_template import training_template
+from fitune.data.piece_pattern import piece_pattern
+from fitune.demo.tiny_base import SPLIT_PATTERN
 
 
 def _make_an_adapter() -> None:
@@ -30,7 +34,14 @@ def _draw_a_curve() -> None:
     FigureCanvasAgg(figure).print_png(io.BytesIO())
 
 
+def _read_a_conversation() -> None:
+    """Jinja compiles the template, and the tokenizer's pattern asks for all of Unicode's letters."""
+    ChatRenderer(training_template("llama3"), {})
+    piece_pattern(SPLIT_PATTERN)
+
+
 _make_an_adapter()
 _draw_a_curve()
+_read_a_conversation()
 gc.collect()
 gc.freeze()

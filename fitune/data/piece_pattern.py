@@ -43,6 +43,11 @@ def _characters_of(name: str) -> str:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
 
-    characters = "".join(chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000)
-    runs = Split(Regex(f"[^{name}]+"), "removed").pre_tokenize_str(characters)
+    runs = Split(Regex(f"[^{name}]+"), "removed").pre_tokenize_str(_basic_plane())
     return "".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run, _ in runs)
+
+
+@cache
+def _basic_plane() -> str:
+    """All characters below U+10000, without the halves of surrogates."""
+    return "".join(map(chr, (*range(0xD800), *range(0xE000, 0x10000))))

@@ -21,10 +21,10 @@ from fitune.training import gradient_norm, replicas, train, trainer
 from fitune.training.evaluate import evaluate
 from fitune.training.replicas import average_gradients, refuse_replicas_apart
 
-STEPS, SAVED = 6, 3
+STEPS = 3
 TRAINING = {
-    "max_steps": STEPS, "learning_rate": 5e-3, "save_strategy": "steps", "save_steps": SAVED, "max_grad_norm": 0.5,
-    "weight_decay": 0.1,
+    "max_steps": STEPS, "learning_rate": 5e-3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": STEPS,
+    "max_grad_norm": 0.5, "weight_decay": 0.1,
 }  # fmt: skip
 OPTIONS = {"batch": 10, "packing": True, "max_length": 112, "training": TRAINING}
 "Ten rows are three passes of four ranks, two places filled up."
@@ -59,10 +59,13 @@ def _assert_same_losses(run, one, small_states: bool) -> None:
     assert_curve_equal_but_for_rounding(*norms, additions_to_a_step(one), of="grad_norm")
 
 
-def _as_if_killed(run, folder, resumed_as):
-    """`resumed_as` in a copy of the finished `run` that has its first checkpoint only."""
-    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}"))
+def _as_if_killed(run, step: int, folder, resumed_as):
+    """`resumed_as` in a copy of the finished `run` that has its checkpoint of `step` only."""
+    shutil.copytree(run.folder, folder)
     shutil.rmtree(folder / run.result_folder.name)
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{step}":
+            shutil.rmtree(checkpoint)
     return resumed_as.model_copy(update={"output_dir": str(folder), "resume": True})
 
 
@@ -80,10 +83,10 @@ def test_two_copies_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, unev
     run_ranks(train_here, 4, hybrid)
     small_states = "small states" in case
     _assert_same_losses(hybrid, one, small_states)
-    state = hybrid.folder / f"checkpoints/checkpoint-{SAVED}/state"
+    state = hybrid.folder / f"checkpoints/checkpoint-1/state"
     assert {part.name for part in state.glob("rank-*")} == {"rank-00000-of-00002", "rank-00001-of-00002"}
 
-    again = _as_if_killed(hybrid, tmp_path / "again", hybrid)
+    again = _as_if_killed(hybrid, 2, tmp_path / "again", hybrid)
     run_ranks(train_here, 4, again)
     assert _curve(again) == _curve(hybrid)
     [file] = hybrid.result_folder.glob("*model*.safetensors")
@@ -91,10 +94,10 @@ def test_two_copies_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, unev
         assert torch.equal(load_file(again.result_folder / file.name)[name], tensor), name
 
     if case in ("qlora", "full", "full, small states"):  # other layouts, and back
-        plain = _as_if_killed(hybrid, tmp_path / "plain", run_in("hybrid", processes=3))
+        plain = _as_if_killed(hybrid, 1, tmp_path / "plain", run_in("hybrid", processes=3))
         run_ranks(train_here, 3, plain)
         _assert_same_losses(plain, one, small_states)
-        back = _as_if_killed(plain, tmp_path / "back", hybrid)
+        back = _as_if_killed(plain, 2, tmp_path / "back", hybrid)
         run_ranks(train_here, 4, back)
         _assert_same_losses(back, one, small_states)
 
@@ -121,10 +124,10 @@ def test_ranks_that_hold_a_whole_copy_each_train_as_one_and_go_on_sharded(case, 
     run_ranks(train_here, 3, whole)
     _assert_same_losses(whole, one, "small states" in case)
     sharded = make_run(tiny_base, tmp_path / "sharded", method, processes=2, **options)
-    resumed = _as_if_killed(whole, tmp_path / "sharded", sharded)
+    resumed = _as_if_killed(whole, 1, tmp_path / "sharded", sharded)
     run_ranks(train_here, 2, resumed)
     _assert_same_losses(resumed, one, "small states" in case)
-    back = _as_if_killed(resumed, tmp_path / "back", whole)
+    back = _as_if_killed(resumed, 2, tmp_path / "back", whole)
     run_ranks(train_here, 3, back)
     _assert_same_losses(back, one, "small states" in case)
 
