@@ -60,46 +60,12 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory) -> Path:
-    """A run folder that `cli.py train` left, started as a user starts it."""
+    """A run folder that `cli.py train` left."""
     folder = tmp_path_factory.mktemp("launch") / "cli"
-    command = [sys.executable, "cli.py", *options, "--output", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    done = start(["cli.py", *options, "--output", folder])
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"result: {folder / 'adapter'}" in done.stdout
-    (folder / "printed").write_text(done.stdout + "--- stderr\n" + done.stderr)
     return folder
-
-
-def test_in_a_pipe_a_run_prints_plain_lines_and_no_others(finished):
-    printed = (finished / "printed").read_text()
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed)
-    out, err = printed.split("--- stderr\n")
-    number = r" +[\d.,e+-]+"
-    row = rf" +\d/4{number}{number}{number}({number})?( +\d:\d\d:\d\d)?"
-    lines = [
-        "accelerate launch .*",
-        " +step +loss +grad norm +learning rate +tokens/s +left",
-        *[row] * 4,
-        r"trained 4 steps in \d:\d\d:\d\d",
-        "result: .*/adapter",
-        r"curve:  .*/loss\.png",
-        "next:   python cli.py eval .*",
-    ]
-    for line, expected in zip(out.splitlines(), lines, strict=True):
-        assert re.fullmatch(expected, line), line
-    stages = [
-        "checking tiny_qlora on cpu_2proc: memory, base, rows",
-        "starting 2 processes",
-        "joining 2 processes",
-        "checking the base and the rows",
-        r"reading the base: [\d.]+ MB",
-        r"reading the base: [\d.]+ MB in .*",
-        "mapping the rows",
-        "training 4 steps",
-        r"page:   .*/report\.html",
-    ]
-    for line, expected in zip(err.splitlines(), stages, strict=True):
-        assert re.fullmatch(expected, line), line
 
 
 def test_on_a_terminal_each_line_is_whole_and_the_live_line_is_gone_in_the_end(options, tmp_path):
@@ -125,26 +91,6 @@ def test_on_a_terminal_each_line_is_whole_and_the_live_line_is_gone_in_the_end(o
     assert sum("held out: loss" in line for line in rows) == 2
     assert not any("it/s" in line or "{'" in line for line in seen)
     assert [line[:8] for line in seen[-4:]] == ["result: ", "curve:  ", "page:   ", "next:   "]
-
-
-def test_a_run_leaves_what_the_readme_promises(finished):
-    assert len(losses(finished)) == 4
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
-        path.name for path in (finished / "adapter").iterdir()
-    }
-    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
-    page = (finished / "report.html").read_text()
-    assert "finished after 4 steps" in page and "Gradient norm" in page
-    origin = json.loads((finished / "origin.json").read_text())
-    assert " train tiny_qlora " in origin["starts"][0]["typed"] and len(origin["identity"]["data"]) == 64
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
-    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line and line["step"] > 1)
-    measured = json.loads((finished / "measurements.json").read_text())
-    assert len(measured["ranks"]) == RANKS and measured["tokens_per_second"] > 0
-    assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])
-    optimizer = measured["optimizer_seconds"]
-    assert len(optimizer) == 4 and min(optimizer) >= 0 and max(optimizer) < PATIENCE_SECONDS
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_base, tmp_path):

@@ -83,7 +83,7 @@ def test_two_copies_of_two_ranks_train_as_one_rank_and_go_on_anywhere(case, unev
     run_ranks(train_here, 4, hybrid)
     small_states = "small states" in case
     _assert_same_losses(hybrid, one, small_states)
-    state = hybrid.folder / f"checkpoints/checkpoint-1/state"
+    state = hybrid.folder / "checkpoints/checkpoint-1/state"
     assert {part.name for part in state.glob("rank-*")} == {"rank-00000-of-00002", "rank-00001-of-00002"}
 
     again = _as_if_killed(hybrid, 2, tmp_path / "again", hybrid)
