@@ -57,7 +57,7 @@ def change(rank):
 
     rename = output_folder.rename_when_whole
     def slow_rename(partial, *args, **kwargs):
-        for number in range(10 * (rank == 0)):
+        for number in range(7 * (rank == 0)):
             (partial.parent / "slow").write_bytes(bytes(2**20))
             time.sleep(1)
         return rename(partial, *args, **kwargs)
@@ -93,7 +93,7 @@ def test_slow_steps_are_no_hang(tiny_base, prepared, tmp_path):
 
 
 def test_a_machine_that_waits_for_another_ones_disk_is_no_hang(tiny_base, prepared, tmp_path):
-    environment = changed(SLOW_SAVE, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "6"}
+    environment = changed(SLOW_SAVE, tmp_path) | {"FITUNE_HUNG_AFTER_SECONDS": "4"}
     command = train_command(tiny_base, prepared, tmp_path / "run", 1)
     for machine in start_on_two_machines(command, tmp_path, **environment):
         assert machine.wait() == 0, machine.log.read_text()[-3000:]

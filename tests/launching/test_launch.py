@@ -170,7 +170,7 @@ def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_pat
 
 @pytest.mark.parametrize("late", ["no rank is late", "rank 0 is late"])
 def test_an_error_in_the_processes_is_one_line(finished, tmp_path, late):
-    wait = "def change(rank): time.sleep(10 * (rank == 0))\n"
+    wait = "def change(rank): time.sleep(4 * (rank == 0))\n"
     environment = changed(wait, tmp_path) if late == "rank 0 is late" else {}
     text = (finished / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(re.sub(r"num_processes: 2", "num_processes: 3", text))
