@@ -24,7 +24,7 @@ from fitune.training.evaluate import evaluate
 STEP = 1 / 16
 "Of a number at most: what rounding to e4m3's three bits takes away or adds."
 PRODUCTS = 4  # in a row through one layer
-STEPS = 20
+STEPS = 12
 TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(0))
 
 

@@ -87,12 +87,14 @@ def test_loss_and_gradients_are_those_of_transformers(method, ranks, uneven_base
         for case, changes in BASES.items()
     }
     tokens = torch.randint(0, 509, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    for report in run_ranks(_losses_and_gradients, ranks, runs, tokens):
-        for case, run in runs.items():
-            loss, values, gradients = report[case]
-            expected_loss, expected = _expected(run, values, tokens)
-            config = AutoConfig.from_pretrained(run.recipe.base.model)
-            additions = additions_to_gradients(config, LENGTH, tokens.numel())
+    reports = run_ranks(_losses_and_gradients, ranks, runs, tokens)
+    for case, run in runs.items():
+        adapter = reports[0][case][1]
+        expected_loss, expected = _expected(run, adapter, tokens)
+        config = AutoConfig.from_pretrained(run.recipe.base.model)
+        additions = additions_to_gradients(config, LENGTH, tokens.numel())
+        for loss, values, gradients in (report[case] for report in reports):
+            assert all(torch.equal(values[name], value) for name, value in adapter.items())
             assert_equal_but_for_rounding(loss, expected_loss, additions, of=f"{case}: loss")
             assert set(gradients) == set(expected), case
             for name, gradient in gradients.items():

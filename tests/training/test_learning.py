@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fitune.data.dataset import load_tokenizer
 
-STEPS = 20
+STEPS = 14
 TRAINING = {
     "max_steps": STEPS,
     "learning_rate": 5e-3,

@@ -71,7 +71,7 @@ def _interrupted_copy(run, folder: Path):
 )
 def test_resumed_run_equals_the_uninterrupted_one(method, base, compute, make_run, tmp_path, request):
     """On two ranks, packed, accumulated, resumed within the second epoch, with dropout; then on one rank."""
-    options = {"batch": 16, "micro_batch": 2, "packing": True, "max_length": 112, "training": TRAINING}
+    options = {"batch": 16, "micro_batch": 4, "packing": True, "max_length": 112, "training": TRAINING}
     options |= {"compute": compute}
     options |= {"lora": {"dropout": 0.2}} if method == "qlora" else {}
     base = request.getfixturevalue(base)
@@ -99,7 +99,7 @@ def test_resumed_run_equals_the_uninterrupted_one(method, base, compute, make_ru
     if method != "lora" and compute == "bf16":
         # another number of processes and micro batch train on the same rows, with the same dropout; in fp8 a sum's last
         # bit may take a number to the next one
-        alone = make_run(base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 4})
+        alone = make_run(base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 8})
         alone = _interrupted_copy(alone, tmp_path / "alone")
         run_ranks(train_here, 1, alone)
         for key in ("loss", "grad_norm", "learning_rate", "epoch"):

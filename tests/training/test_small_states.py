@@ -24,7 +24,10 @@ TRAINING = {
     "max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "learning_rate": 5e-3, "warmup_steps": 2,
     "lr_scheduler_type": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.5,
 }  # fmt: skip
-OPTIONS = {"batch": 8, "packing": True, "max_length": 112, "training": TRAINING, "optimizer_state": "bf16_8bit"}
+OPTIONS = {
+    "batch": 8, "micro_batch": 2, "packing": True, "max_length": 112, "training": TRAINING,
+    "optimizer_state": "bf16_8bit",
+}  # fmt: skip
 BF16_EPS = torch.finfo(torch.bfloat16).eps
 
 
@@ -165,12 +168,11 @@ def test_it_learns_what_float32_learns(uneven_base, make_run, tmp_path):
 def test_in_bf16_as_on_gpus_losses_are_those_of_float32_states_on_any_number_of_ranks(tiny_base, make_run, tmp_path):
     """Else tests compute in float32 and nothing is cast. Before the first step all have the same weights."""
     training = TRAINING | {"save_strategy": "no", "max_steps": 3, "learning_rate": 1e-3}
-    options = OPTIONS | {"packing": False, "mixed_precision": "bf16", "training": training}
+    options = OPTIONS | {"batch": 4, "micro_batch": 1, "packing": False, "training": training}
     curves = {}
     for states, ranks in (("bf16_8bit", 1), ("fp32", 2)):
-        run = make_run(
-            tiny_base, tmp_path / states, "full", processes=ranks, **options | {"optimizer_state": states, "batch": 4}
-        )
+        of_kind = options | {"optimizer_state": states, "mixed_precision": "bf16"}
+        run = make_run(tiny_base, tmp_path / states, "full", processes=ranks, **of_kind)
         run_ranks(train_here, ranks, run)
         curves[states] = _curve(run)
     assert curves["bf16_8bit"][0] == pytest.approx(curves["fp32"][0], rel=1e-5)
