@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
+import torch
 from click.testing import CliRunner
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from fitune.cli import cli
-from fitune.config.base_model import check_config, check_sizes
-from fitune.config.config_types import SHAPES, heads_of
+from fitune.config.base_model import ARCHITECTURES, check_config, check_sizes
+from fitune.config.config_types import KINDS, SHAPES, heads_of
 from fitune.errors import UsageError
 
 COUNT = "expected a whole number above 0"
@@ -29,9 +31,10 @@ def good(tiny_base) -> dict:
         ("intermediate_size", 0, f"intermediate_size is 0, {COUNT};"),
         ("max_position_embeddings", 8192.0, f"max_position_embeddings is 8192.0, {COUNT};"),
         ("vocab_size", None, f"vocab_size is None, {COUNT};"),
-        ("head_dim", True, f"head_dim is True, {COUNT}, or null;"),
+        ("head_dim", True, "head_dim is True, expected an even whole number above 0, or null;"),
+        ("head_dim", 15, "head_dim is 15, expected an even whole number above 0, or null;"),
         ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5', expected a number above 0;"),
-        ("tie_word_embeddings", "yes", "tie_word_embeddings is 'yes', expected true or false, or null;"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings is 'yes', expected true or false;"),
         ("eos_token_id", ["<|end|>"], "eos_token_id is .*, expected a token's id, or a list of them, or null;"),
         ("rope_parameters", [1], r"rope_parameters is \[1\], expected an object, or null;"),
         ("rope_parameters", {"rope_theta": "x"}, "rope_parameters.rope_theta is 'x', expected a number above 0;"),
@@ -57,6 +60,10 @@ def test_a_value_of_a_wrong_kind_is_named(good, tmp_path, key, value, said):
         ({"hidden_size": 66, "head_dim": 16}, r"hidden_size is 66, expected a multiple of num_attention_heads \(4\);"),
         ({"model_type": "mistral", "hidden_size": 66, "head_dim": None}, "hidden_size is 66, "),
         ({"model_type": "qwen2", "num_key_value_heads": 3}, r"num_attention_heads is 4, .* num_key_value_heads \(3\);"),
+        (
+            {"hidden_size": 60, "head_dim": None},
+            "hidden_size 60 gives each of num_attention_heads 4 15 numbers, expected an even number;",
+        ),
     ],
 )
 def test_heads_that_do_not_divide_what_they_share_are_refused(good, tmp_path, sizes, said):
@@ -80,8 +87,46 @@ def test_heads_that_are_not_given_are_those_that_transformers_takes(good, tmp_pa
 
 
 def test_heads_of_a_size_of_their_own_need_not_share_the_hidden_size(good, tmp_path):
-    for kind, dim in (("mistral", 16), ("qwen2", 16), ("qwen3", None)):
-        check_config(good | {"model_type": kind, "hidden_size": 66, "head_dim": dim}, tmp_path / "config.json")
+    for kind in ("mistral", "qwen2", "qwen3"):
+        check_config(good | {"model_type": kind, "hidden_size": 66, "head_dim": 16}, tmp_path / "config.json")
+    of_qwen3 = {key: value for key, value in good.items() if key != "head_dim"} | {"model_type": "qwen3"}
+    check_config(of_qwen3 | {"hidden_size": 66}, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_null_is_refused_where_transformers_refuses_it(kind, good, tmp_path):
+    where = tmp_path / "config.json"
+    sizes = {key: good[key] for key in (*SHAPES, "num_key_value_heads", "max_position_embeddings")}
+
+    def taken_here() -> bool:
+        with suppress(UsageError):
+            check_config(config, where)
+            return True
+        return False
+
+    def taken_by_transformers() -> bool:
+        with suppress(Exception), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+            return model.config.model_type == kind
+        return False
+
+    for key in KINDS:
+        config = {"model_type": kind} | sizes | {key: None}
+        where.write_text(json.dumps(config))
+        assert taken_here() == taken_by_transformers(), key
+
+
+def test_a_mistral_that_transformers_takes_for_another_is_refused(good, tmp_path):
+    config = good | {"model_type": "mistral", "layer_types": ["full_attention"] * good["num_hidden_layers"]}
+    with pytest.raises(UsageError, match=r"config\.json: a ministral model; fitune trains these only: "):
+        check_config(config, tmp_path / "config.json")
+
+
+def test_the_base_of_rotary_positions_may_be_null_where_a_block_has_it(good, tmp_path):
+    config = {key: value for key, value in good.items() if key != "rope_parameters"} | {"rope_theta": None}
+    check_config(config | {"rope_parameters": {"rope_theta": 1e4}}, tmp_path / "config.json")
+    with pytest.raises(UsageError, match=r"config\.json: rope_theta is None, expected a number above 0;"):
+        check_config(config, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("key", SHAPES)
