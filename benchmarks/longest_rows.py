@@ -3,8 +3,9 @@
     python benchmarks/longest_rows.py OUTPUT --models FOLDER --tokenizer FOLDER --seconds 500 [--only WORD ...]
 
 Each run has a GPU of its own; as many run side by side as there are GPUs. `--models` holds checkpoints of
-`benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions. LoRA has r 32 on all linears,
-all layers are recomputed and their inputs go to host RAM. Writes OUTPUT/longest-rows.json.
+`benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions, or more where a row needs them.
+LoRA has r 32 on all linears, all layers are recomputed and their inputs go to host RAM: 131 GiB of it for 8B's longest row,
+171 for 70B's. Writes OUTPUT/longest-rows.json.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from whole_rows import prepared
 
 LLAMA_3_1_POSITIONS = 131_072
 RUNS = [
-    {"model": "8b-nf4", "card_gib": 80, "tokens": 131_072, "claimed": 343_000},
+    {"model": "8b-nf4", "card_gib": 80, "tokens": 344_064, "claimed": 343_000},
+    {"model": "70b-nf4", "card_gib": 80, "tokens": 98_304, "claimed": 90_000},
     {"model": "8b-nf4", "card_gib": 24, "tokens": 98_304, "claimed": 79_000},
     {"model": "70b-nf4", "card_gib": 48, "tokens": 24_576, "claimed": 12_000},
     {"model": "8b-nf4", "card_gib": 12, "tokens": 49_152, "claimed": 22_000, "embedding_offload": True},
@@ -51,7 +53,7 @@ def main() -> None:
     report = about(options.commit) | {"command": " ".join(sys.argv), "runs": []}
     waiting, deadline = queue.Queue(), time.monotonic() + options.seconds
     for run in chosen:
-        with_long_positions(options.models / run["model"])  # made here, not by several threads at once
+        with_long_positions(options.models / run["model"], run["tokens"])  # made here, not by several threads at once
         waiting.put(run)
 
     file, saving = options.output / "longest-rows.json", threading.Lock()
@@ -77,7 +79,7 @@ def _name(run: dict) -> str:
 
 
 def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
-    model = with_long_positions(options.models / run["model"])
+    model = with_long_positions(options.models / run["model"], run["tokens"])
     data = prepared(run["tokens"], STEPS + 1, options.output, options.tokenizer)
     recipe, profile = PROFILES[run["model"]]
     sets = {
@@ -117,16 +119,17 @@ def _call(arguments: list, environment: dict, seconds: float) -> subprocess.Comp
     )
 
 
-def with_long_positions(model: Path) -> Path:
-    """The checkpoint under another name, its files linked and its config with Llama 3.1's positions."""
-    longer = model.with_name(f"{model.name}-long")
+def with_long_positions(model: Path, tokens: int) -> Path:
+    """The checkpoint under another name, its files linked, its config with Llama 3.1's positions or `tokens`, if more."""
+    positions = max(LLAMA_3_1_POSITIONS, tokens)
+    longer = model.with_name(f"{model.name}-{positions}")
     if not (longer / "config.json").exists():
         longer.mkdir(exist_ok=True)
         for file in model.iterdir():
             if file.name != "config.json" and not (longer / file.name).exists():
                 (longer / file.name).symlink_to(file.absolute())
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        text = json.dumps(config | {"max_position_embeddings": LLAMA_3_1_POSITIONS})
+        text = json.dumps(config | {"max_position_embeddings": positions})
         (longer / "config.json").write_text(text, encoding="utf-8")
     return longer
 

@@ -91,7 +91,7 @@ def main() -> None:
 
 def _model(entry: dict, options) -> Path:
     model = options.models / entry["model"]
-    return model if entry["length"] == USUAL["length"] else with_long_positions(model)
+    return model if entry["length"] == USUAL["length"] else with_long_positions(model, entry["length"])
 
 
 def _save(report: dict, folder: Path) -> None:
