@@ -3,8 +3,8 @@
     python benchmarks/longest_rows.py OUTPUT --models FOLDER --tokenizer FOLDER --seconds 500 [--only WORD ...]
 
 Each run has a GPU of its own; as many run side by side as there are GPUs. `--models` holds checkpoints of
-`benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions, or more where a row needs them.
-LoRA has r 32 on all linears, all layers are recomputed and their inputs go to host RAM: 131 GiB of it for 8B's longest row,
+`benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions, or as many as a row needs.
+LoRA has r 32 on all linears, all layers are recomputed and their inputs go to host RAM: 131 GiB for 8B's longest row,
 171 for 70B's. Writes OUTPUT/longest-rows.json.
 """
 
@@ -120,7 +120,7 @@ def _call(arguments: list, environment: dict, seconds: float) -> subprocess.Comp
 
 
 def with_long_positions(model: Path, tokens: int) -> Path:
-    """The checkpoint under another name, its files linked, its config with Llama 3.1's positions or `tokens`, if more."""
+    """The checkpoint under another name, its files linked, with positions for `tokens`, at least Llama 3.1's."""
     positions = max(LLAMA_3_1_POSITIONS, tokens)
     longer = model.with_name(f"{model.name}-{positions}")
     if not (longer / "config.json").exists():
