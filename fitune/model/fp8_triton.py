@@ -122,12 +122,16 @@ def _rows_at_once(channels: int, *, with_factors: bool) -> tuple[int, int, int]:
 
 
 def round_nf4(packed: torch.Tensor, state: QuantState, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Fills out (e4m3 [out, in], any strides) from a weight's packed bytes and double-quantised statistics."""
+    """Fills out (e4m3 [out, in], any strides) from a weight's packed bytes and double-quantised statistics.
+
+    Not fused, for the same reason as in `fitune.model.nf4_triton`.
+    """
     rows, columns = out.shape
     nested = state.state2
     _round_nf4_kernel[_tiles(out)](
         packed, state.absmax, nested.code, nested.absmax, state.offset, state.code, scales, out, *out.stride(), rows,
         BLOCKS=columns // 64, PER_NESTED=nested.blocksize, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
