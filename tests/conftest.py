@@ -4,7 +4,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,16 @@ def conversation(generator: random.Random) -> dict:
 def conversations(count: int, seed: int) -> list[dict]:
     generator = random.Random(seed)
     return [conversation(generator) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """What a command set that ran in the test's own process is not there for the next test."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

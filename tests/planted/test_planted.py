@@ -31,6 +31,7 @@ def test_every_wing_has_its_faults():
 def tree(tmp_path):
     """A package with a function, and two tests: one that holds what it returns, one that does not look."""
     (tmp_path / "fitune").mkdir()
+    (tmp_path / "fitune/__init__.py").touch()
     (tmp_path / "fitune/one.py").write_text("def one():\n    return 1\n")
     (tmp_path / "test_one.py").write_text(
         "from fitune.one import one\n\n\ndef test_value():\n    assert one() == 1\n\n\ndef test_nothing():\n    one()\n"
@@ -110,7 +111,7 @@ def test_what_is_copied(under_git, tree):
         (tree / ".gitignore").write_text("/.venv\n/runs\n__pycache__\n")
         subprocess.run(["git", "init", "--quiet", tree], check=True)
     found = {str(path) for path in files_of_the_tree(tree)} - {".gitignore"}
-    assert found == {"fitune/one.py", "test_one.py"}
+    assert found == {"fitune/__init__.py", "fitune/one.py", "test_one.py"}
 
 
 def test_the_command_names_what_it_does_not_know():
