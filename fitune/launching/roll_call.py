@@ -48,13 +48,13 @@ def _call_the_roll(at: MeetingPoint, machines: int) -> dict[int, socket.socket]:
                 connection = stack.enter_context(at.listener.accept()[0])
             except TimeoutError:
                 continue
-            rank = _number_of(connection, machines)
+            rank, left = _number_of(connection, machines), connection
             if rank in here and not _is_gone(here[rank]):
                 raise UsageError(f"two machines say --machine-rank {rank}; give each its own, 0 to {machines - 1}")
             if rank:
-                here[rank] = connection
-            else:
-                connection.close()
+                left, here[rank] = here.get(rank), connection
+            if left:
+                left.close()
         for connection in here.values():
             with suppress(OSError):  # it has just ended; its ranks are missed then
                 connection.sendall(START)
@@ -76,8 +76,9 @@ def _tell_machine_0(at: MeetingPoint, rank: int, machines: int) -> socket.socket
             time.sleep(1)
     with ExitStack() as stack:
         stack.enter_context(connection)
-        connection.sendall(_greeting(rank, machines))
         connection.settimeout(PATIENCE_SECONDS + TRY_SECONDS)
+        with suppress(OSError):  # it has just ended, and says nothing
+            connection.sendall(_greeting(rank, machines))
         said = heard(connection)
         if said == START:
             stack.pop_all()

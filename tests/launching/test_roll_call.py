@@ -85,6 +85,14 @@ def test_a_machine_0_that_is_not_there_is_said_at_once_and_given_up(found, port,
     assert capsys.readouterr().err == f"waiting for machine 0 of 3: {refused.value}\n"
 
 
+def test_a_machine_0_that_ends_when_it_is_reached_is_told(found, port, monkeypatch):
+    near, far = socket.socketpair()
+    far.close()
+    monkeypatch.setattr(roll_call.MeetingPoint, "connect", lambda _: near)
+    with pytest.raises(FituneError, match=r"^machine 0 ended before all machines had come"):
+        meet(found, at(port, 1))
+
+
 def test_machines_that_do_not_come_are_named(found, port, monkeypatch, capsys):
     monkeypatch.setattr(roll_call, "PATIENCE_SECONDS", 2)
     first, second = in_threads(found, [at(port, 0), at(port, 1)])
