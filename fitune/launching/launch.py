@@ -33,6 +33,10 @@ NO_PLACE: Place = {}
 Beside = Callable[[Callable[[FituneError], None]], AbstractContextManager]
 "Entered while ranks run, with what ends them."
 alone: Beside = nullcontext
+JOIN_SECONDS = 120
+"""How long the launchers of machines that have met wait for each other, where none is started again after a crash.
+
+No signal reaches them meanwhile. By itself torch would wait for a quarter of an hour."""
 TOLD = -signal.SIGTERM
 "Not an exit code: processes were ended by a signal that was passed on to them."
 
@@ -115,7 +119,12 @@ def launch_until_stopped(
     killed = Killed(module)
     with passed_on_to_ranks(module) as received, interrupts, beside(killed.end_ranks):
         watched = {"told": received, "explained": killed.pids}
-        code = launch(run, module, *arguments, config=config, place=place, **watched)
+        try:
+            code = launch(run, module, *arguments, config=config, place=place, join_seconds=JOIN_SECONDS, **watched)
+        except FituneError:
+            if killed.reason is None:
+                raise
+            code = CRASHED  # for the reason that was told
     if received:
         say_while_training("stopped")
         return ENDED_BY_A_SIGNAL + received[0]
@@ -131,10 +140,13 @@ def launch(
     settings: Path | None = None,
     config: Path | None = None,
     place: Place = NO_PLACE,
+    join_seconds: int | None = None,
     told: Collection[int] = (),
     explained: Collection[int] = (),
 ) -> int:
     """Runs `module` on all processes of a run and returns the exit code of the first one that failed (0: none).
+
+    Launchers of several machines wait `join_seconds` for each other. Raises FituneError where one does not come.
 
     `settings` stands for the folder's run.yaml, `config` for its accelerate config, `place` goes before what that says
     of this machine. What went wrong is printed by then. A process that was killed counts as CRASHED, and is named
@@ -142,12 +154,14 @@ def launch(
     `told` were.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _set_environment(run)
     config = config or launch_config(run, settings)
     place_flags = [str(word) for name, value in place.items() if value is not None for word in (f"--{name}", value)]
-    flags = ["--config_file", str(config), *_gpu_flags(config), *place_flags, "-m", module]
+    join_flags = ["--rdzv_conf", f"timeout={join_seconds}"] if join_seconds else []
+    flags = ["--config_file", str(config), *_gpu_flags(config), *place_flags, *join_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = "SIGQUIT"  # torch's own way with the others gives ranks 30 s, and prints tracebacks
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -158,6 +172,10 @@ def launch(
             return _first_failure(error.failures, told, explained)
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise FituneError(f"accelerate launch refused {config}: {error}") from None
+        except DistError:
+            raise FituneError(
+                "another machine was gone before the processes of all were started; what it says is printed there"
+            ) from None
     return 0
 
 

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from terminals import in_terminal, left_on_screen
 
 from fitune.cli import cli
 from fitune.config import run as runs
-from fitune.errors import FituneError
+from fitune.errors import INTERRUPTED, FituneError, Interrupted
 from fitune.launching import launch
 from fitune.launching.launch import TOLD, _first_failure
 from fitune.planning.fill import resolve
@@ -104,6 +105,34 @@ def test_a_port_that_is_taken_is_one_line(tiny_base, tmp_path):
         config.write_text(f"{text}\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
         with pytest.raises(FituneError, match=rf"^accelerate launch refused {config}: .*port `{port}`, but another"):
             launch.launch(run, "fitune.training.evaluate", config=config)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_machine_that_is_gone_before_processes_start_is_one_line(tiny_base, tmp_path, monkeypatch, is_told, capfd):
+    """It was there when the machines met. That it is gone may be told by then."""
+    monkeypatch.setattr(launch, "JOIN_SECONDS", 1)
+    run = resolve("tiny_qlora", "cpu_2proc", (f"base.model={tiny_base}",), str(tmp_path / "run"))
+    config = tmp_path / "mine.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    text = Path(run.accelerate.path).read_text().replace("main_process_port: 0", f"main_process_port: {port}")
+    config.write_text(f"{text}\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
+
+    @contextmanager
+    def beside(end_ranks):
+        if is_told:
+            end_ranks(Interrupted("machine 1 of 2 was told to stop"))
+        yield
+
+    def start() -> int:
+        return launch.launch_until_stopped(run, "fitune.training.evaluate", config=config, beside=beside)
+
+    if is_told:
+        assert start() == INTERRUPTED
+    else:
+        with pytest.raises(FituneError, match=r"^another machine was gone before the processes of all were started;"):
+            start()
+    assert capfd.readouterr().err == ""
 
 
 def test_ranks_with_gpus_get_segments_that_can_grow_whoever_starts_them(monkeypatch, tmp_path):
