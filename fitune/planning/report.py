@@ -1,7 +1,7 @@
 """How `plan` answers: the verdict, time and cost, then pictures of memory; the table of all profiles."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -24,10 +24,10 @@ NAME_WIDTH = 24
 "Of a shipped profile, at most."
 SHORT = {GPU_MEMORY: "GPU", "host RAM": "RAM"}
 LEGEND = (
-    "21 + 9    fits: GiB of each GPU + GiB of each machine's RAM",
-    "38! + 9   does not fit: too little of what is marked with !",
-    "(8)       so many GPUs have nothing to do in a step of global_batch_size rows",
-    "no: full  the profile keeps weights in RAM that full training changes",
+    "21 + 9     fits: GiB of each GPU + GiB of each machine's RAM",
+    "21 + 9 x4  so does this, with four copies of the model over the GPUs",
+    "38! + 9    does not fit: too little of what is marked with !",
+    "no: full   the profile keeps weights in RAM that full training changes",
 )
 DETAILS_HINT = "--details: memory by phase, host RAM, disk, the parts of a step's time"
 
@@ -182,8 +182,15 @@ def print_matrix(recipe: str, rows: list[dict], console: Console) -> None:
         table.add_row(row["profile"], has, *(_cell(row["methods"].get(method)) for method in METHODS))
     console.print(table)
     console.print()
-    for line in LEGEND:
+    for line in (*LEGEND, *_idle_lines(rows)):
         console.print(line)
+
+
+def _idle_lines(rows: list[dict]) -> Iterator[str]:
+    """Of each profile with more GPUs than a step has rows."""
+    for row in rows:
+        if idle := max(entry.get("idle_gpus", 0) for entry in row["methods"].values()):
+            yield f"{row['profile']}: {idle} GPUs have nothing to do in a step of global_batch_size rows"
 
 
 def _cell(entry: dict | None) -> Text:
@@ -194,8 +201,8 @@ def _cell(entry: dict | None) -> Text:
     of_ram = "host RAM" in entry["short_of"]
     of_gpu = bool(set(entry["short_of"]) - {"host RAM"})
     gpu, ram = _short(entry["peak_gpu_gib"]), _short(entry["peak_host_gib"])
-    idle = f" ({entry['idle_gpus']})" if entry["idle_gpus"] else ""
-    return Text(f"{gpu}{'!' * of_gpu} + {ram}{'!' * of_ram}{idle}", style="green" if entry["fits"] else "red")
+    copies = f" x{entry['replicas']}" if entry["replicas"] > 1 else ""
+    return Text(f"{gpu}{'!' * of_gpu} + {ram}{'!' * of_ram}{copies}", style="green" if entry["fits"] else "red")
 
 
 def _short(gib: float) -> str:

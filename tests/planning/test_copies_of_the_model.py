@@ -1,6 +1,7 @@
 """profile.replicas in `plan`: how many copies of the model it chooses, what they take, what is said and refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from fitune.planning.presets import as_typed
 from fitune.planning.search import find
 from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
+from fitune.planning.tiers import matrix
 from fitune.planning.words import described
 
 SMALLEST = ("profile.micro_batch=1", "profile.kept_layers=0")
@@ -131,6 +133,18 @@ def test_each_way_that_was_tried_has_its_copies():
     assert set(copies) == {1, 2, 3}
     told = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
     assert [way["replicas"] for way in told["tried"]] == [plan.setup.replicas for plan in found.tried]
+
+
+def test_the_table_of_all_profiles_has_the_copies_of_each():
+    rows = {row["profile"]: row["methods"] for row in matrix("llama3_8b_qlora", ())}
+    lines = CliRunner().invoke(cli, ["plan", "llama3_8b_qlora", "--all"]).stdout.splitlines()
+    shown = {
+        line.split()[0]: re.findall(r"no: full|[\d.]+!? \+ [\d.]+!?(?: x\d+)?", line[42:]) for line in lines if line
+    }
+    for profile, methods in rows.items():
+        copies = [entry.get("replicas", 1) for entry in methods.values()]
+        assert [int(cell.partition(" x")[2] or 1) for cell in shown[profile]] == copies, profile
+    assert "fsdp_full_16x80gb: 8 GPUs have nothing to do in a step of global_batch_size rows" in lines
 
 
 @pytest.mark.parametrize(("machines", "replicas", "said"), [(1, 1, ""), (1, 2, "2 copies"), (1, 4, "4 copies"),
