@@ -15,6 +15,7 @@ from logging import LogRecord, getLogger
 from pathlib import Path
 
 import torch
+from torch.distributed import DistNetworkError
 from transformers import PrinterCallback
 from transformers.utils import logging
 
@@ -277,11 +278,18 @@ def run_stage(path: Path, stage, explain=explain_out_of_memory, **changes) -> No
         if is_out_of_memory(error):
             say_while_training(f"error: {explain(run, int(os.environ.get('RANK', 0)), error)}")
             sys.exit(FituneError.exit_code)
-        if re.search("Connection (closed|reset) by peer", str(error)):  # gloo's words; the rank that is gone said why
-            say_while_training(f"rank {os.environ.get('RANK', 0)}: another rank is gone")
+        if gone := _who_is_gone(error):  # and mostly said why
+            say_while_training(f"rank {os.environ.get('RANK', 0)}: {gone}")
         else:
             traceback.print_exc()
         sys.exit(CRASHED)
+
+
+def _who_is_gone(error: Exception) -> str:
+    """Whom a collective, or the store that lies on machine 0, found missing; '' for other errors."""
+    if isinstance(error, DistNetworkError):
+        return "machine 0 is gone, or cannot be reached"
+    return "another rank is gone" if re.search("Connection (closed|reset) by peer", str(error)) else ""  # gloo's words
 
 
 if __name__ == "__main__":

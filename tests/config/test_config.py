@@ -1,6 +1,7 @@
 """Recipes, memory profiles and accelerate configs become a run, and mistakes in them are named in one line."""
 
 import pytest
+import torch.distributed as dist
 import yaml
 from one_run import RECIPE, message_of
 
@@ -240,6 +241,8 @@ def test_stage_prints_one_line_and_exits_with_the_errors_code(write, tmp_path, c
         (UsageError("wrong"), 2, "error: wrong"),
         (FituneError("it cannot go on"), 1, "error: it cannot go on"),
         (ZeroDivisionError("a mistake of ours"), CRASHED, "ZeroDivisionError: a mistake of ours"),
+        (RuntimeError("[gloo/transport/tcp] Connection closed by peer"), CRASHED, "rank 0: another rank is gone"),
+        (dist.DistNetworkError("Failed to recv, got 0 bytes."), CRASHED, "rank 0: machine 0 is gone, or"),
     ],
 )
 def test_what_a_stage_raises_decides_its_exit_code(error, code, said, write, tmp_path, capsys):
@@ -253,4 +256,5 @@ def test_what_a_stage_raises_decides_its_exit_code(error, code, said, write, tmp
     with pytest.raises(SystemExit) as caught:
         run_stage(path, stage)
     assert caught.value.code == code
-    assert said in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert said in printed and ("Traceback" in printed) == isinstance(error, ZeroDivisionError)
