@@ -26,6 +26,7 @@ from fitune.cli_options import (
 from fitune.cli_results import RESULT_COMMANDS
 from fitune.config import run as runs
 from fitune.config.command_name import command, remember
+from fitune.environment import keep_torch_brief
 
 
 @click.group(
@@ -301,4 +302,5 @@ def _completed_program() -> tuple[str, str]:
 def main() -> None:
     """What `fitune`, `python cli.py` and `python -m fitune` run."""
     name = remember(sys.argv[0])
+    keep_torch_brief()
     cli(prog_name=name, complete_var=_completed_program()[1])

@@ -26,6 +26,14 @@ def let_segments_grow() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+def keep_torch_brief() -> None:
+    """Torch's C++ prints errors, not warnings: of a machine that is gone its store has a page of addresses.
+
+    Torch reads the variable when it is imported; ranks inherit it.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def number(name: str, default: float | None = None) -> float | None:
     """The value of a variable, `default` where it is not set. Raises UsageError for one that is no number above 0."""
     text = os.environ.get(name)

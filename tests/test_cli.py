@@ -1,5 +1,6 @@
 """The command line as a user meets it: quick answers, and one line with exit code 2 for whatever is wrong."""
 
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,19 @@ def cli(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(group, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("given", "level"), [(None, "ERROR"), ("INFO", "INFO")])
+def test_torch_prints_no_page_of_warnings_unless_asked_to(given, level, monkeypatch):
+    from fitune.cli import main
+
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    if given:
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", given)
+    monkeypatch.setattr(sys, "argv", ["fitune", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == level
 
 
 def test_every_command_has_an_example(cli):

@@ -37,6 +37,9 @@ JOIN_SECONDS = 120
 """How long the launchers of machines that have met wait for each other, where none is started again after a crash.
 
 No signal reaches them meanwhile. By itself torch would wait for a quarter of an hour."""
+TALKATIVE = ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api")
+"""Loggers of torch's launcher that print pages: of a rank that failed, which has said so, and of a machine 0 that ended
+a moment before another one. The second has a level of its own."""
 TOLD = -signal.SIGTERM
 "Not an exit code: processes were ended by a signal that was passed on to them."
 
@@ -164,7 +167,8 @@ def launch(
     flags = ["--config_file", str(config), *_gpu_flags(config), *place_flags, *join_flags, "-m", module]
     parsed = launch_command_parser().parse_args([*flags, str(settings or run.folder / "run.yaml"), *arguments])
     parsed.signals_to_handle = "SIGQUIT"  # torch's own way with the others gives ranks 30 s, and prints tracebacks
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="fitune-") as parsed.log_dir:  # torch would leave a folder of its own
         try:
             launch_command(parsed)

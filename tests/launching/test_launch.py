@@ -1,6 +1,7 @@
 """The three ways to start a run give the same run: cli.py, accelerate launch, torchrun. Real commands."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -105,6 +106,16 @@ def test_a_port_that_is_taken_is_one_line(tiny_base, tmp_path):
         config.write_text(f"{text}\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: 127.0.0.1\n")
         with pytest.raises(FituneError, match=rf"^accelerate launch refused {config}: .*port `{port}`, but another"):
             launch.launch(run, "fitune.training.evaluate", config=config)
+
+
+@pytest.mark.parametrize("name", ["multiprocessing.api", "agent.server.api"])
+def test_torchs_launcher_prints_no_page(name, tiny_base, tmp_path, monkeypatch, caplog):
+    """Of a rank that failed, or of a machine 0 that ended a moment before another one."""
+    run = resolve("tiny_qlora", "cpu_2proc", (f"base.model={tiny_base}",), str(tmp_path / "run"))
+    logger = logging.getLogger(f"torch.distributed.elastic.{name}")
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda _: logger.error("Traceback"))
+    assert launch.launch(run, "fitune.training.evaluate") == 0
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("is_told", [False, True])
