@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,11 +139,13 @@ def test_a_machine_that_is_gone_before_processes_start_is_one_line(tiny_base, tm
     def start() -> int:
         return launch.launch_until_stopped(run, "fitune.training.evaluate", config=config, beside=beside)
 
+    began = time.monotonic()
     if is_told:
         assert start() == INTERRUPTED
     else:
         with pytest.raises(FituneError, match=r"^another machine was gone before the processes of all were started;"):
             start()
+    assert time.monotonic() - began < 40
     assert capfd.readouterr().err == ""
 
 
