@@ -27,7 +27,7 @@ def let_segments_grow() -> None:
 
 
 def keep_torch_brief() -> None:
-    """Torch's C++ prints errors, not warnings: of a machine that is gone its store has a page of addresses.
+    """Torch's C++ prints errors, not warnings: of a machine that is gone its store has a page, ranks say it in a line.
 
     Torch reads the variable when it is imported; ranks inherit it.
     """

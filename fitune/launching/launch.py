@@ -215,10 +215,6 @@ def _first_failure(failures: dict, told: Collection[int], explained: Collection[
 
 def _set_environment(run: Run) -> None:
     os.environ.update(python_path())
-    if (
-        run.accelerate.num_machines > 1
-    ):  # of a machine 0 that is gone torch's store prints a page, ranks say it in a line
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if run.accelerate.use_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // run.accelerate.num_processes)))
     else:
