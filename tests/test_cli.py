@@ -12,6 +12,7 @@ from results import empty_adapter
 
 from fitune import environment
 from fitune.errors import UsageError
+from fitune.launching import roll_call
 from fitune.training import eval_command, generate_command, train_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,8 +213,8 @@ def finished(tmp_path):
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_what_is_typed_reaches_the_ranks_and_their_exit_code_the_shell(cli, finished, monkeypatch, code):
     started = []
+    monkeypatch.setattr(roll_call, "launch_until_stopped", lambda run, *words, **_: started.append(words) or code)
     for module in (eval_command, generate_command):
-        monkeypatch.setattr(module, "launch_until_stopped", lambda run, *words, **_: started.append(words) or code)
         monkeypatch.setattr(module, "check_data", lambda run, **about: None)
     monkeypatch.setattr("fitune.training.manifest.find_damage", lambda folder: None)
     checkpoint = finished / "checkpoints/checkpoint-1"

@@ -10,12 +10,20 @@ from contextlib import ExitStack, closing, suppress
 
 from fitune.config.schema import Run
 from fitune.errors import FituneError, UsageError
-from fitune.launching.launch import Place
+from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.links import Links, has_something_to_say, heard
 from fitune.launching.meeting_point import TRY_SECONDS, MeetingPoint, meeting_point
 from fitune.launching.waiting import PATIENCE_SECONDS, WaitingLine, named
 
 START = b"start\n"
+
+
+def launch_together(run: Run, module: str, *arguments: str, place: Place, **options) -> int:
+    """`launch_until_stopped` once all machines are there; each is told how the others ended."""
+    with meet(run, place) as others:
+        code = launch_until_stopped(run, module, *arguments, place=place, beside=others.beside, **options)
+        others.ended_with(code)
+    return code
 
 
 def meet(run: Run, place: Place) -> Links:

@@ -7,7 +7,7 @@ from fitune.config.gguf_files import SUFFIX, refuse_gguf
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
-from fitune.launching.roll_call import meet
+from fitune.launching.roll_call import launch_together
 from fitune.planning.asking import Reading
 from fitune.report.page import show_page_after_a_command
 from fitune.training.asked_here import held_here, rows_of_eval
@@ -42,10 +42,7 @@ def eval_command(
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
     with held_here(run, rows_of_eval(run)) as held:
         words += held.flags
-        with meet(run, place) as others:
-            started = {"config": held.config, "place": place, "beside": others.beside}
-            code = launch_until_stopped(run, "fitune.training.evaluate", *words, **started)
-            others.ended_with(code)
+        code = launch_together(run, "fitune.training.evaluate", *words, config=held.config, place=place)
     if not code:
         show_page_after_a_command(run.folder, place)
     return code

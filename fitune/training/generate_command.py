@@ -8,7 +8,7 @@ from fitune.config.gguf_files import SUFFIX
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
-from fitune.launching.roll_call import meet
+from fitune.launching.roll_call import launch_together
 from fitune.planning.asked_folder import is_asked_as_folder
 from fitune.report.page import show_page_after_a_command
 from fitune.training.asked_here import held_here
@@ -91,11 +91,8 @@ def _ask_run(folder: Path, asked: dict, place: Place) -> int:
     check_data(run, asked_as_trained=True, reads_rows=bool(asked["test"]))
     with held_here(run) as held:
         words = [*checkpoint_flag(run), *held.flags, *_as_typed(asked)]
-        with meet(run, place) as others:
-            started = {"config": held.config, "place": place, "beside": others.beside}
-            started |= {"interrupts_go_on": bool(asked["chat"])}
-            code = launch_until_stopped(run, "fitune.training.generate", *words, **started)
-            others.ended_with(code)
+        options = {"config": held.config, "place": place, "interrupts_go_on": bool(asked["chat"])}
+        code = launch_together(run, "fitune.training.generate", *words, **options)
     if asked["test"] and not code:
         show_page_after_a_command(run.folder, place)
     return code

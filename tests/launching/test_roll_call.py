@@ -140,9 +140,9 @@ def test_eval_and_generate_say_so_in_one_line_before_ranks_start(words, found, p
     run.folder.mkdir()
     (run.folder / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
     empty_adapter(run.result_folder)
+    monkeypatch.setattr(roll_call, "launch_until_stopped", lambda *_, **__: pytest.fail("started"))
     for module in ("eval_command", "generate_command"):
         monkeypatch.setattr(f"fitune.training.{module}.check_data", lambda *_, **__: None)
-        monkeypatch.setattr(f"fitune.training.{module}.launch_until_stopped", lambda *_, **__: pytest.fail("started"))
     place = ["--main-process-ip", "no-such-host.invalid", "--main-process-port", str(port)]
     result = CliRunner().invoke(cli, [*words, str(run.folder), *place])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output

@@ -75,7 +75,7 @@ def test_other_rows_are_measured_and_reported_by_name(run, tiny_base, other_rows
 
 
 def test_other_rows_that_cannot_be_measured_are_refused_before_processes_start(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("fitune.training.eval_command.launch_until_stopped", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("fitune.launching.roll_call.launch_until_stopped", lambda *_, **__: pytest.fail("started"))
     (run.folder / "run.yaml").write_text(runs.dump(run))
     for lines, said in ((None, "no such file; give a folder that prepare wrote, with held-out rows"), ("", "no rows")):
         if lines is not None:
