@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from tier_run import ROOT, about, kill_all
+from tier_run import ROOT, about, kill_all, visible_gpus
 
 from fitune.config.model_shapes import find_shape
 from fitune.environment import GPU_CAP
@@ -206,8 +206,7 @@ def main() -> None:
     options.end = time.monotonic() + options.seconds
     options.work.mkdir(parents=True, exist_ok=True)
     report, chosen = Report(options.result, options.commit), entries(options.only)
-    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    gpus = visible or [str(gpu) for gpu in range(max(1, torch.cuda.device_count()))]
+    gpus = visible_gpus() or ["0"]
     waiting = queue.SimpleQueue()
     for entry in (entry for entry in chosen if entry["gpus"] == 1):
         waiting.put(entry)

@@ -19,13 +19,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tier_run import ROOT, about, torch_gib
+from tier_run import ROOT, about, torch_gib, visible_gpus
 from whole_rows import prepared
 
 LLAMA_3_1_POSITIONS = 131_072
 RUNS = [
     {"model": "8b-nf4", "card_gib": 80, "tokens": 344_064, "claimed": 343_000},
-    {"model": "70b-nf4", "card_gib": 80, "tokens": 98_304, "claimed": 90_000},
+    {"model": "70b-nf4", "card_gib": 80, "tokens": 90_112, "claimed": 90_000},
     {"model": "8b-nf4", "card_gib": 24, "tokens": 98_304, "claimed": 79_000},
     {"model": "70b-nf4", "card_gib": 48, "tokens": 24_576, "claimed": 12_000},
     {"model": "8b-nf4", "card_gib": 12, "tokens": 49_152, "claimed": 22_000, "embedding_offload": True},
@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="Runs whose name has one of these words.")
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
-    import torch
     import transformers  # noqa: F401  (here, since threads that import it at once get in each other's way)
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -58,14 +57,14 @@ def main() -> None:
 
     file, saving = options.output / "longest-rows.json", threading.Lock()
 
-    def serve(gpu: int) -> None:
+    def serve(gpu: str) -> None:
         with suppress(queue.Empty):
             while True:
                 report["runs"].append(_measure(waiting.get_nowait(), gpu, options, deadline))
                 with saving:
                     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in range(torch.cuda.device_count())]
+    threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in visible_gpus()]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -78,7 +77,7 @@ def _name(run: dict) -> str:
     return f"{run['model']}-{run['card_gib']}gb"
 
 
-def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
+def _measure(run: dict, gpu: str, options, deadline: float) -> dict:
     model = with_long_positions(options.models / run["model"], run["tokens"])
     data = prepared(run["tokens"], STEPS + 1, options.output, options.tokenizer)
     recipe, profile = PROFILES[run["model"]]
@@ -97,7 +96,7 @@ def _measure(run: dict, gpu: int, options, deadline: float) -> dict:
     about_plan = {"planned_gpu_gib": planned["peak_gpu_gib"], "longest_planned": planned["longest_sequence"]}
     folder = options.output / _name(run)
     environment = {
-        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "CUDA_VISIBLE_DEVICES": gpu,
         "FITUNE_GPU_CAP_GIB": str(torch_gib(run["card_gib"])),
     }
     try:

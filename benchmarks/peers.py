@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 from longest_rows import with_long_positions
-from tier_run import ROOT, about, kill_all
+from tier_run import ROOT, about, kill_all, visible_gpus
 from whole_rows import prepared
 
 USUAL = {"length": 3072, "rows_a_step": 8, "steps": 6}
@@ -42,11 +42,7 @@ def main() -> None:
     parser.add_argument("--unsloth", help="Python path of Unsloth's packages.")
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
-    import torch
-
-    deadline = time.monotonic() + options.seconds
-    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    gpus = visible or list(map(str, range(torch.cuda.device_count())))
+    deadline, gpus = time.monotonic() + options.seconds, visible_gpus()
     entries = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
     entries = [e for e in entries if not options.only or any(word in e["name"] for word in options.only)]
     options.output.mkdir(parents=True, exist_ok=True)

@@ -289,6 +289,12 @@ def torch_gib(card_gib: float) -> float:
     return round(card_gib - MEASURED.outside_allocator / GIB, 2)
 
 
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them, for one that a single run is to see; else their numbers."""
+    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    return named or list(map(str, range(torch.cuda.device_count())))
+
+
 def about(commit: str) -> dict:
     """What every published number says of its origin."""
     return {
