@@ -118,8 +118,9 @@ def page() -> str:
         "## Seconds a step",
         "The runs that had a GPU for each rank: ranks that share one wait for each other. `plan`'s "
         "constants come from these very runs, from those of the next table and, for adapters, from "
-        "`benchmarks/results/peers-h200-2026-11-27.json`, which it fits within 15 % too: the table shows how far one "
-        "formula fits them all, no more. Runs of adapters before 27 November had another layer and are left out. Runs "
+        "the runs beside peers ([docs/speed.md](../docs/speed.md)), of which it fits those of one GPU within 15 % too: "
+        "the table shows how far one formula fits them all, no more. Runs of adapters before 27 November had another "
+        "layer and are left out. Runs "
         "of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a guess.",
         _time_table(),
         "## Full fine-tuning on cards of given sizes",

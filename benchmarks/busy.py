@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ from fitune.training.measure import Measurements
 PROFILED_STEP, STEPS = 3, 5
 "From 0; in all."
 LONGEST = 25
-"Kernels that are told by name."
+"Kernels, and gaps between them, that are told by name."
+GAPS_MS = (0, 0.01, 0.1, 1, 1000)
+"""Short gaps are the GPU's own between two kernels, long ones those in which it waits for Python."""
 
 
 def main() -> None:
@@ -94,14 +97,17 @@ def _wait() -> None:
 
 
 def _summed(profiler: torch.profiler.profile, wall: float) -> dict:
-    """Seconds in which at least one kernel runs; the kernels that take most."""
+    """Seconds in which at least one kernel runs; the kernels that take most; where none runs, by how long."""
     kernels = [
         event for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time_total
     ]  # fmt: skip
-    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
-    computed, until = 0.0, 0.0
-    for start, end in spans:
+    kernels.sort(key=lambda event: event.time_range.start)
+    computed, until, gaps = 0.0, 0.0, []
+    for event in kernels:
+        start, end = event.time_range.start, event.time_range.end
+        if until and start > until:
+            gaps.append({"ms": round((start - until) / 1000, 4), "before": event.name})
         computed += max(0.0, end - max(start, until))
         until = max(until, end)
     by_name: dict[str, list[float]] = defaultdict(list)
@@ -111,6 +117,9 @@ def _summed(profiler: torch.profiler.profile, wall: float) -> dict:
     return {
         "wall_s": round(wall, 4), "gpu_s": round(computed / 1e6, 4), "busy": round(computed / 1e6 / wall, 4),
         "kernels": len(kernels),
+        "gaps_ms": {f"up to {most} ms": round(sum(gap["ms"] for gap in gaps if least < gap["ms"] <= most), 1)
+                    for least, most in pairwise(GAPS_MS)},
+        "longest_gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:LONGEST],
         "longest": [{"ms": round(sum(ms), 1), "calls": len(ms), "kernel": name} for name, ms in longest],
     }  # fmt: skip
 

@@ -11,19 +11,24 @@ ADDING_UP = "adding up adapters"
 "The part of a step in which copies of the model that are whole on each GPU exchange gradients."
 COMPUTE_EFFICIENCY = 0.64
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
-FP8_SPEEDUP = 1.5
-"""Of products in fp8 over bf16, as whole runs on H200s show it (benchmarks/results/peers-h200-2026-11-27c.json and its
-next). Bare products are twice as fast, but their inputs, gradients and weights are rounded before."""
+FP8_SPEEDUP = 1.6
+"""Of products in fp8 over bf16, as whole runs on H200s show it: 1.56 to 1.75, peers-h200-2026-11-28d.json and the two
+after it. Bare products are twice as fast, but their inputs, gradients and weights are rounded before."""
 FLASH_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
 CUDNN_EFFICIENCY, CUDNN_LOST_TOKENS = 0.55, 1100
 """The same of cuDNN's attention for endless examples, and how many tokens' worth of it an example loses: 400 TFLOP/s
 for 3,072 tokens (trace-8b-whole-card-h200-2026-11-27.json), 525 for 32,100 (peers-h200-2026-11-28.json)."""
-SECONDS_PER_PASS = {"full": 0.0058, "lora": 0.0044, "qlora": 0.0044}
-"""Launching one layer's kernels, forward or backward, by method: what one row of 8B waits for."""
-SHARDED_SECONDS_PER_PASS = 0.0026
-"""What FSDP adds to that of adapters where ranks hold a copy between them: 8B with two rows a pass on four H200s took
-0.52 s for 74 (benchmarks/results/tiers-h200x4-2026-11-27.json). Method full's were measured so."""
+SECONDS_PER_PASS = {"full": 0.0029, "lora": 0.0027, "qlora": 0.0027}
+"""Launching one layer's kernels, forward or backward, by method. At most: 8B in passes of one row, all recomputed, took
+2.11 s for 768, and mostly the GPU computed (peers-h200-2026-11-28d.json); 1B in full 0.83 s for 288
+(full-small-models-h200-2026-11-28.json)."""
+SHARDED_SECONDS_PER_PASS = {"full": 0.0029, "lora": 0.0043, "qlora": 0.0043}
+"""What FSDP adds where ranks hold a copy between them: 8B LoRA with two rows a pass on four H200s took 0.52 s for 74
+(tiers-h200x4-2026-11-27.json); in full on two H100s 0.71 s for 96, an optimizer step among them."""
+TRAVELLING_SECONDS_PER_PASS = 0.0030
+"""What FSDP adds where one rank has weights in host RAM: 8B with one row of 2,048 a pass and its embedding there took
+1.10 s for 192 (tiers-h200-2026-11-27.json)."""
 BANDWIDTH_EFFICIENCY = 0.85
 """Of the data sheet's, for what a GPU's kernels read and write, and for links."""
 BOTH_WAYS = 1.36
@@ -75,8 +80,9 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
 
 def _launching_seconds(s: Setup) -> float:
     """Of one micro batch: what Python and the driver need, however few tokens there are."""
-    each = SECONDS_PER_PASS[s.method] + SHARDED_SECONDS_PER_PASS * (s.shards > 1 and not s.full)
-    return s.shape.layers * _layer_passes(s) * each
+    of_fsdp = TRAVELLING_SECONDS_PER_PASS if s.offload or s.embedding_offload else 0.0
+    of_fsdp = SHARDED_SECONDS_PER_PASS[s.method] if s.shards > 1 else of_fsdp
+    return s.shape.layers * _layer_passes(s) * (SECONDS_PER_PASS[s.method] + of_fsdp)
 
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
