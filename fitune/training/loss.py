@@ -27,10 +27,13 @@ class Answers:
 
 
 def find_answers(labels: torch.Tensor) -> Answers:
-    """Of labels [rows, length]; -100 is no answer. Waits for the GPU."""
-    length = labels.shape[1]
-    row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    return Answers(row * length + column, labels[row, column + 1])
+    """Of labels [rows, length]; -100 is no answer. Waits for the GPU to send them, once, and looks on the CPU.
+
+    The GPU computes meanwhile, and kernels that looked there would each wait for their turn.
+    """
+    length, known = labels.shape[1], labels.cpu()
+    row, column = (known[:, 1:] != -100).nonzero(as_tuple=True)
+    return Answers((row * length + column).to(labels.device), known[row, column + 1].to(labels.device))
 
 
 def add_answer_loss(causal_lm: nn.Module) -> None:
