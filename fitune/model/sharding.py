@@ -143,10 +143,13 @@ def reshard_whole_weights(model: nn.Module) -> None:
     """Frees what a forward pass left gathered for a backward pass that never came, as in an evaluation.
 
     The head's parameters, trained by method full, would else be whole when they are saved. torch 2.11's own `reshard`
-    does nothing for the unit of norm and head, which it takes to be in its forward pass still.
+    does nothing for the unit of norm and head, which it takes to be in its forward pass still. FSDP forgets the order
+    of the units, too: the next backward pass would else end by gathering the head, which came last before it.
     """
     for group in _parameter_groups(model):
         group._to_sharded()
+        group._post_forward_indices.clear()
+        group.comm_ctx.post_forward_order.clear()
 
 
 def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:

@@ -14,6 +14,7 @@ SHARDING, ONE_RANK, SKELETON = "model/sharding.py", "model/one_rank.py", "model/
 TRAINER, SAVING, ATTENTION = "training/trainer.py", "training/saving_trainer.py", "model/attention.py"
 NEVER = "Trainer has a public way to write and read checkpoints of one's own"
 PADDING = "FSDP2 has a public way to load a shard that is shorter than the others without copying it"
+ORDER = "FSDP2 does not keep the order of a forward pass that nothing is to follow"
 FLASH = "torch.nn.attention.varlen gives out what its backward pass needs"
 COPIES = "FSDP2 does for one rank what it does for several: no copies of what is on the GPU, prefetching of the rest"
 
@@ -73,6 +74,10 @@ PRIVATE_NAMES = (
     PrivateName(f"{GROUP}._all_gather_result", (ONE_RANK,), "that copies are under way", COPIES),
     PrivateName(f"{GROUP}._to_sharded", (SHARDING,), "frees what an evaluation left gathered",
                 "FSDPModule.reshard frees the unit of norm and head, as it does from torch 2.13 on", parameters=()),
+    PrivateName(f"{GROUP}._post_forward_indices", (SHARDING,), "emptied after an evaluation, see post_forward_order",
+                ORDER),
+    PrivateName(f"{FSDP}._fsdp_param_group:FSDPCommContext.post_forward_order", (SHARDING,),
+                "emptied after an evaluation, or the next backward pass gathers the head once more", ORDER),
     PrivateName(f"{GROUP}._to_unsharded", (ONE_RANK,), "that they have arrived", COPIES, parameters=()),
     PrivateName(f"{GROUP}.is_unsharded", (ONE_RANK,), "that nothing is to be copied", COPIES),
     PrivateName(f"{GROUP}.unshard_in_backward", (ONE_RANK,), "the embedding is not needed there", COPIES),
