@@ -1,5 +1,7 @@
 """FSDP with one rank: weights on the GPU are used where they are, the others travel there while a layer computes.
 
+A frozen embedding in host RAM is used where it is, too: `fitune.model.host_embedding`.
+
 With several ranks FSDP2 gathers the next layer on a stream of its own. With one it copies each weight when it is used,
 on the stream that computes, and copies even those that already lie on the GPU (torch 2.11 to 2.13,
 `FSDPParamGroup.wait_for_unshard`). To be removed when FSDP2 does for one rank what it does for several.
@@ -12,6 +14,8 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, TrainingState
+
+from fitune.model.host_embedding import HostEmbedding
 
 
 def use_weights_in_place(groups: list[FSDPParamGroup]) -> None:
@@ -60,7 +64,8 @@ class OneRankParamGroup(FSDPParamGroup):
 
 def _use_in_place(parameter: FSDPParam) -> bool:
     """Whether the stored weight is the one to compute with; then it is made so, once."""
-    if parameter.offload_to_cpu or parameter.param_dtype not in (None, parameter.orig_dtype):
+    travels = parameter.offload_to_cpu and not isinstance(parameter._module_info.module, HostEmbedding)
+    if travels or parameter.param_dtype not in (None, parameter.orig_dtype):
         return False
     if not hasattr(parameter, "_unsharded_param"):
         parameter.all_gather_outputs = [parameter._sharded_param_data]

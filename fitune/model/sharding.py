@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fitune.config.schema import Run
 from fitune.errors import FituneError
 from fitune.model.fp8_linear import FP8Linear
+from fitune.model.host_embedding import leave_in_host_ram
 from fitune.model.nf4 import NF4Linear
 from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
 from fitune.model.skeleton import decoder, is_tied
@@ -82,6 +83,8 @@ def shard(
     embeddings = in_host_ram if run.profile.embedding_offload else everything
     for layer in causal_lm.model.layers:
         fully_shard(layer, reshard_after_forward=not keep_gathered, offload_policy=everything, **options)
+    if _looks_up_in_host_ram(mesh, run):
+        leave_in_host_ram(causal_lm.model.embed_tokens)
     # One tensor for both is needed from the first moment to the last: the whole model's unit keeps it gathered.
     if not is_tied(causal_lm):
         _shard_embedding_and_head(causal_lm, offload_policy=embeddings, **options)
@@ -122,6 +125,12 @@ def _something_travels(mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -
     stay_in_bf16 = trained_dtype(run) == compute_dtype == torch.bfloat16
     full_travels = run.recipe.method == "full" and (run.replicas > 1 or not stay_in_bf16)
     return shard_mesh(mesh).size() > 1 or from_host_ram or full_travels
+
+
+def _looks_up_in_host_ram(mesh: DeviceMesh, run: Run) -> bool:
+    """Whether a rank has the whole embedding in its host RAM, frozen: FSDP need not gather it."""
+    in_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
+    return in_host_ram and run.recipe.method != "full" and shard_mesh(mesh).size() == 1
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

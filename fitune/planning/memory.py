@@ -196,6 +196,8 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
         states = trainable * (s.trained + s.optimizer_state)
         state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}
     activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
+    # those of one pass travel while the next one's are looked up
+    rows = 2 * ranks * _power_of_two(s.hidden_state) if s.looks_up_in_host_ram else 0.0
     # a checkpoint is written tensor by tensor, each rank of the first copy its rows; an adapter's tensors are small
     copies = s.embedding * s.part_of_a_copy if s.saves and s.full and not s.offload else 0.0
     copy = {"copy of a checkpoint": checkpoint_copy(s)}
@@ -206,9 +208,10 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     loading, training = (MEASURED.launcher + ranks * process for process in (MEASURED.loading, MEASURED.training))
     return {
         "load": {"processes": loading, **always},
-        "step": {"processes": training, **always, **state, "kept activations": activations, **copy},
+        "step": {
+            "processes": training, **always, **state, "embedded rows": rows, "kept activations": activations, **copy},
         "save": {"processes": training, **always, **state, **copy, "tensor being saved": max(copies, gathered)},
-    }
+    }  # fmt: skip
 
 
 def checkpoint_copy(s: Setup) -> float:

@@ -170,6 +170,11 @@ class Setup:
         return 0.0 if self._in_place and not (self.offload or self.embedding_offload) else self.gathered_head
 
     @property
+    def looks_up_in_host_ram(self) -> bool:
+        """Whether the embedding stays there whole, and only rows of a pass's tokens travel: they are a hidden state."""
+        return self.shards == 1 and not self.full and (self.offload or self.embedding_offload)
+
+    @property
     def head_copy(self) -> float:
         """The head with its trained rows in place, for the loss."""
         return self.gathered_head if self.trained_tokens else 0.0

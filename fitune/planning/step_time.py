@@ -168,9 +168,13 @@ def _sharding_bytes(s: Setup) -> float:
 
 
 def _host_bytes(s: Setup) -> float:
-    """Of one rank and micro batch: offloaded rows travel for both passes, gradients out, activations out and in."""
+    """Of one rank and micro batch: offloaded layers travel for both passes, embedding (or its rows) and head for one.
+
+    Gradients travel out, activations out and in.
+    """
     layers = 2 * s.shape.layers * s.layer_weights / s.shards * s.offload
-    embeddings = 2 * s.embedding / s.shards * (s.offload or s.embedding_offload)
+    embedding = s.hidden_state if s.looks_up_in_host_ram else s.embedding / s.shards
+    embeddings = (embedding + s.embedding / s.shards) * (s.offload or s.embedding_offload)
     activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
     return layers + embeddings + activations + s.gradients * _gradients_travel(s)
 

@@ -15,6 +15,7 @@ from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
+from fitune.model.host_embedding import host_embedding
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
@@ -31,6 +32,9 @@ from fitune.training.saving_trainer import SavingSFTTrainer
 from fitune.training.token_metrics import token_metrics
 from fitune.training.whole_steps import WholeSteps, in_whole_steps, rows_per_step
 from fitune.weights.base_identity import BaseRecord
+
+IDS_IN_HOST_RAM = "ids_in_host_ram"
+"Under this name a batch's tokens wait for the embedding that looks them up there."
 
 
 class ShardedSFTTrainer(SavingSFTTrainer):
@@ -79,6 +83,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         add_answer_loss(decoder(self.model))
         if run.profile.optimizer_offload:
             decoder(self.model).model.register_forward_hook(self._before_the_loss)
+        self.host_embedding = host_embedding(self.model)
         alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # Trainer's own noise depends on the rank
         self.noise = EmbeddingNoise(decoder(self.model).model.embed_tokens, alpha) if alpha else None
         batch, pad = run.recipe.global_batch_size, self.processing_class.pad_token_id
@@ -111,6 +116,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         self.heartbeat.count()
         if isinstance(model, FSDPModule):
             self._leave_gradients_to_the_last_pass(model)
+        if self.host_embedding:
+            self.host_embedding.expect(inputs.pop(IDS_IN_HOST_RAM))
         inputs = self._with_random_numbers(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
@@ -165,6 +172,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             batch[ANSWERS] = find_answers(batch["labels"])
+            if self.host_embedding:
+                batch[IDS_IN_HOST_RAM] = batch["input_ids"].cpu()
         return batches, items
 
     def _read_next_batches(self) -> None:

@@ -54,7 +54,7 @@ PRIVATE_NAMES = (
                 "torch 2.11 warns that the head did not run, which the loss never calls",
                 "torch below 2.13 is no longer supported"),
     PrivateName(f"{GROUP}.fsdp_params", (SHARDING, ONE_RANK), "from a group to its parameters", PADDING),
-    PrivateName(f"{PARAM}._module_info", (SHARDING,), "which module's parameter it is", PADDING),
+    PrivateName(f"{PARAM}._module_info", (SHARDING, ONE_RANK), "which module's parameter it is", PADDING),
     PrivateName(f"{PARAM}.padded_sharded_param_size", (SHARDING,), "the size that is gathered", PADDING),
     PrivateName(f"{PARAM}._sharded_param_data", (SHARDING, ONE_RANK), "what is gathered",
                 PADDING),
@@ -161,6 +161,8 @@ PRIVATE_NAMES = (
                 "Trainer has a callback with the batch before the forward pass", parameters=("inputs",)),
     PrivateName("transformers.models.llama.modeling_llama:LlamaForCausalLM.__class__", (SHARDING,),
                 "swapped for one whose device is that of the computation", "generate takes a device"),
+    PrivateName("torch.nn:Embedding.__class__", ("model/host_embedding.py",),
+                "swapped for one that looks up in host RAM", "FSDP2 leaves a parameter where it is if asked"),
     PrivateName("transformers.models.llama.modeling_llama:LlamaDecoderLayer.__class__", ("model/layer.py",),
                 "swapped for the layer written out", "transformers has an interface for a layer of one's own"),
     # TRL
