@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, TrainingState
@@ -24,10 +25,13 @@ def use_weights_in_place(groups: list[FSDPParamGroup]) -> None:
         group.__class__ = OneRankParamGroup
 
 
-def prefetch_in_order(layers: nn.ModuleList) -> None:
-    """Each layer's forward starts the next one's copies; backward, FSDP asks for the layer before by itself."""
-    for layer, following in pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
+def prefetch_in_order(model: FSDPModule, layers: nn.ModuleList) -> None:
+    """The model's forward starts the first layer's copies, each layer's the next one's.
+
+    Backward, FSDP asks for the layer before by itself.
+    """
+    for unit, following in pairwise([model, *layers]):
+        unit.set_modules_to_forward_prefetch([following])
 
 
 class OneRankParamGroup(FSDPParamGroup):

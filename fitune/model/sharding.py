@@ -93,7 +93,7 @@ def shard(
         model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
     if shard_mesh(mesh).size() == 1:
         use_weights_in_place(_parameter_groups(model))
-        prefetch_in_order(causal_lm.model.layers)
+        prefetch_in_order(model, causal_lm.model.layers)
     _check_gathered_as_bytes(model)
 
 

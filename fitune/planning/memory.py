@@ -57,6 +57,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "gather buffers": (s.gathered_head + s.gathered_layer) if several else 0.0,
     }
     prefetched_layer = s.unsharded_layer * s.reshard  # one rank has not asked for it yet while the loss goes backward
+    first_layer = s.unsharded_layer * (s.shards == 1 and not s.full and s.accumulation > 1)  # stays for the next pass
     all_layers = s.shape.layers * s.unsharded_layer
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
     head_reduction = s.shape.embedding_weights * FP32 if s.reduced else 0.0
@@ -100,8 +101,9 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "hidden states": s.hidden_state, "one layer's backward": second_layer,
             "gradient reduction": layer_reduction, **one_embedding},
         "backward, embedding": {
-            **after, "hidden states": s.hidden_state, "gradient of the embedding": head_gradient,
-            "gradient reduction": head_reduction, "leaving gradients": s.leaving_head_gradient, **one_embedding},
+            **after, "unsharded layers": first_layer, "hidden states": s.hidden_state,
+            "gradient of the embedding": head_gradient, "gradient reduction": head_reduction,
+            "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "optimizer step": stepping,
         "save": always,
     }  # fmt: skip

@@ -134,6 +134,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         there.
         """
         is_last, full = self.accelerator.sync_gradients, self.run.recipe.method == "full"
+        if self.run.shards == 1 and not full:  # the next pass begins with the layer that this one ends with
+            decoder(model).model.layers[0].set_reshard_after_backward(is_last, recurse=False)
         leave_the_gpu = self.run.accelerate.offload_params or self.run.profile.optimizer_offload
         if self.adapters_wait or (self.args.world_size == 1 and not full):
             model.set_requires_gradient_sync(is_last)

@@ -1,12 +1,13 @@
 """One rank: weights that lie on the GPU are not copied, the others are on their way before they are needed."""
 
 import torch
-from ranks import run_alone, run_ranks, sharded_model
+from ranks import run_alone, run_ranks, sharded_model, train_here
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fitune.model.sharding import local_part
 from fitune.model.skeleton import decoder
+from fitune.training.trainer import ShardedSFTTrainer
 
 TOKENS = torch.randint(0, 509, (1, 19), generator=torch.Generator().manual_seed(0))
 
@@ -36,11 +37,12 @@ def _on_their_way(run) -> dict[str, list[int]]:
     """Layers whose copies have started, but not been waited for, as each layer runs forward and backward."""
     model, _ = sharded_model(run)
     layers = decoder(model).model.layers
-    found = {"forward": [], "backward": []}
+    found = {"embedding": [], "forward": [], "backward": []}
 
     def look(way):
         return lambda *_: found[way].append([i for i, one in enumerate(layers) if _group(one)._all_gather_result])
 
+    decoder(model).model.embed_tokens.register_forward_pre_hook(look("embedding"))
     for layer in layers:
         layer.register_forward_pre_hook(look("forward"))
         # after FSDP's own hook of the output, which a backward pre-hook of the module would come before
@@ -73,7 +75,28 @@ def test_offloaded_weights_are_copied_one_layer_ahead_and_freed(tiny_base, make_
     run = make_run(tiny_base, tmp_path, method="qlora", offload_params=True)
     assert all(freed and not in_place for _, in_place, freed in run_alone(_computes_with, run))
 
-    assert run_alone(_on_their_way, run) == {"forward": [[1], []], "backward": [[0], []]}
+    assert run_alone(_on_their_way, run) == {"embedding": [[0]], "forward": [[1], []], "backward": [[0], []]}
+
+
+def _stay_whole(run) -> list[list[int]]:
+    """Layers that are whole after each pass of training."""
+    found, step = [], ShardedSFTTrainer.training_step
+
+    def training_step(trainer, model, *args, **kwargs):
+        loss = step(trainer, model, *args, **kwargs)
+        found.append([i for i, layer in enumerate(decoder(model).model.layers) if _group(layer).is_unsharded])
+        return loss
+
+    ShardedSFTTrainer.training_step = training_step
+    train_here(run)
+    return found
+
+
+def test_the_first_layer_stays_between_the_passes_of_a_step(tiny_base, make_run, tmp_path):
+    """No longer: a step changes its adapter."""
+    options = {"batch": 3, "micro_batch": 1, "training": {"max_steps": 2, "learning_rate": 1e-2}}
+    run = make_run(tiny_base, tmp_path, method="qlora", offload_params=True, **options)
+    assert run_ranks(_stay_whole, 1, run) == [[[0], [0], []] * 2]
 
 
 def test_the_embedding_is_not_gathered_backward_and_the_heads_buffer_is_freed(tiny_base, make_run, tmp_path):

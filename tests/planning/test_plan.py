@@ -141,6 +141,9 @@ def test_what_is_turned_on_moves_bytes_where_it_says():
     assert "sharded weights" not in gpu_peak(offloaded).components
     grown = host_moments(offloaded)["step"]["offloaded weights"] - host_moments(base)["step"]["offloaded weights"]
     assert grown == pytest.approx(80 * base.layer_weights)
+    ends = [gpu_moments(replace(offloaded, accumulation=passes))["backward, embedding"] for passes in (1, 2)]
+    stays = [end["unsharded layers"] for end in ends]
+    assert stays == [0, offloaded.unsharded_layer], "the first layer, for the next pass"
     two = replace(offloaded, ranks=2)
     here, apart = (host_moments(replace(two, machines=n))["step"]["offloaded weights"] for n in (1, 2))
     assert apart == pytest.approx(here / 2), "RAM is that of one machine"
