@@ -56,6 +56,7 @@ def multiply(
             part.addmm_(x, matrix.t())
         else:
             torch.addmm(of_columns(addend, columns), x, matrix.t(), out=part)
+        del matrix  # before the next one is there
     return out
 
 
@@ -64,6 +65,7 @@ def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear], total: torch.Ten
     for columns, matrix in _weights(bases, dy.dtype):
         part = of_columns(dy, columns)
         total = part @ matrix if total is None else total.addmm_(part, matrix)
+        del matrix
     return total
 
 

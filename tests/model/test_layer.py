@@ -1,6 +1,7 @@
 """The decoder layer written out: its gradients in float64 against autograd through plain transformers and PEFT."""
 
 import copy
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -28,7 +29,7 @@ from reference_layers import (
 )
 from rounding import additions_to_gradients, rounding
 
-from fitune.model import attention
+from fitune.model import attention, products
 from fitune.model import layer as written_out
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
@@ -194,6 +195,24 @@ def test_nf4_layers_are_those_of_bitsandbytes(targets, key_value_heads, plain_li
     additions = additions_to_gradients(base.config, length, tokens=length)
     for kept in (0, LAYERS):
         assert_close(run(written_out_copy(model, kept), ours), expected, tolerance=rounding(additions))
+
+
+def test_one_dequantised_weight_is_there_at_a_time(monkeypatch):
+    """0.44 GiB each at 70B, of gate, up and down."""
+    there, dequantise = [], products.weight
+
+    def weight(base, dtype, out=None):
+        assert out is not None or not any(reference() is not None for reference in there)
+        found = dequantise(base, dtype, out)
+        there.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(products, "weight", weight)
+    base, (ours, _) = plain(torch.float32), packed()
+    _replace_linears(base, _nf4_linear)
+    for kept in (0, LAYERS):
+        run(written_out_copy(adapted(base), kept), ours)
+    assert len(there) > 7 * LAYERS
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
