@@ -23,6 +23,8 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         by_device.setdefault(mine.device, []).append(mine)
     norm = norm_over_ranks(list(map(get_total_norm, by_device.values())), next(map(shard_group, trained), None))
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # 1e-6 as in torch
+    if scale.device.type == "cpu" and scale == 1:  # a GPU would be waited for; in RAM each byte costs more than to ask
+        return norm
     for device, gradients in by_device.items():
         torch._foreach_mul_(gradients, scale.to(device))
     return norm

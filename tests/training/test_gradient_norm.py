@@ -42,6 +42,14 @@ def test_gradients_are_clipped_as_the_whole_ones(max_norm, ranks):
             torch.testing.assert_close(found, parameter.grad)
 
 
+@pytest.mark.parametrize(("max_norm", "writes"), [(100.0, 0), (1.0, 1)])
+def test_gradients_in_host_ram_that_are_small_enough_are_not_written_again(max_norm, writes):
+    model = _model()
+    before = [parameter.grad._version for parameter in model[:-1]]
+    clip_gradients(model, max_norm)
+    assert [parameter.grad._version - was for parameter, was in zip(model[:-1], before, strict=True)] == [writes] * 3
+
+
 def test_a_gradient_that_is_no_number_makes_the_norm_none():
     model = _model()
     model[1].grad[0, 0] = float("nan")
