@@ -166,6 +166,28 @@ def test_lora_in_fp8_takes_the_memory_that_plan_says(profile, bf16_checkpoint, t
         assert abs(in_bf16 - in_fp8 - linears) < 0.05
 
 
+def test_one_rank_trains_alike_with_weights_in_host_ram(checkpoint, tmp_path):
+    """Two passes a step. Forward adds up in one order wherever weights lie, backward and AdamW on the CPU in others.
+
+    The first rate is 0, so two steps have the same weights to the bit.
+    """
+    sets = ["training.max_steps=4", "training.logging_steps=1", "training.lr_scheduler_type=constant_with_warmup"]
+    sets += ["training.warmup_steps=2", "profile.kept_layers=0"]
+    flags = [*flags_of_small_rows(checkpoint, tmp_path), *(part for item in sets for part in ("--set", item))]
+    losses = {}
+    for profile in ("single_gpu", "fsdp_1x48gb", "fsdp_offload_1x12gb"):
+        done = call(
+            ["cli.py", "train", "llama3_8b_qlora", "--profile", profile, "--output", tmp_path / profile, *flags]
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        lines = map(json.loads, (tmp_path / profile / "metrics.jsonl").read_text().splitlines())
+        losses[profile] = [line["loss"] for line in lines if "loss" in line]
+    on_gpu, *in_host_ram = losses.values()
+    assert len(on_gpu) == 4
+    for found in in_host_ram:
+        assert found[:2] == on_gpu[:2] and found == pytest.approx(on_gpu, rel=1e-3), losses
+
+
 def flags_of_small_rows(checkpoint: Path, folder: Path) -> list[str]:
     """Of a run on `checkpoint` and the shipped rows, which are prepared for it."""
     data = folder / "data"
