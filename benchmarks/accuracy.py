@@ -108,7 +108,7 @@ def page() -> str:
         "[`fitune/planning/memory.py`](../fitune/planning/memory.py) and "
         "[`fitune/planning/step_time.py`](../fitune/planning/step_time.py).",
         "## Measured runs",
-        "The run's own command, on one or two big GPUs whose ranks are each held to their tier's card "
+        "The run's own command, on one, two or four big GPUs whose ranks are each held to their tier's card "
         "(`benchmarks/tiers.py`). `needed` is what tensors and CUDA took, `kept` what the GPU showed: PyTorch's "
         "allocator also keeps memory that is free, up to the card's, and gives it back when it is short. The constants "
         "in `MEASURED` are from the runs of 24 November and before (host RAM of a process: from all), so the later "
@@ -116,12 +116,12 @@ def page() -> str:
         "embedding's gradient was missing and the second layer's too large.",
         _measured_table(),
         "## Seconds a step",
-        "The runs that had a GPU for each rank: ranks that share one wait for each other. `plan`'s "
-        "constants come from these very runs, from those of the next table and, for adapters, from "
-        "the runs beside peers ([docs/speed.md](../docs/speed.md)), of which it fits those of one GPU within 15 % too: "
-        "the table shows how far one formula fits them all, no more. Runs of adapters before 27 November had another "
-        "layer and are left out. Runs "
-        "of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a guess.",
+        "The runs that had a GPU for each rank: ranks that share one wait for each other. `plan`'s constants come "
+        "from these very runs, from those of the next table and, for adapters, from the runs beside peers "
+        "([docs/speed.md](../docs/speed.md)). So the table shows how far one formula fits them all, no more. The runs "
+        "of one GPU beside peers are within 15 % too. Runs of adapters before 27 November had another layer and are "
+        "left out. Runs of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a "
+        "guess.",
         _time_table(),
         "## Full fine-tuning on cards of given sizes",
         "`benchmarks/results/full-*.json`, 16 rows of 3072 a step unless the name says otherwise, most of them with "

@@ -26,6 +26,7 @@ from fitune.planning.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 README, SPEED, MEMORY = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md"
+FAKE = ROOT / "benchmarks" / "fake_memory.json"
 CARDS = {
     "one 8 GB card": (8, {"8B": ("llama3_8b_qlora", "single_gpu_8gb")}),
     "one 12 GB card": (12, {"70B": ("llama3_70b_qlora", "fsdp_offload_1x12gb")}),
@@ -209,7 +210,8 @@ def _speed(entry: dict) -> str:
 
 def table_of_2024() -> str:
     """The tutorial's tiers: what they need now, measured or predicted."""
-    measured = _last_of_each_tier(newest_tiers())
+    measured, shown = _last_of_each_tier(newest_tiers()), _last_of_each_tier(shown_tiers())
+    on_fake = {(entry["recipe"], entry["profile"]) for entry in json.loads(FAKE.read_text(encoding="utf-8"))}
     lines = ["| recipe | profile | 2024 | GiB per GPU | GiB of RAM per machine | |", "|---|---|---|---|---|---|"]
     for (recipe, profile), before in TIERS_OF_2024.items():
         if run := measured.get((recipe, profile)):
@@ -218,8 +220,10 @@ def table_of_2024() -> str:
             setup = setup_of(
                 run := resolve(recipe, profile, ("profile.async_save=false",)), find_shape(run.recipe.base.model)
             )
-            gpu, source = gpu_peak(setup).total / GIB, "plan, and fake tensors"
-            host = host_peak(setup) / GIB
+            gpu, host = gpu_peak(setup).total / GIB, host_peak(setup) / GIB
+            source = "plan, and fake tensors" if (recipe, profile) in on_fake else "plan"
+            if then := shown.get((recipe, profile)):
+                source += f"; {then['peak_gpu_gib']:.1f} measured with {then['kept_layers']} layers kept"
         lines.append(f"| `{recipe}` | `{profile}` | {before} | {gpu:.1f} | {host:.1f} | {source} |")
     return "\n".join(lines)
 
@@ -290,10 +294,21 @@ def peers_table() -> str:
             if ours
             else (run["rows"], {"yes": "none", "no": "all"}[run["recompute"]])
         )
-        found = f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}" if "error" not in run else "failed | "
         compute = run["set"].get("profile.compute", "bf16") if ours else "bf16"
-        lines.append(f"| {run['work']} | {run['who']} | {compute} | {rows} | {kept} | {found} |")
-    return "\n".join([*lines, "", "Median step; GiB that torch allocated.", "", _sources(order)])
+        lines.append(f"| {run['work']} | {_who(run)} | {compute} | {rows} | {kept} | {_found(run)} |")
+    notes = "Median step; GiB that torch allocated. `cut`: the run's time was over before it ended."
+    return "\n".join([*lines, "", notes, "", _sources(order)])
+
+
+def _who(run: dict) -> str:
+    """With what a name says behind its comma, as of two runs of one work: how many copies of the model."""
+    return run["who"] + (f", {run['name'].partition(', ')[2]}" if run["name"].endswith(("one copy", "on each")) else "")
+
+
+def _found(run: dict) -> str:
+    if "error" in run:
+        return "cut | " if run["error"].startswith("not done after") else "failed | "
+    return f"{run['tokens_per_second']:,} | {run['peak_allocated_gib']:.1f}"
 
 
 def with_table(text: str, name: str, table: str) -> str:
