@@ -106,6 +106,8 @@ class _Function(torch.autograd.Function):
         y, x = torch.empty_like(x), x.flatten(0, 1)
         work = LayerPass(layer, batch, linears, parameters, x)
         mid, attended = work.attend(x)
+        if not layer.keep:
+            del attended  # before the MLP takes its room
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, linears, parameters  # weights: FSDP brings them back where they were
         ctx.save_for_backward(x, *((*attended, mid, gate_up, work.linears.lows) if layer.keep else ()))

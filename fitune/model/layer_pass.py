@@ -92,6 +92,7 @@ class LayerPass:
             tile, _ = self._gate_up(of_tile, rows, out=part(gate_up, rows) if keep else None)
             product, dropped = elementwise.swiglu(tile, self._dropout_of_rows(DOWN, rows))
             self.linears.multiply(DOWN, product, dropped, rows, residual=of_tile, out=part(y, rows))
+            del tile, product, dropped  # before the next tile's are there
         return gate_up
 
     def mlp_backward(self, dy: torch.Tensor, mid: torch.Tensor, gate_up: torch.Tensor | None) -> torch.Tensor:
@@ -118,6 +119,7 @@ class LayerPass:
             elementwise.rms_norm_backward(
                 dnormed, of_tile, norm.weight, norm.variance_epsilon, dy_of_tile, out=part(dmid, rows)
             )
+            del tile, dropped, dnormed
         return dmid
 
     def _gate_up(self, mid, rows: slice, out=None) -> tuple[torch.Tensor, torch.Tensor]:
