@@ -220,10 +220,9 @@ def test_a_tile_finds_room_where_attention_and_the_tile_before_were(small_tiles,
     """8B in rows of 49,152 tokens had 1.8 GiB of both beside each of its tiles."""
     gone, attend, swiglu, before = [], attention.forward, elementwise.swiglu, []
 
-    def attention_forward(*args):
-        output, statistics = attend(*args)
-        before.append(StorageWeakRef(output.untyped_storage()))
-        return output, statistics
+    def attention_forward(heads, *others):
+        before.append(StorageWeakRef(heads.untyped_storage()))  # q, k and v
+        return attend(heads, *others)
 
     def product_of(gate_up, dropout):
         gone.append(all(storage.expired() for storage in before))
