@@ -43,7 +43,9 @@ def random_checkpoint(folder: Path, *options: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("profile", ["fsdp_2x40gb", "fsdp_4x24gb", "fsdp_offload_2x24gb", "fsdp_offload_4gpu"])
+@pytest.mark.parametrize(
+    "profile", ["fsdp_2x40gb", "fsdp_4x24gb", "fsdp_offload_1x24gb", "fsdp_offload_2x24gb", "fsdp_offload_4gpu"]
+)
 def test_every_gathered_byte_equals_the_checkpoint(profile, checkpoint, tmp_path):
     assert_bit_exact(profile, checkpoint, tmp_path)
 
@@ -121,6 +123,7 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
         pytest.param("tiny_qlora", "fsdp_2x40gb", ["profile.replicas=2"], id="two-whole-copies"),
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
+        pytest.param("tiny_qlora", "fsdp_offload_2x24gb", ["profile.replicas=2"], id="two-copies-in-host-ram"),
     ],
 )
 def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_path):
