@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.full_results import full_table, gpu_of
-from benchmarks.tables import is_whole, measured_tiers, whole_shape
+from benchmarks.tables import FAKE, is_whole, measured_tiers, whole_shape
 from fitune.config.model_shapes import find_shape
 from fitune.config.run import with_resharding
 from fitune.planning.fill import resolve
@@ -25,7 +25,6 @@ from fitune.planning.words import KEEPS_GATHERED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
-FAKE = ROOT / "benchmarks" / "fake_memory.json"
 
 
 def measured_runs() -> list[dict]:

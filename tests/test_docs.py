@@ -13,7 +13,7 @@ import yaml
 from click import Context
 from click.exceptions import Exit
 
-from benchmarks.tables import newest_peers
+from benchmarks.peer_tables import newest_peers
 from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.installed_names import sft_config_fields

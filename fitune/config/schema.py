@@ -185,6 +185,11 @@ class Run(Strict):
         return self.shards > 1 and not (self.accelerate.offload_params or self.accelerate.use_cpu)
 
     @property
+    def embedding_in_ram(self) -> bool:
+        """Whether embedding and head wait in host RAM, alone or with all else."""
+        return self.accelerate.offload_params or self.profile.embedding_offload
+
+    @property
     def keeps_base_in_fp8(self) -> bool:
         """Whether training holds the decoder layers' frozen weights in fp8, not only multiplies them so."""
         return self.recipe.method == "lora" and self.profile.compute == "fp8"

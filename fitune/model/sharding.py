@@ -121,16 +121,14 @@ def _something_travels(mesh: DeviceMesh, run: Run, compute_dtype: torch.dtype) -
 
     So do all gradients of method full between copies; those of adapters are few, and added up once a step.
     """
-    from_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
     stay_in_bf16 = trained_dtype(run) == compute_dtype == torch.bfloat16
     full_travels = run.recipe.method == "full" and (run.replicas > 1 or not stay_in_bf16)
-    return shard_mesh(mesh).size() > 1 or from_host_ram or full_travels
+    return shard_mesh(mesh).size() > 1 or run.embedding_in_ram or full_travels
 
 
 def _looks_up_in_host_ram(mesh: DeviceMesh, run: Run) -> bool:
     """Whether a rank has the whole embedding in its host RAM, frozen: FSDP need not gather it."""
-    in_host_ram = run.accelerate.offload_params or run.profile.embedding_offload
-    return in_host_ram and run.recipe.method != "full" and shard_mesh(mesh).size() == 1
+    return run.embedding_in_ram and run.recipe.method != "full" and shard_mesh(mesh).size() == 1
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -79,9 +79,9 @@ def _spread(run: Run, limits: Limits, gpu: GpuModel) -> Run:
 
 def _copies(run: Run) -> list[int]:
     """The numbers of copies to try. What lies in RAM lies there once a machine: its GPUs share the RAM's bandwidth."""
-    machines, profile = run.accelerate.num_machines, run.profile
+    machines = run.accelerate.num_machines
     counts = runs.possible_replicas(run.accelerate.num_processes, machines)
-    in_ram = run.accelerate.offload_params or profile.embedding_offload or profile.optimizer_offload
+    in_ram = run.embedding_in_ram or run.profile.optimizer_offload
     return [count for count in counts if count <= machines or not in_ram]
 
 

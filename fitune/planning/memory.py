@@ -124,7 +124,7 @@ def _of_first_two_layers(s: Setup) -> float:
 def resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
     """On the GPU all the time: this rank's share of weights and optimizer state."""
     layers = 0.0 if s.offload else (s.shape.layers * s.layer_weights + s.shape.hidden * s.compute) / s.shards
-    embeddings = 0.0 if s.offload or s.embedding_offload else s.embeddings / s.shards
+    embeddings = 0.0 if s.embedding_in_ram else s.embeddings / s.shards
     mine = 0.0 if s.offload else s.trainable / s.shards
     return {
         "sharded weights": layers,

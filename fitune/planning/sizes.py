@@ -87,10 +87,14 @@ class Setup:
         return min(1.0, self.copies_a_machine)
 
     @property
+    def embedding_in_ram(self) -> bool:
+        """Whether embedding and head wait in host RAM, alone or with all else."""
+        return self.offload or self.embedding_offload
+
+    @property
     def holds_a_whole_copy(self) -> bool:
         """Whether each of several ranks has a whole frozen base on its GPU, and gradients travel without FSDP."""
-        in_ram = self.offload or self.embedding_offload
-        return self.shards == 1 and self.replicas > 1 and not (self.full or in_ram)
+        return self.shards == 1 and self.replicas > 1 and not (self.full or self.embedding_in_ram)
 
     # Weights
 
@@ -167,12 +171,12 @@ class Setup:
 
     @property
     def unsharded_head(self) -> float:
-        return 0.0 if self._in_place and not (self.offload or self.embedding_offload) else self.gathered_head
+        return 0.0 if self._in_place and not self.embedding_in_ram else self.gathered_head
 
     @property
     def looks_up_in_host_ram(self) -> bool:
         """Whether the embedding stays there whole, and only rows of a pass's tokens travel: they are a hidden state."""
-        return self.shards == 1 and not self.full and (self.offload or self.embedding_offload)
+        return self.shards == 1 and not self.full and self.embedding_in_ram
 
     @property
     def head_copy(self) -> float:

@@ -80,9 +80,13 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
 
 def _launching_seconds(s: Setup) -> float:
     """Of one micro batch: what Python and the driver need, however few tokens there are."""
-    of_fsdp = TRAVELLING_SECONDS_PER_PASS if s.offload or s.embedding_offload else 0.0
-    of_fsdp = SHARDED_SECONDS_PER_PASS[s.method] if s.shards > 1 else of_fsdp
-    return s.shape.layers * _layer_passes(s) * (SECONDS_PER_PASS[s.method] + of_fsdp)
+    return s.shape.layers * _layer_passes(s) * (SECONDS_PER_PASS[s.method] + _fsdp_seconds_per_pass(s))
+
+
+def _fsdp_seconds_per_pass(s: Setup) -> float:
+    if s.shards > 1:
+        return SHARDED_SECONDS_PER_PASS[s.method]
+    return TRAVELLING_SECONDS_PER_PASS if s.embedding_in_ram else 0.0
 
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
@@ -174,7 +178,7 @@ def _host_bytes(s: Setup) -> float:
     """
     layers = 2 * s.shape.layers * s.layer_weights / s.shards * s.offload
     embedding = s.hidden_state if s.looks_up_in_host_ram else s.embedding / s.shards
-    embeddings = (embedding + s.embedding / s.shards) * (s.offload or s.embedding_offload)
+    embeddings = (embedding + s.embedding / s.shards) * s.embedding_in_ram
     activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
     return layers + embeddings + activations + s.gradients * _gradients_travel(s)
 

@@ -5,7 +5,7 @@ from statistics import median
 import pytest
 
 from benchmarks import accuracy, full_results
-from benchmarks.tables import newest_peers
+from benchmarks.peer_tables import newest_peers
 from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
@@ -81,7 +81,8 @@ def test_runs_beside_peers_are_predicted(entry):
     run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()), gpu=gpu)
     setup = setup_of(run, find_shape(run.recipe.base.model))
     assert gpu_peak(setup).allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
-    assert step_seconds(setup, gpu)["total"] == pytest.approx(median(entry["step_seconds"]), rel=TIME_ERROR)
+    tolerance = 0.1 if model else TIME_ERROR
+    assert step_seconds(setup, gpu)["total"] == pytest.approx(median(entry["step_seconds"]), rel=tolerance)
 
 
 FULL_RUNS = full_results.full_runs()
