@@ -1,14 +1,16 @@
 """How busy a run keeps its GPU: one step under torch.profiler, its kernels summed by name.
 
-    python benchmarks/busy.py RESULT.json RECIPE --profile NAME --work FOLDER [--set KEY=VALUE ...]
+    python benchmarks/busy.py RESULT.json RECIPE --profile NAME --work FOLDER [--set KEY=VALUE …] [--trace FILE]
 
-A run of one process, as `cli.py train` resolves it, is trained in this one. What is profiled is its fourth step: the
-first ones compile and warm up. Profiling slows the CPU, so without it the GPU waits less. RESULT.json holds a list of
-runs; this one is added.
+A run as `cli.py train` resolves it is trained in this process; one of several GPUs in as many, of which the first is
+profiled. That is done in its fourth step: the first ones compile and warm up. Profiling slows the CPU, so without it
+the GPU waits less. RESULT.json holds a list of runs; this one is added. `--trace` keeps all
+that the profiler saw, as Chrome reads it, packed where the file's name ends in .gz.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +32,8 @@ PROFILED_STEP, STEPS = 3, 5
 "From 0; in all."
 LONGEST = 25
 "Kernels, and gaps between them, that are told by name."
+MOVES_DATA = ("nccl", "Memcpy", "Memset")
+"How the names of kernels begin that bring data from other GPUs or from host RAM."
 GAPS_MS = (0, 0.01, 0.1, 1, 1000)
 """Short gaps are the GPU's own between two kernels, long ones those in which it waits for Python."""
 
@@ -42,11 +46,24 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
-    folder = _run_folder(options)
-    Busy.found = {}
-    training.Measurements = Busy
-    training.train(runs.load(folder))
+    rank, folder = os.environ.get("RANK"), options.work / "busy"
+    if rank is None:
+        _write_run_file(folder, options)
+    run = runs.load(folder)
+    if rank is None and run.accelerate.num_processes > 1:
+        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.accelerate.num_processes}"]
+        sys.exit(subprocess.run([sys.executable, *ranks, *sys.argv], check=False).returncode)
+    if rank in (None, "0"):
+        training.Measurements = Busy
+    Busy.trace = options.trace
+    training.train(run)
+    if rank in (None, "0"):
+        _report(folder, options)
+
+
+def _report(folder: Path, options: argparse.Namespace) -> None:
     measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
     report = about(options.commit) | {"command": " ".join(sys.argv), "set": options.set, **Busy.found}
     report["step_seconds_without_profiler"] = measured["step_seconds"]
@@ -55,9 +72,8 @@ def main() -> None:
     print({key: report[key] for key in ("wall_s", "gpu_s", "busy", "kernels", "step_seconds_without_profiler")})
 
 
-def _run_folder(options: argparse.Namespace) -> Path:
-    """With a run.yaml as `train` writes it."""
-    folder = options.work / "busy"
+def _write_run_file(folder: Path, options: argparse.Namespace) -> None:
+    """The run.yaml that `train` would write."""
     folder.mkdir(parents=True, exist_ok=True)
     sets = [f"training.max_steps={STEPS}", "training.save_strategy='no'", "training.report_to=none", *options.set]
     flags = [part for value in sets for part in ("--set", value)]
@@ -66,13 +82,13 @@ def _run_folder(options: argparse.Namespace) -> Path:
     if done.returncode:
         raise SystemExit(done.stderr)
     (folder / "run.yaml").write_text(done.stdout, encoding="utf-8")
-    return folder
 
 
 class Busy(Measurements):
     """Profiles one step beside what is measured anyway."""
 
     found: dict
+    trace: Path | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == PROFILED_STEP:
@@ -87,6 +103,8 @@ class Busy(Measurements):
             wall = time.perf_counter() - self.began
             self.profiler.stop()
             Busy.found = _summed(self.profiler, wall)
+            if Busy.trace:
+                self.profiler.export_chrome_trace(str(Busy.trace))
             self.mark = None  # stopping took its time
         super().on_step_end(args, state, control, **kwargs)
 
@@ -97,31 +115,38 @@ def _wait() -> None:
 
 
 def _summed(profiler: torch.profiler.profile, wall: float) -> dict:
-    """Seconds in which at least one kernel runs; the kernels that take most; where none runs, by how long."""
+    """Seconds in which a kernel runs, or only ones that move data; those that take most; where none runs, how long."""
     kernels = [
         event for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time_total
     ]  # fmt: skip
     kernels.sort(key=lambda event: event.time_range.start)
-    computed, until, gaps = 0.0, 0.0, []
-    for event in kernels:
-        start, end = event.time_range.start, event.time_range.end
-        if until and start > until:
-            gaps.append({"ms": round((start - until) / 1000, 4), "before": event.name})
-        computed += max(0.0, end - max(start, until))
-        until = max(until, end)
+    busy, gaps = _covered(kernels)
+    computing, _ = _covered([event for event in kernels if not event.name.startswith(MOVES_DATA)])
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
         by_name[event.name].append(event.time_range.elapsed_us() / 1000)
     longest = sorted(by_name.items(), key=lambda pair: -sum(pair[1]))[:LONGEST]
     return {
-        "wall_s": round(wall, 4), "gpu_s": round(computed / 1e6, 4), "busy": round(computed / 1e6 / wall, 4),
-        "kernels": len(kernels),
+        "wall_s": round(wall, 4), "gpu_s": round(busy, 4), "busy": round(busy / wall, 4),
+        "only_moving_data_s": round(busy - computing, 4), "kernels": len(kernels),
         "gaps_ms": {f"up to {most} ms": round(sum(gap["ms"] for gap in gaps if least < gap["ms"] <= most), 1)
                     for least, most in pairwise(GAPS_MS)},
         "longest_gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:LONGEST],
         "longest": [{"ms": round(sum(ms), 1), "calls": len(ms), "kernel": name} for name, ms in longest],
     }  # fmt: skip
+
+
+def _covered(kernels: list) -> tuple[float, list[dict]]:
+    """Seconds in which at least one of these runs, sorted by their start; the gaps between them."""
+    covered, until, gaps = 0.0, 0.0, []
+    for event in kernels:
+        start, end = event.time_range.start, event.time_range.end
+        if until and start > until:
+            gaps.append({"ms": round((start - until) / 1000, 4), "before": event.name})
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered / 1e6, gaps
 
 
 if __name__ == "__main__":
