@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from fitune.config.adapted_linears import adapted_linears
 from fitune.config.config_types import check_shapes_are_there, check_types, heads_of, model_type
 from fitune.config.recipe import Recipe
 from fitune.config.stored_weights import ADVICE, check_stored_weights
@@ -24,7 +25,8 @@ def check_base_model(folder: Path, recipe: Recipe | None = None) -> dict:
     """The contents of config.json. Raises UsageError for a base that `recipe`, or any, could not be trained on.
 
     Another architecture; weights quantised otherwise than in bitsandbytes' 4 bits; a head that is nowhere; a tokenizer
-    with more tokens than the model has rows; sizes that the recipe's method or length does not go with.
+    with more tokens than the model has rows; an adapter on more than the layers' linears; sizes that the recipe's
+    method or length does not go with.
     """
     where = folder / "config.json"
     config = _read(where) or {}
@@ -32,6 +34,8 @@ def check_base_model(folder: Path, recipe: Recipe | None = None) -> dict:
     check_stored_weights(folder, tied=bool(config.get("tie_word_embeddings")))
     check_vocabulary(folder)
     if recipe is not None:
+        if recipe.lora is not None:
+            adapted_linears(recipe.lora)
         _check_method(config, where, recipe)
         if positions := config.get("max_position_embeddings"):
             refuse_length_beyond(positions, recipe, folder)

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fitune.config.adapted_linears import ATTENTION, MLP
 from fitune.config.base_model import check_config, in_four_bits
 from fitune.config.config_types import heads_of
 from fitune.config.json_file import read_json
 from fitune.errors import UsageError
-
-ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
 @dataclass(frozen=True)

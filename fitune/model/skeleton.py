@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from fitune.config.base_model import check_base_model
 from fitune.config.recipe import Lora, Recipe
 from fitune.config.shipped import how_to_install
-from fitune.errors import UsageError, nearest
+from fitune.errors import UsageError
 from fitune.model.attention import PACKED_ATTENTION
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products, use_written_out_layers
@@ -129,7 +129,6 @@ def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizer
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise UsageError(f"lora.target_modules {lora.target_modules}: {error}") from None
-    _refuse_other_targets(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             _cast_lora_while_computing(module)
@@ -141,20 +140,6 @@ def _add_lora(model: PreTrainedModel, lora: Lora, tokenizer: PreTrainedTokenizer
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
-
-
-def _refuse_other_targets(model: nn.Module) -> None:
-    """UsageError for an adapter on embedding or head, which `plan` refuses, but `train --force` does not ask it.
-
-    FSDP does not gather the embedding for a gradient, and the loss takes the head's weight without an adapter.
-    """
-    layers = decoder(model).model.layers
-    inside, linears = set(layers.modules()), layers[0].linears()
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and module not in inside:
-            target = name.rpartition(".")[-1]
-            allowed = [name.rpartition(".")[-1] for name, part in layers[0].named_modules() if part in linears]
-            raise UsageError(f"lora.target_modules: '{target}' is not a linear of a layer{nearest(target, allowed)}")
 
 
 def _token_ids(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,13 +5,13 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fitune.config.adapted_linears import adapted_linears
 from fitune.config.base_model import refuse_length_beyond
 from fitune.config.evaluation import keeps_the_best
 from fitune.config.model_shapes import ModelShape, find_shape, has_weights
 from fitune.config.optimizers import numbers_per_weight
 from fitune.config.recipe import Recipe
 from fitune.config.schema import Run
-from fitune.errors import UsageError, nearest
 from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.limits import Limits
 from fitune.planning.machine import Gpu
@@ -166,7 +166,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         optimizer_state=EIGHT_BIT_STATE if small_states else FP32 * numbers_per_weight(recipe.training),
         small_states=small_states,
         optimizer_offload=profile.optimizer_offload,
-        **_lora(recipe, shape),
+        **_lora(recipe),
         offload=accelerate.offload_params,
         embedding_offload=profile.embedding_offload,
         kept_layers=min(profile.kept_layers, shape.layers),
@@ -180,16 +180,12 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
     )
 
 
-def _lora(recipe: Recipe, shape: ModelShape) -> dict:
+def _lora(recipe: Recipe) -> dict:
     if recipe.lora is None:
         return {}
-    targets = recipe.lora.target_modules
-    names = set(shape.linears) if targets == "all-linear" else set(targets)
-    for name in sorted(names - set(shape.linears)):
-        raise UsageError(f"lora.target_modules: '{name}' is not a linear of the model{nearest(name, shape.linears)}")
     return {
         "lora_r": recipe.lora.r,
-        "lora_targets": frozenset(names),
+        "lora_targets": adapted_linears(recipe.lora),
         "lora_dropout": recipe.lora.dropout > 0,
         "trained_tokens": len(recipe.lora.trainable_tokens),
     }
