@@ -8,7 +8,9 @@ import torch
 from ranks import run_alone, run_ranks, sharded_model, train_here
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
+from fitune.model import host_embedding as host_module
 from fitune.model.host_embedding import HostEmbedding, host_embedding
 from fitune.model.sharding import fsdp_parameters, local_part
 from fitune.model.skeleton import decoder
@@ -105,3 +107,15 @@ def test_the_same_training_to_the_bit_without_waiting_for_ids(case, uneven_base,
         found = load_file(one.result_folder / "adapter_model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_rows_of_a_long_prompt_are_in_host_ram_few_at_a_time(monkeypatch):
+    """Where a model is asked: 16 prompts of 4,096 tokens had 1 GiB of them at 70B, page-locked."""
+    ids, weight = torch.arange(22).view(2, 11) % 7, torch.randn(7, 4)
+    embedding, at_once, lookup = HostEmbedding(7, 4, _weight=weight), [], F.embedding
+    monkeypatch.setattr(host_module, "AT_ONCE", 5)
+    monkeypatch.setattr(F, "embedding", lambda some, rows: at_once.append(len(some)) or lookup(some, rows))
+    assert torch.equal(embedding(ids), weight[ids])
+    assert at_once == [5, 5, 5, 5, 2]
+    embedding.expect(ids)
+    assert torch.equal(embedding(ids), weight[ids]) and len(at_once) == 5
