@@ -112,7 +112,7 @@ def test_the_same_training_to_the_bit_without_waiting_for_ids(case, uneven_base,
 def test_rows_of_a_long_prompt_are_in_host_ram_few_at_a_time(monkeypatch):
     """Where a model is asked: 16 prompts of 4,096 tokens had 1 GiB of them at 70B, page-locked."""
     ids, weight = torch.arange(22).view(2, 11) % 7, torch.randn(7, 4)
-    embedding, at_once, lookup = HostEmbedding(7, 4, _weight=weight), [], F.embedding
+    embedding, at_once, lookup = HostEmbedding.from_pretrained(weight), [], F.embedding
     monkeypatch.setattr(host_module, "AT_ONCE", 5)
     monkeypatch.setattr(F, "embedding", lambda some, rows: at_once.append(len(some)) or lookup(some, rows))
     assert torch.equal(embedding(ids), weight[ids])
