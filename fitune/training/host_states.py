@@ -2,23 +2,22 @@
 
 Backward: a hook takes each weight's gradient off the GPU as soon as it is there. Where an earlier pass of the step has
 left one, that travels to the GPU first, the two are added there, and the sum goes back: no CPU adds anything. The step:
-gradient, codes and scales of some rows travel in, the kernel runs, codes and scales travel out. Two streams, one each
-way, so that both directions of the link are busy at once.
-
-The streams share a ring of slots on the GPU. A slot's events say when it is full and when it is free, so Python never
-waits, and no memory is taken on the way. On the CPU, where tests run, the same happens without streams.
+gradient, codes and scales of some rows travel in, the kernel runs, codes and scales travel out. How they travel:
+`fitune.training.ring`.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES, PIECE, SLOTS
+from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES, PIECE
 from fitune.model.sharding import local_part
 from fitune.training.moment import Moment
+from fitune.training.ring import Ring, Slot
 from fitune.weights.streaming import PIN_FROM_BYTES, pin_in_place
 
 BLOCK = 64
@@ -37,15 +36,17 @@ def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, beside: torch.device)
     return tensor
 
 
-class Slot:
+class MomentSlot(Slot):
     """Room on the GPU for PIECE elements: their gradients, the codes and scales of both moments."""
 
     def __init__(self, device: torch.device):
         self.gradient = torch.empty(PIECE, dtype=torch.bfloat16, device=device)
         self.values = [torch.empty(PIECE, dtype=torch.uint8, device=device) for _ in range(2)]
         self.scales = [torch.empty(PIECE // BLOCK, dtype=torch.float32, device=device) for _ in range(2)]
-        self.full = self.free = None
-        "Events."
+
+    def of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The place of a gradient of this shape."""
+        return _shaped(self.gradient, gradient)
 
     def moments(self, like: list[Moment]) -> list[Moment]:
         """Places for moments of these shapes."""
@@ -76,7 +77,7 @@ class HostGradients:
         "Parameter -> this rank's rows in host RAM, valid once the parameter is in `norms`."
         self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         "Of this rank's rows, float32 on the GPU; of the parameters that have a gradient in this step."
-        self.ring = Ring(self.device)
+        self.ring = Ring(self.device, MomentSlot)
         self._leaving: deque[_Leaving] = deque()
         self._written: dict[torch.nn.Parameter, torch.cuda.Event] = {}
         for parameter in parameters:
@@ -115,10 +116,10 @@ class HostGradients:
         for start in range(0, len(host), PIECE):
             there, arriving = gradient[start : start + PIECE], host[start : start + PIECE]
             with self.ring.filling() as slot:
-                slot.gradient[: len(arriving)].copy_(arriving, non_blocking=True)
+                slot.of(arriving).copy_(arriving, non_blocking=True)
             with self.ring.outwards():
                 self.ring.wait(slot.full)
-                there.add_(slot.gradient[: len(arriving)])
+                there.add_(slot.of(arriving))
                 slot.free = self.ring.event()
 
     def _keep_few(self) -> None:
@@ -148,65 +149,6 @@ def _set_apart(parameter: torch.nn.Parameter) -> None:
         parameter.grad = parameter.grad.clone()
 
 
-class Ring:
-    """The slots, and the two streams beside the one that computes; on the CPU no streams and no events."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self._slots: deque[Slot] = deque()
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.on_gpu else [None, None]
-
-    def inwards(self):
-        """A context: what is queued in it goes to the GPU."""
-        return torch.cuda.stream(self._streams[0])  # of None: nothing changes
-
-    def outwards(self):
-        return torch.cuda.stream(self._streams[1])
-
-    def event(self):
-        """Records one on the stream in use."""
-        return torch.cuda.current_stream(self.device).record_event() if self.on_gpu else None
-
-    def wait(self, event) -> None:
-        """Lets the stream in use wait."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
-
-    def filling(self) -> "_Filling":
-        """A context on the stream inwards, whose value is the slot to fill, free by then."""
-        if not self._slots:
-            self._make_slots()
-        self._slots.rotate(-1)
-        return _Filling(self, self._slots[0])
-
-    def _make_slots(self) -> None:
-        """Their memory may be what the stream in use has freed and, being behind, still works on: the others wait."""
-        self._slots.extend(Slot(self.device) for _ in range(SLOTS))
-        ready = self.event()
-        for stream in (self.inwards, self.outwards):
-            with stream():
-                self.wait(ready)
-
-    def finish(self) -> None:
-        """Waits until everything that was queued is done."""
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
-
-class _Filling:
-    def __init__(self, ring: Ring, slot: Slot):
-        self.ring, self.slot, self.context = ring, slot, ring.inwards()
-
-    def __enter__(self) -> Slot:
-        self.context.__enter__()
-        self.ring.wait(self.slot.free)
-        return self.slot
-
-    def __exit__(self, *error) -> None:
-        self.slot.full = self.ring.event()
-        self.context.__exit__(*error)
-
-
 def stream_rows(
     ring: Ring, weight: torch.Tensor, gradient: torch.Tensor, moments: list[Moment], update: Callable
 ) -> None:
@@ -215,18 +157,20 @@ def stream_rows(
     at_once = max(1, PIECE // max(columns, 1))
     for start in range(0, len(weight), at_once):
         here = [moment.rows(start, start + at_once) for moment in moments]
-        arriving = gradient[start : start + at_once]
-        with ring.filling() as slot:
-            there = slot.moments(here)
-            passing = _shaped(slot.gradient, arriving)
-            passing.copy_(arriving, non_blocking=True)
-            for room, moment in zip(there, here, strict=True):
-                room.copy_from(moment)
-        ring.wait(slot.full)
-        update(weight[start : start + at_once], passing, *there, start * columns)
-        done = ring.event()
-        with ring.outwards():
-            ring.wait(done)
-            for room, moment in zip(there, here, strict=True):
-                moment.copy_from(room)
-            slot.free = ring.event()
+        rows = slice(start, start + at_once)
+        _stream_piece(ring, gradient[rows], here, partial(update, weight[rows]), start * columns)
+
+
+def _stream_piece(ring: Ring, gradient: torch.Tensor, here: list[Moment], update: Callable, first: int) -> None:
+    """`update(gradient, mean, root, first)` on what `gradient` and `here`, in host RAM, are on the GPU."""
+
+    def fill(slot: MomentSlot) -> None:
+        slot.of(gradient).copy_(gradient, non_blocking=True)
+        for room, moment in zip(slot.moments(here), here, strict=True):
+            room.copy_from(moment)
+
+    def bring_back(slot: MomentSlot) -> None:
+        for room, moment in zip(slot.moments(here), here, strict=True):
+            moment.copy_from(room)
+
+    ring.pass_through(fill, lambda slot: update(slot.of(gradient), *slot.moments(here), first), bring_back)
