@@ -6,6 +6,7 @@ from fitune.config.installed_names import training_enums
 from fitune.errors import UsageError, nearest
 
 DEFAULT = "adamw_torch_fused"
+TORCHS_ADAMW = ("adamw_torch", DEFAULT)
 ARGUMENTS = {
     "adamw_torch": (),
     "adamw_torch_fused": (),

@@ -6,12 +6,12 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from fitune.config.evaluation import best_model_fields
+from fitune.config.optimizers import TORCHS_ADAMW
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.adamw_rows import AdamWOnRows
-
-TORCHS_ADAMW = ("adamw_torch", "adamw_torch_fused")
+from fitune.training.adamw_streamed import AdamWStreamed
 
 
 def training_arguments(run: Run) -> SFTConfig:
@@ -53,8 +53,10 @@ def training_arguments(run: Run) -> SFTConfig:
 def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict] | None:
     """The optimizer that the profile asks for, or AdamW's own form here, as Trainer takes it; None: Trainer's."""
     if run.profile.optimizer_state == "fp32":
-        is_adamw = arguments.optim in TORCHS_ADAMW
-        return (AdamWOnRows, SFTTrainer.get_optimizer_cls_and_kwargs(arguments)[1]) if is_adamw else None
+        if arguments.optim not in TORCHS_ADAMW:
+            return None
+        options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)[1]
+        return (AdamWStreamed, options | {"device": arguments.device}) if run.streams_adamw else (AdamWOnRows, options)
     return AdamW8bit, {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),

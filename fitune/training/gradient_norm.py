@@ -3,11 +3,22 @@
 torch's `clip_grad_norm_` takes DTensors too, but dispatches each of some hundred several times, while the GPU waits.
 """
 
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
 from fitune.model.sharding import local_part, shard_group
+
+
+@runtime_checkable
+class ClipsInItsStep(Protocol):
+    """An optimizer whose step scales gradients on the way: they are not written for it."""
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """The norm; the next step takes the gradients as if theirs were at most `max_norm`. Call on all ranks."""
 
 
 @torch.no_grad()
@@ -16,18 +27,36 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
 
     Returns what it was, float32. Call on all ranks.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for parameter in trained:
-        mine = local_part(parameter.grad)
-        by_device.setdefault(mine.device, []).append(mine)
-    norm = norm_over_ranks(list(map(get_total_norm, by_device.values())), next(map(shard_group, trained), None))
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # 1e-6 as in torch
+    parameters = list(model.parameters())
+    norm = norm_of_gradients(parameters)
+    scale = scale_to(max_norm, norm)
     if scale.device.type == "cpu" and scale == 1:  # a GPU would be waited for; in RAM each byte costs more than to ask
         return norm
-    for device, gradients in by_device.items():
+    for device, gradients in _by_device(parameters).items():
         torch._foreach_mul_(gradients, scale.to(device))
     return norm
+
+
+def norm_of_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Over all ranks, float32; 0 without gradients. Call on all ranks."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norms = [get_total_norm(gradients) for gradients in _by_device(trained).values()]
+    return norm_over_ranks(norms, next(map(shard_group, trained), None))
+
+
+def scale_to(max_norm: float, norm: torch.Tensor) -> torch.Tensor:
+    """What gradients of this norm are multiplied by: at most 1."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # 1e-6 as in torch
+
+
+def _by_device(parameters: Iterable[torch.nn.Parameter]) -> dict[torch.device, list[torch.Tensor]]:
+    """This rank's rows of the gradients."""
+    found: dict[torch.device, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mine = local_part(parameter.grad)
+            found.setdefault(mine.device, []).append(mine)
+    return found
 
 
 def norm_over_ranks(norms: list[torch.Tensor], group: dist.ProcessGroup | None) -> torch.Tensor:

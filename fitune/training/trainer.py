@@ -19,10 +19,9 @@ from fitune.model.host_embedding import host_embedding
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
-from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.arguments import own_optimizer, training_arguments
 from fitune.training.bad_rows import refuse_step
-from fitune.training.gradient_norm import clip_gradients
+from fitune.training.gradient_norm import ClipsInItsStep, clip_gradients
 from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
 from fitune.training.manifest import Identity
 from fitune.training.read_ahead import ReadAhead
@@ -237,7 +236,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
     def _clip_grad_norm(self, model, max_norm: float | None = None):
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         max_norm = self.args.max_grad_norm if max_norm is None else max_norm
-        return optimizer.clip(max_norm) if isinstance(optimizer, AdamW8bit) else clip_gradients(model, max_norm)
+        return optimizer.clip(max_norm) if isinstance(optimizer, ClipsInItsStep) else clip_gradients(model, max_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""

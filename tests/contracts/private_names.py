@@ -122,10 +122,12 @@ PRIVATE_NAMES = (
     PrivateName("torch.optim.lr_scheduler:LRScheduler._last_lr", ("training/resumed.py",),
                 "a resumed run that has another schedule logs its own rate",
                 "a scheduler can be told its step and recompute its rates"),
-    PrivateName("torch.optim:Adam._init_group", ("training/adamw_rows.py",),
+    PrivateName("torch.optim:Adam._init_group", ("training/adamw_rows.py", "training/adamw_streamed.py"),
                 "what a step works on: each rank's own rows in place of DTensors", "a step of DTensors takes no longer",
                 parameters=("group", "params_with_grad", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs",
                             "state_steps"), called_as="has_complex = self._init_group("),
+    PrivateName("torch:_foreach_copy_", ("training/adamw_streamed.py",), "many copies by one call of Python's",
+                "torch has it in public, for plain tensors"),
     PrivateName("torch:_foreach_mul_", ("training/gradient_norm.py",), "scales all gradients by one kernel",
                 "torch has it in public, for plain tensors"),
     # transformers

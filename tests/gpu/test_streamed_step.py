@@ -1,0 +1,79 @@
+"""AdamW of what lies in host RAM on a GPU: streams, slots and page-locking change nothing but the time."""
+
+import copy
+
+import pytest
+import torch
+
+from fitune.training import adamw_streamed
+from fitune.training.adamw_streamed import AdamWStreamed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+SIZES = [(16, 1024), (1024, 16), (7,), *[(64, 512)] * 60, (1500, 2048), (3, 21)]
+"Small ones that lie side by side in a piece, and one that is larger than some pieces; moments of both kinds of locks."
+OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1, "fused": True}
+SOME_ROUNDINGS = 4 * torch.finfo(torch.float32).eps
+
+
+def _gradients(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(step)
+    return [torch.randn(size, generator=generator, device="cuda") for size in SIZES]
+
+
+@pytest.mark.parametrize("piece", [2**14, 2**22])
+@pytest.mark.parametrize("page_locked", [True, False])
+def test_the_step_is_that_of_torchs_adamw_on_the_gpu(page_locked, piece, monkeypatch):
+    """The GPU is busy before each step, with memory that the slots take over; half of the steps follow a resume."""
+    monkeypatch.setattr(adamw_streamed, "FLOAT_PIECE", piece)
+    start = [torch.randn(size) for size in SIZES]
+    mine = [torch.nn.Parameter(value.pin_memory() if page_locked else value.clone()) for value in start]
+    theirs = [torch.nn.Parameter(value.cuda()) for value in start]
+    optimizer = AdamWStreamed(mine, torch.device("cuda", torch.cuda.current_device()), **OPTIONS)
+    reference = torch.optim.AdamW(theirs, **OPTIONS)
+    big = torch.full((8192, 8192), 0.5, device="cuda")
+    for step in range(4):
+        for on_gpu, in_ram, gradient in zip(theirs, mine, _gradients(step), strict=True):
+            on_gpu.grad = gradient
+            in_ram.grad = gradient.to("cpu", non_blocking=page_locked)  # as FSDP
+        torch.cuda.synchronize()
+        max_norm = 1.0 if step % 2 else 1e6
+        norm = optimizer.clip(max_norm)  # added up by the CPU, in another order
+        exact = torch.nn.utils.get_total_norm([parameter.grad.double() for parameter in theirs])
+        torch.testing.assert_close(norm, exact.float().cpu(), rtol=1e-4, atol=0)
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for parameter in theirs:
+            parameter.grad *= scale.item()
+        product = big @ big
+        total = product.mean()
+        del product
+        optimizer.step()
+        reference.step()
+        assert total == 0.25 * 8192
+        for found, expected in zip(mine, theirs, strict=True):
+            _assert_equal_but_for_rounding(found, expected)
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert optimizer.state[found][key].is_pinned()
+                _assert_equal_but_for_rounding(optimizer.state[found][key], reference.state[expected][key])
+        if step == 1:
+            saved = copy.deepcopy(optimizer.state_dict())
+            assert not saved["state"][0]["exp_avg"].is_pinned(), "this shows nothing"
+            optimizer.load_state_dict(saved)
+
+
+def _assert_equal_but_for_rounding(found, expected):
+    scale = expected.detach().abs().max().item()
+    torch.testing.assert_close(
+        found.detach(), expected.detach().cpu(), rtol=SOME_ROUNDINGS, atol=SOME_ROUNDINGS * max(scale, 1.0)
+    )
+
+
+def test_the_slots_memory_is_free_after_a_step():
+    weight = torch.nn.Parameter(torch.ones(1000))
+    weight.grad = torch.ones(1000)
+    optimizer, before = AdamWStreamed([weight], torch.device("cuda"), **OPTIONS), torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() >= before + 4 * 4 * 4 * adamw_streamed.FLOAT_PIECE
