@@ -1,47 +1,21 @@
-"""What the docs' prose says that `plan` says, it says today. (Tables between marks are written by scripts.)"""
+"""What the docs' prose says that `plan` says, it says today. (Tables between marks are written by scripts.)
+
+Of docs/memory.md: `test_figures_in_memory_md.py`.
+"""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from planned import SMALL, gpu_gib, host_gib, one_line, planned, speed, step
 
-from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
-from fitune.planning.limits import given_machine, limits_of
+from fitune.planning.limits import given_machine
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import gpu_peak
 from fitune.planning.network import ways_to_spread
-from fitune.planning.plan import Plan, make_plan
+from fitune.planning.plan import Plan
 from fitune.planning.search import find
 from fitune.planning.words import rounded
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-SMALL = ("profile.optimizer_state=bf16_8bit",)
-
-
-def planned(recipe: str, profile: str, sets: tuple[str, ...] = ()) -> Plan:
-    run = resolve(recipe, profile, sets)
-    return make_plan(run, limits_of(run))
-
-
-def gpu_gib(plan: Plan) -> str:
-    return f"{plan.gpu.total / 2**30:.1f}"
-
-
-def host_gib(plan: Plan) -> str:
-    return f"{sum(plan.host[plan.host_phase].values()) / 2**30:.1f}"
-
-
-def step(plan: Plan) -> str:
-    return f"{rounded(plan.time.parts['total'])} s"
-
-
-def speed(plan: Plan) -> str:
-    return rounded(plan.time.tokens_per_second)
-
-
-def one_line(page: str) -> str:
-    return " ".join((DOCS / page).read_text(encoding="utf-8").split())
 
 
 def test_the_tutorial():
@@ -59,36 +33,6 @@ def test_the_real_cards_in_the_readme():
     )
     said = f"On an RTX 4090 `plan` estimates {newer} tokens/s, on an RTX 3090 {older}."
     assert said in one_line("../README.md")
-
-
-def test_full_fine_tuning_in_memory_md():
-    page = one_line("memory.md")
-    eight = planned("llama3_70b_full", "fsdp_full_8x80gb")
-    assert f"For eight 80 GB cards (`fsdp_full_8x80gb`) `plan` expects {gpu_gib(eight)} GiB" in page
-    for recipe, profile in (
-        ("llama3_8b_full", "full_1x24gb"),
-        ("llama3_8b_full", "full_1x48gb"),
-        ("llama3_70b_full", "fsdp_offload_full_4x80gb"),
-    ):
-        plan = planned(recipe, profile)
-        assert f"| `{recipe}` | `{profile}` | {gpu_gib(plan)} | {host_gib(plan)} | estimate |" in page
-
-
-@pytest.mark.parametrize(
-    ("row", "sets"),
-    [
-        ("AdamW, float32 | 16", ()),
-        ("RMSprop or Adagrad, float32 | 12", ("training.optim=rmsprop",)),
-        ("RMSprop or Adagrad, float32 | 12", ("training.optim=adagrad",)),
-        ("AdamW, `bf16_8bit` | 6.03", SMALL),
-    ],
-)
-def test_optimizer_states_of_70b(row, sets):
-    one_row = ("profile.micro_batch=1", "profile.kept_layers=0")
-    setup = planned("llama3_70b_full", "fsdp_full_16x80gb", (*one_row, *sets)).setup
-    ranks = (replace(setup, ranks=cards, machines=1, replicas=1, accumulation=1) for cards in (8, 12, 16, 24))
-    said = " | ".join(f"{gpu_peak(setup).total / 2**30:.1f}" for setup in ranks)
-    assert f"| {row} | {said} |" in one_line("memory.md")
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp8"])
