@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from whole_rows import prepared
 
 USUAL = {"length": 3072, "rows_a_step": 8, "steps": 6}
 "What an entry works on, where it does not say otherwise. The first step is not timed."
+SETTLES_SECONDS = 2
 MARGIN_GIB = 1.6
 "Of a card's memory: what lies outside torch, and what the driver keeps."
 
@@ -104,20 +106,28 @@ def _run(entry: dict, options, gpus: str, deadline: float) -> dict:
     patience = min(entry.get("seconds", 100), deadline - time.monotonic())
     if patience < 30:
         return entry | {"error": "not started: no time was left"}
-    command, environment, result = (_fitune if entry["who"] == "fitune" else _peer)(entry, options)
+    command, environment, result, measured = (_fitune if entry["who"] == "fitune" else _peer)(entry, options)
     environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": gpus}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, text=True, **pipes)
-    try:
-        printed, complained = running.communicate(timeout=patience)
-    except subprocess.TimeoutExpired:
-        kill_all(running)
-        said = " ".join(running.communicate())[-500:]
-        return entry | {"error": f"not done after {patience:.0f} s: {said}"}
+    printed, complained = _until(measured, running, patience)
     try:
         return entry | result(printed)
     except (OSError, ValueError, IndexError):
-        return entry | {"error": (complained or printed)[-1500:]}
+        said = (complained or printed)[-1500:]
+        was_killed = running.returncode == -signal.SIGKILL
+        return entry | {"error": f"not done after {patience:.0f} s: {said}" if was_killed else said}
+
+
+def _until(measured: Path | None, running: subprocess.Popen, patience: float) -> tuple[str, str]:
+    """What it printed until it ended, had measured (writing a whole model takes its time), or was killed."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end and not (measured and measured.exists()):
+        with suppress(subprocess.TimeoutExpired):
+            return running.communicate(timeout=1)
+    time.sleep(SETTLES_SECONDS if time.monotonic() < end else 0)  # until the file is whole
+    kill_all(running)
+    return running.communicate()
 
 
 def _fitune(entry: dict, options):
@@ -141,7 +151,7 @@ def _fitune(entry: dict, options):
         return found | {"tokens_per_second": round(measured["tokens_per_second_per_gpu"])}
 
     cap = {"FITUNE_GPU_CAP_GIB": str(entry["card_gib"] - MARGIN_GIB)} if "card_gib" in entry else {}
-    return command, cap, result
+    return command, cap, result, folder / "measurements.json"
 
 
 def _peer(entry: dict, options):
@@ -155,7 +165,7 @@ def _peer(entry: dict, options):
     command += ["--method", entry["method"]] if "method" in entry else []
     command += ["--cap", entry["card_gib"] - MARGIN_GIB] if "card_gib" in entry else []
     path = {"PYTHONPATH": options.unsloth} if entry["who"] == "unsloth" and options.unsloth else {}
-    return command, path, lambda printed: json.loads(printed.splitlines()[-1])
+    return command, path, lambda printed: json.loads(printed.splitlines()[-1]), None
 
 
 if __name__ == "__main__":
