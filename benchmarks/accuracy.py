@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.full_results import full_table, gpu_of
+from benchmarks.optimizer_of_then import with_its_optimizer
 from benchmarks.tables import FAKE, is_whole, measured_tiers, whole_shape
 from fitune.config.model_shapes import find_shape
 from fitune.config.run import with_resharding
@@ -63,7 +64,8 @@ def setup_of_measured(entry: dict) -> Setup:
     sets.append(f"profile.replicas={entry.get('replicas', 1)}")  # nor these
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     run = with_resharding(run, entry.get("reshard_after_forward", True))  # what `plan` did not choose at first
-    return setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
+    setup = setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))
+    return with_its_optimizer(setup, entry)
 
 
 def gpu_needs_gib(entry: dict) -> float:
@@ -120,7 +122,8 @@ def page() -> str:
         "([docs/speed.md](../docs/speed.md)). So the table shows how far one formula fits them all, no more. The runs "
         "of one GPU beside peers are within 15 % too. Runs of adapters before 27 November had another layer and are "
         "left out. Runs of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a "
-        "guess.",
+        "guess. In these runs the CPU computed AdamW of weights in host RAM, and is predicted to; today the GPU does, "
+        "which no run has measured.",
         _time_table(),
         "## Full fine-tuning on cards of given sizes",
         "`benchmarks/results/full-*.json`, 16 rows of 3072 a step unless the name says otherwise, most of them with "

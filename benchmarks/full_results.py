@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from benchmarks.optimizer_of_then import with_its_optimizer
 from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
@@ -39,7 +40,7 @@ def setup_of_full_run(entry: dict) -> Setup:
     sets |= {"profile.replicas": entry.get("replicas", 1)}
     run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
     shape = find_shape(run.recipe.base.model)
-    return setup_of(run, replace(shape, layers=entry.get("layers", shape.layers)))
+    return with_its_optimizer(setup_of(run, replace(shape, layers=entry.get("layers", shape.layers))), entry)
 
 
 def card_gib(entry: dict) -> tuple[float, float] | None:

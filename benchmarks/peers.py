@@ -144,7 +144,7 @@ def _fitune(entry: dict, options):
 
     def result(printed: str) -> dict:
         measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
-        keys = ("step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds")
+        keys = "step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds", "optimizer"
         profile = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["profile"]
         found = {key: measured[key] for key in keys} | {key: profile[key] for key in ("micro_batch", "kept_layers")}
         shutil.rmtree(folder)  # a whole model, of some

@@ -9,7 +9,7 @@ answer token, and every row to be full.
 from dataclasses import dataclass
 
 from fitune.config.model_shapes import ModelShape
-from fitune.config.optimizer_pieces import SLOT_BYTES, SLOTS
+from fitune.config.optimizer_pieces import FLOAT_SLOT_BYTES, SLOT_BYTES, SLOTS
 from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 
@@ -77,6 +77,8 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     after = {**always, "gradients": left, **fixed}
     not_yet = s.last_gradients if stay and not s.accumulated_on_gpu else 0.0
     stepping = {**always, "gradients": s.gradients * stay, **fixed}
+    if s.streams_adamw:
+        stepping["pieces of the optimizer"] = SLOTS * FLOAT_SLOT_BYTES
     return {
         "load": {**resident(s, optimizer=False), "read buffers": READ_BUFFERS * CHUNK_BYTES},
         "forward, gathering the head": {
@@ -194,6 +196,8 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     state_per_parameter = s.optimizer_state + s.trained + own_weight
     state = {"LoRA, gradients, optimizer state": trainable * state_per_parameter} if s.offload else {}
     always = {"offloaded weights": locked, "page-locking": locked * MEASURED.page_lock} if locked else {}
+    if s.streams_adamw:
+        state["page-locking"] = (locked + trainable * s.optimizer_state) * MEASURED.page_lock
     if s.optimizer_offload:
         states = trainable * (s.trained + s.optimizer_state)
         state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}

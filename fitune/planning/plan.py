@@ -168,6 +168,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         optimizer_offload=profile.optimizer_offload,
         **_lora(recipe),
         offload=accelerate.offload_params,
+        streams_adamw=run.streams_adamw,
         embedding_offload=profile.embedding_offload,
         kept_layers=min(profile.kept_layers, shape.layers),
         activation_offload=profile.activation_offload,

@@ -46,6 +46,8 @@ class Setup:
     trained_tokens: int = 0
     offload: bool = False
     "Sharded weights, gradients and optimizer state live in host RAM."
+    streams_adamw: bool = False
+    "The GPU computes the step of what is offloaded, piece by piece."
     embedding_offload: bool = False
     kept_layers: int = 0
     "Layers that keep their activations; the others compute them again."

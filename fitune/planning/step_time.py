@@ -34,7 +34,8 @@ BANDWIDTH_EFFICIENCY = 0.85
 BOTH_WAYS = 1.36
 """What a link carries in both directions together, of one direction: benchmarks/results/full-8b-cards-*.json."""
 HOST_GB_S = 25
-"""What clipping and AdamW reach in a machine's RAM where weights are offloaded: 13 s for 8B."""
+"""What clipping and an optimizer's step reach in a machine's RAM where weights are offloaded: AdamW took 13 s for 8B
+while the CPU computed it."""
 HOST_ADDING_GB_S = 1.2
 """Adding gradients to those that wait in host RAM, which FSDP copies there first: 27 s for 8B."""
 COLLECTIVE_TRAFFIC = 4
@@ -68,8 +69,11 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
     }
     if s.holds_a_whole_copy:
         one_after_the_other[ADDING_UP] = _replicas_seconds(s, model, network_gb_s)
+    both_ways = model.host_link_gb_s * link * BOTH_WAYS
+    if s.streams_adamw:
+        read_for_the_norm = s.gradients / (optimizer_gb_s * 1e9)
+        one_after_the_other["optimizer"] = read_for_the_norm + _streamed_bytes(s) / both_ways
     if s.optimizer_offload:
-        both_ways = model.host_link_gb_s * link * BOTH_WAYS
         one_after_the_other["optimizer"] = s.trainable / s.shards * (s.trained + 2 * s.optimizer_state) / both_ways
         backward = side_by_side["compute"] * (1 - 1 / (_layer_passes(s) + s.full))
         travelling = (2 * s.accumulation - 1) * s.gradients / both_ways  # those of the first pass only go out
@@ -195,6 +199,11 @@ def _optimizer_bytes(s: Setup) -> float:
     """
     each = 2 * (s.trained + s.optimizer_state) + 2 * s.trained if s.small_states else (3 + 7) * FP32
     return s.trainable / s.shards * each
+
+
+def _streamed_bytes(s: Setup) -> float:
+    """Of one rank and step, both ways together: gradient, weight and moments travel in, weight and moments out."""
+    return s.trainable / s.shards * (3 * s.trained + 2 * s.optimizer_state)
 
 
 def _network_seconds(s: Setup, model: GpuModel, between_machines: float) -> float:

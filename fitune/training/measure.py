@@ -88,6 +88,7 @@ class Measurements(TrainerCallback):
                 "tokens_per_second_per_gpu": self._tokens_per_second() / len(ranks),
                 "step_seconds": [round(seconds, 3) for seconds, _ in self.steps],
                 "step_tokens": [tokens for _, tokens in self.steps],
+                "optimizer": type(kwargs["optimizer"].optimizer).__name__,  # inside accelerate's wrapper
                 "optimizer_seconds": [round(seconds, 3) for seconds in self.optimizer_seconds],
                 "peak_allocated_gib": max(rank["peak_allocated_gib"] for rank in ranks),
                 "peak_reserved_gib": max(rank["peak_reserved_gib"] for rank in ranks),

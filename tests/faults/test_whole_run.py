@@ -155,5 +155,6 @@ def test_a_run_leaves_what_the_readme_promises(whole_run):
     measured = json.loads((finished / "measurements.json").read_text())
     assert len(measured["ranks"]) == 2 and measured["tokens_per_second"] > 0
     assert all(rank["loading"]["read_gib"] > 0 for rank in measured["ranks"])
+    assert measured["optimizer"] == "AdamWOnRows"
     optimizer = measured["optimizer_seconds"]
     assert len(optimizer) == 4 and min(optimizer) >= 0 and max(optimizer) < PATIENCE_SECONDS

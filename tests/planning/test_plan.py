@@ -17,7 +17,7 @@ from fitune.launching.preflight import check_fits
 from fitune.planning.fill import fits, resolve
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
-from fitune.planning.memory import disk, gpu_moments, gpu_peak, host_moments
+from fitune.planning.memory import MEASURED, disk, gpu_moments, gpu_peak, host_moments
 from fitune.planning.outlook import (
     largest_micro_batch,
     longest_sequence,
@@ -133,6 +133,22 @@ def test_full_fine_tuning_takes_16_bytes_a_parameter():
     step = gpu_moments(full)["optimizer step"]
     states = sum(step[name] for name in ("sharded weights", "embedding and head", "optimizer state", "gradients"))
     assert states * 16 == pytest.approx(16 * full.shape.parameters, rel=1e-4)
+
+
+def test_adamw_of_what_is_offloaded_takes_its_pieces_and_page_locks_its_moments():
+    streamed = setup("llama3_8b_full", "fsdp_offload_1x80gb")
+    on_cpu = replace(streamed, streams_adamw=False)
+    assert streamed.streams_adamw
+    of_rmsprop = resolve("llama3_8b_full", "fsdp_offload_1x80gb", ("training.optim=rmsprop",))
+    assert not of_rmsprop.streams_adamw and not resolve("tiny_lora", "cpu_2proc").streams_adamw
+    grown = {phase: sum(parts.values()) for phase, parts in gpu_moments(streamed).items()}
+    for phase, parts in gpu_moments(on_cpu).items():
+        assert grown[phase] - sum(parts.values()) == (256 * 2**20 if phase == "optimizer step" else 0), phase
+    here, there = host_moments(streamed), host_moments(on_cpu)
+    assert here["load"] == there["load"]
+    for phase in ("step", "save"):
+        locked = here[phase]["page-locking"] - there[phase]["page-locking"]
+        assert locked == pytest.approx(8 * streamed.trainable * MEASURED.page_lock), phase
 
 
 def test_what_is_turned_on_moves_bytes_where_it_says():

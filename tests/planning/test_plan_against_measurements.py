@@ -5,6 +5,7 @@ from statistics import median
 import pytest
 
 from benchmarks import accuracy, full_results
+from benchmarks.optimizer_of_then import with_its_optimizer
 from benchmarks.peer_tables import newest_peers
 from fitune.config.model_shapes import find_shape
 from fitune.planning.fill import resolve
@@ -79,7 +80,7 @@ def test_runs_beside_peers_are_predicted(entry):
     sets |= {"base.model": model} if model else {}
     gpu = gpu_model(entry["source"].split(",")[0])
     run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()), gpu=gpu)
-    setup = setup_of(run, find_shape(run.recipe.base.model))
+    setup = with_its_optimizer(setup_of(run, find_shape(run.recipe.base.model)), entry)
     assert gpu_peak(setup).allocated / GIB == pytest.approx(entry["peak_allocated_gib"], rel=ERROR)
     tolerance = 0.1 if model else TIME_ERROR
     assert step_seconds(setup, gpu)["total"] == pytest.approx(median(entry["step_seconds"]), rel=tolerance)

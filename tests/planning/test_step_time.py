@@ -25,8 +25,20 @@ def test_each_part_of_a_step_is_what_moves_it():
     assert one["adding gradients"] == 0 and two["adding gradients"] == pytest.approx(26.8, abs=0.1)  # measured: 27
     assert one["optimizer"] == two["optimizer"] and one["total"] < two["total"] / 2
 
-    adapter = parts("llama3_70b_qlora", "fsdp_offload_4gpu", "profile.micro_batch=1")
-    assert adapter["optimizer"] == parts("llama3_70b_qlora", "fsdp_offload_1x12gb")["optimizer"]  # one machine's RAM
+    parameters, link, ram = 8_030_261_248, 64e9 * 0.85 * 1.36, 25e9
+    assert one["optimizer"] == pytest.approx(parameters * 4 * (7 / link + 1 / ram))  # 4 numbers in, 3 out; the norm
+    on_cpu = parts("llama3_8b_full", "fsdp_offload_1x80gb", "training.optim=rmsprop", "profile.micro_batch=16")
+    assert on_cpu["optimizer"] == pytest.approx(parameters * 4 * 10 / ram)  # AdamW took 13 s there
+
+    adapter, alone = (
+        parts("llama3_70b_qlora", profile, "profile.micro_batch=1")
+        for profile in ("fsdp_offload_4gpu", "fsdp_offload_1x12gb")
+    )
+    numbers = 80 * 2_588_672  # 16 (in + out) of a layer's linears
+    assert alone["optimizer"] == pytest.approx(numbers * 4 * (7 / link + 1 / ram))
+    assert adapter["optimizer"] == pytest.approx(
+        numbers * 4 * (7 / 4 / link + 1 / ram)
+    )  # four links, one machine's RAM
     assert parts("llama3_70b_qlora", "fsdp_1x48gb")["network"] == 0 < adapter["network"]
 
     kept, moved = (parts("llama3_70b_qlora", "fsdp_4x24gb", f"profile.activation_offload={on}") for on in (False, True))
