@@ -6,7 +6,6 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from fitune.config.evaluation import best_model_fields
-from fitune.config.optimizers import TORCHS_ADAMW
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.training.adamw_8bit import AdamW8bit
@@ -50,13 +49,15 @@ def training_arguments(run: Run) -> SFTConfig:
         raise UsageError(f"{run.folder / 'run.yaml'}: training: refused by TRL's SFTConfig: {said}") from error
 
 
-def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict] | None:
-    """The optimizer that the profile asks for, or AdamW's own form here, as Trainer takes it; None: Trainer's."""
+def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict]:
+    """The optimizer that the profile asks for, or Trainer's, as Trainer takes it."""
     if run.profile.optimizer_state == "fp32":
-        if arguments.optim not in TORCHS_ADAMW:
-            return None
-        options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)[1]
-        return (AdamWStreamed, options | {"device": arguments.device}) if run.streams_adamw else (AdamWOnRows, options)
+        torchs, options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+        if run.streams_adamw:
+            return AdamWStreamed, options | {"device": arguments.device}
+        if run.recipe.method == "full" and "fused" not in options:
+            options["foreach"] = False  # else all weights' intermediate results at once, 4 bytes for each weight
+        return AdamWOnRows if torchs is torch.optim.AdamW else torchs, options
     return AdamW8bit, {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
