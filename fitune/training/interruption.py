@@ -19,8 +19,9 @@ from fitune.training.distributed import is_main_process
 class Interruption(TrainerCallback):
     """Asks after each step whether any rank was told to stop: one number over gloo, below a millisecond.
 
-    Made before the weights are loaded. Before the first step a signal ends the process at once, there is nothing to
-    save; while a checkpoint or the result is written it waits. Further SIGTERMs change nothing here: at a second
+    Made once the ranks have joined: one that waits in torch's C++ for a rank that was refused would not hear, and
+    torch's launcher would kill it after 30 s. Before the first step a signal ends the process at once, there is nothing
+    to save; while a checkpoint or the result is written it waits. Further SIGTERMs change nothing here: at a second
     signal the launcher kills its ranks (`fitune.launching.signals`).
     """
 

@@ -73,7 +73,7 @@ def train(run: Run) -> None:
     """Trains as `run` says and leaves adapter/ or model/, metrics.jsonl and loss.png in its folder."""
     end_with_launcher()
     logging.set_verbosity_warning()
-    heartbeat, interruption, report = Heartbeat(), Interruption(run.folder), RunReport()
+    heartbeat, report = Heartbeat(), RunReport()
     lock = None
     if is_main_process() and not is_held_by_launcher():  # by `train`, which has looked
         lock = RunLock(run.folder)
@@ -82,6 +82,7 @@ def train(run: Run) -> None:
     report.begin(f"joining {processes} process{'es' * (processes > 1)}")
     with heartbeat.starting():
         mesh = join(run)
+    interruption = Interruption(run.folder)
     arguments = training_arguments(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)

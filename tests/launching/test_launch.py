@@ -208,6 +208,9 @@ def test_torchrun_and_accelerate_give_the_same_losses(finished, options, tmp_pat
         assert losses(folder) == losses(finished), name
     again = start([*starter, "-m", "fitune.training.train", folder])  # would begin anew over what is there
     assert again.returncode == 1 and f"error: {folder} exists; add --resume to continue it" in again.stderr
+    assert "SIGKILL" not in again.stderr, (
+        "the other rank, which waits for the refused one to join, ends when it is told"
+    )
     assert losses(folder) == losses(finished)
 
 
