@@ -34,7 +34,8 @@ Beside = Callable[[Callable[[FituneError], None]], AbstractContextManager]
 "Entered while ranks run, with what ends them."
 alone: Beside = nullcontext
 JOIN_SECONDS = 120
-"""How long the launchers of machines that have met wait for each other, where none is started again after a crash.
+"""How long the launchers of machines that have met wait for each other. After a crash they wait longer: each starts its
+ranks again when it has noticed.
 
 No signal reaches them meanwhile. By itself torch would wait for a quarter of an hour."""
 TALKATIVE = ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api")
@@ -66,7 +67,8 @@ def train_with_restarts(
     """
     with run_shown(live=not run.recipe.training.get("disable_tqdm"), quiet=quiet) as show:
         for restart in range(max_restarts + 1):
-            code, signals = _train_once(run, resume, place, show, beside)
+            join_seconds = None if restart else JOIN_SECONDS
+            code, signals = _train_once(run, resume, place, show, beside, join_seconds)
             if code == TOLD:
                 say_while_training("stopped: before the first step, with nothing to save")
             if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
@@ -80,7 +82,9 @@ def train_with_restarts(
     return 1 if code in (TOLD, CRASHED) else code
 
 
-def _train_once(run: Run, resume: bool, place: Place, show: Show, beside: Beside) -> tuple[int, int]:
+def _train_once(
+    run: Run, resume: bool, place: Place, show: Show, beside: Beside, join_seconds: int | None
+) -> tuple[int, int]:
     """(exit code, how many signals told the run to stop), with all ranks of this machine watched."""
     from fitune.launching.heartbeat import Watch
 
@@ -95,8 +99,13 @@ def _train_once(run: Run, resume: bool, place: Place, show: Show, beside: Beside
         try:
             signals = passed_on_to_ranks(TRAINING, watch.has_begun_to_train)
             with signals as received, beside(watch.end_ranks):
-                watched = {"told": received, "explained": watch.ended}
-                code = launch(run, TRAINING, *arguments, settings=settings, place=place, **watched)
+                watched = {"told": received, "explained": watch.ended, "join_seconds": join_seconds}
+                try:
+                    code = launch(run, TRAINING, *arguments, settings=settings, place=place, **watched)
+                except FituneError:
+                    if watch.reason is None:
+                        raise
+                    code = CRASHED  # for the reason that was told
             if code == TOLD and watch.has_begun_to_train():
                 code = INTERRUPTED  # rank 0 has said so; torch's launcher ended it on its way out, after another rank
         finally:

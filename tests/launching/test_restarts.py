@@ -33,7 +33,7 @@ def test_only_a_crash_is_followed_by_another_start(ends, most, code, resumed, mo
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     left, starts = list(ends), []
 
-    def once(run, resume, place, show, beside):
+    def once(run, resume, *_):
         starts.append(resume)
         return left.pop(0)
 
@@ -50,16 +50,24 @@ def test_rank_0_that_is_ended_on_its_way_out_was_interrupted(has_begun, code, mo
     monkeypatch.setattr(launch, "launch", lambda *_, **__: launch.TOLD)
     monkeypatch.setattr(Watch, "has_begun_to_train", lambda self: has_begun)
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
-    assert launch._train_once(run, False, {}, lambda *_: None, launch.alone) == (code, 0)
+    assert launch._train_once(run, False, {}, lambda *_: None, launch.alone, None) == (code, 0)
 
 
 @pytest.mark.parametrize(("reason", "code"), [(FituneError("gone"), 1), (Interrupted("told to stop"), INTERRUPTED)])
-def test_ranks_that_were_ended_for_another_machine_are_not_started_again(reason, code, monkeypatch, tmp_path):
-    """They crash then, and would wait for it anew."""
+@pytest.mark.parametrize("started", [True, False])
+def test_ranks_that_were_ended_for_another_machine_are_not_started_again(reason, code, started, monkeypatch, tmp_path):
+    """They crash then, and would wait for it anew. Where they were not started yet, their launcher waits in vain."""
     monkeypatch.setenv(HEARTBEATS, "")
     monkeypatch.setattr(launch, "settings_to_train", lambda folder: folder)
     starts = []
-    monkeypatch.setattr(launch, "launch", lambda *_, **__: starts.append(1) or CRASHED)
+
+    def launched(*_, **__) -> int:
+        starts.append(1)
+        if not started:
+            raise FituneError("another machine was gone before the processes of all were started")
+        return CRASHED
+
+    monkeypatch.setattr(launch, "launch", launched)
 
     @contextmanager
     def beside(end_ranks):
@@ -69,6 +77,17 @@ def test_ranks_that_were_ended_for_another_machine_are_not_started_again(reason,
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     assert launch.train_with_restarts(run, resume=False, max_restarts=3, place={}, beside=beside) == code
     assert len(starts) == 1
+
+
+def test_launchers_wait_for_each_other_for_long_only_after_a_crash(monkeypatch, tmp_path):
+    """All were there a moment before the first start; a crash is noticed sooner here and later there."""
+    monkeypatch.setenv(HEARTBEATS, "")
+    monkeypatch.setattr(launch, "settings_to_train", lambda folder: folder)
+    waited = []
+    monkeypatch.setattr(launch, "launch", lambda *_, join_seconds, **__: waited.append(join_seconds) or CRASHED)
+    run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
+    assert launch.train_with_restarts(run, resume=False, max_restarts=2, place={}) == 1
+    assert waited == [launch.JOIN_SECONDS, None, None]
 
 
 def test_a_crash_of_what_has_nothing_to_save_ends_with_code_1(monkeypatch, tmp_path):
