@@ -231,10 +231,14 @@ def test_a_run_trains_and_resumes_as_with_the_cpus_step(method, tiny_base, make_
         assert_curve_equal_but_for_rounding(_curve(streamed, key), _curve(plain, key), additions, of=key)
 
     again, older = _resumed(streamed, tmp_path / "again"), _resumed(plain, tmp_path / "older")
+    alone = make_run(tiny_base, tmp_path / "streamed", method, **(options | {"processes": 1}))
+    alone = _resumed(alone, tmp_path / "alone")
     run_ranks(_train_streamed, 2, again)
     assert _curve(again, "loss") == _curve(streamed, "loss")
     for file in streamed.result_folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             assert torch.equal(load_file(again.result_folder / file.name)[name], tensor), name
+    run_ranks(_train_streamed, 1, alone)
+    assert_curve_equal_but_for_rounding(_curve(alone, "loss"), _curve(streamed, "loss"), additions, of="loss")
     run_ranks(_train_streamed, 2, older)
     assert_curve_equal_but_for_rounding(_curve(older, "loss"), _curve(plain, "loss"), additions, of="loss")
