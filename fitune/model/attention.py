@@ -59,7 +59,7 @@ def packed_attention(
     if attention_mask is not None:
         raise ValueError("a packed row has no padding, but an attention mask came with it")
     check_bounds(cu_seq_lens_q, max_length_q, query.device)
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would have zeros filled in backward
     return _attend(*rows, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
 
 
