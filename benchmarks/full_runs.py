@@ -30,12 +30,6 @@ from tier_run import ROOT, about, kill_all, visible_gpus
 
 from fitune.config.model_shapes import find_shape
 from fitune.environment import GPU_CAP
-from fitune.planning.fill import resolve
-from fitune.planning.gpu_models import gpu_model
-from fitune.planning.memory import gpu_peak, host_peak
-from fitune.planning.plan import setup_of
-from fitune.planning.sizes import GIB
-from fitune.planning.step_time import step_seconds
 
 ENTRIES = ROOT / "benchmarks" / "full_runs.json"
 SETTLES_SECONDS = 3
@@ -80,18 +74,30 @@ def sets_of(entry: dict, options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def planned(entry: dict, options: argparse.Namespace) -> dict:
-    """GiB and seconds that `plan` says of the run here, and the rows and layers it chooses for this GPU's speed."""
-    gpu = gpu_model(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    sets = tuple(f"{key}={value}" for key, value in sets_of(entry, options).items())
-    run = resolve(entry["recipe"], entry["profile"], sets, gpu=gpu)
-    setup = setup_of(run, find_shape(run.recipe.base.model))
-    peak = gpu_peak(setup)
+def flags_of(entry: dict, options: argparse.Namespace) -> list[str]:
+    """Recipe, profile and settings, as `plan` and `train` take them."""
+    sets = [part for key, value in sets_of(entry, options).items() for part in ("--set", f"{key}={value}")]
+    return [entry["recipe"], "--profile", entry["profile"], *sets]
+
+
+def environment_of(entry: dict, gpus: str) -> dict[str, str]:
+    cap = {GPU_CAP: str(entry["cap_gib"])} if "cap_gib" in entry else {}
+    return os.environ | {"CUDA_VISIBLE_DEVICES": gpus} | cap
+
+
+def planned(entry: dict, gpus: str, options: argparse.Namespace) -> dict:
+    """GiB and seconds that `plan` says of the run on these GPUs, and the rows and layers that it chooses for them."""
+    command = [sys.executable, "cli.py", "plan", *flags_of(entry, options), "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment_of(entry, gpus), capture_output=True, text=True, check=False
+    )
+    if not done.stdout:
+        raise RuntimeError(done.stderr)
+    said = json.loads(done.stdout)
     return {
-        "micro_batch": setup.micro_batch, "kept_layers": setup.kept_layers, "replicas": setup.replicas,
-        "allocated_gib": round(peak.allocated / GIB, 2), "all_gib": round(peak.total / GIB, 2),
-        "host_gib": round(host_peak(setup) / GIB, 2),
-        "step_seconds": round(step_seconds(setup, gpu)["total"], 2) if gpu else None,
+        "micro_batch": said["micro_batch"], "kept_layers": said["kept_layers"], "replicas": said["replicas"],
+        "allocated_gib": said["peak_allocated_gib"], "all_gib": said["peak_gpu_gib"], "host_gib": said["peak_host_gib"],
+        "step_seconds": said["estimate"] and said["estimate"]["step_seconds"],
     }  # fmt: skip
 
 
@@ -113,18 +119,12 @@ def measured(entry: dict, gpus: str, seconds: float, options: argparse.Namespace
     """Trains until measurements.json is there or the seconds are over."""
     folder = options.work / folder_name(entry)
     shutil.rmtree(folder, ignore_errors=True)
-    sets = [part for key, value in sets_of(entry, options).items() for part in ("--set", f"{key}={value}")]
-    command = ["cli.py", "train", entry["recipe"], "--profile", entry["profile"], "--output", str(folder), "--force"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
-    if cap := entry.get("cap_gib"):
-        environment[GPU_CAP] = str(cap)
+    command = [sys.executable, "cli.py", "train", *flags_of(entry, options), "--output", str(folder), "--force"]
     log, found = options.work / f"{folder.name}.log", folder / "measurements.json"
     of_others = used_gib(gpus)
     end, began, peak = time.monotonic() + seconds, time.monotonic(), 0.0
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, *command, *sets], cwd=ROOT, env=environment, stdout=stream, stderr=stream
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment_of(entry, gpus), stdout=stream, stderr=stream)
         while process.poll() is None and time.monotonic() < end and not found.exists():
             peak = max(peak, used_gib(gpus))
             time.sleep(0.5)
@@ -173,7 +173,7 @@ def run_one(entry: dict, gpus: str, report: Report, options: argparse.Namespace)
     result = {key: entry[key] for key in kept} | {"gpus": entry["gpus"], "gpu_cap_gib": entry.get("cap_gib")}
     try:
         result["layers"] = find_shape(str(options.models / entry["checkpoint"])).layers
-        result["planned"] = planned(entry, options)
+        result["planned"] = planned(entry, gpus, options)
         result |= measured(entry, gpus, min(left, 2 * entry["seconds"]), options)
     except Exception as error:
         result["error"] = repr(error)

@@ -44,6 +44,8 @@ def test_the_newest_run_of_a_kind_counts_and_no_other_setting_does(table):
     disturbed = entry(name, date="2026-11-29", disturbed="2.7 GiB of the GPU were in use before")
     (line,) = table(newer, older, kept, several, disturbed)
     assert line.startswith("| 8B | AdamW, `bf16_8bit` | ") and "| 50.5 |" in line
+    (alone,) = table(disturbed)
+    assert alone.endswith("| 9.9 | disturbed | H100, 2026-11-29 |")
 
 
 def test_a_run_with_fewer_layers_is_planned_with_them():

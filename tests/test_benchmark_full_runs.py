@@ -113,19 +113,30 @@ def test_a_gpu_that_something_else_uses_is_said(used, disturbed, run, monkeypatc
     assert run(MEASURES, 60).get("disturbed") == ("2.7 GiB of the GPU were in use before" if disturbed else None)
 
 
-def test_plan_is_asked_for_the_gpu_that_is_here(tmp_path, monkeypatch):
-    """train takes rows and layers by its speed: an H200 held to 12 GB keeps fewer layers and takes more rows."""
-    folder = tmp_path / "1b-bf16"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(random_checkpoint.config("1b", None)))
-    monkeypatch.setattr(full_runs.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(full_runs.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    options = argparse.Namespace(models=tmp_path, data=tmp_path)
-    said = full_runs.planned(ENTRIES[0], options)
-    sets = {"base.model": str(folder), **ENTRIES[0]["set"]}
-    slow = resolve(ENTRIES[0]["recipe"], ENTRIES[0]["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
-    assert said["micro_batch"] > slow.profile.micro_batch and said["kept_layers"] < slow.profile.kept_layers
-    assert said["allocated_gib"] < said["all_gib"] <= 11.7 and said["step_seconds"] < 5
+PLANS = """
+import json, os, sys
+assert sys.argv[1] == "plan" and sys.argv[-1] == "--json"
+print(json.dumps({
+    "micro_batch": sys.argv.count("--set"), "kept_layers": 2, "replicas": 1, "peak_allocated_gib": 9.5,
+    "peak_gpu_gib": float(os.environ["FITUNE_GPU_CAP_GIB"]), "peak_host_gib": 3, "estimate": None,
+}))
+"""
+
+
+def test_plan_is_asked_what_train_will_be_told_for_the_gpu_that_is_here(tmp_path, monkeypatch):
+    """A run held to a part of a card keeps fewer layers than the card could: `planned` once was the whole card's."""
+    monkeypatch.setattr(full_runs, "ROOT", tmp_path)
+    (tmp_path / "cli.py").write_text(PLANS)
+    options = argparse.Namespace(models=tmp_path / "models", data=tmp_path / "data")
+    said = full_runs.planned(ENTRIES[0], "0", options)
+    assert said["micro_batch"] == len(full_runs.sets_of(ENTRIES[0], options)) and said["step_seconds"] is None
+    assert (said["all_gib"], said["allocated_gib"], said["kept_layers"]) == (ENTRIES[0]["cap_gib"], 9.5, 2)
+
+
+def test_what_plan_really_says_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(full_runs, "sets_of", lambda *_: {"base.model": ENTRIES[0]["model"], **ENTRIES[0]["set"]})
+    said = full_runs.planned(ENTRIES[0], "0", argparse.Namespace())
+    assert 8 < said["allocated_gib"] < said["all_gib"] <= 11.7 and said["step_seconds"] > 0
 
 
 def test_an_unknown_name_is_said():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from statistics import median
 
 import pytest
 from pages import ROOT
@@ -10,7 +11,7 @@ from planned import SMALL, card_gib, gpu_gib, host_gib, one_line, planned, step,
 from benchmarks import full_results
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import given_machine
-from fitune.planning.memory import gpu_moments, gpu_peak
+from fitune.planning.memory import gpu_moments, gpu_peak, host_moments
 from fitune.planning.search import find
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
@@ -129,10 +130,22 @@ def test_70b_in_full_on_eight_cards_is_extrapolated_from_two():
     assert f"`--set profile.kept_layers=8` takes {less:.1f} GiB less" in PAGE
 
 
-def test_states_of_20_layers_in_host_ram():
-    entry = RUNS["2026-11-28", "70b, 20 layers, 2 GPUs"]
-    in_ram = full_results.setup_of_full_run(entry | {"set": entry["set"] | {"profile.optimizer_offload": True}})
-    assert f"GiB of tensors where `plan` says {tensors_gib(in_ram)}." in PAGE
+def test_70b_in_full_with_states_in_host_ram():
+    entry = RUNS["2026-11-28", "70b, 80 layers, 4x80 GB, offloaded"]
+    setup, (needed, _) = full_results.setup_of_full_run(entry), full_results.card_gib(entry)
+    columns = ("GiB of tensors", "GiB of RAM, processes", "rows a pass, layers kept", "tokens/s per GPU")
+    said, took = (list(row.values())[1:] for row in table("memory.md", *columns))
+    in_ram = max(sum(parts.values()) for phase, parts in host_moments(setup).items() if phase != "save") / GIB
+    seconds = step_seconds(setup, gpu_model("H200"))["total"]
+    rows = f"{setup.micro_batch}, {setup.kept_layers}"
+    assert said == [rows, tensors_gib(setup), card_gib(setup), f"{in_ram:.1f}", f"{seconds:.1f}", ""]
+    card = f"{entry['peak_by_nvidia_smi_gib']}; {needed:.1f} needed"
+    speed = entry["median_tokens_per_second_per_gpu"]
+    measured = [entry["peak_allocated_gib"], entry["peak_host_rss_sum_gib"], median(entry["step_seconds"])]
+    tensors, ram, seconds = (f"{number:.1f}" for number in measured)
+    assert took == [rows, tensors, card, ram, seconds, str(speed)]
+    in_memory = RUNS["2026-11-27", "four_h200"]["median_tokens_per_second_per_gpu"]
+    assert f"That is {speed / in_memory:.2f} of the {in_memory} tokens/s in memory" in PAGE
 
 
 def test_the_second_layer_of_70b_going_backward():
