@@ -3,9 +3,10 @@
     python benchmarks/busy.py RESULT.json RECIPE --profile NAME --work FOLDER [--set KEY=VALUE …] [--trace FILE]
 
 A run as `cli.py train` resolves it is trained in this process; one of several GPUs in as many, of which the first is
-profiled. That is done in its fourth step: the first ones compile and warm up. Profiling slows the CPU, so without it
-the GPU waits less. RESULT.json holds a list of runs; this one is added. `--trace` keeps all
-that the profiler saw, as Chrome reads it, packed where the file's name ends in .gz.
+profiled. That is done in its fourth step: the first ones compile and warm up. Only kernels are recorded, which slows
+Python little. RESULT.json holds a list of runs; this one is added. `--trace` keeps all that the profiler saw, as Chrome
+reads it, packed where the file's name ends in .gz. Then Python's operations are recorded, too. They are slower for it,
+and the GPU, which waits for them, computes faster than in other steps: it has power to spare.
 """
 
 import argparse
@@ -67,6 +68,7 @@ def main() -> None:
 def _report(folder: Path, options: argparse.Namespace) -> None:
     measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
     report = about(options.commit) | {"command": " ".join(sys.argv), "set": options.set, **Busy.found}
+    report["python_recorded"] = _recorded() is None
     report["step_seconds_without_profiler"] = measured["step_seconds"]
     before = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else []
     options.result.write_text(json.dumps([*before, report], indent=1) + "\n", encoding="utf-8")
@@ -94,7 +96,7 @@ class Busy(Measurements):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == PROFILED_STEP:
             _wait()
-            self.profiler = torch.profiler.profile()
+            self.profiler = torch.profiler.profile(activities=_recorded())
             self.profiler.start()
             self.began = time.perf_counter()
 
@@ -110,6 +112,11 @@ class Busy(Measurements):
         super().on_step_end(args, state, control, **kwargs)
 
 
+def _recorded() -> list[torch.profiler.ProfilerActivity] | None:
+    """None: all there is."""
+    return [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() and not Busy.trace else None
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -120,6 +127,7 @@ def _summed(profiler: torch.profiler.profile, wall: float) -> dict:
     kernels = [
         event for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time_total
+        and not event.is_user_annotation  # these last from an operation's first kernel to its last
     ]  # fmt: skip
     kernels.sort(key=lambda event: event.time_range.start)
     busy, gaps = _covered(kernels)
