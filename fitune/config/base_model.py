@@ -35,7 +35,7 @@ def check_base_model(folder: Path, recipe: Recipe | None = None) -> dict:
     check_vocabulary(folder)
     if recipe is not None:
         if recipe.lora is not None:
-            adapted_linears(recipe.lora)
+            adapted_linears(recipe.lora, config.get("num_hidden_layers", 32))  # transformers' default
         _check_method(config, where, recipe)
         if positions := config.get("max_position_embeddings"):
             refuse_length_beyond(positions, recipe, folder)

@@ -106,7 +106,8 @@ class Lora(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     "Share of the adapter's inputs that is set to zero in training. 0 is fastest."
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    "Linear layers that get an adapter: all of a block, or some by name, such as [q_proj, v_proj]."
+    """Linear layers that get an adapter: all of a block, or some by name, such as [q_proj, v_proj].
+    `layers.3.mlp.up_proj` is that of one layer; `plan` counts it in all."""
     trainable_tokens: list[str] = []
     "Tokens whose embedding rows are trained too (the base model never saw the llama3 template's tokens)."
 

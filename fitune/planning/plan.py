@@ -166,7 +166,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         optimizer_state=EIGHT_BIT_STATE if small_states else FP32 * numbers_per_weight(recipe.training),
         small_states=small_states,
         optimizer_offload=profile.optimizer_offload,
-        **_lora(recipe),
+        **_lora(recipe, shape.layers),
         offload=accelerate.offload_params,
         streams_adamw=run.streams_adamw,
         embedding_offload=profile.embedding_offload,
@@ -181,12 +181,12 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
     )
 
 
-def _lora(recipe: Recipe) -> dict:
+def _lora(recipe: Recipe, layers: int) -> dict:
     if recipe.lora is None:
         return {}
     return {
         "lora_r": recipe.lora.r,
-        "lora_targets": adapted_linears(recipe.lora),
+        "lora_targets": adapted_linears(recipe.lora, layers),
         "lora_dropout": recipe.lora.dropout > 0,
         "trained_tokens": len(recipe.lora.trainable_tokens),
     }
