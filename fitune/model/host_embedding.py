@@ -32,7 +32,7 @@ class HostEmbedding(nn.Embedding):
     def _rows_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Python waits for the GPU to tell the ids, as where a model is asked, so it may wait for the rows too.
 
-        None is page-locked, and few are there at once: 16 prompts of 4,096 tokens have 1 GiB of them at 70B.
+        They are not page-locked, and few are there at once: a prompt of 32,768 tokens has 512 MiB of them at 70B.
         """
         rows = self.weight.new_empty(ids.numel(), self.embedding_dim, device=ids.device)
         for some, of_them in zip(ids.cpu().reshape(-1).split(AT_ONCE), rows.split(AT_ONCE), strict=True):

@@ -2,6 +2,7 @@
 
 import random
 import secrets
+from collections.abc import Iterator
 
 import jinja2
 import torch
@@ -13,10 +14,11 @@ from fitune.errors import UsageError
 from fitune.model.attention import PADDED_ATTENTION
 from fitune.model.sharding import computes_on
 from fitune.model.skeleton import decoder
+from fitune.planning.asking import CONVERSATION
 from fitune.training.asked import Asked
 
 AT_ONCE = 16
-"Prompts of a batch, at most: each has keys and values of its own."
+"Prompts of a batch, at most."
 
 
 class Answerer:
@@ -49,8 +51,8 @@ class Answerer:
         """Of all conversations. In batches where weights travel anew for each token, however many it is for."""
         if not _weights_travel(self.model):
             return [self.answer(*asked) for asked in conversations]
-        batches = (conversations[start : start + AT_ONCE] for start in range(0, len(conversations), AT_ONCE))
-        return [text for batch in batches for text in self._answer_at_once(batch)]
+        prompts = [self._tokens(*asked)["input_ids"][0] for asked in conversations]
+        return [text for batch in self._batches(prompts) for text in self._answer_at_once(batch)]
 
     @torch.no_grad()
     def answer(self, asked: list[dict] | str, tools: list | None = None, streamer=None, stopping=None) -> str:
@@ -60,10 +62,25 @@ class Answerer:
         output = self.model.generate(**inputs, **self.options, streamer=streamer, stopping_criteria=stopping)
         return self._text(output[0, inputs["input_ids"].shape[1] :])
 
+    def _batches(self, prompts: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """In their order. A batch has no more tokens, pads and answers included, than the conversation `plan` counts.
+
+        Each token has keys and values of its own. A longer prompt is alone. What is free here doesn't matter: the same
+        seed draws the same answers.
+        """
+        batch = []
+        for prompt in prompts:
+            longest = max(map(len, [*batch, prompt])) + self.options["max_new_tokens"]
+            if batch and (len(batch) == AT_ONCE or (len(batch) + 1) * longest > CONVERSATION.tokens):
+                yield batch
+                batch = []
+            batch.append(prompt)
+        if batch:
+            yield batch
+
     @torch.no_grad()
-    def _answer_at_once(self, conversations: list[Asked]) -> list[str]:
+    def _answer_at_once(self, prompts: list[torch.Tensor]) -> list[str]:
         """With shorter prompts padded on the left."""
-        prompts = [self._tokens(*asked)["input_ids"][0] for asked in conversations]
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -15,6 +15,7 @@ from fitune.config.recipe import Data, Recipe
 from fitune.data.chat_template import apply_chat_template_choice, template_hash
 from fitune.errors import UsageError
 from fitune.export.chat_record import ChatRecord, read_chat_record, refuse_another_chat, write_chat_record
+from fitune.planning.asking import CONVERSATION
 from fitune.training import generate_model as generating
 from fitune.training.answerer import Answerer
 from fitune.training.asked import report
@@ -54,6 +55,25 @@ def test_a_held_out_row_is_asked_with_its_tools(tmp_path):
 
 def test_an_answer_ends_at_any_of_the_tokens_that_end_one():
     assert Answerer(Echo(), tiny_tokenizer(), [7, 3], "cpu", 4, 0.0).options["eos_token_id"] == [7, 3]
+
+
+def test_prompts_of_a_batch_have_no_more_tokens_than_the_conversation_that_plan_counts(monkeypatch):
+    """70B in NF4 from host RAM takes 9 GiB for one of 4,096 tokens, and 43 GiB for 16, by `plan`'s own formulas."""
+    words = [1] * 20 + [1000, 1000, 1000, 9000, 1, 1]
+    asked = []
+
+    class Batched(Echo):
+        def generate(self, input_ids, **_):
+            asked.append(tuple(input_ids.shape))
+            return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+
+    monkeypatch.setattr("fitune.training.answerer._weights_travel", lambda model: True)
+    answerer = Answerer(Batched(), tiny_tokenizer(), [0], "cpu", 100, 0.0)
+    monkeypatch.setattr(answerer, "_tokens", lambda count, _: {"input_ids": torch.arange(1, count + 1)[None]})
+    monkeypatch.setattr(answerer, "_text", lambda tokens: tokens.item())
+    assert answerer.answers([(count, None) for count in words]) == words
+    assert asked == [(16, 1), (4, 1), (3, 1000), (1, 9000), (2, 1)]
+    assert all(rows * (longest + 100) <= CONVERSATION.tokens or rows == 1 for rows, longest in asked)
 
 
 def test_a_text_is_gone_on_with_as_texts_are_trained(tmp_path):
