@@ -213,6 +213,8 @@ def _first_failure(failures: dict, told: Collection[int], explained: Collection[
         return when - began > 10, code == -signal.SIGTERM, code >= 0, *follows, when
 
     rank, first = min(failures.items(), key=order)
+    if told and first.exitcode == -signal.SIGTERM:
+        return TOLD  # on a machine without rank 0
     if first.exitcode < 0:
         if first.pid not in explained:
             name = signal.Signals(-first.exitcode).name

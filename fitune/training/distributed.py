@@ -209,19 +209,13 @@ def is_first_to_fail() -> bool:
     """Whether no other rank of this machine has asked before: what several met is told once on each machine."""
     if not dist.is_initialized():
         if not is_main_process():
-            _wait_for_rank_0_to_tell()
+            time.sleep(SECONDS_FOR_RANK_0)  # it mostly meets the same, tells it, and the launcher ends this one
         return True
     try:
         key = f"fitune/failures/{os.environ.get('GROUP_RANK', 0)}"  # the machine's number, from torch's launcher
         return dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except dist.DistNetworkError:
         return True
-
-
-def _wait_for_rank_0_to_tell() -> None:
-    """Rank 0 mostly meets the same before the ranks have joined; it tells it, and the launcher ends this one."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(SECONDS_FOR_RANK_0)
 
 
 def take_over_from_accelerate() -> None:

@@ -246,6 +246,9 @@ def test_an_error_in_the_processes_is_one_line(finished, tmp_path, late):
         ({0: (-15, 5), 1: (75, 5)}, [15], TOLD),  # rank 0 had not begun to listen, and said nothing
         ({0: (75, 5), 1: (-15, 5)}, [15], 75),
         ({0: (-15, 5), 1: (-15, 5)}, [2], TOLD),
+        ({2: (-15, 5), 1: (-15, 6)}, [15], TOLD),  # of a machine without rank 0
+        ({2: (-15, 5), 1: (75, 6)}, [15], 75),
+        ({2: (-15, 5), 1: (-15, 6)}, [], 70),  # somebody ended them
         ({0: (70, 5), 1: (1, 5)}, [], 1),
         ({0: (-6, 5), 1: (-9, 5)}, [], 70),  # gloo aborts a process whose neighbour is gone
     ],
