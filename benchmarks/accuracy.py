@@ -122,8 +122,8 @@ def page() -> str:
         "([docs/speed.md](../docs/speed.md)). So the table shows how far one formula fits them all, no more. The runs "
         "of one GPU beside peers are within 15 % too. Runs of adapters before 27 November had another layer and are "
         "left out. Runs of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a "
-        "guess. In these runs the CPU computed AdamW of weights in host RAM, and is predicted to; today the GPU does, "
-        "which no run has measured.",
+        "guess. In these runs the CPU computed AdamW of weights in host RAM, and the predictions count it so. Today "
+        "the GPU computes it; no run has measured that.",
         _time_table(),
         "## Full fine-tuning on cards of given sizes",
         "`benchmarks/results/full-*.json`, 16 rows of 3072 a step unless the name says otherwise, most of them with "
