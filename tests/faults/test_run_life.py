@@ -16,7 +16,7 @@ from patience import PATIENCE_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import ADAPTER, Hold, Running, losses, saved_steps, start_on_two_machines, train_command
+from commands import ADAPTER, Hold, Running, changed, losses, saved_steps, start_on_two_machines, train_command
 
 STEPS = 12
 
@@ -110,6 +110,21 @@ def test_a_killed_launcher_takes_its_ranks_along(undisturbed, tiny_base, prepare
     assert resumed.wait() == 0, resumed.log.read_text()[-3000:]
     assert f"{folder}: goes on after step {saved} of {STEPS}: checkpoint-{saved}" in resumed.log.read_text()
     assert losses(folder) == losses(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_rank_that_waits_for_another_to_join_ends_when_the_run_is_told_to_stop(number, tiny_base, prepared, tmp_path):
+    """It waits in torch's C++, where no handler of Python's runs; torch's launcher would kill it after 30 s."""
+    late = changed("def change(rank): time.sleep(600 * rank)\n", tmp_path)
+    stopped = Running(train_command(tiny_base, prepared, tmp_path / "run", STEPS), tmp_path / "log", **late)
+    stopped.wait_for(lambda: "joining 2 processes" in stopped.log.read_text())
+    told = time.monotonic()
+    stopped.process.send_signal(number)
+    assert stopped.wait() == 75, stopped.log.read_text()[-2000:]
+    assert time.monotonic() - told < 20
+    text = stopped.log.read_text()
+    assert text.count("stopped: before the first step, with nothing to save") == 1
+    assert "Traceback" not in text and "was ended by" not in text
 
 
 def test_a_run_told_to_stop_before_its_first_step_can_go_on(undisturbed, tiny_base, prepared, tmp_path):
