@@ -94,7 +94,9 @@ def load_optimizer_state(folder: Path, model: nn.Module, optimizer: torch.optim.
     with _SavedState(folder) as saved:
         state, position = {}, 0
         groups = saved.layout["param_groups"]
-        for group in groups:
+        for group, own in zip(groups, optimizer.param_groups, strict=True):
+            if "foreach" in own:  # takes memory, which `plan` counts as this run has it
+                group["foreach"] = own["foreach"]
             for offset, name in enumerate(group["params"]):
                 parameter = parameters[name]
                 start, stop = local_rows(parameter.shape[0], share.shard, share.shards)

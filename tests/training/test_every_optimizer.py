@@ -10,7 +10,9 @@ from rounding import additions_to_a_step, assert_curve_equal_but_for_rounding
 from safetensors.torch import load_file
 
 from fitune.config.optimizers import ARGUMENTS
+from fitune.model.sharding import Share
 from fitune.training.arguments import own_optimizer, training_arguments
+from fitune.training.state import load_optimizer_state, training_state, write_training_state
 
 STEPS, SAVED = 4, 2
 CASES = {name: None for name in ARGUMENTS} | {
@@ -65,3 +67,18 @@ def test_a_whole_model_is_stepped_weight_by_weight(name, tiny_base, make_run, tm
     kind, options = own_optimizer(run, training_arguments(run))
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     assert kind(weights, **options).param_groups[0]["foreach"] is False
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.AdamW])
+def test_a_checkpoint_from_before_is_stepped_weight_by_weight_too(kind, tmp_path):
+    """Its layout says how the run that wrote it computed. The rest of it counts."""
+    model = torch.nn.Linear(3, 2)
+    before, now = kind(model.parameters(), lr=0.1), kind(model.parameters(), lr=0.2, foreach=False)
+    model(torch.ones(1, 3)).sum().backward()
+    before.step()
+    write_training_state(tmp_path, training_state(model, before, 1, weights=True), 0)
+    load_optimizer_state(tmp_path, model, now, Share(0, 1))
+    (group,) = now.param_groups
+    assert group["foreach"] is False and group["lr"] == 0.1
+    for parameter in model.parameters():
+        assert now.state[parameter].keys() == before.state[parameter].keys()
