@@ -23,6 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from longest_rows import with_long_positions
 from tier_run import ROOT, about, kill_all, visible_gpus
 from whole_rows import prepared
@@ -132,6 +135,7 @@ def _until(measured: Path | None, running: subprocess.Popen, patience: float) ->
 
 def _fitune(entry: dict, options):
     folder = options.output / entry["name"].replace(" ", "-").replace(",", "")
+    shutil.rmtree(folder, ignore_errors=True)  # what an earlier run measured there would be taken for this one's
     sets = {
         "base.model": _model(entry, options), "data.prepared": options.data[entry["length"]],
         "data.chat_template": "plain", "data.system_message": "null", "max_length": entry["length"],

@@ -13,5 +13,5 @@ SLOT_BYTES = PIECE * (2 + 2 + 2 * 4 / 64)
 IN_FLIGHT_BYTES = 2**29
 "Of gradients that wait to leave the GPU, beside the one that came last."
 FLOAT_PIECE = 2**22
-"The same for float32 states, of one weight or several: 16 MiB of gradients, as much of weights and of each moment."
+"Elements that travel together for float32 states, of one weight or several: 16 MiB of each of their four numbers."
 FLOAT_SLOT_BYTES = FLOAT_PIECE * 4 * 4
