@@ -56,7 +56,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "unsharded head": s.unsharded_head,
         "gather buffers": (s.gathered_head + s.gathered_layer) if several else 0.0,
     }
-    prefetched_layer = s.unsharded_layer * s.reshard  # one rank has not asked for it yet while the loss goes backward
+    prefetched_layer = s.unsharded_layer * s.reshard  # torch 2.11 asks for the last one when the loss has gone backward
     first_layer = s.unsharded_layer * (s.shards == 1 and not s.full and s.accumulation > 1)  # stays for the next pass
     all_layers = s.shape.layers * s.unsharded_layer
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
@@ -89,7 +89,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "hidden states": 3 * s.hidden_state, "loss workspace": _loss_forward(s)},
         "backward, loss": {
             **before, **layers_in_forward, "unsharded head": s.unsharded_head + s.head_copy,
-            "gather buffers": prefetched_layer * several, "kept activations": kept, "hidden states": 2 * s.hidden_state,
+            "gather buffers": prefetched_layer, "kept activations": kept, "hidden states": 2 * s.hidden_state,
             "loss workspace": _loss_backward(s)},
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else all_layers,
