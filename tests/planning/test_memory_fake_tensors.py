@@ -33,8 +33,12 @@ def test_phases_agree(entry):
 
 @pytest.mark.parametrize(
     "asked",
-    [["llama3_70b_qlora", "fsdp_4x24gb"], ["llama3_70b_lora", "fsdp_lora_8x80gb", "--compute", "fp8"]],
-    ids=["qlora", "lora in fp8"],
+    [
+        ["llama3_70b_qlora", "fsdp_4x24gb"],
+        ["llama3_70b_qlora", "fsdp_4x24gb", "--compute", "fp8"],
+        ["llama3_70b_lora", "fsdp_lora_8x80gb", "--compute", "fp8"],
+    ],
+    ids=["qlora", "qlora in fp8", "lora in fp8"],
 )
 def test_phases_agree_in_a_run_of_three_layers(asked, tmp_path):
     """The model's code as it is now: a change to it that takes more memory is noticed."""
