@@ -56,7 +56,7 @@ def main() -> None:
     if rank is None and run.accelerate.num_processes > 1:
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.accelerate.num_processes}"]
         sys.exit(subprocess.run([sys.executable, *ranks, *sys.argv], check=False).returncode)
-    training.ShardedSFTTrainer.save_model = lambda _: None  # a whole model, of some
+    training.ShardedSFTTrainer.save_model = training.check_result = lambda *_: None  # a whole model, of some
     if rank in (None, "0"):
         training.Measurements = Busy
     Busy.trace = options.trace

@@ -60,7 +60,7 @@ def save_result(
 def gathered_result(model: nn.Module, run: Run, waiting=nullcontext) -> Iterator[torch.Tensor | None]:
     """The tensors of the adapter or the model, whole on rank 0, None elsewhere. Go through it on all ranks."""
     is_first_replica = share_of(run, dist.get_rank()).replica == 0
-    for parameter, spec in _named_for_saving(model, run):
+    for parameter, spec in named_for_saving(model, run):
         whole = None
         if is_first_replica:
             with waiting():
@@ -77,7 +77,7 @@ def write_result(
     tensors: Iterable[torch.Tensor],
 ) -> dict[str, str]:
     """Writes what `gathered_result` gave, and what belongs beside it. Returns the weights' SHA-256 by file name."""
-    specs = [spec for _, spec in _named_for_saving(model, run)]
+    specs = [spec for _, spec in named_for_saving(model, run)]
     with new_folder(folder, replace=True) as unfinished:
         writer = CheckpointWriter(unfinished, specs, hashed=True)
         for spec, tensor in zip(specs, tensors, strict=True):
@@ -125,7 +125,7 @@ def gather_rows(local: torch.Tensor, rows: int, group: dist.ProcessGroup | None)
     return whole[:rows] if rank == 0 else None  # only the last ranks' chunks are short
 
 
-def _named_for_saving(model: nn.Module, run: Run) -> list[tuple[torch.Tensor, TensorSpec]]:
+def named_for_saving(model: nn.Module, run: Run) -> list[tuple[torch.Tensor, TensorSpec]]:
     """Parameters to save with their names and dtypes on disk: PEFT's for an adapter, Llama's for a whole model."""
     if run.recipe.method == "full":
         dtype = decoder(model).config.dtype

@@ -58,6 +58,7 @@ from fitune.training.manifest import Identity, identify
 from fitune.training.measure import Loading, Measurements
 from fitune.training.metrics_file import MetricsFile
 from fitune.training.out_of_memory import explain_out_of_memory
+from fitune.training.result_check import check_result
 from fitune.training.resume_point import checkpoint_to_resume, state_of, steps_left_after
 from fitune.training.run_report import RunReport
 from fitune.training.same_on_all import is_first_of_its_machine, refuse_differences
@@ -134,6 +135,9 @@ def train(run: Run) -> None:
         interruption.leave_if_told(trainer.state)
     trainer.load_best_model()
     trainer.save_model()
+    report.begin("comparing what was written with what was trained")
+    with heartbeat.using_files():
+        check_result(run.result_folder, run, model, share_of(run, mesh.get_rank()))
     if is_main_process():
         finish(run, trainer.state.global_step, trainer.state.epoch)
     leave()

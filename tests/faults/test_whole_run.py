@@ -132,6 +132,7 @@ def test_in_a_pipe_a_run_prints_plain_lines_and_no_others(whole_run):
         r"reading the base: [\d.]+ MB in .*",
         "mapping the rows",
         "training 4 steps",
+        "comparing what was written with what was trained",
         r"page:   .*/report\.html",
     ]
     for line, expected in zip(err.splitlines(), stages, strict=True):

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks, sharded_model
 from transformers import AutoConfig
 
+from fitune.errors import FituneError
+from fitune.model.sharding import share_of
 from fitune.training.result import save_result
+from fitune.training.result_check import check_result
+from fitune.weights.base_identity import BaseRecord
 from fitune.weights.safetensors_files import Checkpoint
 
 
@@ -27,3 +32,33 @@ def test_a_whole_model_is_saved_in_the_bases_dtype_bit_for_bit(processes, uneven
             assert saved[name].dtype == info.dtype == torch.bfloat16, name
             assert torch.equal(saved.read(name), base.read(name)), name
     assert AutoConfig.from_pretrained(run.result_folder).dtype == torch.bfloat16
+
+
+def _checked(run) -> str | None:
+    """What each rank says of the result when one bit of its last number was turned; before that none may complain."""
+    model, tokenizer = sharded_model(run)
+    save_result(run.result_folder, run, model, tokenizer, BaseRecord("tiny/base", None, {}))
+    dist.barrier()
+    check = run.result_folder, run, model, share_of(run, dist.get_rank())
+    check_result(*check)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        [file] = run.result_folder.glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    dist.barrier()
+    try:
+        check_result(*check)
+    except FituneError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_result_that_is_not_what_was_trained_is_told(method, processes, uneven_base, make_run, tmp_path):
+    run = make_run(uneven_base, Path(tmp_path), method, processes=processes)
+    said = [error for error in run_ranks(_checked, processes, run) if error]
+    assert len(said) == 1, "a rank holds other rows, or nobody noticed"
+    assert said[0].startswith(f"{run.result_folder}: rows ") and "are not as they were trained" in said[0]
