@@ -6,7 +6,6 @@ from fitune.config.installed_names import training_enums
 from fitune.errors import UsageError, nearest
 
 DEFAULT = "adamw_torch_fused"
-TORCHS_ADAMW = ("adamw_torch", DEFAULT)
 ARGUMENTS = {
     "adamw_torch": (),
     "adamw_torch_fused": (),
@@ -31,7 +30,7 @@ def refuse_unfit_optimizer(training: dict[str, Any], source: str) -> None:
     name = training.get("optim", DEFAULT)
     if name not in ARGUMENTS:
         raise UsageError(f"{source}: training.optim={name} {_lacks(name)}; the nearest that works: {nearest_fit(name)}")
-    if not name.startswith("adamw") and (given := [field for field in ADAM_FIELDS if field in training]):
+    if not is_adamw(training) and (given := [field for field in ADAM_FIELDS if field in training]):
         raise UsageError(f"{source}: training.{given[0]} is AdamW's, training.optim={name} would ignore it; remove it")
     for key in optimizer_arguments(training, source):
         if key == "weight_decay":
@@ -39,6 +38,10 @@ def refuse_unfit_optimizer(training: dict[str, Any], source: str) -> None:
         if key not in ARGUMENTS[name]:
             hint = nearest(key, ARGUMENTS[name]) if ARGUMENTS[name] else f"; {name} takes none"
             raise UsageError(f"{source}: training.optim_args: {name} has no argument '{key}'{hint}")
+
+
+def is_adamw(training: dict[str, Any]) -> bool:
+    return training.get("optim", DEFAULT).startswith("adamw")
 
 
 def optimizer_arguments(training: dict[str, Any], source: str = "") -> dict[str, str]:

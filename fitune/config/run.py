@@ -14,7 +14,7 @@ from fitune.config.hints import became, meant_by
 from fitune.config.ignored import refuse_ignored
 from fitune.config.model_shapes import find_shape
 from fitune.config.model_sizes import is_of_size
-from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.optimizers import is_adamw
 from fitune.config.recipe import Recipe
 from fitune.config.recipe_files import joined, read_recipe_files, refuse_missing_paths, values_of, where_written
 from fitune.config.recipe_paths import found_beside, path_from_here
@@ -200,7 +200,7 @@ def _refuse_unfit_states(recipe_name: str, recipe: Recipe, profile: Profile, acc
             f"profile.optimizer_state {profile.optimizer_state} is for method full, recipe {recipe_name} is "
             f"{recipe.method}, whose adapter's states are small anyway; {instead}"
         )
-    if not recipe.training.get("optim", OPTIMIZER).startswith("adamw"):
+    if not is_adamw(recipe.training):
         raise UsageError(
             f"profile.optimizer_state {profile.optimizer_state} is AdamW's, recipe {recipe_name} has training.optim "
             f"{recipe.training['optim']}; remove it, or {instead}"

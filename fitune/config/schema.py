@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fitune.config.fields import Flag, Method, PositiveFloat, PositiveInt, Strict
 from fitune.config.model_sizes import checked_size
-from fitune.config.optimizers import DEFAULT, TORCHS_ADAMW
+from fitune.config.optimizers import is_adamw
 from fitune.config.recipe import Recipe
 
 AUTO = "auto"
@@ -193,8 +193,8 @@ class Run(Strict):
     @property
     def streams_adamw(self) -> bool:
         """Whether AdamW of weights in host RAM is computed on the GPU, piece by piece; other optimizers are not."""
-        is_adamw = self.recipe.training.get("optim", DEFAULT) in TORCHS_ADAMW and self.profile.optimizer_state == "fp32"
-        return is_adamw and self.accelerate.offload_params and not self.accelerate.use_cpu
+        in_float32 = is_adamw(self.recipe.training) and self.profile.optimizer_state == "fp32"
+        return in_float32 and self.accelerate.offload_params and not self.accelerate.use_cpu
 
     @property
     def keeps_base_in_fp8(self) -> bool:

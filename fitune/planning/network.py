@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
-from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.optimizers import is_adamw
 from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, SMALLEST, Run
 from fitune.planning.fill import filled
@@ -55,8 +55,7 @@ def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
         return []
     by_machine = {REPLICAS: str(plan.setup.machines)}
     others = [{REPLICAS: "1"} if plan.setup.replicas > 1 else by_machine]
-    is_adamw = plan.run.recipe.training.get("optim", OPTIMIZER).startswith("adamw")
-    if plan.setup.full and not plan.setup.small_states and is_adamw:
+    if plan.setup.full and not plan.setup.small_states and is_adamw(plan.run.recipe.training):
         others.append({"profile.optimizer_state": "bf16_8bit", **by_machine})
     planned = [make_plan(_changed(plan.run, changes, plan, gpu), plan.limits, gpu, **options) for changes in others]
     return [Way({}, plan), *(Way(changes, other) for changes, other in zip(others, planned, strict=True))]

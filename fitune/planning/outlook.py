@@ -130,7 +130,7 @@ def _preference(plan: Plan) -> tuple[bool, float]:
     """
     is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
     tokens_per_second = plan.time.tokens_per_second if plan.time else 0.0
-    takes_ram = plan.setup.offload or plan.setup.embedding_offload or plan.setup.optimizer_offload
+    takes_ram = plan.setup.embedding_in_ram or plan.setup.optimizer_offload
     return is_meant_for_it, tokens_per_second * (1 - TIME_ERROR * takes_ram)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from fitune.config import run as runs
 from fitune.config.accelerate_config import DEFAULT_PORT
 from fitune.config.hints import became
-from fitune.config.optimizers import DEFAULT as OPTIMIZER
+from fitune.config.optimizers import is_adamw
 from fitune.config.recipe import Recipe
 from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, AccelerateConfig, Profile, Run
@@ -149,8 +149,8 @@ def _candidates(
 
 def _states(recipe: Recipe, place: str) -> tuple[str, ...]:
     """The optimizer states to try there. With weights in RAM a step of small ones would run on the CPU, slowly."""
-    is_adamw = recipe.training.get("optim", OPTIMIZER).startswith("adamw")
-    small = ("bf16_8bit",) if recipe.method == "full" and is_adamw and place != ALL_IN_RAM else ()
+    may_be_small = recipe.method == "full" and is_adamw(recipe.training) and place != ALL_IN_RAM
+    small = ("bf16_8bit",) if may_be_small else ()
     return small if place == STATES_IN_RAM else ("fp32", *small)
 
 
@@ -231,7 +231,7 @@ def _rank(plan: Plan) -> tuple:
 def _cautious_seconds(plan: Plan) -> float:
     """Of a step. What takes host RAM, for whatever, must be faster by more than the prediction may be off."""
     setup, seconds = plan.setup, seconds_of(plan)
-    takes_ram = setup.offload or setup.embedding_offload or setup.optimizer_offload or setup.activation_offload
+    takes_ram = setup.embedding_in_ram or setup.optimizer_offload or setup.activation_offload
     seconds *= 1 + OTHER_STATES * setup.small_states
     return seconds * (1 + MOVING_INPUTS * setup.activation_offload) * (1 + TIME_ERROR * takes_ram)
 

@@ -205,6 +205,11 @@ def _wait_in_store(store: dist.Store, key: str, waiting) -> None:
             return
 
 
+def machine_number() -> int:
+    """Of this rank's, from torch's launcher."""
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
 def is_first_to_fail() -> bool:
     """Whether no other rank of this machine has asked before: what several met is told once on each machine."""
     if not dist.is_initialized():
@@ -212,7 +217,7 @@ def is_first_to_fail() -> bool:
             time.sleep(SECONDS_FOR_RANK_0)  # it mostly meets the same, tells it, and the launcher ends this one
         return True
     try:
-        key = f"fitune/failures/{os.environ.get('GROUP_RANK', 0)}"  # the machine's number, from torch's launcher
+        key = f"fitune/failures/{machine_number()}"
         return dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except dist.DistNetworkError:
         return True

@@ -1,6 +1,5 @@
 """Whether what training wrote is what it trained: read back and compared, number by number."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from fitune.config.schema import Run
 from fitune.errors import FituneError
 from fitune.export.adapter import AdapterFile
 from fitune.model.sharding import Share, local_rows
+from fitune.training.distributed import machine_number
 from fitune.training.result import as_on_disk, named_for_saving
 from fitune.weights.safetensors_files import Checkpoint
 
@@ -22,7 +22,7 @@ def check_result(folder: Path, run: Run, model: nn.Module, share: Share) -> None
     other than the first may not see the folder yet, and compare nothing. FituneError names the first tensor that is
     not as it was trained; the files stay.
     """
-    if share.replica or int(os.environ.get("GROUP_RANK", 0)):  # the machine's number, from torch's launcher
+    if share.replica or machine_number():
         return
     with (AdapterFile if isinstance(model, PeftModel) else Checkpoint)(folder) as written:
         for parameter, spec in named_for_saving(model, run):

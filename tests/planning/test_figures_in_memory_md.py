@@ -33,6 +33,12 @@ def row_of(name: str, *columns: str) -> dict[str, str]:
     return row
 
 
+def assert_as_measured(row: dict[str, str], entry: dict) -> None:
+    assert row["measured"] == f"{entry['peak_allocated_gib']:.1f}"
+    assert row["tokens/s, median"] == f"{entry['median_tokens_per_second']:,}"
+    assert row["rows a pass, layers kept"] == f"{entry['micro_batch']}, {entry['kept_layers']}"
+
+
 def setup_of_28_november(name: str) -> Setup:
     return full_results.setup_of_full_run(RUNS["2026-11-28", name])
 
@@ -59,9 +65,7 @@ def _long_rows(name: str) -> Setup:
 def test_8b_in_full_on_cards_of_given_sizes(card, name):
     entry, row = RUNS["2026-11-27", name], row_of(card, "card", TENSORS)
     assert row[TENSORS] == tensors_gib(full_results.setup_of_full_run(entry))
-    assert row["measured"] == f"{entry['peak_allocated_gib']:.1f}"
-    assert row["tokens/s, median"] == f"{entry['median_tokens_per_second']:,}"
-    assert row["rows a pass, layers kept"] == f"{entry['micro_batch']}, {entry['kept_layers']}"
+    assert_as_measured(row, entry)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +81,8 @@ def test_models_in_full_on_cards_of_given_sizes(card, name):
     entry, row = RUNS["2026-11-28", name], row_of(card, "model, card", CARD)
     setup = full_results.setup_of_full_run(entry)
     assert (row[TENSORS], row[CARD]) == (tensors_gib(setup), card_gib(setup))
-    assert row["measured"] == f"{entry['peak_allocated_gib']:.1f}"
     assert row["needed"] == f"{full_results.card_gib(entry)[0]:.1f}"
-    assert row["tokens/s, median"] == f"{entry['median_tokens_per_second']:,}"
-    assert row["rows a pass, layers kept"] == f"{entry['micro_batch']}, {entry['kept_layers']}"
+    assert_as_measured(row, entry)
 
 
 def test_the_steps_of_1b_and_3b():
