@@ -138,6 +138,7 @@ def train(run: Run) -> None:
     report.begin("comparing what was written with what was trained")
     with heartbeat.using_files():
         check_result(run.result_folder, run, model, share_of(run, mesh.get_rank()))
+        wait_for_all(heartbeat.waiting)  # before the run counts as finished
     if is_main_process():
         finish(run, trainer.state.global_step, trainer.state.epoch)
     leave()

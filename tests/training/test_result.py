@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks, sharded_model
+from ranks import run_ranks, sharded_model, train_here
 from transformers import AutoConfig
 
 from fitune.errors import FituneError
 from fitune.model.sharding import share_of
+from fitune.training import train
 from fitune.training.result import save_result
 from fitune.training.result_check import check_result
 from fitune.weights.base_identity import BaseRecord
@@ -62,3 +63,19 @@ def test_a_result_that_is_not_what_was_trained_is_told(method, processes, uneven
     said = [error for error in run_ranks(_checked, processes, run) if error]
     assert len(said) == 1, "a rank holds other rows, or nobody noticed"
     assert said[0].startswith(f"{run.result_folder}: rows ") and "are not as they were trained" in said[0]
+
+
+def _told_by_the_last_rank(run) -> None:
+    def check(*_):
+        if dist.get_rank() == 1:
+            raise FituneError("not as it was trained")
+
+    train.check_result = check
+    train_here(run)
+
+
+def test_a_run_whose_result_one_rank_refuses_is_not_finished(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, Path(tmp_path) / "run", "lora", processes=2, training={"max_steps": 1})
+    with pytest.raises(RuntimeError, match="not as it was trained"):
+        run_ranks(_told_by_the_last_rank, 2, run)
+    assert run.result_folder.is_dir() and not (run.folder / "finished.json").exists()
