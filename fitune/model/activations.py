@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from fitune.model.host_inputs import HostInputs
 from fitune.model.layer import DecoderLayer
 from fitune.model.skeleton import decoder
 
@@ -14,11 +15,14 @@ def keep_activations(model: nn.Module, kept_layers: int, *, offload: bool) -> No
     causal_lm = decoder(model)
     layers = causal_lm.model.layers
     first_kept = max(0, len(layers) - kept_layers)
+    host_inputs = HostInputs() if offload else None
     if not isinstance(layers[0], DecoderLayer) and first_kept:
-        causal_lm.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     for number, layer in enumerate(layers):
         keep = number >= first_kept
         if isinstance(layer, DecoderLayer):
-            layer.keep, layer.offload = keep, offload and not keep
+            layer.keep, layer.host_inputs = keep, None if keep else host_inputs
         elif keep:
             layer.gradient_checkpointing = False
+        elif host_inputs:
+            layer._gradient_checkpointing_func = host_inputs.around(layer._gradient_checkpointing_func)

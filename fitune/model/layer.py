@@ -21,13 +21,12 @@ replaces what is computed.
 """
 
 import functools
-from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.autograd.graph import save_on_cpu
 
 from fitune.model import attention, fp8
+from fitune.model.host_inputs import HostInputs
 from fitune.model.layer_pass import Batch, LayerPass
 from fitune.model.linears import Linears, base_of
 
@@ -40,8 +39,8 @@ class DecoderLayer(nn.Module):
 
     keep = False
     "Whether what the backward pass needs is kept instead of recomputed."
-    offload = False
-    "Whether what is kept waits in host RAM."
+    host_inputs: HostInputs | None = None
+    "Where its input waits for the backward pass, if in host RAM."
     fp8 = False
     "Whether training multiplies frozen weights in e4m3. Evaluation never does: the result is to be used without."
 
@@ -69,9 +68,8 @@ class DecoderLayer(nn.Module):
         attention.check_bounds(cu_seq_lens_q, max_length_q, hidden_states.device)
         cos, sin = (angle.expand(rows, -1, -1).reshape(rows * length, -1) for angle in position_embeddings)
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
-        linears = self._linears()
-        with save_on_cpu(pin_memory=hidden_states.is_cuda) if self.offload else nullcontext():
-            return _Function.apply(hidden_states, self, batch, linears, *linears.parameters())
+        linears, host_inputs = self._linears(), self.host_inputs if torch.is_grad_enabled() else None
+        return _Function.apply(hidden_states, self, batch, linears, host_inputs, *linears.parameters())
 
     def train(self, mode: bool = True) -> "DecoderLayer":
         """Trainer asks for it in every pass; only a change goes through the layer's many modules."""
@@ -101,22 +99,28 @@ class DecoderLayer(nn.Module):
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer: DecoderLayer, batch: Batch, linears: Linears, *parameters):
+    def forward(
+        ctx, x, layer: DecoderLayer, batch: Batch, linears: Linears, host_inputs: HostInputs | None, *parameters
+    ):
         """x [rows, length, h] -> the same. `parameters` are those of `linears`."""
         y, x = torch.empty_like(x), x.flatten(0, 1)
+        ctx.waiting = host_inputs.leave(x) if host_inputs else None
         work = LayerPass(layer, batch, linears, parameters, x)
         mid, attended = work.attend(x)
         if not layer.keep:
             del attended  # before the MLP takes its room
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
-        ctx.work_of = layer, batch, linears, parameters  # weights: FSDP brings them back where they were
-        ctx.save_for_backward(x, *((*attended, mid, gate_up, work.linears.lows) if layer.keep else ()))
+        ctx.work_of = layer, batch, linears, host_inputs, parameters  # weights: FSDP brings them back where they were
+        if host_inputs:
+            host_inputs.let_go()
+        else:
+            ctx.save_for_backward(x, *((*attended, mid, gate_up, work.linears.lows) if layer.keep else ()))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        layer, batch, linears, parameters = ctx.work_of
-        x, *kept = ctx.saved_tensors
+        layer, batch, linears, host_inputs, parameters = ctx.work_of
+        x, *kept = [host_inputs.bring(ctx.waiting)] if host_inputs else ctx.saved_tensors
         *attended, mid, gate_up, lows = kept or [None] * 3
         work = LayerPass(layer, batch, linears, parameters, x, lows)
         if not kept:
@@ -124,7 +128,7 @@ class _Function(torch.autograd.Function):
         dmid = work.mlp_backward(dy.flatten(0, 1).contiguous(), mid, gate_up)
         del kept, mid, gate_up
         dx = work.attend_backward(dmid, x, attended, need_dx=ctx.needs_input_grad[0])
-        return dx if dx is None else dx.view_as(dy), None, None, None, *work.linears.gradients()
+        return dx if dx is None else dx.view_as(dy), None, None, None, None, *work.linears.gradients()
 
 
 def use_fp8_products(model: nn.Module) -> None:

@@ -93,7 +93,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "loss workspace": _loss_backward(s)},
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else all_layers,
-            "gather buffers": prefetched_layer, "kept activations": kept,
+            "gather buffers": prefetched_layer, "kept activations": kept + s.inputs_back * (not s.kept_layers),
             "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction,
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "backward, second layer": {
@@ -120,7 +120,7 @@ def _of_first_two_layers(s: Setup) -> float:
     """What they keep: all of it where every layer does, else their inputs."""
     if s.kept_layers >= s.shape.layers:
         return 2 * s.kept_activations / s.shape.layers
-    return 0.0 if s.activation_offload else 2 * s.hidden_state
+    return s.inputs_back or 2 * s.hidden_state
 
 
 def resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:
@@ -201,7 +201,7 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     if s.optimizer_offload:
         states = trainable * (s.trained + s.optimizer_state)
         state = {"gradients, optimizer state": states, "page-locking": states * MEASURED.page_lock}
-    activations = ranks * s.shape.layers * _power_of_two(s.hidden_state) if s.activation_offload else 0.0
+    activations = ranks * s.inputs_in_host_ram * (1 + MEASURED.page_lock)
     # those of one pass travel while the next one's are looked up
     rows = 2 * ranks * _power_of_two(s.hidden_state) if s.looks_up_in_host_ram else 0.0
     # a checkpoint is written tensor by tensor, each rank of the first copy its rows; an adapter's tensors are small
@@ -215,7 +215,7 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
     return {
         "load": {"processes": loading, **always},
         "step": {
-            "processes": training, **always, **state, "embedded rows": rows, "kept activations": activations, **copy},
+            "processes": training, **always, **state, "embedded rows": rows, "layers' inputs": activations, **copy},
         "save": {"processes": training, **always, **state, **copy, "tensor being saved": max(copies, gathered)},
     }  # fmt: skip
 

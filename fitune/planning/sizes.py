@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fitune.config.model_shapes import ModelShape
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES
-from fitune.config.tiles import LOSS_TOKENS, LOSS_TOKENS_OF_A_TRAINED_HEAD, MLP_TILE
+from fitune.config.tiles import INPUT_AHEAD_BYTES, LOSS_TOKENS, LOSS_TOKENS_OF_A_TRAINED_HEAD, MLP_TILE
 
 GIB = 2**30
 FP8, BF16, FP32 = 1, 2, 4  # bytes
@@ -324,6 +324,17 @@ class Setup:
         inputs = self.kept_layers if self.activation_offload else self.shape.layers
         more = self.kept_layers * (self.saved_by_layer + self.full * self.hidden_state)
         return inputs * self.hidden_state + more
+
+    @property
+    def inputs_in_host_ram(self) -> float:
+        """Of one rank's recomputed layers, from forward to backward."""
+        return self.recomputed_layers * self.hidden_state * self.activation_offload
+
+    @property
+    def inputs_back(self) -> float:
+        """Of those, on the GPU in the backward pass: that of the layer that computes, and the one that comes next."""
+        ahead = self.hidden_state <= INPUT_AHEAD_BYTES
+        return min(self.recomputed_layers, 1 + ahead) * self.hidden_state * self.activation_offload
 
     @property
     def loss_tile(self) -> float:

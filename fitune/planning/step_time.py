@@ -183,8 +183,7 @@ def _host_bytes(s: Setup) -> float:
     layers = 2 * s.shape.layers * s.layer_weights / s.shards * s.offload
     embedding = s.hidden_state if s.looks_up_in_host_ram else s.embedding / s.shards
     embeddings = (embedding + s.embedding / s.shards) * s.embedding_in_ram
-    activations = 2 * s.shape.layers * s.hidden_state * s.activation_offload
-    return layers + embeddings + activations + s.gradients * _gradients_travel(s)
+    return layers + embeddings + 2 * s.inputs_in_host_ram + s.gradients * _gradients_travel(s)
 
 
 def _gradients_travel(s: Setup) -> bool:

@@ -18,7 +18,7 @@ from fitune.model.sharding import local_part
 from fitune.training.adamw_rows import AdamWOnRows
 from fitune.training.gradient_norm import norm_of_gradients, scale_to
 from fitune.training.ring import Ring, Slot
-from fitune.weights.streaming import pin_in_place
+from fitune.weights.host_ram import pin_in_place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Part = Sequence[torch.Tensor]

@@ -6,7 +6,6 @@ gradient, codes and scales of some rows travel in, the kernel runs, codes and sc
 `fitune.training.ring`.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,22 +17,10 @@ from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES, PIECE
 from fitune.model.sharding import local_part
 from fitune.training.moment import Moment
 from fitune.training.ring import Ring, Slot
-from fitune.weights.streaming import PIN_FROM_BYTES, pin_in_place
+from fitune.weights.host_ram import host_zeros
 
 BLOCK = 64
 "The smallest one: a slot has room for the scales of as many blocks."
-
-
-def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, beside: torch.device) -> torch.Tensor:
-    """Host RAM, page-locked where `beside`, the device it is for, is a GPU: by its size, but for small tensors.
-
-    All of it must be: a copy from or to other memory would have Python wait for the GPU.
-    """
-    on_gpu, size = beside.type == "cuda", dtype.itemsize * math.prod(shape)
-    tensor = torch.zeros(shape, dtype=dtype, pin_memory=on_gpu and size < PIN_FROM_BYTES)
-    if on_gpu:
-        pin_in_place(tensor)
-    return tensor
 
 
 class MomentSlot(Slot):

@@ -1,8 +1,7 @@
 """Room on the GPU through which pieces of what lies in host RAM travel: in, be worked on, and out again.
 
-Two streams, one each way, so that both directions of the link are busy at once. They share a ring of slots. A slot's
-events say when it is full and when it is free, so Python never waits, and no memory is taken on the way. On the CPU,
-where tests run, the same happens without streams.
+The streams of both directions share a ring of slots. A slot's events say when it is full and when it is free, so Python
+never waits, and no memory is taken on the way.
 """
 
 from collections import deque
@@ -11,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from fitune.config.optimizer_pieces import SLOTS
+from fitune.weights.host_ram import HostLink
 
 
 class Slot:
@@ -20,32 +20,16 @@ class Slot:
     "Events."
 
 
-class Ring:
-    """The slots, and the two streams beside the one that computes; on the CPU no streams and no events.
+class Ring(HostLink):
+    """The slots, and the link they travel by.
 
     `make_slot` allocates a slot's tensors on the device it is given.
     """
 
     def __init__(self, device: torch.device, make_slot: Callable[[torch.device], Slot]):
-        self.device, self.make_slot, self.on_gpu = device, make_slot, device.type == "cuda"
+        super().__init__(device)
+        self.make_slot = make_slot
         self._slots: deque[Slot] = deque()
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.on_gpu else [None, None]
-
-    def inwards(self):
-        """A context: what is queued in it goes to the GPU."""
-        return torch.cuda.stream(self._streams[0])  # of None: nothing changes
-
-    def outwards(self):
-        return torch.cuda.stream(self._streams[1])
-
-    def event(self):
-        """Records one on the stream in use."""
-        return torch.cuda.current_stream(self.device).record_event() if self.on_gpu else None
-
-    def wait(self, event) -> None:
-        """Lets the stream in use wait."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
 
     def filling(self) -> "_Filling":
         """A context on the stream inwards, whose value is the slot to fill, free by then."""
@@ -73,11 +57,6 @@ class Ring:
         for stream in (self.inwards, self.outwards):
             with stream():
                 self.wait(ready)
-
-    def finish(self) -> None:
-        """Waits until everything that was queued is done."""
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
 
     def clear(self) -> None:
         """Gives the slots' memory back, after `finish`; the next piece makes new ones."""

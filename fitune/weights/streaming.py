@@ -1,6 +1,5 @@
 """Reads byte ranges of a checkpoint ahead of their use: threads fill buffers while earlier ones are consumed."""
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
-from fitune.errors import FituneError
 from fitune.weights.safetensors_files import Checkpoint
 
 THREADS = 8
 STEPS_AHEAD = 64
 "Enough that small reads never leave the disk idle."
-PIN_FROM_BYTES = 2**20
 
 
 @dataclass
@@ -82,23 +79,3 @@ def stream(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an error, or a signal, does not wait for what was to be read ahead
             raise
-
-
-def pin_in_place(tensor: torch.Tensor) -> None:
-    """Page-locks a large CPU tensor's storage where it is, so that FSDP copies it to the GPU asynchronously.
-
-    `Tensor.pin_memory()` would copy it into an allocation rounded up to a power of two: 12 % more host RAM for the 70B
-    model. Small tensors may share a page with a neighbour; FSDP pins those in its own way. The lock ends with the
-    storage: CUDA would refuse copies from memory that is used again and locked in part.
-    """
-    if tensor.device.type == "cpu" and tensor.nbytes >= PIN_FROM_BYTES and not tensor.is_pinned():
-        storage = tensor.untyped_storage()
-        cuda = torch.cuda.cudart()
-        code = cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
-        if int(code) != 0:
-            raise FituneError(
-                f"page-locking {storage.nbytes() / 2**30:.2f} GiB of host RAM failed (CUDA's error {int(code)}): "
-                "free RAM on this machine, or take a profile without offload"
-            )
-        unlock = weakref.finalize(storage, cuda.cudaHostUnregister, storage.data_ptr())
-        unlock.atexit = False  # the process ends its locks itself

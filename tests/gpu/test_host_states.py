@@ -5,7 +5,7 @@ import torch
 
 from fitune.training import host_states
 from fitune.training.adamw_8bit import AdamW8bit
-from fitune.weights.streaming import pin_in_place
+from fitune.weights.host_ram import pin_in_place
 
 pytestmark = [
     pytest.mark.gpu,

@@ -166,8 +166,13 @@ def test_what_is_turned_on_moves_bytes_where_it_says():
     kept = replace(base, kept_layers=base.shape.layers)
     assert gpu_peak(kept).total > gpu_peak(base).total + 35 * GIB
     activations = replace(base, activation_offload=True)
-    assert gpu_peak(activations).components.get("kept activations", 0) == 0
-    assert host_moments(activations)["step"]["kept activations"] == 80 * 64 * 2**20  # 48 MiB rounded to 64
+    in_backward = gpu_moments(activations)["backward, second layer"]
+    assert in_backward["kept activations"] == 2 * 48 * 2**20, "of the layer that computes, and of the one before"
+    assert host_moments(activations)["step"]["layers' inputs"] == pytest.approx(80 * 48 * 2**20 * 1.028)
+    long_row = replace(activations, max_length=65_536)
+    assert gpu_moments(long_row)["backward, second layer"]["kept activations"] == long_row.hidden_state
+    some_kept = host_moments(replace(activations, kept_layers=20))["step"]["layers' inputs"]
+    assert some_kept == pytest.approx(60 * 48 * 2**20 * 1.028), "those of kept layers stay"
 
 
 def test_more_of_anything_never_takes_less():

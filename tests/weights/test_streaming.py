@@ -3,7 +3,6 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,25 +112,3 @@ def test_a_read_that_fails_ends_the_stream_and_what_was_to_be_read(monkeypatch):
         stream(disk, steps, pin_memory=False)
     assert used == [0]
     assert len(disk.together) <= 2 * streaming.THREADS
-
-
-def test_memory_is_page_locked_as_long_as_its_storage_lives(monkeypatch):
-    locked = {}
-    cudart = SimpleNamespace(
-        cudaHostRegister=lambda address, size, flags: locked.update({address: size}) or 0, cudaHostUnregister=locked.pop
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    tensor = torch.zeros(2**20, dtype=torch.uint8)
-    streaming.pin_in_place(tensor)
-    part = torch.nn.Parameter(tensor, requires_grad=False)[10:]
-    assert locked == {tensor.data_ptr(): 2**20}
-    del tensor
-    assert locked
-    del part
-    assert not locked
-
-
-def test_memory_that_cannot_be_page_locked_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
-    with pytest.raises(FituneError, match=r"page-locking 0\.50 GiB of host RAM failed \(CUDA's error 2\): free RAM"):
-        streaming.pin_in_place(torch.empty(2**29, dtype=torch.uint8))

@@ -1,0 +1,95 @@
+"""Layers' inputs in host RAM: the same numbers, travelling in this order, in RAM that is used again."""
+
+import copy
+
+import pytest
+import torch
+from reference_layers import HIDDEN, LAYERS, adapted, assert_equal, packed, padded, plain, run, written_out_copy
+
+from fitune.model import host_inputs
+from fitune.model.activations import keep_activations
+from fitune.model.host_inputs import HostInputs
+
+
+@pytest.fixture
+def travels(monkeypatch) -> list[str]:
+    """What happens: which input leaves, starts to come back and is asked for, counted from the pass's first."""
+    happened, numbers = [], {}
+    leave, start, bring = HostInputs.leave, HostInputs._start, HostInputs.bring
+
+    def watched_leave(self, x):
+        waiting = leave(self, x)
+        if x.numel():
+            numbers[id(waiting)] = len([entry for entry in happened if entry.startswith("out")]) % LAYERS
+            happened.append(f"out {numbers[id(waiting)]}")
+        return waiting
+
+    def watched_start(self, waiting):
+        if waiting.arriving is None:
+            happened.append(f"in {numbers[id(waiting)]}")
+        start(self, waiting)
+
+    def watched_bring(self, waiting):
+        if not isinstance(waiting, torch.Tensor):
+            happened.append(f"for {numbers[id(waiting)]}")
+        return bring(self, waiting)
+
+    for name, watched in (("leave", watched_leave), ("_start", watched_start), ("bring", watched_bring)):
+        monkeypatch.setattr(HostInputs, name, watched)
+    return happened
+
+
+OUT = ["out 0", "out 1", "out 2"]
+
+
+def test_the_input_of_the_layer_before_comes_back_while_a_layer_computes(travels):
+    model = written_out_copy(adapted(plain(torch.float32)), 0, offload=True)
+    for _ in range(2):
+        run(model, packed()[0])
+        assert travels == [*OUT, "for 2", "in 2", "in 1", "for 1", "in 0", "for 0"]
+        travels.clear()
+
+
+def test_a_large_input_comes_back_when_its_layer_asks(travels, monkeypatch):
+    monkeypatch.setattr(host_inputs, "INPUT_AHEAD_BYTES", 0)
+    run(written_out_copy(adapted(plain(torch.float32)), 0, offload=True), packed()[0])
+    assert travels == [*OUT, "for 2", "in 2", "for 1", "in 1", "for 0", "in 0"]
+
+
+def test_only_recomputed_layers_send_theirs_and_none_without_gradients(travels):
+    model = written_out_copy(adapted(plain(torch.float32)), LAYERS - 1, offload=True)
+    run(model, packed()[0])
+    assert travels == ["out 0", "for 0", "in 0"]
+    travels.clear()
+    with torch.no_grad():
+        model(inputs_embeds=torch.randn(1, 9, HIDDEN))
+    assert travels == []
+
+
+def test_layers_of_transformers_send_theirs_too(travels):
+    """Method full's."""
+    model, batch = plain(torch.float32).train(), padded()[0]
+    model.model.embed_tokens.requires_grad_(False)
+    expected = run(copy.deepcopy(model), batch)
+    for kept, travelled in ((0, LAYERS), (1, LAYERS - 1), (LAYERS, 0)):
+        ours = copy.deepcopy(model)
+        keep_activations(ours, kept, offload=True)
+        assert_equal(run(ours, batch), expected)
+        assert [entry for entry in travels if entry.startswith("out")] == OUT[:travelled]
+        travels.clear()
+
+
+def test_ram_is_used_again_in_the_next_pass_and_replaced_by_a_longer_one(monkeypatch):
+    sizes = []
+    host_zeros = host_inputs.host_zeros
+    monkeypatch.setattr(
+        host_inputs, "host_zeros", lambda shape, *rest: sizes.append(shape[0]) or host_zeros(shape, *rest)
+    )
+    reference = adapted(plain(torch.float32))
+    model, recomputed = written_out_copy(reference, 0, offload=True), written_out_copy(reference, 0)
+    input_bytes = HIDDEN * 4  # of a token
+    for seed, (lengths, new) in enumerate((((8, 5), LAYERS), ((4, 3), 0), ((8, 5), 0), ((8, 9), LAYERS), ((8, 5), 0))):
+        batch = packed(lengths)[0]
+        assert_equal(run(model, batch, seed=seed), run(recomputed, batch, seed=seed))
+        assert sizes == [sum(lengths) * input_bytes] * new
+        sizes.clear()
