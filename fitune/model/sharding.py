@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fitune.config.schema import Run
 from fitune.errors import FituneError
@@ -134,6 +135,17 @@ def _looks_up_in_host_ram(mesh: DeviceMesh, run: Run) -> bool:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a parameter or its optimizer state; all of it where nothing is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_as(like: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """This rank's `rows` as a tensor that is split like `like`, where they lie; the rows where nothing is sharded.
+
+    `DTensor.from_local` would bring rows in host RAM to the GPU, which is the mesh's device.
+    """
+    if not isinstance(like, DTensor):
+        return rows
+    whole = TensorMeta(like.shape, like.stride(), rows.dtype)
+    return DTensor(rows, DTensorSpec(like.device_mesh, like.placements, tensor_meta=whole), requires_grad=False)
 
 
 def _count_head_as_run(norm: FSDPModule) -> None:

@@ -10,11 +10,10 @@ from itertools import chain, groupby
 from operator import itemgetter
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from fitune.config.optimizer_pieces import FLOAT_PIECE
-from fitune.model.sharding import local_part
+from fitune.model.sharding import local_part, split_as
 from fitune.training.adamw_rows import AdamWOnRows
 from fitune.training.gradient_norm import norm_of_gradients, scale_to
 from fitune.training.ring import Ring, Slot
@@ -167,7 +166,4 @@ def page_locked(moment: torch.Tensor, beside: torch.device) -> torch.Tensor:
     pin_in_place(rows)
     if rows.is_pinned():
         return moment
-    rows = rows.pin_memory()
-    if not isinstance(moment, DTensor):
-        return rows
-    return DTensor.from_local(rows, moment.device_mesh, moment.placements, shape=moment.shape, stride=moment.stride())
+    return split_as(moment, rows.pin_memory())

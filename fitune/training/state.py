@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fitune.config.schema import ADAPTER
 from fitune.errors import FituneError
 from fitune.export.adapter import AdapterFile, saved_name
-from fitune.model.sharding import Share, local_part, local_rows
+from fitune.model.sharding import Share, local_part, local_rows, split_as
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
@@ -169,12 +168,7 @@ class _SavedState:
         rows = self.part(name, key, start, stop)
         if not info.shape:
             return rows
-        rows = rows.to(local_part(parameter).device)
-        if not isinstance(parameter, DTensor):
-            return rows
-        return DTensor.from_local(
-            rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-        )
+        return split_as(parameter, rows.to(local_part(parameter).device))
 
     def __enter__(self):
         return self

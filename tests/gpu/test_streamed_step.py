@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fitune.config.optimizer_pieces import FLOAT_SLOT_BYTES, SLOTS
 from fitune.training import adamw_streamed
@@ -81,3 +84,24 @@ def test_the_slots_take_memory_during_a_step_alone():
     assert torch.cuda.memory_allocated() == before
     taken = torch.cuda.max_memory_allocated() - before
     assert SLOTS * FLOAT_SLOT_BYTES <= taken < 1.01 * SLOTS * FLOAT_SLOT_BYTES
+
+
+def test_moments_of_sharded_weights_stay_in_host_ram():
+    """Small ones, which are page-locked as copies, and large ones."""
+    mesh = DeviceMesh("cuda", torch.tensor([0]), _init_backend=False, _rank=0)
+    weights = []
+    for rows in (4, 4096):
+        meta = TensorMeta(torch.Size([rows, 1024]), (1024, 1), torch.float32)
+        spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
+        values = (torch.ones(rows, 1024) for _ in range(2))
+        weight, gradient = (DTensor(value, spec, requires_grad=False) for value in values)
+        weights.append(torch.nn.Parameter(weight))
+        weights[-1].grad = gradient
+    optimizer = AdamWStreamed(weights, torch.device("cuda", torch.cuda.current_device()), **OPTIONS)
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.memory_allocated() == before
+    for weight in weights:
+        for key in ("exp_avg", "exp_avg_sq"):
+            rows = optimizer.state[weight][key].to_local()
+            assert rows.is_pinned() and rows.unique().numel() == 1

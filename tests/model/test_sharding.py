@@ -9,13 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from ranks import run_ranks, sharded_model, whole
 from rounding import additions_to_gradients, additions_to_logits, assert_equal_but_for_rounding, distance
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fitune.errors import UsageError
 from fitune.model import sharding
-from fitune.model.sharding import local_part, shard_group
+from fitune.model.sharding import local_part, shard_group, split_as
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.training.loss import add_answer_loss, find_answers
 from fitune.training.result import as_on_disk, gather_rows
@@ -220,3 +222,15 @@ def test_transformers_is_told_where_a_model_computes_whose_embedding_waits_elsew
     computes_on(model, torch.device("meta"))
     assert model.device == torch.device("meta") and next(model.parameters()).device.type == "cpu"
     assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_rows_in_host_ram_stay_there_where_the_mesh_is_one_of_gpus():
+    """No GPU is needed to see it: torch's own `from_local` fails here, as it looks for one."""
+    mesh = DeviceMesh("cuda", torch.tensor([0]), _init_backend=False, _rank=0)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(torch.Size([4, 3]), (3, 1), torch.bfloat16))
+    weight = DTensor(torch.zeros(4, 3, dtype=torch.bfloat16), spec, requires_grad=False)
+    rows = torch.arange(12.0).view(4, 3)
+    split = split_as(weight, rows)
+    assert split.to_local().data_ptr() == rows.data_ptr() and split.dtype == torch.float32
+    assert (split.shape, split.placements, split.device_mesh) == (weight.shape, weight.placements, mesh)
+    assert split_as(rows, rows) is rows
