@@ -124,7 +124,7 @@ def _sharded_skeleton(run, model_config: dict, mesh) -> nn.Module:
             run.recipe, Path(folder), tokenizer, torch.bfloat16, "cpu", trained_dtype(run), fp8=in_fp8
         )
     add_answer_loss(decoder(model))
-    keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
+    keep_activations(model, run.profile.kept_layers, attention=run.profile.keeps_attention)
     shard(model, mesh, run, torch.bfloat16, keep_gathered=run.accelerate.keeps_gathered)
     return model.train()
 

@@ -48,13 +48,13 @@ def adapted(model, targets="all-linear", dropout: float = 0.0):
     return model.to(next(model.parameters()).dtype).train()
 
 
-def written_out_copy(model, kept: int = LAYERS, *, offload: bool = False):
+def written_out_copy(model, kept: int = LAYERS, **options: bool):
     """A copy with fitune's layers, the last `kept` of which keep their activations."""
     model = copy.deepcopy(model)
     causal_lm = decoder(model)
     use_written_out_layers(causal_lm)
     causal_lm.set_attn_implementation(PACKED_ATTENTION)
-    keep_activations(model, kept, offload=offload)
+    keep_activations(model, kept, **options)
     return model
 
 

@@ -219,6 +219,11 @@ def with_numbers(run: Run, **numbers: int) -> Run:
     )
 
 
+def with_kept_attention(run: Run, value: bool | str) -> Run:
+    """The run with another `kept_attention`."""
+    return run.model_copy(update={"profile": run.profile.model_copy(update={"kept_attention": value})})
+
+
 def with_resharding(run: Run, value: bool) -> Run:
     """The run with yes or no for `reshard_after_forward`."""
     return run.model_copy(update={"accelerate": run.accelerate.model_copy(update={"reshard_after_forward": value})})
@@ -240,6 +245,11 @@ def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, acc
     if profile.embedding_offload and recipe.method == "full":
         raise UsageError(
             f"profile {profile_name}: embedding_offload is for a frozen base, recipe {recipe_name} is full"
+        )
+    if profile.keeps_attention and recipe.method == "full":
+        raise UsageError(
+            f"profile {profile_name}: kept_attention is for lora and qlora, recipe {recipe_name} is full; use --set "
+            f"profile.kept_attention=auto"
         )
     if bool(profile.num_gpus) == accelerate.use_cpu:
         raise UsageError(

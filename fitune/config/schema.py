@@ -57,6 +57,10 @@ class Profile(Strict):
     """Layers that keep their activations for the backward pass; the others keep their input and compute the rest again.
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
     """
+    kept_attention: Flag | Literal["auto"] = AUTO
+    """Layers that are not kept keep attention's result beside their input and do not compute it again, for lora and
+    qlora: h values a token, which save most of the time where rows are long. `auto`: where `plan` finds it faster.
+    """
     compute: Literal["auto", "bf16", "fp8"] = AUTO
     """In what the decoder layers' linears are multiplied in training: `fp8` needs a GPU of compute capability 8.9 or
     higher. Method lora then keeps their weights so, a byte each; full keeps and trains them as ever.
@@ -72,7 +76,7 @@ class Profile(Strict):
     piece by piece. For `optimizer_state: bf16_8bit`.
     """
     activation_offload: Flag = False
-    "Move the inputs of layers that are not kept to host RAM until the backward pass needs them."
+    "Move what the other layers keep, inputs and attention's results, to host RAM until the backward pass needs it."
     embedding_offload: Flag = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."
     async_save: Flag | Literal["auto"] = AUTO
@@ -97,6 +101,11 @@ class Profile(Strict):
     @property
     def methods(self) -> set[str]:
         return {method for methods in self.fits.values() for method in methods}
+
+    @property
+    def keeps_attention(self) -> bool:
+        """`auto`, in a run that `plan` has not filled, is a no."""
+        return self.kept_attention is True
 
     @property
     def saves_async(self) -> bool:

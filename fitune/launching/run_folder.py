@@ -37,7 +37,7 @@ FOLLOWS_EVALUATIONS = "reduce_lr_on_plateau"
 
 
 def as_started(run: Run) -> Run:
-    """A run that is resumed, with what `plan` chose at its start: copies, rows, kept layers, gathered weights."""
+    """A run that is resumed, with what `plan` chose at its start: copies, rows, what is kept, gathered weights."""
     file = run.folder / SETTINGS
     if not file.is_file():
         return run
@@ -45,6 +45,8 @@ def as_started(run: Run) -> Run:
     spread = [(one.accelerate.num_processes, one.accelerate.num_machines) for one in (old, run)]
     if run.profile.replicas == AUTO and spread[0] == spread[1]:  # other GPUs can hold another number
         run = run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": old.profile.replicas})})
+    if run.profile.kept_attention == AUTO:
+        run = runs.with_kept_attention(run, old.profile.kept_attention)
     if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
         run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
     return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})

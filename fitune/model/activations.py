@@ -7,10 +7,11 @@ from fitune.model.layer import DecoderLayer
 from fitune.model.skeleton import decoder
 
 
-def keep_activations(model: nn.Module, kept_layers: int, *, offload: bool) -> None:
+def keep_activations(model: nn.Module, kept_layers: int, *, attention: bool = False, offload: bool = False) -> None:
     """The last `kept_layers` keep theirs, since the backward pass frees them first; the others keep their input.
 
-    With `offload` the inputs of the others wait in host RAM.
+    With `attention` the others keep attention's result, too; layers of transformers don't. With `offload` what the
+    others keep waits in host RAM.
     """
     causal_lm = decoder(model)
     layers = causal_lm.model.layers
@@ -21,7 +22,8 @@ def keep_activations(model: nn.Module, kept_layers: int, *, offload: bool) -> No
     for number, layer in enumerate(layers):
         keep = number >= first_kept
         if isinstance(layer, DecoderLayer):
-            layer.keep, layer.host_inputs = keep, None if keep else host_inputs
+            layer.keep, layer.keep_attention = keep, attention
+            layer.host_inputs = None if keep else host_inputs
         elif keep:
             layer.gradient_checkpointing = False
         elif host_inputs:

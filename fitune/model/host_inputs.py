@@ -1,12 +1,12 @@
-"""Layers' inputs that wait in host RAM for the backward pass: they travel while layers compute.
+"""What layers need to compute the rest again in the backward pass, in host RAM: it travels while layers compute.
 
-Forward: a layer's input leaves beside the layer's own computing. Backward: while a layer computes, the input of the one
-before it comes back, unless it is so large that its travel is nothing beside what is computed from it. The RAM is
-page-locked and used again in the next pass.
+Forward: a layer's input leaves beside the layer's own computing, and attention's result after it, where that is kept.
+Backward: while a layer computes, what the one before it needs comes back, unless it is so large that its travel is
+nothing beside what is computed from it. The RAM is page-locked and used again in the next pass.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 
 import torch
@@ -15,18 +15,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from fitune.config.tiles import INPUT_AHEAD_BYTES
 from fitune.weights.host_ram import HostLink, host_zeros
 
+FEW = 2
+"Numbers of a tensor that stays where it is: the state of a random generator, which attention returns."
+
 
 @dataclass
 class _Waiting:
-    """An input in host RAM."""
+    """What one layer needs."""
 
-    host: torch.Tensor
-    room: torch.Tensor
-    "What `host` is the beginning of, bytes."
     before: "_Waiting | None"
     "That of the layer before, in the same pass."
-    device: torch.device
-    arriving: torch.Tensor | None = None
+    parts: list[torch.Tensor] = field(default_factory=list)
+    "In host RAM, but for what stays."
+    rooms: list[torch.Tensor] = field(default_factory=list)
+    "The bytes that they lie in."
+    arriving: list[torch.Tensor] | None = None
     arrived: torch.cuda.Event | None = None
 
 
@@ -41,19 +44,12 @@ class HostInputs:
         "Of those that wait, the one that left last."
         self._leaving: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
 
-    def leave(self, x: torch.Tensor) -> _Waiting | torch.Tensor:
-        """What `bring` takes to return an equal tensor. `x` must not change before `let_go`."""
-        x = x.detach()
-        if not x.numel():
-            return x
-        self._link = link = self._link or HostLink(x.device)
-        room = self._room(x.nbytes, x.device)
-        self._last = waiting = _Waiting(room[: x.nbytes].view(x.dtype).view(x.shape), room, self._last, x.device)
-        ready = link.event()
-        with link.outwards():
-            link.wait(ready)
-            waiting.host.copy_(x, non_blocking=True)
-            self._leaving.append((x, link.event()))
+    def leave(self, tensors: Sequence[torch.Tensor], waiting: _Waiting | None = None) -> _Waiting:
+        """What `bring` takes to return equal tensors. With `waiting` they join it. None may change before `let_go`."""
+        if waiting is None:
+            self._last = waiting = _Waiting(self._last)
+        for tensor in tensors:
+            waiting.parts.append(tensor if tensor.numel() <= FEW else self._to_host_ram(tensor.detach(), waiting))
         return waiting
 
     def let_go(self) -> None:
@@ -62,47 +58,74 @@ class HostInputs:
             _, left = self._leaving.pop()
             self._link.wait(left)
 
-    def bring(self, waiting: _Waiting | torch.Tensor) -> torch.Tensor:
-        """The input where it was before, once. The layers' backward passes must ask in their order."""
-        if isinstance(waiting, torch.Tensor):
-            return waiting
+    def bring(self, waiting: _Waiting) -> list[torch.Tensor]:
+        """The tensors where they were before, once. The layers' backward passes must ask in their order."""
         self._start(waiting)
         self._link.wait(waiting.arrived)
-        x, waiting.arriving, self._last = waiting.arriving, None, waiting.before
-        self._rooms.append(waiting.room)
-        if waiting.before and waiting.before.host.nbytes <= INPUT_AHEAD_BYTES:
-            self._start(waiting.before)
-        waiting.before = None
-        return x
+        tensors, before, self._last = waiting.arriving, waiting.before, waiting.before
+        self._rooms.extend(waiting.rooms)
+        if before and sum(part.nbytes for part in before.parts) <= INPUT_AHEAD_BYTES:
+            self._start(before)
+        waiting.before = waiting.arriving = None
+        return tensors
 
     def around(self, checkpoint: Callable) -> Callable:
-        """torch's `checkpoint`, whose inputs wait here."""
+        """torch's `checkpoint`, whose input waits here."""
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | _Waiting:
+            return tensor if tensor.numel() <= FEW else self.leave([tensor])
+
+        def unpack(packed: torch.Tensor | _Waiting) -> torch.Tensor:
+            return packed if isinstance(packed, torch.Tensor) else self.bring(packed)[0]
 
         @wraps(checkpoint)
         def checkpoint_in_host_ram(*args, **kwargs):
-            with saved_tensors_hooks(self.leave, self.bring):
+            with saved_tensors_hooks(pack, unpack):
                 result = checkpoint(*args, **kwargs)
             self.let_go()
             return result
 
         return checkpoint_in_host_ram
 
+    def _to_host_ram(self, tensor: torch.Tensor, waiting: _Waiting) -> torch.Tensor:
+        self._link = link = self._link or HostLink(tensor.device)
+        waiting.rooms.append(self._room(tensor.nbytes, tensor.device))
+        host = waiting.rooms[-1][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        ready = link.event()
+        with link.outwards():
+            link.wait(ready)
+            host.copy_(tensor, non_blocking=True)
+            self._leaving.append((tensor, link.event()))
+        return host
+
     def _start(self, waiting: _Waiting) -> None:
-        """Starts its way back, if that is not done."""
+        """Starts the way back, if that is not done."""
         if waiting.arriving is not None:
             return
         link = self._link
-        waiting.arriving = torch.empty_like(waiting.host, device=waiting.device, pin_memory=False)
+        waiting.arriving = [
+            part if part.numel() <= FEW else torch.empty_like(part, device=link.device, pin_memory=False)
+            for part in waiting.parts
+        ]
         ready = link.event()  # the memory just taken may still be read by kernels that were queued before
         with link.inwards():
             link.wait(ready)
-            waiting.arriving.copy_(waiting.host, non_blocking=True)
+            for part, place in zip(waiting.parts, waiting.arriving, strict=True):
+                if place is not part:
+                    place.copy_(part, non_blocking=True)
             waiting.arrived = link.event()
 
     def _room(self, size: int, beside: torch.device) -> torch.Tensor:
-        """Page-locked RAM of at least `size` bytes; what is too small for this pass goes."""
-        while self._rooms:
-            room = self._rooms.pop()
-            if len(room) >= size:
-                return room
-        return host_zeros((size,), torch.uint8, beside)
+        """Page-locked RAM of at least `size` bytes: the smallest that is large enough.
+
+        Where none is, all go: they are those of shorter rows.
+        """
+        enough = [room for room in self._rooms if len(room) >= size]
+        if not enough:
+            if self._rooms:
+                self._link.finish()  # what was in them may still be on its way
+                self._rooms.clear()
+            return host_zeros((size,), torch.uint8, beside)
+        room = min(enough, key=len)
+        self._rooms = [other for other in self._rooms if other is not room]
+        return room

@@ -11,7 +11,8 @@ Mistral's layer is the same. Those of Qwen2 and some Llamas add a frozen bias to
 and k before it is rotated.
 
 A kept layer saves x, q, k, v, o, mid, gate and up, (4 h + 2 k + 2 i) values a token, and s x A' of each adapter, r
-values. A recomputed one saves x. What is cheap is computed again in both: norms, the activation, dropout. A frozen
+values. A recomputed one saves x; and o, if attention is kept, which takes most of the time where examples are long.
+What is cheap is computed again in all: norms, the activation, dropout. A frozen
 weight has no gradient; NF4 weights are dequantised just before each product (`fitune.model.products`, or in e4m3
 `fitune.model.fp8`). The MLP goes through `MLP_TILE` tokens at a time, so that its working memory does not grow with the
 batch.
@@ -39,8 +40,10 @@ class DecoderLayer(nn.Module):
 
     keep = False
     "Whether what the backward pass needs is kept instead of recomputed."
+    keep_attention = False
+    "Whether attention's result is, where the rest is not."
     host_inputs: HostInputs | None = None
-    "Where its input waits for the backward pass, if in host RAM."
+    "Where its input, and attention's result if kept, wait for the backward pass, if in host RAM."
     fp8 = False
     "Whether training multiplies frozen weights in e4m3. Evaluation never does: the result is to be used without."
 
@@ -104,27 +107,32 @@ class _Function(torch.autograd.Function):
     ):
         """x [rows, length, h] -> the same. `parameters` are those of `linears`."""
         y, x = torch.empty_like(x), x.flatten(0, 1)
-        ctx.waiting = host_inputs.leave(x) if host_inputs else None
+        waiting = host_inputs.leave([x]) if host_inputs else None
         work = LayerPass(layer, batch, linears, parameters, x)
-        mid, attended = work.attend(x)
-        if not layer.keep:
-            del attended  # before the MLP takes its room
+        mid, (qkv, *result) = work.attend(x)
+        kept = [qkv, *result] if layer.keep else result if layer.keep_attention else []
+        if host_inputs:
+            host_inputs.leave(kept, waiting)
+        del qkv, result  # what is not kept, before the MLP takes its room
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, linears, host_inputs, parameters  # weights: FSDP brings them back where they were
+        ctx.waiting = waiting
         if host_inputs:
             host_inputs.let_go()
         else:
-            ctx.save_for_backward(x, *((*attended, mid, gate_up, work.linears.lows) if layer.keep else ()))
+            ctx.save_for_backward(x, *kept, *((mid, gate_up, work.linears.lows) if layer.keep else ()))
         return y
 
     @staticmethod
     def backward(ctx, dy):
         layer, batch, linears, host_inputs, parameters = ctx.work_of
-        x, *kept = [host_inputs.bring(ctx.waiting)] if host_inputs else ctx.saved_tensors
-        *attended, mid, gate_up, lows = kept or [None] * 3
+        x, *kept = host_inputs.bring(ctx.waiting) if host_inputs else ctx.saved_tensors
+        gate_up = lows = None
+        if layer.keep:
+            *attended, mid, gate_up, lows = kept
         work = LayerPass(layer, batch, linears, parameters, x, lows)
-        if not kept:
-            mid, attended = work.attend(x)
+        if not layer.keep:
+            mid, attended = work.attend(x, kept)
         dmid = work.mlp_backward(dy.flatten(0, 1).contiguous(), mid, gate_up)
         del kept, mid, gate_up
         dx = work.attend_backward(dmid, x, attended, need_dx=ctx.needs_input_grad[0])

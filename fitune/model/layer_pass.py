@@ -3,6 +3,7 @@
 `fitune.model.layer` has the formulas, what is kept, and the names of sizes: T tokens, h hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +53,22 @@ class LayerPass:
         self.dropouts = [self._dropout(group) for group in GROUPS]
         "By shared input, of all tokens of the batch; None where nothing is dropped."
 
-    def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """(mid, what the backward pass needs beside x) of the attention half."""
+    def attend(self, x: torch.Tensor, result: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, tuple]:
+        """(mid, what the backward pass needs beside x: qkv and attention's result) of the attention half.
+
+        Attention's `result` is not computed again if it is given.
+        """
         dropout, norm = self.dropouts[QKV], self.layer.input_layernorm
         normed, dropped = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon, dropout)
         qkv = self.linears.multiply(QKV, normed, dropped)
         heads = self._heads_for_attention(qkv, rotated=False)
-        attended, statistics = attention.forward(heads, self.key_heads, *self._examples)
-        attended = attended.reshape(x.shape[0], -1)
+        if not result:
+            attended, statistics = attention.forward(heads, self.key_heads, *self._examples)
+            result = attended.reshape(x.shape[0], -1), *statistics
+        attended = result[0]
         dropped = elementwise.drop(attended, self.dropouts[OUT])
         mid = self.linears.multiply(OUT, attended, dropped, residual=x)
-        return mid, (qkv, attended, *statistics)
+        return mid, (qkv, *result)
 
     def attend_backward(self, dmid: torch.Tensor, x: torch.Tensor, saved, *, need_dx: bool) -> torch.Tensor | None:
         qkv, attended, *statistics = saved

@@ -167,8 +167,9 @@ def as_trained(trained: Setup, reading: Reading = CONVERSATION) -> Holding:
     """
     tokens = min(reading.tokens, trained.shape.max_positions)
     asked = {"micro_batch": reading.rows, "max_length": tokens, "accumulation": 1, "kept_layers": 0}
+    asked |= {"kept_attention": False, "activation_offload": False, "fp8": False, "saves": False}
     load = NF4_BITS if trained.method == "qlora" else STORED
-    way = _holding(replace(trained, **asked, activation_offload=False, fp8=False, saves=False), load, reading)
+    way = _holding(replace(trained, **asked), load, reading)
     return replace(way, gpu=min(way.gpu, gpu_peak(replace(trained, fp8=False)).total / GIB))
 
 

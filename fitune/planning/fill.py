@@ -1,10 +1,11 @@
 """Fills the GPUs: for what is left to `plan`, copies of the model, rows a pass, kept layers and gathered weights.
 
-More kept layers recompute less, more rows a pass launch fewer kernels and gather fewer times, and gathered weights that
-stay until the backward pass are gathered once, not twice; all of it takes memory. So do more copies of the model, of
-which each gathers over fewer GPUs, or not at all. For each number of copies each number of rows is tried with as many
-kept layers as fit beside it, with gathered weights freed and kept. Of what is as fast as the fastest, that is taken
-which gathers nothing, else the fewest copies, then what frees gathered weights, then the fewest rows.
+More kept layers recompute less, and so do others that keep attention's result; more rows a pass launch fewer kernels
+and gather fewer times, and gathered weights that stay until the backward pass are gathered once, not twice. All of it
+takes memory. So do more copies of the model, of which each gathers over fewer GPUs, or not at all. For each number of
+copies each number of rows is tried with as many kept layers as fit beside it, with gathered weights freed and kept, and
+where rows are long with attention kept. Of what is as fast as the fastest, that is taken which gathers nothing, else
+the fewest copies, then what frees gathered weights, then what keeps no attention, then the fewest rows.
 """
 
 import math
@@ -23,6 +24,8 @@ from fitune.planning.plan import ERROR, setup_of, verdicts
 from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
 
+ATTENTION_COUNTS_FROM = 8192
+"Tokens of a row: in shorter ones a kept layer saves more for its memory than kept attention."
 AS_FAST = 0.02
 "Of a step's seconds: for less, no more rows a pass are taken, no gathered weights kept, no copies added."
 
@@ -97,16 +100,21 @@ def _setup(run: Run) -> Setup:
 def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     ways = _resharding(run)
     run = runs.with_resharding(run, ways[0])
-    if not run.left_to_plan and len(ways) == 1:
+    attention = _kept_attention(run)
+    if not run.left_to_plan and len(ways) == len(attention) == 1:
         return run
     setup = _setup(run)
     limits = with_room_for_error(limits)
-    tried = product(_rows(run), (replace(setup, reshard=way) for way in ways))
-    choices = [choice for rows, one in tried if (choice := _most_kept(run, one, rows, limits))]
+    tried = product(_rows(run), ways, attention)
+    choices = [
+        choice
+        for rows, way, kept in tried
+        if (choice := _most_kept(run, replace(setup, reshard=way, kept_attention=kept), rows, limits))
+    ]
     if not choices:
         return run.model_copy(update={"left_to_plan": ()})
     best = _least_of_the_fastest(choices, gpu)
-    run = runs.with_resharding(run, best.reshard)
+    run = runs.with_resharding(runs.with_kept_attention(run, best.kept_attention), best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
 
 
@@ -118,11 +126,19 @@ def _resharding(run: Run) -> tuple[bool, ...]:
     return (True, False) if run.gathers_between_gpus else (True,)
 
 
+def _kept_attention(run: Run) -> tuple[bool, ...]:
+    """The values of `kept_attention` to try, first what takes less memory."""
+    if run.profile.kept_attention != AUTO:
+        return (run.profile.kept_attention,)
+    is_long = run.recipe.max_length >= ATTENTION_COUNTS_FROM
+    return (False, True) if is_long and run.recipe.method != "full" else (False,)
+
+
 def _least_of_the_fastest(choices: list[Setup], gpu: GpuModel) -> Setup:
-    """Of the choices that are as fast as the fastest, one that frees gathered weights, then with the fewest rows."""
+    """Of the choices that are as fast as the fastest, the one that takes least, in the order told above."""
     seconds = [step_seconds(choice, gpu)["total"] for choice in choices]
     as_fast = [choice for choice, took in zip(choices, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
-    return min(as_fast, key=lambda choice: (not choice.reshard, choice.micro_batch))
+    return min(as_fast, key=lambda choice: (not choice.reshard, choice.kept_attention, choice.micro_batch))
 
 
 def with_room_for_error(limits: Limits) -> Limits:

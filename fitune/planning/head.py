@@ -14,7 +14,15 @@ from fitune.planning.network import Way, network_lines
 from fitune.planning.outlook import Outlook, way_out
 from fitune.planning.plan import Plan, Time, Verdict, needed_disk
 from fitune.planning.sizes import Setup
-from fitune.planning.words import KEEPS_GATHERED, copies_in_words, described, ranks_in_words, rounded, timed
+from fitune.planning.words import (
+    KEEPS_GATHERED,
+    copies_in_words,
+    described,
+    kept_in_words,
+    ranks_in_words,
+    rounded,
+    timed,
+)
 
 GAP = 2
 "Columns between the longest label and the texts."
@@ -101,7 +109,7 @@ def _run(plan: Plan) -> Iterator[Line]:
         "model", f"{s.shape.parameters / 1e6:,.0f} M parameters, {s.trainable / 1e6:,.0f} M trained ({s.method})"
     )
     yield Line("on", f"{ranks_in_words(s)}{copies_in_words(s)}, {where}")
-    kept = f"{s.kept_layers} of {s.shape.layers} layers kept" + f", {KEEPS_GATHERED}" * (not s.reshard)
+    kept = kept_in_words(s) + f", {KEEPS_GATHERED}" * (not s.reshard)
     fp8 = f", {in_fp8.note(plan)}" if s.fp8 else ""
     yield Line("a pass", f"{s.micro_batch} x {s.max_length:,} tokens, {kept}{fp8}")
 

@@ -67,7 +67,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     one_embedding = one_embedding if s.one_embedding else {}
     last_reduction = head_reduction * (not s.one_embedding)
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.reduced else 0.0
-    last_layer, second_layer = (s.layer_backward - kept_here * s.saved_by_layer for kept_here in _last_and_first(s))
+    last_layer, second_layer = (s.layer_backward - _there_before(s, is_kept) for is_kept in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     always = resident(s)
     before = {**always, "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
@@ -116,11 +116,16 @@ def _last_and_first(s: Setup) -> tuple[bool, bool]:
     return s.kept_layers > 0, s.kept_layers >= s.shape.layers
 
 
+def _there_before(s: Setup, is_kept: bool) -> float:
+    """Of what a layer's backward pass holds: what is counted as kept activations."""
+    return s.saved_by_layer if is_kept else s.attention_result * s.kept_attention
+
+
 def _of_first_two_layers(s: Setup) -> float:
-    """What they keep: all of it where every layer does, else their inputs."""
+    """What they keep: all of it where every layer does."""
     if s.kept_layers >= s.shape.layers:
         return 2 * s.kept_activations / s.shape.layers
-    return s.inputs_back or 2 * s.hidden_state
+    return s.inputs_back or 2 * s.kept_by_recomputed_layer
 
 
 def resident(s: Setup, *, optimizer: bool = True) -> dict[str, float]:

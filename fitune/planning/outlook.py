@@ -38,7 +38,7 @@ class Outlook:
 
 def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
     """Everything that `plan` says beside the run that was asked for; `own` are files of profiles beside the shipped."""
-    smallest = replace(plan.setup, kept_layers=0, reshard=True, replicas=1)
+    smallest = replace(plan.setup, kept_layers=0, kept_attention=False, reshard=True, replicas=1)
     return Outlook(
         [] if plan.fits else nearest_changes(plan, own),
         largest_micro_batch(smallest, plan.limits),
@@ -82,6 +82,8 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
         if rows < setup.micro_batch:
             passes = math.ceil(run.recipe.global_batch_size / (rows * setup.ranks))
             changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
+    if setup.kept_attention:
+        changes.append(("--set profile.kept_attention=false", {"kept_attention": False}))
     if setup.kept_layers:
         changes.append((f"--set profile.kept_layers={setup.kept_layers // 2}", {"kept_layers": setup.kept_layers // 2}))
         changes.append(("--set profile.kept_layers=0", {"kept_layers": 0}))

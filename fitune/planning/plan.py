@@ -171,6 +171,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         streams_adamw=run.streams_adamw,
         embedding_offload=profile.embedding_offload,
         kept_layers=min(profile.kept_layers, shape.layers),
+        kept_attention=profile.keeps_attention,
         activation_offload=profile.activation_offload,
         fp8=profile.compute == "fp8",
         reshard=not accelerate.keeps_gathered,

@@ -57,6 +57,8 @@ def as_typed(run: Run, sets: tuple[str, ...] = ()) -> str:
     as_shipped = filled(shipped, limits_of(shipped)).profile
     found = {key: getattr(run.profile, key) for key in ("replicas", *SMALLEST)}
     changes = [f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key)]
+    if (attention := run.profile.keeps_attention) != as_shipped.keeps_attention:
+        changes.append(f"profile.kept_attention={str(attention).lower()}")
     return " --set ".join([shlex.quote(run.profile_name), *changes])
 
 

@@ -51,7 +51,10 @@ class Setup:
     embedding_offload: bool = False
     kept_layers: int = 0
     "Layers that keep their activations; the others compute them again."
+    kept_attention: bool = False
+    "The others keep attention's result beside their input."
     activation_offload: bool = False
+    "What the others keep waits in host RAM."
     fp8: bool = False
     "The decoder layers' linears are multiplied in fp8; method lora keeps them so."
     reshard: bool = True
@@ -276,8 +279,7 @@ class Setup:
     @cached_property
     def saved_by_layer(self) -> float:
         """What one layer keeps for its backward pass, its input left out."""
-        h, q, i = self.hidden_state, self.query_heads, self.inner_state
-        softmax_sums = self.tokens * self.shape.heads * FP32
+        h, q, i, softmax_sums = self.hidden_state, self.query_heads, self.inner_state, self.softmax_sums
         if not self.full:  # fitune.model.layer: q, k, v; attention's output; the MLP's input; gate and up; LoRA's x A'
             lows = self.tokens * self.lora_r * len(self.lora_targets) * self.compute
             return h + 2 * q + 2 * self.shared_heads + softmax_sums + 2 * i + lows
@@ -287,6 +289,16 @@ class Setup:
         mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
         inputs = 2 * h + i  # the linears' own: two norms, SwiGLU's product
         return attention + bias + mlp + inputs + self.fp8_scales
+
+    @property
+    def softmax_sums(self) -> float:
+        """Of each head and token, in float32."""
+        return self.tokens * self.shape.heads * FP32
+
+    @property
+    def attention_result(self) -> float:
+        """What one layer's attention returns: the heads' output, and what its backward pass needs beside it."""
+        return self.query_heads + self.softmax_sums
 
     @cached_property
     def layer_backward(self) -> float:
@@ -321,20 +333,24 @@ class Setup:
     @property
     def kept_activations(self) -> float:
         """Alive from forward to backward: each layer's input, and all that kept layers save."""
-        inputs = self.kept_layers if self.activation_offload else self.shape.layers
-        more = self.kept_layers * (self.saved_by_layer + self.full * self.hidden_state)
-        return inputs * self.hidden_state + more
+        by_a_kept_one = self.hidden_state + self.saved_by_layer + self.full * self.hidden_state
+        by_the_others = self.recomputed_layers * self.kept_by_recomputed_layer * (not self.activation_offload)
+        return self.kept_layers * by_a_kept_one + by_the_others
+
+    @property
+    def kept_by_recomputed_layer(self) -> float:
+        return self.hidden_state + self.attention_result * self.kept_attention
 
     @property
     def inputs_in_host_ram(self) -> float:
-        """Of one rank's recomputed layers, from forward to backward."""
-        return self.recomputed_layers * self.hidden_state * self.activation_offload
+        """What one rank's recomputed layers keep there, from forward to backward."""
+        return self.recomputed_layers * self.kept_by_recomputed_layer * self.activation_offload
 
     @property
     def inputs_back(self) -> float:
-        """Of those, on the GPU in the backward pass: that of the layer that computes, and the one that comes next."""
-        ahead = self.hidden_state <= INPUT_AHEAD_BYTES
-        return min(self.recomputed_layers, 1 + ahead) * self.hidden_state * self.activation_offload
+        """Of that, on the GPU in the backward pass: what the layer that computes has kept, and the next one."""
+        ahead = self.kept_by_recomputed_layer <= INPUT_AHEAD_BYTES
+        return min(self.recomputed_layers, 1 + ahead) * self.kept_by_recomputed_layer * self.activation_offload
 
     @property
     def loss_tile(self) -> float:

@@ -133,7 +133,8 @@ def _attention_flops(s: Setup) -> float:
     Rows are taken to be one example each: packed rows of many short ones need less.
     """
     pairs = s.mask_positions or s.tokens * s.max_length / 2
-    return 4 * pairs * s.shape.heads * s.shape.head_dim * s.shape.layers * (_layer_passes(s) + 1.5)
+    passes = 2 if s.kept_attention else _layer_passes(s)
+    return 4 * pairs * s.shape.heads * s.shape.head_dim * s.shape.layers * (passes + 1.5)
 
 
 def _attention_efficiency(s: Setup, model: GpuModel) -> float:

@@ -20,8 +20,13 @@ def described(plan: Plan) -> str:
         ranks += f" ({numbers(plan.used_cards)})"
     ranks += copies_in_words(setup)
     rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
-    kept = f"{setup.kept_layers} of {setup.shape.layers} layers kept"
-    return ", ".join([ranks, *places(plan), rows, kept, *([] if setup.reshard else [KEEPS_GATHERED])])
+    return ", ".join([ranks, *places(plan), rows, kept_in_words(setup), *([] if setup.reshard else [KEEPS_GATHERED])])
+
+
+def kept_in_words(setup: Setup) -> str:
+    """Which layers keep what until the backward pass."""
+    attention = ", of the others attention" * (setup.kept_attention and setup.recomputed_layers > 0)
+    return f"{setup.kept_layers} of {setup.shape.layers} layers kept{attention}"
 
 
 def ranks_in_words(setup: Setup) -> str:

@@ -82,7 +82,7 @@ def as_held(run: Run, config: Path | None, rows: int | None = None) -> Run:
     processes = read_accelerate_config(config)
     changed = {
         "num_gpus": 0 if processes.use_cpu else processes.num_processes, "micro_batch": 1, "kept_layers": 0,
-        "embedding_offload": False, "activation_offload": False, "replicas": 1,
+        "kept_attention": False, "embedding_offload": False, "activation_offload": False, "replicas": 1,
     }  # fmt: skip
     return run.model_copy(update={"accelerate": processes, "profile": run.profile.model_copy(update=changed)})
 

@@ -162,7 +162,8 @@ def load_sharded_model(
     model = build_skeleton(
         run.recipe, base_folder, tokenizer, dtype, mesh.device_type, stored, adapter=adapter, fp8=fp8
     )
-    keep_activations(model, run.profile.kept_layers, offload=run.profile.activation_offload)
+    profile = run.profile
+    keep_activations(model, profile.kept_layers, attention=profile.keeps_attention, offload=profile.activation_offload)
     shard(model, mesh, run, dtype, keep_gathered=keep_gathered)
     device = compute_device(mesh)
     share, in_host_ram = share_of(run, mesh.get_rank()), frozenset(kept_in_host_ram(model, run))

@@ -1,4 +1,4 @@
-"""Layers' inputs in host RAM on a GPU: the same bits while Python and both directions of the link run ahead."""
+"""What recomputed layers keep, in host RAM, on a GPU: the same bits, however far Python and the link run ahead."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ LATE_CYCLES = 200_000_000
 "0.1 s of an H200."
 
 
-@pytest.fixture
-def models():
-    """(inputs in host RAM, inputs on the GPU), in bf16."""
+@pytest.fixture(params=[False, True], ids=["inputs", "and attention"])
+def models(request):
+    """(what is kept in host RAM, on the GPU), in bf16."""
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": LAYERS}
     reference = adapted(plain(torch.bfloat16, **sizes, num_attention_heads=8)).cuda()
-    return [written_out_copy(reference, 0, offload=offload) for offload in (True, False)]
+    return [written_out_copy(reference, 0, attention=request.param, offload=offload) for offload in (True, False)]
 
 
 def _run(model, tokens: int, seed: int) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def test_passes_of_changing_length_are_equal_to_the_last_bit(models):
         assert_equal(ours, theirs)
 
 
-def test_the_gpu_has_no_more_inputs_than_the_layer_that_computes_and_the_next(models):
+def test_the_gpu_has_no_more_than_the_layer_that_computes_and_the_next_have_kept(models):
     peaks = []
     for model in models:
         for seed in range(2):
@@ -57,4 +57,14 @@ def test_the_gpu_has_no_more_inputs_than_the_layer_that_computes_and_the_next(mo
             _run(model, TOKENS, seed)
             peak = torch.cuda.max_memory_allocated() - before
         peaks.append(peak)
-    assert (peaks[1] - peaks[0]) / (TOKENS * HIDDEN * 2) > LAYERS - 2.5
+    kept_by_a_layer = TOKENS * HIDDEN * 2 * (1 + decoder(models[0]).model.layers[0].keep_attention)
+    assert (peaks[1] - peaks[0]) / kept_by_a_layer > LAYERS - 2.5
+
+
+def test_kept_attention_changes_no_bit(models):
+    """Against what computes it again."""
+    _, model = models
+    found = _run(model, TOKENS, 0)
+    for layer in decoder(model).model.layers:
+        layer.keep_attention = not layer.keep_attention
+    assert_equal(found, _run(model, TOKENS, 0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference_layers import HIDDEN, LAYERS, adapted, assert_equal, packed, padded, plain, run, written_out_copy
 
-from fitune.model import host_inputs
+from fitune.model import attention, host_inputs
 from fitune.model.activations import keep_activations
 from fitune.model.host_inputs import HostInputs
 
@@ -17,9 +17,9 @@ def travels(monkeypatch) -> list[str]:
     happened, numbers = [], {}
     leave, start, bring = HostInputs.leave, HostInputs._start, HostInputs.bring
 
-    def watched_leave(self, x):
-        waiting = leave(self, x)
-        if x.numel():
+    def watched_leave(self, tensors, waiting=None):
+        joins, waiting = waiting is not None, leave(self, tensors, waiting)
+        if not joins:
             numbers[id(waiting)] = len([entry for entry in happened if entry.startswith("out")]) % LAYERS
             happened.append(f"out {numbers[id(waiting)]}")
         return waiting
@@ -30,8 +30,7 @@ def travels(monkeypatch) -> list[str]:
         start(self, waiting)
 
     def watched_bring(self, waiting):
-        if not isinstance(waiting, torch.Tensor):
-            happened.append(f"for {numbers[id(waiting)]}")
+        happened.append(f"for {numbers[id(waiting)]}")
         return bring(self, waiting)
 
     for name, watched in (("leave", watched_leave), ("_start", watched_start), ("bring", watched_bring)):
@@ -93,3 +92,19 @@ def test_ram_is_used_again_in_the_next_pass_and_replaced_by_a_longer_one(monkeyp
         assert_equal(run(model, batch, seed=seed), run(recomputed, batch, seed=seed))
         assert sizes == [sum(lengths) * input_bytes] * new
         sizes.clear()
+
+
+def test_attentions_result_travels_with_the_input_and_is_not_computed_again(travels, monkeypatch):
+    computed = []
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *args: computed.append(1) or forward(*args))
+    reference = adapted(plain(torch.float32))
+    expected = run(written_out_copy(reference, LAYERS), packed()[0])
+    assert len(computed) == LAYERS
+    for keeps, times in ((False, 2), (True, 1)):
+        for offload in (False, True):
+            computed.clear()
+            travels.clear()
+            assert_equal(run(written_out_copy(reference, 0, attention=keeps, offload=offload), packed()[0]), expected)
+            assert len(computed) == times * LAYERS
+            assert travels == ([*OUT, "for 2", "in 2", "in 1", "for 1", "in 0", "for 0"] if offload else [])

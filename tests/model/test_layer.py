@@ -1,6 +1,7 @@
 """The decoder layer written out: its gradients in float64 against autograd through plain transformers and PEFT."""
 
 import copy
+import itertools
 import weakref
 
 import bitsandbytes as bnb
@@ -117,8 +118,9 @@ def test_micro_batches_add_up(exact):
 def test_kept_recomputed_and_offloaded_are_equal_to_the_last_bit():
     reference = adapted(plain(torch.float32))
     expected = run(written_out_copy(reference, LAYERS), packed()[0])
-    for kept, offload in ((0, False), (1, False), (0, True), (1, True)):
-        assert_equal(run(written_out_copy(reference, kept, offload=offload), packed()[0]), expected)
+    for kept, keeps_attention, offload in itertools.product((0, 1), (False, True), (False, True)):
+        model = written_out_copy(reference, kept, attention=keeps_attention, offload=offload)
+        assert_equal(run(model, packed()[0]), expected)
 
 
 def test_without_a_gradient_of_the_input_the_others_are_the_same():
@@ -133,10 +135,12 @@ def test_without_a_gradient_of_the_input_the_others_are_the_same():
 KEPT_VALUES = 4 * HIDDEN + 2 * KEYS_AND_VALUES + 2 * INTERMEDIATE + 7 * 4  # seven adapters of rank 4
 
 
-@pytest.mark.parametrize(("kept", "values"), [(0, HIDDEN), (1, KEPT_VALUES)])
-def test_a_layer_saves_what_its_docstring_says(kept, values):
+@pytest.mark.parametrize(
+    ("kept", "keeps_attention", "values"), [(0, False, HIDDEN), (0, True, 2 * HIDDEN), (1, False, KEPT_VALUES)]
+)
+def test_a_layer_saves_what_its_docstring_says(kept, keeps_attention, values):
     tokens, sizes = 21, {}
-    model = decoder(written_out_copy(adapted(plain(torch.float32)), kept)).model
+    model = decoder(written_out_copy(adapted(plain(torch.float32)), kept, attention=keeps_attention)).model
     x = torch.randn(1, tokens, HIDDEN, requires_grad=True)
     angles = model.rotary_emb(x, torch.arange(tokens).unsqueeze(0))
 

@@ -50,6 +50,7 @@ def _long_rows(name: str) -> Setup:
     numbers = ("profile.micro_batch", "profile.kept_layers", "profile.activation_offload", "profile.embedding_offload")
     taken = {key: entry["set"][key] for key in (*numbers, "lora.r", "max_length") if key in entry["set"]}
     taken |= {"base.model": f"meta-llama/Llama-3.1-{size.upper()}", "global_batch_size": 1}
+    taken |= {"profile.kept_attention": entry.get("kept_attention", False)}
     profile = {"8b": "single_gpu", "70b": "fsdp_1x48gb"}[size]
     return planned(f"llama3_{size}_qlora", profile, tuple(f"{key}={value}" for key, value in taken.items())).setup
 

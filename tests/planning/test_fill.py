@@ -7,6 +7,7 @@ import pytest
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
+from fitune.errors import UsageError
 from fitune.planning.fill import AS_FAST, filled, filled_here, fits, resolve
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
@@ -89,3 +90,35 @@ def test_a_resumed_run_keeps_what_was_chosen_when_it_started(tmp_path):
     assert as_started(asked) == started
     given = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=2",), str(tmp_path))
     assert as_started(given).profile.micro_batch == 2 and as_started(given).profile.kept_layers == 3
+    (tmp_path / "run.yaml").write_text(runs.dump(runs.with_kept_attention(started, True)), encoding="utf-8")
+    assert as_started(asked).profile.keeps_attention
+    refused = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.kept_attention=false",), str(tmp_path))
+    assert not as_started(refused).profile.keeps_attention
+
+
+LONG = ("base.model=meta-llama/Llama-3.1-8B", "max_length=32768", "global_batch_size=1", "profile.gpu_memory_gib=80")
+
+
+def test_attention_is_kept_where_rows_are_long_and_that_is_faster():
+    """More layers kept whole would take its memory; of rows in host RAM it takes RAM alone."""
+    gpu = gpu_model("NVIDIA H200")
+    chosen = setup(resolve("llama3_8b_qlora", "single_gpu", LONG, gpu=gpu))
+    without = setup(resolve("llama3_8b_qlora", "single_gpu", (*LONG, "profile.kept_attention=false"), gpu=gpu))
+    assert chosen.kept_attention and 0 < chosen.kept_layers < without.kept_layers < 32
+    seconds, seconds_without = (step_seconds(each, gpu)["total"] for each in (chosen, without))
+    assert seconds * (1 + AS_FAST) < seconds_without
+    in_ram = (*LONG, "profile.activation_offload=true", "profile.kept_layers=0", "profile.host_memory_gib=128")
+    assert setup(resolve("llama3_8b_qlora", "single_gpu", in_ram, gpu=gpu)).kept_attention
+    assert not setup(resolve("llama3_8b_qlora", "single_gpu", (*in_ram, "profile.host_memory_gib=14"))).kept_attention
+
+
+def test_attention_is_not_kept_where_that_is_not_much_faster():
+    """Short rows; rows of which all layers are kept; method full, whose layers cannot."""
+    short = [("llama3_8b_qlora", "single_gpu"), ("llama3_70b_qlora", "fsdp_offload_1x12gb")]
+    assert not any(resolve(*which).profile.keeps_attention for which in short)
+    fewer = (*LONG[:1], "max_length=8192", "global_batch_size=1", "profile.gpu_memory_gib=80")
+    assert not resolve("llama3_8b_qlora", "single_gpu", fewer).profile.keeps_attention
+    full = ("base.model=meta-llama/Llama-3.1-8B", "max_length=32768", "global_batch_size=4")
+    assert not resolve("llama3_8b_full", "fsdp_4x48gb", full).profile.keeps_attention
+    with pytest.raises(UsageError, match=r"kept_attention is for lora and qlora, recipe llama3_8b_full is full; use"):
+        resolve("llama3_8b_full", "fsdp_4x48gb", ("profile.kept_attention=true",))

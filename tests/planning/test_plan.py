@@ -175,6 +175,19 @@ def test_what_is_turned_on_moves_bytes_where_it_says():
     assert some_kept == pytest.approx(60 * 48 * 2**20 * 1.028), "those of kept layers stay"
 
 
+def test_kept_attention_takes_its_heads_and_their_sums_in_each_layer_that_is_not_kept():
+    base = replace(setup(profile="fsdp_1x48gb"), kept_layers=20)
+    result = (48 + 64 * 4 * 3072 / 2**20) * 2**20  # 64 heads of 128 in bf16, and a float32 of each
+    attention = replace(base, kept_attention=True)
+    in_ram = replace(attention, activation_offload=True)
+    for phase, layers in (("forward, loss", 60), ("backward, last layer", 60), ("backward, second layer", 1)):
+        before, with_it = (sum(gpu_moments(one)[phase].values()) for one in (base, attention))
+        assert with_it - before == pytest.approx(layers * result), phase
+        without, moved = (sum(gpu_moments(replace(in_ram, kept_attention=on))[phase].values()) for on in (False, True))
+        assert moved - without == pytest.approx(result * (phase == "backward, second layer")), "that of the next layer"
+    assert host_moments(in_ram)["step"]["layers' inputs"] == pytest.approx(60 * (48 * 2**20 + result) * 1.028)
+
+
 def test_more_of_anything_never_takes_less():
     base = replace(setup(), accumulation=1)
     changes = ({"micro_batch": 2}, {"max_length": 4096}, {"lora_r": 64}, {"accumulation": 4}, {"kept_layers": 40})

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_each_part_of_a_step_is_what_moves_it():
 
     slow, fast = (parts("llama3_70b_full", "fsdp_full_16x80gb", network_gb_s=speed) for speed in (10, 20))
     assert slow["total"] - slow["optimizer"] == pytest.approx(2 * (fast["total"] - fast["optimizer"]))
+
+
+def test_kept_attention_is_not_computed_again():
+    h200, rows = gpu_model("H200"), ("profile.micro_batch=1", "profile.kept_layers=30", "global_batch_size=1")
+    setup = setup_of(resolve("llama3_70b_qlora", "fsdp_1x48gb", rows), find_shape("meta-llama/Meta-Llama-3-70B"))
+    for max_length in (4096, 32_768):
+        once, twice = (replace(setup, max_length=max_length, kept_attention=keeps) for keeps in (True, False))
+        pairs, of_peak = max_length**2 / 2, 0.55 * max_length / (max_length + 1100)
+        forward = 4 * pairs * 8192 * 50 / (989e12 * of_peak)  # 64 heads of 128, 50 layers that are not kept
+        saved = step_seconds(twice, h200)["compute"] - step_seconds(once, h200)["compute"]
+        assert saved == pytest.approx(forward)
 
 
 def test_steps_come_from_what_prepare_counted(tmp_path):
