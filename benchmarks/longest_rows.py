@@ -4,7 +4,8 @@
 
 Each run has a GPU of its own; as many run side by side as there are GPUs. `--models` holds checkpoints of
 `benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions, or as many as a row needs.
-LoRA has r 32 on all linears, all layers are recomputed, and what they keep, inputs and attention's results, goes to host RAM: 177 GiB for 8B's longest row. Writes OUTPUT/longest-rows.json.
+LoRA has r 32 on all linears, all layers are recomputed, and what they keep, inputs and attention's results, goes to
+host RAM: 177 GiB for 8B's longest row. Writes OUTPUT/longest-rows.json.
 """
 
 import argparse
@@ -86,7 +87,8 @@ def _measure(run: dict, gpu: str, options, deadline: float) -> dict:
         "max_length": run["tokens"],
         "global_batch_size": 1, "lora.r": 32, "profile.micro_batch": 1, "profile.kept_layers": 0,
         "profile.activation_offload": "true", "profile.gpu_memory_gib": run["card_gib"],
-        "profile.host_memory_gib": 256, "profile.kept_attention": run.get("kept_attention", True), "training.max_steps": STEPS, "training.logging_steps": 1,
+        "profile.host_memory_gib": 256, "profile.kept_attention": run.get("kept_attention", True),
+        "training.max_steps": STEPS, "training.logging_steps": 1,
         "training.save_strategy": "'no'", "training.report_to": "none",
     }  # fmt: skip
     if run.get("embedding_offload") or run["card_gib"] == 8:
