@@ -25,6 +25,8 @@ class Combination:
         return "nf4" if self.method == "qlora" else "bf16"
 
 
+INPUTS_IN_RAM = {"profile.activation_offload": "true", "profile.kept_layers": 10}
+ATTENTION_IN_RAM = INPUTS_IN_RAM | {"profile.kept_attention": "true"}
 # The longest come first: they are begun in this order.
 # The real model's head is its embedding; the copy called untied has one of its own.
 ON_GPUS = [
@@ -38,11 +40,11 @@ ON_GPUS = [
     Combination("qlora-2", "qlora", "fsdp_2x40gb", False, "bf16", 2, {"profile.replicas": "1"}),
     Combination("lora-2-copies", "lora", "fsdp_2x40gb", True, "bf16", 2, {"profile.replicas": "2"}),
     Combination("lora-2-embedding", "lora", "fsdp_2x40gb", False, "bf16", 2, {"profile.embedding_offload": "true"}),
-    Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "bf16"),
+    Combination("full-1-offloaded", "full", "fsdp_offload_1x80gb", False, "bf16", 1, INPUTS_IN_RAM),
     Combination(
         "full-1", "full", "fsdp_offload_1x80gb", True, "untied", 1, {"profile.accelerate_config": "single_gpu"}
     ),
-    Combination("qlora-1-offloaded", "qlora", "fsdp_offload_1x24gb", False, "nf4"),
+    Combination("qlora-1-offloaded", "qlora", "fsdp_offload_1x24gb", False, "nf4", 1, ATTENTION_IN_RAM),
     Combination("lora-1", "lora", "fsdp_1x48gb", False, "bf16", 1, {"profile.embedding_offload": "false"}),
 ]
 ON_CPU = [
