@@ -42,8 +42,6 @@ from fitune.planning.words import (
 )  # fmt: skip
 
 PLACES = (ON_GPUS, STATES_IN_RAM, EMBEDDING_IN_RAM, ALL_IN_RAM)
-MOVING_INPUTS = 0.12
-"Of a step, for layers' inputs in RAM: measured where `plan` takes their copies to be hidden (docs/memory.md)."
 OTHER_STATES = 0.5
 "Of a step, for small optimizer states, which round what float32 keeps: they must be worth it."
 
@@ -229,11 +227,14 @@ def _rank(plan: Plan) -> tuple:
 
 
 def _cautious_seconds(plan: Plan) -> float:
-    """Of a step. What takes host RAM, for whatever, must be faster by more than the prediction may be off."""
-    setup, seconds = plan.setup, seconds_of(plan)
-    takes_ram = setup.embedding_in_ram or setup.optimizer_offload or setup.activation_offload
-    seconds *= 1 + OTHER_STATES * setup.small_states
-    return seconds * (1 + MOVING_INPUTS * setup.activation_offload) * (1 + TIME_ERROR * takes_ram)
+    """Of a step. What takes host RAM must be faster by more than the prediction may be off.
+
+    Layers' inputs must be so once more: beside weights there they would else be moved for a gain of a few percent.
+    """
+    setup = plan.setup
+    holds_what_lasts = setup.embedding_in_ram or setup.optimizer_offload
+    cautious = seconds_of(plan) * (1 + OTHER_STATES * setup.small_states)
+    return cautious * (1 + TIME_ERROR) ** (holds_what_lasts + setup.activation_offload)
 
 
 def _fewest_ranks(plans: list[Plan]) -> Plan:

@@ -49,16 +49,22 @@ MACHINE_NETWORK_GB_S = 12.5
 
 
 def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWORK_GB_S) -> dict[str, float]:
-    """Seconds by what they go to, and their total. Computing and transfers run side by side: the slowest counts.
+    """Seconds by what they go to, and their total.
 
-    Gradients that wait in host RAM while their optimizer's states do, too, travel beside the backward pass alone.
-    Raises UsageError for a model without products in bf16.
+    Computing and the link to host RAM run side by side, forward and then backward: in each pass the slower one counts.
+    The network runs beside both passes. Gradients that wait in host RAM while their optimizer's states do, too, travel
+    there in what the backward pass leaves of the link. Raises UsageError for a model without products in bf16.
     """
     refuse_missing_bf16(model)
-    link = BANDWIDTH_EFFICIENCY * 1e9
+    link = model.host_link_gb_s * BANDWIDTH_EFFICIENCY * 1e9
+    both_ways = link * BOTH_WAYS
+    computing = s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model))
+    forward = computing * _forward_share(s)
+    backward = computing - forward
+    forward_link, backward_link = (s.accumulation * size / link for size in _host_bytes(s))
     side_by_side = {
-        "compute": s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model)),
-        "host link": s.accumulation * _host_bytes(s) / (model.host_link_gb_s * link),
+        "compute": computing,
+        "host link": forward_link + backward_link,
         "network": _network_seconds(s, model, network_gb_s),
     }
     optimizer_gb_s = HOST_GB_S * s.machines / s.ranks if s.offload else model.memory_gb_s
@@ -69,16 +75,15 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
     }
     if s.holds_a_whole_copy:
         one_after_the_other[ADDING_UP] = _replicas_seconds(s, model, network_gb_s)
-    both_ways = model.host_link_gb_s * link * BOTH_WAYS
     if s.streams_adamw:
         read_for_the_norm = s.gradients / (optimizer_gb_s * 1e9)
         one_after_the_other["optimizer"] = read_for_the_norm + _streamed_bytes(s) / both_ways
     if s.optimizer_offload:
         one_after_the_other["optimizer"] = s.trainable / s.shards * (s.trained + 2 * s.optimizer_state) / both_ways
-        backward = side_by_side["compute"] * (1 - 1 / (_layer_passes(s) + s.full))
         travelling = (2 * s.accumulation - 1) * s.gradients / both_ways  # those of the first pass only go out
-        one_after_the_other["gradients to host RAM"] = max(0.0, travelling - backward)
-    total = max(side_by_side.values()) + sum(one_after_the_other.values())
+        one_after_the_other["gradients to host RAM"] = max(0.0, travelling - max(0.0, backward - backward_link))
+    passes = max(forward, forward_link) + max(backward, backward_link)
+    total = max(passes, side_by_side["network"]) + sum(one_after_the_other.values())
     return {**side_by_side, **one_after_the_other, "total": total}
 
 
@@ -104,6 +109,11 @@ def _gpu_seconds(s: Setup, model: GpuModel) -> float:
 def _layer_passes(s: Setup) -> float:
     """Forward, backward and, to recompute, forward again: on average over the layers."""
     return 2 + s.recomputed_layers / s.shape.layers
+
+
+def _forward_share(s: Setup) -> float:
+    """Of computing: one of the passes, of which the gradients of trained weights are one more."""
+    return 1 / (_layer_passes(s) + s.full)
 
 
 def _layer_flops(s: Setup) -> float:
@@ -176,15 +186,17 @@ def _sharding_bytes(s: Setup) -> float:
     return copied + added + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
 
 
-def _host_bytes(s: Setup) -> float:
-    """Of one rank and micro batch: offloaded layers travel for both passes, embedding (or its rows) and head for one.
+def _host_bytes(s: Setup) -> tuple[float, float]:
+    """Of one rank and micro batch, forward and backward: offloaded layers travel for each of both.
 
-    Gradients travel out, activations out and in.
+    Forward embedding (or its rows) and head travel in and layers' inputs out; backward these travel in, gradients out.
     """
-    layers = 2 * s.shape.layers * s.layer_weights / s.shards * s.offload
+    layers = s.shape.layers * s.layer_weights / s.shards * s.offload
     embedding = s.hidden_state if s.looks_up_in_host_ram else s.embedding / s.shards
     embeddings = (embedding + s.embedding / s.shards) * s.embedding_in_ram
-    return layers + embeddings + 2 * s.inputs_in_host_ram + s.gradients * _gradients_travel(s)
+    forward = layers + embeddings + s.inputs_in_host_ram
+    backward = layers + s.inputs_in_host_ram + s.gradients * _gradients_travel(s)
+    return forward, backward
 
 
 def _gradients_travel(s: Setup) -> bool:

@@ -81,9 +81,9 @@ def test_what_fits_nowhere_is_refused_with_what_comes_closest():
 def test_what_fits_nowhere_is_refused_with_what_would_fit():
     """Each proposal is tried: it fits."""
     small, ram = given_machine(1, 8, 256), given_machine(1, 24, 32)
-    with pytest.raises(UsageError, match=r"; what fits: --set max_length=2752 or the recipe llama3_70b_qlora$"):
+    with pytest.raises(UsageError, match=r"; what fits: --set max_length=2496 or the recipe llama3_70b_qlora$"):
         find("llama3_70b_lora", (), small)
-    assert find("llama3_70b_lora", ("max_length=2752",), small).plan.fits
+    assert find("llama3_70b_lora", ("max_length=2496",), small).plan.fits
     assert find("llama3_70b_qlora", (), small).plan.fits
     with pytest.raises(UsageError, match=r"of 64\.0, [\d.]+ too little; what fits: the recipe llama3_70b_qlora$"):
         find("llama3_70b_full", ("profile.optimizer_state=fp32",), given_machine(2, 24, 64))
@@ -117,6 +117,7 @@ WHY_NOT = {
         "llama3_70b_qlora",
         "fsdp_offload_4gpu",
     ): "the 2024 tier as it was: 8 % shorter steps, 44 GiB of RAM",
+    ("llama3_70b_qlora", "fsdp_1x48gb"): "as good: layers' inputs in RAM in place of the embedding, steps 1 % shorter",
     ("llama3_8b_lora", "fsdp_offload_4gpu"): "likewise: less than the prediction may be off",
     ("llama3_70b_qlora", "fsdp_offload_1x80gb"): "for full and lora; QLoRA fits the card without the RAM",
     ("llama3_70b_full", "fsdp_full_16x80gb"): "float32 states: they leave less room than the prediction may be off",

@@ -42,7 +42,10 @@ def test_each_part_of_a_step_is_what_moves_it():
     )  # four links, one machine's RAM
     assert parts("llama3_70b_qlora", "fsdp_1x48gb")["network"] == 0 < adapter["network"]
 
-    kept, moved = (parts("llama3_70b_qlora", "fsdp_4x24gb", f"profile.activation_offload={on}") for on in (False, True))
+    one_row = ("profile.micro_batch=1", "profile.kept_layers=0")
+    kept, moved = (
+        parts("llama3_70b_qlora", "fsdp_4x24gb", *one_row, f"profile.activation_offload={on}") for on in (False, True)
+    )
     sent = 2 * 80 * 3072 * 8192 * 2 * 2  # out and in, 80 inputs of layers in bf16, 2 passes
     assert moved["host link"] - kept["host link"] == pytest.approx(sent / (64e9 * 0.85))
 
@@ -59,6 +62,35 @@ def test_kept_attention_is_not_computed_again():
         forward = 4 * pairs * 8192 * 50 / (989e12 * of_peak)  # 64 heads of 128, 50 layers that are not kept
         saved = step_seconds(twice, h200)["compute"] - step_seconds(once, h200)["compute"]
         assert saved == pytest.approx(forward)
+
+
+def test_forward_and_backward_each_take_what_is_slower_in_them():
+    """In fp8 a layer of 70B computes forward for less time than its weights travel, and backward for more."""
+    h200, rate = gpu_model("H200"), 64e9 * 0.85
+
+    def parts(compute: str) -> dict[str, float]:
+        sets = (f"profile.compute={compute}", "profile.micro_batch=1", "profile.kept_layers=2", "global_batch_size=4")
+        run = resolve("llama3_70b_qlora", "fsdp_offload_1x12gb", sets)
+        return step_seconds(setup_of(run, find_shape(run.recipe.base.model)), h200)
+
+    bf16, fp8 = parts("bf16"), parts("fp8")
+    assert bf16["total"] == pytest.approx(bf16["compute"] + bf16["optimizer"])
+    head_and_rows = 4 * (128_256 + 3072) * 8192 * 2 / rate  # of 4 passes: forward alone
+    forward = (fp8["host link"] + head_and_rows) / 2
+    backward = fp8["compute"] * (1 - 1 / (2 + 78 / 80))
+    assert fp8["host link"] - forward < backward and forward > fp8["compute"] - backward
+    assert fp8["total"] == pytest.approx(forward + backward + fp8["optimizer"])
+    assert fp8["total"] == pytest.approx(7.25, rel=0.05)  # measured, on an H200 held to 12 GB
+
+
+def test_gradients_travel_in_what_layers_inputs_leave_of_the_link():
+    sets = ("profile.micro_batch=1", "profile.kept_layers=0", "global_batch_size=2", "profile.activation_offload=true")
+    run = resolve("llama3_8b_full", "full_1x24gb", sets)
+    setup, slow = setup_of(run, find_shape(run.recipe.base.model)), replace(gpu_model("H200"), host_link_gb_s=1)
+    parts = step_seconds(setup, slow)
+    gradients = 3 * 8_030_261_248 * 2  # bf16: out, and for the second pass in and out
+    assert parts["host link"] == pytest.approx(2 * 2 * 32 * 3072 * 4096 * 2 / 0.85e9) and parts["compute"] < 1
+    assert parts["gradients to host RAM"] == pytest.approx(gradients / (0.85e9 * 1.36))
 
 
 def test_steps_come_from_what_prepare_counted(tmp_path):
