@@ -11,6 +11,6 @@ LOSS_TOKENS_OF_A_TRAINED_HEAD = 4096
 "The same where the head is trained: each time the head's gradient, in float32, is read and written."
 NF4_BLOCK = 64
 "Weights that share one scale in 4 bits: the default of bitsandbytes and QLoRA."
-INPUT_AHEAD_BYTES = 2**29
-"""A layer's input that waits in host RAM comes back while the layer after it computes, up to this size. Larger ones are
-those of long rows: what is computed from them takes thirty times as long as they travel."""
+INPUT_AHEAD_BYTES = 2**28
+"""What a layer needs from host RAM comes back while the layer after it computes, up to this size. More is that of long
+rows: what is computed from it takes twenty times as long as it travels."""

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from fitune.config.tiles import INPUT_AHEAD_BYTES
-from fitune.weights.host_ram import HostLink, host_zeros
+from fitune.model.host_ram import HostLink, host_zeros
 
 FEW = 2
 "Numbers of a tensor that stays where it is: the state of a random generator, which attention returns."

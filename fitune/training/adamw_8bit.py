@@ -17,12 +17,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fitune.model.elementwise import GOLDEN, WORD, mix
+from fitune.model.host_ram import host_zeros
 from fitune.model.sharding import local_part, local_rows, shard_group, shard_mesh
 from fitune.training.adamw_step import update_rows
 from fitune.training.gradient_norm import norm_over_ranks
 from fitune.training.host_states import HostGradients, stream_rows
 from fitune.training.moment import Moment, Step
-from fitune.weights.host_ram import host_zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq_root")
 SCALES = "{}_scale"

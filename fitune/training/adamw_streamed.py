@@ -13,11 +13,11 @@ import torch
 from torch.optim.adamw import adamw
 
 from fitune.config.optimizer_pieces import FLOAT_PIECE
+from fitune.model.host_ram import pin_in_place
 from fitune.model.sharding import local_part, split_as
 from fitune.training.adamw_rows import AdamWOnRows
 from fitune.training.gradient_norm import norm_of_gradients, scale_to
 from fitune.training.ring import Ring, Slot
-from fitune.weights.host_ram import pin_in_place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Part = Sequence[torch.Tensor]

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES, PIECE
+from fitune.model.host_ram import host_zeros
 from fitune.model.sharding import local_part
 from fitune.training.moment import Moment
 from fitune.training.ring import Ring, Slot
-from fitune.weights.host_ram import host_zeros
 
 BLOCK = 64
 "The smallest one: a slot has room for the scales of as many blocks."

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from fitune.config.optimizer_pieces import SLOTS
-from fitune.weights.host_ram import HostLink
+from fitune.model.host_ram import HostLink
 
 
 class Slot:

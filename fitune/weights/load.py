@@ -21,11 +21,11 @@ from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import FituneError
 from fitune.model.fp8 import round_weight
 from fitune.model.fp8_linear import FP8Linear
+from fitune.model.host_ram import PIN_FROM_BYTES, pin_in_place
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, STORAGE, NF4Linear
 from fitune.model.sharding import fsdp_parameters, local_part, local_rows, pad
 from fitune.model.skeleton import decoder, is_tied
 from fitune.weights.accounting import STATISTICS, account_for_every_tensor, is_nf4, quantised_linears, stored_bytes
-from fitune.weights.host_ram import PIN_FROM_BYTES, pin_in_place
 from fitune.weights.safetensors_files import Checkpoint
 from fitune.weights.streaming import Read, Step, stream
 

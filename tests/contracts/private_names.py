@@ -15,6 +15,7 @@ TRAINER, SAVING, ATTENTION = "training/trainer.py", "training/saving_trainer.py"
 NEVER = "Trainer has a public way to write and read checkpoints of one's own"
 PADDING = "FSDP2 has a public way to load a shard that is shorter than the others without copying it"
 ORDER = "FSDP2 does not keep the order of a forward pass that nothing is to follow"
+IN_RAM = "DTensor.from_local leaves rows where they lie"
 FLASH = "torch.nn.attention.varlen gives out what its backward pass needs"
 COPIES = "FSDP2 does for one rank what it does for several: no copies of what is on the GPU, prefetching of the rest"
 
@@ -60,6 +61,10 @@ PRIVATE_NAMES = (
                 PADDING),
     PrivateName("torch.distributed.tensor:DTensor._local_tensor", (SHARDING,), "set to rows of the padded shard",
                 PADDING),
+    PrivateName("torch.distributed.tensor._dtensor_spec:DTensorSpec", (SHARDING,),
+                "rows in host RAM as a DTensor of a mesh of GPUs", IN_RAM),
+    PrivateName("torch.distributed.tensor._dtensor_spec:TensorMeta", (SHARDING,),
+                "shape, stride and dtype of such a DTensor", IN_RAM, parameters=("shape", "stride", "dtype")),
     PrivateName(f"{UNIT}._set_unshard_async_op", (SHARDING,),
                 "embedding and head are gathered on the stream that computes, whose memory it can use again",
                 "FSDP2 lets a unit choose its stream in public", parameters=("async_op",)),
@@ -131,6 +136,10 @@ PRIVATE_NAMES = (
     PrivateName("torch:_foreach_mul_", ("training/gradient_norm.py",), "scales all gradients by one kernel",
                 "torch has it in public, for plain tensors"),
     # transformers
+    PrivateName("transformers.modeling_layers:GradientCheckpointingLayer._gradient_checkpointing_func",
+                ("model/activations.py",), "a layer's input waits in host RAM without the computing waiting for it",
+                "transformers moves what activation checkpointing keeps on streams of its own",
+                called_as="self._gradient_checkpointing_func(partial(forward, self, **kwargs), *args)"),
     PrivateName(f"{HF}._get_grad_norm", (TRAINER,),
                 "the last moment before the optimizer's step", "Trainer has a callback between gradients and step",
                 parameters=("model", "grad_norm"), called_as="self._get_grad_norm(model, grad_norm=grad_norm)"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fitune.model.host_ram import pin_in_place
 from fitune.training import host_states
 from fitune.training.adamw_8bit import AdamW8bit
-from fitune.weights.host_ram import pin_in_place
 
 pytestmark = [
     pytest.mark.gpu,

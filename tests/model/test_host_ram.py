@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fitune.errors import FituneError
-from fitune.weights.host_ram import pin_in_place
+from fitune.model.host_ram import pin_in_place
 
 
 def test_memory_is_page_locked_as_long_as_its_storage_lives(monkeypatch):
