@@ -11,9 +11,10 @@ ADDING_UP = "adding up adapters"
 "The part of a step in which copies of the model that are whole on each GPU exchange gradients."
 COMPUTE_EFFICIENCY = 0.64
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
-FP8_SPEEDUP = 1.6
-"""Of products in fp8 over bf16, as whole runs on H200s show it: 1.56 to 1.75, peers-h200-2026-11-28d.json and the two
-after it. Bare products are twice as fast, but their inputs, gradients and weights are rounded before."""
+FP8_SPEEDUP, WIDE_FP8_SPEEDUP, WIDE = 1.6, 1.85, 8192
+"""Of products in fp8 over bf16, as whole runs on H200s show it: 8B 1.56 to 1.75, peers-h200-2026-11-28d.json and the two
+after it; 70B, whose hidden size is WIDE, 1.84 to 1.96. Bare products are twice as fast, but their inputs, gradients and
+weights are rounded before, and that counts less where products are large."""
 FLASH_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
 CUDNN_EFFICIENCY, CUDNN_LOST_TOKENS = 0.55, 1100
@@ -100,10 +101,14 @@ def _fsdp_seconds_per_pass(s: Setup) -> float:
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     """Of one rank and micro batch: matrix products, and what only moves memory."""
-    layers = _layer_flops(s) / (FP8_SPEEDUP if s.fp8 else 1)
+    layers = _layer_flops(s) / (_fp8_speedup(s) if s.fp8 else 1)
     products = (layers + _weight_gradient_flops(s) + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
     products += _attention_flops(s) / (model.bf16_tflops * 1e12 * _attention_efficiency(s, model))
     return products + (_memory_bytes(s) + _sharding_bytes(s)) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+
+
+def _fp8_speedup(s: Setup) -> float:
+    return WIDE_FP8_SPEEDUP if s.shape.hidden >= WIDE else FP8_SPEEDUP
 
 
 def _layer_passes(s: Setup) -> float:
