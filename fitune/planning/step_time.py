@@ -12,9 +12,9 @@ ADDING_UP = "adding up adapters"
 COMPUTE_EFFICIENCY = 0.64
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
 FP8_SPEEDUP, WIDE_FP8_SPEEDUP, WIDE = 1.6, 1.85, 8192
-"""Of products in fp8 over bf16, as whole runs on H200s show it: 8B 1.56 to 1.75, peers-h200-2026-11-28d.json and the two
-after it; 70B, whose hidden size is WIDE, 1.84 to 1.96. Bare products are twice as fast, but their inputs, gradients and
-weights are rounded before, and that counts less where products are large."""
+"""Of products in fp8 over bf16, as whole runs on H200s show it: 8B 1.56 to 1.75, peers-h200-2026-11-28d.json and the
+two after it; 70B, whose hidden size is WIDE, 1.84 to 1.96. Bare products are twice as fast, but their inputs, gradients
+and weights are rounded before, and that counts less where products are large."""
 FLASH_EFFICIENCY = 0.30
 """The same of PyTorch's FlashAttention: 322 TFLOP/s forward, 264 backward on an H200, 2026-11-27."""
 CUDNN_EFFICIENCY, CUDNN_LOST_TOKENS = 0.55, 1100
