@@ -9,9 +9,12 @@ from pages import ROOT
 from planned import SMALL, card_gib, gpu_gib, host_gib, one_line, planned, step, table, tensors_gib
 
 from benchmarks import full_results
+from fitune.config.model_shapes import find_shape
+from fitune.planning.fill import ATTENTION_COUNTS_FROM, resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import given_machine
 from fitune.planning.memory import gpu_moments, gpu_peak, host_moments
+from fitune.planning.plan import setup_of
 from fitune.planning.search import find
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
@@ -224,6 +227,21 @@ def test_kept_layers_and_long_rows():
     on_12, on_48 = (_long_rows(name) for name in ("8b-12gb", "70b-48gb"))
     assert f"where `plan` says {tensors_gib(on_12)} (" in PAGE
     assert f"`plan` says {card_gib(on_48)} for the whole card" in PAGE
+
+
+def test_kept_attention_of_long_rows():
+    h200 = gpu_model("H200")
+
+    def on_80_gb(*sets: str) -> Setup:
+        rows = ("base.model=meta-llama/Llama-3.1-8B", "max_length=32768", "global_batch_size=2")
+        run = resolve("llama3_8b_qlora", "single_gpu", (*rows, "profile.gpu_memory_gib=80", *sets), gpu=h200)
+        return setup_of(run, find_shape(run.recipe.base.model))
+
+    found, without = on_80_gb(), on_80_gb("profile.kept_attention=false")
+    seconds, seconds_without = (rounded(step_seconds(s, h200)["total"]) for s in (found, without))
+    layers = f"it then keeps {found.kept_layers} layers in place of {without.kept_layers}"
+    assert f"{layers} and estimates {seconds} s in place of {seconds_without}." in PAGE
+    assert f"from rows of {ATTENTION_COUNTS_FROM:,} tokens on" in PAGE and found.micro_batch == 1
 
 
 def test_70b_lora_on_four_and_on_eight():
