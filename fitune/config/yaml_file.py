@@ -161,7 +161,8 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
         allowed = re.findall(r"'([^']*)'", message)
         return f"{source}: {key}: unknown value '{first['input']}'{nearest(first['input'].lower(), allowed)}{more}"
     given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
-    return f"{source}: {key + ': ' if key else ''}{message}{given if key else ''}{more}"
+    words = "" if first["type"] == "literal_error" else "".join(f" or {word}" for word in _words(model, keys))
+    return f"{source}: {key + ': ' if key else ''}{message}{words}{given if key else ''}{more}"
 
 
 def _takes_a_list(model: type[BaseModel], keys: list[str | int]) -> bool:
@@ -173,8 +174,10 @@ def _takes_a_list(model: type[BaseModel], keys: list[str | int]) -> bool:
 
 
 def _words(model: type[BaseModel], keys: list[str | int]) -> list[str]:
-    """That may stand in a list's place, such as `all-linear`."""
-    kinds = get_args(_model_at(model, keys[:-1]).model_fields[str(keys[-1])].annotation)
+    """That may stand in the place of another type, such as `all-linear` for a list, or `auto` for a number."""
+    owner = _model_at(model, keys[:-1])
+    field = owner.model_fields.get(str(keys[-1])) if owner and keys else None
+    kinds = get_args(field.annotation) if field else ()
     return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
