@@ -62,6 +62,7 @@ def setup_of_measured(entry: dict) -> Setup:
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
     sets.append(f"profile.async_save={entry.get('async_save', False)}")  # the first runs knew no copies
     sets.append(f"profile.replicas={entry.get('replicas', 1)}")  # nor these
+    sets.append(f"profile.kept_attention={entry.get('kept_attention', False)}")
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     run = with_resharding(run, entry.get("reshard_after_forward", True))  # what `plan` did not choose at first
     setup = setup_of(run, replace(find_shape(run.recipe.base.model), layers=entry["layers"]))

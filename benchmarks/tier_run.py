@@ -241,6 +241,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "replicas": run["profile"]["replicas"],
         "gradient_accumulation_steps": run["gradient_accumulation_steps"],
         "kept_layers": run["profile"]["kept_layers"],
+        "kept_attention": run["profile"]["kept_attention"],
         "activation_offload": run["profile"]["activation_offload"],
         "async_save": run["profile"]["async_save"],
         "layers": json.loads((Path(plan["checkpoint"]) / "config.json").read_text())["num_hidden_layers"],

@@ -219,8 +219,8 @@ def with_numbers(run: Run, **numbers: int) -> Run:
     )
 
 
-def with_kept_attention(run: Run, value: bool | str) -> Run:
-    """The run with another `kept_attention`."""
+def with_kept_attention(run: Run, value: bool) -> Run:
+    """The run with yes or no for `kept_attention`."""
     return run.model_copy(update={"profile": run.profile.model_copy(update={"kept_attention": value})})
 
 

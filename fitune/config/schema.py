@@ -59,7 +59,8 @@ class Profile(Strict):
     """
     kept_attention: Flag | Literal["auto"] = AUTO
     """Layers that are not kept keep attention's result beside their input and do not compute it again, for lora and
-    qlora: h values a token, which save most of the time where rows are long. `auto`: where `plan` finds it faster.
+    qlora. That takes h values a token, and gains where rows are long. `auto`: where `plan` finds it faster, from rows
+    of 8,192 tokens on.
     """
     compute: Literal["auto", "bf16", "fp8"] = AUTO
     """In what the decoder layers' linears are multiplied in training: `fp8` needs a GPU of compute capability 8.9 or
@@ -76,7 +77,9 @@ class Profile(Strict):
     piece by piece. For `optimizer_state: bf16_8bit`.
     """
     activation_offload: Flag = False
-    "Move what the other layers keep, inputs and attention's results, to host RAM until the backward pass needs it."
+    """Move what layers that are not kept do keep to host RAM until the backward pass needs it: their inputs, and
+    attention's results with `kept_attention`.
+    """
     embedding_offload: Flag = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."
     async_save: Flag | Literal["auto"] = AUTO

@@ -46,7 +46,7 @@ def as_started(run: Run) -> Run:
     if run.profile.replicas == AUTO and spread[0] == spread[1]:  # other GPUs can hold another number
         run = run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": old.profile.replicas})})
     if run.profile.kept_attention == AUTO:
-        run = runs.with_kept_attention(run, old.profile.kept_attention)
+        run = runs.with_kept_attention(run, old.profile.keeps_attention)
     if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
         run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
     return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})

@@ -3,8 +3,11 @@
 Forward: a layer's input leaves beside the layer's own computing, and attention's result after it, where that is kept.
 Backward: while a layer computes, what the one before it needs comes back, unless it is so large that its travel is
 nothing beside what is computed from it. The RAM is page-locked and used again in the next pass.
+
+What leaves in a forward pass must come back in a backward pass: else it stays in RAM as long as the model.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -27,8 +30,8 @@ class _Waiting:
     "That of the layer before, in the same pass."
     parts: list[torch.Tensor] = field(default_factory=list)
     "In host RAM, but for what stays."
-    rooms: list[torch.Tensor] = field(default_factory=list)
-    "The bytes that they lie in."
+    rooms: dict[int, torch.Tensor] = field(default_factory=dict)
+    "The bytes that they lie in, by their place among the parts."
     arriving: list[torch.Tensor] | None = None
     arrived: torch.cuda.Event | None = None
 
@@ -38,8 +41,8 @@ class HostInputs:
 
     def __init__(self):
         self._link: HostLink | None = None
-        self._rooms: list[torch.Tensor] = []
-        "Page-locked bytes that nothing waits in."
+        self._rooms: dict[int, list[torch.Tensor]] = defaultdict(list)
+        "Page-locked bytes that nothing waits in, by the place of what did: sizes of one kind."
         self._last: _Waiting | None = None
         "Of those that wait, the one that left last."
         self._leaving: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
@@ -60,13 +63,16 @@ class HostInputs:
 
     def bring(self, waiting: _Waiting) -> list[torch.Tensor]:
         """The tensors where they were before, once. The layers' backward passes must ask in their order."""
+        if not waiting.parts:
+            raise RuntimeError("what a layer keeps in host RAM came back before: one backward pass a forward pass")
         self._start(waiting)
         self._link.wait(waiting.arrived)
         tensors, before, self._last = waiting.arriving, waiting.before, waiting.before
-        self._rooms.extend(waiting.rooms)
+        for place, room in waiting.rooms.items():
+            self._rooms[place].append(room)
         if before and sum(part.nbytes for part in before.parts) <= INPUT_AHEAD_BYTES:
             self._start(before)
-        waiting.before = waiting.arriving = None
+        waiting.parts, waiting.rooms, waiting.arriving, waiting.before = [], {}, None, None
         return tensors
 
     def around(self, checkpoint: Callable) -> Callable:
@@ -89,8 +95,9 @@ class HostInputs:
 
     def _to_host_ram(self, tensor: torch.Tensor, waiting: _Waiting) -> torch.Tensor:
         self._link = link = self._link or HostLink(tensor.device)
-        waiting.rooms.append(self._room(tensor.nbytes, tensor.device))
-        host = waiting.rooms[-1][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        place = len(waiting.parts)
+        waiting.rooms[place] = room = self._room(place, tensor.nbytes, tensor.device)
+        host = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         ready = link.event()
         with link.outwards():
             link.wait(ready)
@@ -115,17 +122,12 @@ class HostInputs:
                     place.copy_(part, non_blocking=True)
             waiting.arrived = link.event()
 
-    def _room(self, size: int, beside: torch.device) -> torch.Tensor:
-        """Page-locked RAM of at least `size` bytes: the smallest that is large enough.
-
-        Where none is, all go: they are those of shorter rows.
-        """
-        enough = [room for room in self._rooms if len(room) >= size]
-        if not enough:
-            if self._rooms:
-                self._link.finish()  # what was in them may still be on its way
-                self._rooms.clear()
-            return host_zeros((size,), torch.uint8, beside)
-        room = min(enough, key=len)
-        self._rooms = [other for other in self._rooms if other is not room]
-        return room
+    def _room(self, place: int, size: int, beside: torch.device) -> torch.Tensor:
+        """Page-locked RAM of at least `size` bytes. Where one is too small, all go: they are those of shorter rows."""
+        rooms = self._rooms[place]
+        if rooms and len(rooms[-1]) >= size:
+            return rooms.pop()
+        if rooms:
+            self._link.finish()  # what was in them may still be on its way
+            rooms.clear()
+        return host_zeros((size,), torch.uint8, beside)

@@ -107,13 +107,14 @@ class _Function(torch.autograd.Function):
     ):
         """x [rows, length, h] -> the same. `parameters` are those of `linears`."""
         y, x = torch.empty_like(x), x.flatten(0, 1)
+        host_inputs = host_inputs if any(ctx.needs_input_grad) else None  # else no backward pass asks for it
         waiting = host_inputs.leave([x]) if host_inputs else None
         work = LayerPass(layer, batch, linears, parameters, x)
         mid, (qkv, *result) = work.attend(x)
         kept = [qkv, *result] if layer.keep else result if layer.keep_attention else []
         if host_inputs:
             host_inputs.leave(kept, waiting)
-        del qkv, result  # what is not kept, before the MLP takes its room
+        del qkv, result  # what is not kept, before the MLP takes its room; what leaves goes once it has left
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, linears, host_inputs, parameters  # weights: FSDP brings them back where they were
         ctx.waiting = waiting

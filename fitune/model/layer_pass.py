@@ -61,10 +61,13 @@ class LayerPass:
         dropout, norm = self.dropouts[QKV], self.layer.input_layernorm
         normed, dropped = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon, dropout)
         qkv = self.linears.multiply(QKV, normed, dropped)
-        heads = self._heads_for_attention(qkv, rotated=False)
         if not result:
+            heads = self._heads_for_attention(qkv, rotated=False)
             attended, statistics = attention.forward(heads, self.key_heads, *self._examples)
             result = attended.reshape(x.shape[0], -1), *statistics
+            del heads
+        elif self._rotates_in_place(qkv):
+            self._heads_for_attention(qkv, rotated=False)  # as the backward pass expects
         attended = result[0]
         dropped = elementwise.drop(attended, self.dropouts[OUT])
         mid = self.linears.multiply(OUT, attended, dropped, residual=x)
@@ -179,6 +182,9 @@ class LayerPass:
         if norms or not rotated:
             elementwise.rope_(heads[:, : -self.key_heads], self.batch.cos, self.batch.sin)
         return heads
+
+    def _rotates_in_place(self, qkv: torch.Tensor) -> bool:
+        return not self.layer.head_norms() and attention.rows_with_pads(qkv, *self._examples[:2]) is None
 
     def _head_norms_backward(self, gradients: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """The gradients of the heads as the products gave them, from those of the normed ones."""

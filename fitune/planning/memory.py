@@ -221,7 +221,9 @@ def host_moments(s: Setup) -> dict[str, dict[str, float]]:
         "load": {"processes": loading, **always},
         "step": {
             "processes": training, **always, **state, "embedded rows": rows, "layers' inputs": activations, **copy},
-        "save": {"processes": training, **always, **state, **copy, "tensor being saved": max(copies, gathered)},
+        "save": {
+            "processes": training, **always, **state, "layers' inputs": activations, **copy,
+            "tensor being saved": max(copies, gathered)},
     }  # fmt: skip
 
 

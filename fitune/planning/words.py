@@ -56,7 +56,7 @@ def places(plan: Plan) -> list[str]:
     found = [place] if setup.on_gpu else []
     if setup.small_states:
         found.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
-    return found + (["layers' inputs in RAM"] if setup.activation_offload else [])
+    return found + (["layers' inputs in RAM"] if setup.inputs_in_host_ram else [])
 
 
 def timed(plan: Plan) -> str:

@@ -61,7 +61,7 @@ def test_only_recomputed_layers_send_theirs_and_none_without_gradients(travels):
     assert travels == ["out 0", "for 0", "in 0"]
     travels.clear()
     with torch.no_grad():
-        model(inputs_embeds=torch.randn(1, 9, HIDDEN))
+        model(inputs_embeds=torch.randn(1, 9, HIDDEN), use_cache=False)
     assert travels == []
 
 
@@ -108,3 +108,30 @@ def test_attentions_result_travels_with_the_input_and_is_not_computed_again(trav
             assert_equal(run(written_out_copy(reference, 0, attention=keeps, offload=offload), packed()[0]), expected)
             assert len(computed) == times * LAYERS
             assert travels == ([*OUT, "for 2", "in 2", "in 1", "for 1", "in 0", "for 0"] if offload else [])
+
+
+def test_what_no_backward_pass_asks_for_does_not_leave(travels):
+    """Below the first layer that has an adapter."""
+    model = written_out_copy(adapted(plain(torch.float32), ["layers.2.mlp.up_proj"]), 0, offload=True)
+    run(model, packed()[0], input_gradient=False)
+    assert travels == ["out 0", "for 0", "in 0"]
+
+
+def test_ram_of_one_kind_is_not_taken_for_another():
+    """cuDNN's sums have the length of padded rows, which moves while the number of tokens stays."""
+    host_inputs, held = HostInputs(), []
+    for length in (100, 105, 103, 112, 101):
+        sizes = [(1600,), (1600,), (length,)]
+        waiting = [host_inputs.leave([torch.ones(size) for size in sizes]) for _ in range(3)]
+        held.append(sum(len(room) for one in waiting for room in one.rooms.values()))
+        for one in reversed(waiting):
+            assert [part.shape for part in host_inputs.bring(one)] == sizes
+    assert held == [3 * 4 * (3200 + longest) for longest in (100, 105, 105, 112, 112)]
+
+
+def test_a_second_backward_pass_is_refused():
+    model = written_out_copy(adapted(plain(torch.float32)), 0, offload=True)
+    loss = model(inputs_embeds=torch.randn(1, 9, HIDDEN), use_cache=False).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass a forward pass"):
+        loss.backward()

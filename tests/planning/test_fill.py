@@ -85,13 +85,16 @@ def test_a_resumed_run_keeps_what_was_chosen_when_it_started(tmp_path):
     from fitune.launching.run_folder import as_started
 
     asked = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
-    started = runs.with_numbers(asked, micro_batch=4, kept_layers=3)
+    started = runs.with_kept_attention(runs.with_numbers(asked, micro_batch=4, kept_layers=3), False)
     (tmp_path / "run.yaml").write_text(runs.dump(started), encoding="utf-8")
     assert as_started(asked) == started
     given = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=2",), str(tmp_path))
     assert as_started(given).profile.micro_batch == 2 and as_started(given).profile.kept_layers == 3
     (tmp_path / "run.yaml").write_text(runs.dump(runs.with_kept_attention(started, True)), encoding="utf-8")
     assert as_started(asked).profile.keeps_attention
+    unknown = runs.dump(started).replace("  kept_attention: false\n", "")  # of an earlier version
+    (tmp_path / "run.yaml").write_text(unknown, encoding="utf-8")
+    assert unknown != runs.dump(started) and as_started(asked).profile.kept_attention is False
     refused = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.kept_attention=false",), str(tmp_path))
     assert not as_started(refused).profile.keeps_attention
 
