@@ -14,8 +14,6 @@ OPTIONS = {"packing": True, "max_length": 112, "training": TRAINING, "batch": 8}
 WAYS = {
     "inputs": {},
     "inputs in RAM": {"activation_offload": True},
-    "attention": {"kept_attention": True},
-    "attention in RAM": {"kept_attention": True, "activation_offload": True},
     "one layer kept, attention in RAM": {"kept_layers": 1, "kept_attention": True, "activation_offload": True},
 }
 
