@@ -5,7 +5,7 @@
 Each run has a GPU of its own; as many run side by side as there are GPUs. `--models` holds checkpoints of
 `benchmarks/random_checkpoint.py`, by name; they are taken to have Llama 3.1's positions, or as many as a row needs.
 LoRA has r 32 on all linears, all layers are recomputed, and what they keep, inputs and attention's results, goes to
-host RAM: 177 GiB for 8B's longest row. Writes OUTPUT/longest-rows.json.
+host RAM: by `plan` 177 GiB for 8B's longest row. Writes OUTPUT/longest-rows.json.
 """
 
 import argparse
@@ -31,8 +31,8 @@ RUNS = [
     {"model": "8b-nf4", "card_gib": 12, "tokens": 49_152, "claimed": 22_000, "embedding_offload": True},
     {"model": "8b-nf4", "card_gib": 8, "tokens": 10_240, "claimed": 3_000},
 ]
-"""`claimed`: the longest row that Unsloth's documents name for such a card. 70B's longest row would take 243 GiB of RAM
-with attention's results."""
+"""`claimed`: the longest row that Unsloth's documents name for such a card. 70B's longest row takes 243 GiB of RAM by
+`plan` with attention's results."""
 PROFILES = {"8b-nf4": ("llama3_8b_qlora", "single_gpu"), "70b-nf4": ("llama3_70b_qlora", "fsdp_1x48gb")}
 STEPS = 3
 
