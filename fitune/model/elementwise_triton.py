@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fitune.model.dropout import Dropout
 from fitune.model.grid import blocks_of, power_of_two
+from fitune.model.launched import Launched
 
 BLOCK = 2048  # channels of one program where a row needs no sum
 
@@ -28,6 +29,7 @@ def factors(keys, token, columns, place, threshold, scale):
     return tl.where(number >= threshold.to(tl.uint32), scale, 0.0)
 
 
+@Launched
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _drop_kernel(x, x_row, out, keys, place, threshold, scale, channels, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -38,6 +40,7 @@ def _drop_kernel(x, x_row, out, keys, place, threshold, scale, channels, BLOCK: 
     tl.store(out + token * channels + columns, value, mask=inside)
 
 
+@Launched
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, eps,
                      CHANNELS: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr,
@@ -57,6 +60,7 @@ def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, 
         tl.store(dropped + row, result, mask=inside)
 
 
+@Launched
 @triton.jit
 def _rms_norm_backward_kernel(gradient, x, weight, residual, out, eps,
                               CHANNELS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -75,6 +79,7 @@ def _rms_norm_backward_kernel(gradient, x, weight, residual, out, eps,
     tl.store(out + row, result, mask=inside)
 
 
+@Launched
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _swiglu_kernel(gate_up, product, dropped, keys, place, threshold, scale,
                    CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -93,6 +98,7 @@ def _swiglu_kernel(gate_up, product, dropped, keys, place, threshold, scale,
         tl.store(dropped + row, value, mask=inside)
 
 
+@Launched
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _swiglu_backward_kernel(gradient, gate_up, product, keys, place, threshold, scale,
                             CHANNELS: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -134,6 +140,7 @@ def _angles(cos, sin, at, HALF: tl.constexpr, COLUMNS: tl.constexpr):
     return c, tl.load(sin + at + column, mask=column < HALF, other=0.0).to(tl.float32)
 
 
+@Launched
 @triton.jit
 def _rope_kernel(heads, token_stride, cos, sin, angle_stride,
                  HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -144,6 +151,7 @@ def _rope_kernel(heads, token_stride, cos, sin, angle_stride,
     _rotate(row, row, c, s, head, HEADS, HALF, COLUMNS)
 
 
+@Launched
 @triton.jit
 def _rope_from_places_kernel(query, query_row, key, key_row, value, value_row, places, out, cos, sin, angle_stride,
                              QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,

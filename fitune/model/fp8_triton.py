@@ -10,6 +10,7 @@ from bitsandbytes.functional import QuantState
 
 from fitune.model.e4m3 import E4M3, LARGEST, SMALLEST
 from fitune.model.grid import blocks_of, power_of_two
+from fitune.model.launched import Launched
 
 AT_ONCE = 32768  # channels of a row that a program holds, and so reads once
 CHANNELS = 8192  # of a wider row, read at a time
@@ -29,6 +30,7 @@ def _read(x, x_row, factors, token, inside, column, CHANNELS: tl.constexpr, WITH
     return part, inside
 
 
+@Launched
 @triton.jit
 def _quantise_rows_kernel(x, x_row, factors, values, scales, tokens, CHANNELS: tl.constexpr,
                           WITH_FACTORS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -51,6 +53,7 @@ def _quantise_rows_kernel(x, x_row, factors, values, scales, tokens, CHANNELS: t
         tl.store(target + start, (part * inverse).to(values.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _round_nf4_kernel(packed, absmax, absmax_code, nested, offset, code, scales, out, out_row, out_column, rows,
                       BLOCKS: tl.constexpr, PER_NESTED: tl.constexpr,
@@ -74,6 +77,7 @@ def _round_nf4_kernel(packed, absmax, absmax_code, nested, offset, code, scales,
     tl.store(target, weights.to(out.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _round_matrix_kernel(matrix, matrix_row, scales, out, out_row, out_column, rows, columns,
                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -88,6 +92,7 @@ def _round_matrix_kernel(matrix, matrix_row, scales, out, out_row, out_column, r
     tl.store(target, (weights * inverse[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
+@Launched
 @triton.jit
 def _transpose_kernel(values, out, out_column, rows, columns, SIDE: tl.constexpr):
     """A square of bytes: values [rows, columns], out [columns, rows] with rows of out_column bytes."""

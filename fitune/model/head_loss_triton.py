@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from fitune.model.grid import power_of_two
+from fitune.model.launched import Launched
 
 BLOCK, WARPS = 4096, 8  # columns at a time: 16 for each thread
 
 
+@Launched
 @triton.jit
 def _kernel(logits, targets, found,
             VOCABULARY: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -52,5 +54,6 @@ def fold(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.T
     tokens, vocabulary = logits.shape
     found = torch.empty(tokens, 3, device=logits.device)
     block = min(BLOCK, power_of_two(vocabulary))
-    _kernel[(tokens,)](logits, targets, found, vocabulary, gradient, block, num_warps=WARPS)
+    constants = {"VOCABULARY": vocabulary, "GRADIENT": gradient, "BLOCK": block}
+    _kernel[(tokens,)](logits, targets, found, **constants, num_warps=WARPS)
     return found

@@ -12,10 +12,12 @@ import triton.language as tl
 from fitune.model.dropout import Dropout
 from fitune.model.elementwise_triton import dropping, factors
 from fitune.model.grid import blocks_of, power_of_two
+from fitune.model.launched import Launched
 
 TOKENS, COLUMNS, RANKS = 64, 128, 64  # of one program at a time, at most
 
 
+@Launched
 @triton.jit(do_not_specialize=["place", "threshold"])
 def _kernel(out, out_row, low, low_row, up, up_row, up_column, residual, residual_row, keys, place, threshold, scale,
             tokens, SECOND: tl.constexpr, THIRD: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr,

@@ -9,10 +9,12 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 
 from fitune.model.grid import blocks_of
+from fitune.model.launched import Launched
 
 BLOCKS = 64  # of 64 weights, for one program
 
 
+@Launched
 @triton.jit
 def _kernel(
     packed, out, scales, scale_code, nested, offset, code, blocks, PER_NESTED: tl.constexpr, BLOCKS: tl.constexpr

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fitune.model.grid import blocks_of
+from fitune.model.launched import Launched
 from fitune.model.low_rank_triton import borders
 
 TOKENS, COLUMNS = 64, 512  # of dy, for one program at a time: the fastest of 21 shapes on an H200
@@ -22,6 +23,7 @@ SUMS = 1024  # numbers that one program adds up
 SHARED_BYTES = 220 * 1024  # of a program's memory, for three parts of dy: Hopper and the large Blackwells have it
 
 
+@Launched
 @triton.jit(do_not_specialize=["tokens", "share"])
 def _kernel(dy, dy_row, low, low_row, up, low_parts, up_parts, tokens, share, SECOND: tl.constexpr,
             THIRD: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr,
@@ -46,6 +48,7 @@ def _kernel(dy, dy_row, low, low_row, up, low_parts, up_parts, tokens, share, SE
     tl.store(up_parts + part.to(tl.int64) * CHANNELS * RANK + at_up, total, mask=of_up)
 
 
+@Launched
 @triton.jit(do_not_specialize=["count", "parts"])
 def _sum_kernel(values, out, count, parts, ADD: tl.constexpr, SUMS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)
@@ -59,6 +62,7 @@ def _sum_kernel(values, out, count, parts, ADD: tl.constexpr, SUMS: tl.constexpr
     tl.store(out + at, total, mask=at < count)
 
 
+@Launched
 @triton.jit(do_not_specialize=["tokens"])
 def _sum_low_kernel(values, out, scaling, tokens, SECOND: tl.constexpr, THIRD: tl.constexpr, BLOCKS: tl.constexpr,
                     RANK: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
