@@ -4,8 +4,8 @@ More kept layers recompute less, and so do others that keep attention's result; 
 and gather fewer times, and gathered weights that stay until the backward pass are gathered once, not twice. All of it
 takes memory. So do more copies of the model, of which each gathers over fewer GPUs, or not at all. For each number of
 copies each number of rows is tried with as many kept layers as fit beside it, with gathered weights freed and kept, and
-where rows are long with attention kept. Of what is as fast as the fastest, that is taken which gathers nothing, else
-the fewest copies, then what frees gathered weights, then what keeps no attention, then the fewest rows.
+where examples are long with attention kept. Of what is as fast as the fastest, that is taken which gathers nothing,
+else the fewest copies, then what frees gathered weights, then what keeps no attention, then the fewest rows.
 """
 
 import math
@@ -20,12 +20,12 @@ from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
-from fitune.planning.plan import ERROR, setup_of, verdicts
+from fitune.planning.plan import ERROR, setup_of, tokens_of_an_example, verdicts
 from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
 
 ATTENTION_COUNTS_FROM = 8192
-"Tokens of a row: in shorter ones a kept layer saves more for its memory than kept attention."
+"Tokens of an example: in shorter ones a kept layer saves more for its memory than kept attention."
 AS_FAST = 0.02
 "Of a step's seconds: for less, no more rows a pass are taken, no gathered weights kept, no copies added."
 
@@ -130,7 +130,7 @@ def _kept_attention(run: Run) -> tuple[bool, ...]:
     """The values of `kept_attention` to try, first what takes less memory."""
     if run.profile.kept_attention != AUTO:
         return (run.profile.kept_attention,)
-    is_long = run.recipe.max_length >= ATTENTION_COUNTS_FROM
+    is_long = tokens_of_an_example(run.recipe) >= ATTENTION_COUNTS_FROM
     return (False, True) if is_long and run.recipe.method != "full" else (False,)
 
 

@@ -250,6 +250,17 @@ def steps_of(run: Run) -> int | None:
     return math.ceil(math.ceil(rows / recipe.global_batch_size) * training.get("num_train_epochs", 3))
 
 
+def tokens_of_an_example(recipe: Recipe) -> float:
+    """On average, where rows are packed and `prepare` has counted them; else those of a whole row."""
+    if not recipe.packing:
+        return recipe.max_length
+    try:
+        report = json.loads((Path(recipe.data.prepared) / "report.json").read_text(encoding="utf-8"))
+        return min(recipe.max_length, report["tokens"]["total"] / report["train_rows"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return recipe.max_length
+
+
 def _rows(report: dict, recipe: Recipe) -> float:
     """Rows at another length than `prepare` counted for, by the tokens, packed as well as it found."""
     if not recipe.packing:

@@ -1,5 +1,6 @@
 """What a profile leaves to `plan`: the rows a pass and kept layers with the shortest predicted step that fit."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -113,6 +114,18 @@ def test_attention_is_kept_where_rows_are_long_and_that_is_faster():
     in_ram = (*LONG, "profile.activation_offload=true", "profile.kept_layers=0", "profile.host_memory_gib=128")
     assert setup(resolve("llama3_8b_qlora", "single_gpu", in_ram, gpu=gpu)).kept_attention
     assert not setup(resolve("llama3_8b_qlora", "single_gpu", (*in_ram, "profile.host_memory_gib=14"))).kept_attention
+
+
+def test_rows_packed_from_short_examples_are_not_long(tmp_path):
+    """By what `prepare` counted."""
+    packed = (*LONG, f"data.prepared={tmp_path}", "packing=true")
+    for examples, keeps in ((3, True), (400, False)):
+        report = {"tokens": {"total": 98_304}, "train_rows": examples}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        found = [resolve("llama3_8b_qlora", "single_gpu", sets) for sets in (packed, (*packed, "packing=false"))]
+        assert [run.profile.keeps_attention for run in found] == [keeps, True]
+    (tmp_path / "report.json").unlink()
+    assert resolve("llama3_8b_qlora", "single_gpu", packed).profile.keeps_attention, "as long as a row"
 
 
 def test_attention_is_not_kept_where_that_is_not_much_faster():
