@@ -32,7 +32,7 @@ from torch import nn
 from fitune.errors import UsageError
 from fitune.model.e4m3 import E4M3, scales_for
 from fitune.model.fp8_linear import FP8Linear
-from fitune.model.nf4 import BLOCK, NF4Linear
+from fitune.model.nf4 import NF4Linear
 from fitune.model.products import weight
 
 MULTIPLE = 16
@@ -121,7 +121,7 @@ def _scales(base: nn.Linear) -> torch.Tensor:
     """s of one weight. A row of NF4 has the largest of its blocks' scales: a code of each block stands for 1 or -1."""
     if isinstance(base, FP8Linear):
         return base.scales
-    if _is_doubly_quantised(base):
+    if isinstance(base, NF4Linear) and base.is_as_kernels_read_it:
         state = base.quant_state
         blocks = dequantize_blockwise(state.absmax, state.state2) + state.offset
         return scales_for(blocks.view(base.out_features, -1).abs().amax(dim=1))
@@ -137,11 +137,6 @@ def round_weight(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, scales = torch.empty_like(matrix, dtype=E4M3), _scales_of_rows(matrix)
     _round_matrix(matrix, scales, values)
     return values, scales
-
-
-def _is_doubly_quantised(base: nn.Linear) -> bool:
-    """As bitsandbytes' default has it: the format that a kernel reads."""
-    return isinstance(base, NF4Linear) and base.quant_state.nested and base.quant_state.blocksize == BLOCK
 
 
 def _stacked(bases: list[nn.Linear], *, transposed: bool = False) -> torch.Tensor:
@@ -164,7 +159,7 @@ def _put_values(base: nn.Linear, scales: torch.Tensor, out: torch.Tensor) -> Non
             _kernels().transpose(base.weight, out)
         else:
             out.copy_(base.weight)
-    elif out.is_cuda and _is_doubly_quantised(base):
+    elif out.is_cuda and isinstance(base, NF4Linear) and base.is_as_kernels_read_it:
         _kernels().round_nf4(base.weight.view(torch.uint8).view(-1, 1), base.quant_state, scales, out)
     else:
         _round_matrix(weight(base, torch.bfloat16 if out.is_cuda else torch.float32), scales, out)

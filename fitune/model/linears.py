@@ -99,6 +99,17 @@ class Layout:
         """The same for all layers: each fills it anew, and the GPU computes one after the other."""
         return Matrices(self, dtype, device)
 
+    def tensor_of(self, matrices: list[torch.Tensor | None]) -> torch.Tensor | None:
+        """The flat tensor whose `places` these are; None if they are not those of one."""
+        first = matrices[0]
+        if first is None or first.untyped_storage().nbytes() != self.size * first.element_size():
+            return None
+        start = first.untyped_storage().data_ptr()
+        for matrix, place in zip(matrices, self.places, strict=True):
+            if matrix is None or matrix.data_ptr() != start + place.start * first.element_size():
+                return None
+        return first.as_strided((self.size,), (1,), 0)
+
 
 class Linears:
     """What all passes of a layer need to know of its linears, as long as these and their adapters stay."""

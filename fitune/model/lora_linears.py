@@ -145,10 +145,17 @@ class LoraLinears:
         scaling, add = self.linears.scaling(group), group in self.filled
         return up_gradients_triton.gradients(dy, low, up, widths, scaling, out=sums.stacked_up[group], add=add)
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Of the parameters, in their order and dtype."""
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Of the parameters, in their order and dtype; None for all if they were added to those of earlier passes.
+
+        Autograd would add one after the other: 14 kernels in place of one.
+        """
         if not self.parameters:
             return []
+        earlier = self.layout.tensor_of([parameter.grad for parameter in self.parameters])
+        if earlier is not None:
+            earlier.add_(self.sums.flat)
+            return [None] * len(self.parameters)
         flat = self.sums.flat.to(self.parameters[0].dtype, copy=True)
         return [place.of(flat) for place in self.layout.places]
 

@@ -39,6 +39,11 @@ class NF4Linear(nn.Linear):
     def reset_parameters(self):
         """Packed weights are loaded, never initialised."""
 
+    @property
+    def is_as_kernels_read_it(self) -> bool:
+        """In blocks of 64 with double quantisation, bitsandbytes' default."""
+        return self.quant_state.nested and self.quant_state.blocksize == BLOCK
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.weight.view(torch.uint8).view(-1, 1)
         return matmul_4bit(x, packed, quant_state=self.quant_state, bias=self.bias)

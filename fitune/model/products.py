@@ -15,10 +15,16 @@ from torch import nn
 
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.linears import of_columns
-from fitune.model.nf4 import BLOCK, NF4Linear
+from fitune.model.nf4 import NF4Linear
 
 ADDS_IN_PLACE = True
 "A product is added to what its output holds for the time it takes to compute it."
+
+
+def _kernels():
+    from fitune.model import nf4_triton
+
+    return nf4_triton
 
 
 def weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -27,12 +33,9 @@ def weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None)
         return base.dequantised(dtype)
     if not isinstance(base, NF4Linear):
         return base.weight
-    packed, state = base.weight.view(torch.uint8), base.quant_state
-    if packed.is_cuda and state.nested and state.blocksize == BLOCK:
-        from fitune.model.nf4_triton import dequantise
-
-        return dequantise(packed, state, dtype, out)
-    packed = packed.view(-1, 1)
+    if base.weight.is_cuda and base.is_as_kernels_read_it:
+        return _kernels().dequantise(base, dtype, out)
+    packed, state = base.weight.view(torch.uint8).view(-1, 1), base.quant_state
     if state.dtype != dtype:  # that of the weight before it was packed: rounding to it first would lose digits
         state = copy.copy(state)
         state.dtype = dtype
@@ -83,6 +86,8 @@ def _weights(bases: list[nn.Linear], dtype: torch.dtype) -> Iterator[tuple[slice
 
 def _stacked(bases: list[nn.Linear], widths: list[int], dtype: torch.dtype) -> torch.Tensor:
     whole = torch.empty(sum(widths), bases[0].in_features, dtype=dtype, device=bases[0].weight.device)
+    if whole.is_cuda and len(bases) == 3 and all(base.is_as_kernels_read_it for base in bases):
+        return _kernels().dequantise_three(bases, whole)
     for base, part in zip(bases, whole.split(widths), strict=True):
         weight(base, dtype, part)
     return whole

@@ -18,7 +18,7 @@ from fitune.model.low_rank_triton import borders
 TOKENS, COLUMNS = 64, 512  # of dy, for one program at a time: the fastest of 21 shapes on an H200
 RANKS = 16  # of a linear, at most: with 32 there is room for half as many columns, which gains nothing
 PROGRAMS = 256  # about: two for each multiprocessor
-WORTH = 2**26  # elements of dy: fewer are gone before Python has launched three kernels instead of a linear's two
+WORTH = 2**26  # elements of dy of one or two linears: fewer are gone before Python has launched three kernels
 SUMS = 1024  # numbers that one program adds up
 SHARED_BYTES = 220 * 1024  # of a program's memory, for three parts of dy: Hopper and the large Blackwells have it
 
@@ -86,8 +86,13 @@ def has_room(device: torch.device) -> bool:
 
 
 def worth(dy: torch.Tensor, widths: tuple[int, ...], rank: int) -> bool:
-    """Whether the kernel knows such numbers, ranks and linears on this GPU, and is the faster way."""
-    if dy.numel() < WORTH or dy.element_size() != 2 or rank > RANKS or not has_room(dy.device):
+    """Whether the kernel knows such numbers, ranks and linears on this GPU, and is the faster way.
+
+    The other way launches two kernels for each linear, this one three in all.
+    """
+    if dy.element_size() != 2 or rank > RANKS or not has_room(dy.device):
+        return False
+    if len(widths) < 3 and dy.numel() < WORTH:
         return False
     return len(widths) <= 3 and not any(width % COLUMNS for width in widths[:-1])
 

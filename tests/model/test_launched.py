@@ -47,6 +47,7 @@ def test_the_second_launch_goes_to_the_compiled_kernel_with_constants_in_its_ord
         {"row": 1},
         {"row": 33},
         {"row": 2**35},
+        {"row": 2**63},
         {"WIDE": False},
         {"BLOCK": 128},
         {"num_warps": 4},
@@ -61,6 +62,16 @@ def test_what_triton_compiles_anew_for_is_not_taken_for_the_same(change):
         positional = [found.pop(name) for name in ("x", "row", "scale")]
         launched[(1,)](*positional, **found)
     assert len(kernel.compiled) == 2 and [number for number, *_ in kernel.again] == [0, 1]
+
+
+@pytest.mark.parametrize("rows", [(32, 48, 3072), (33, 7, 3011), (2**35, 2**36)], ids=str)
+def test_numbers_of_a_kind_go_to_one_kernel(rows):
+    """The tokens of a batch change in every step."""
+    kernel = Kernel()
+    launched = Launched(kernel)
+    for row in rows:
+        launched[(1,)](torch.zeros(16), row, 0.5, WIDE=False, BLOCK=64)
+    assert len(kernel.compiled) == 1 and [arguments[1] for _, _, arguments in kernel.again] == [*rows[1:]]
 
 
 def test_memory_that_is_not_aligned_is_left_to_triton():

@@ -32,6 +32,7 @@ from rounding import additions_to_gradients, rounding
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fitune.model import attention, elementwise, products
+from fitune.model.lora_linears import LoraLinears
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
 
@@ -113,6 +114,31 @@ def test_micro_batches_add_up(exact):
         found = run(ours, batch()[0], seed=seed)
         expected = run(reference, batch()[1], seed=seed)
         assert_close(found, expected)
+
+
+@pytest.mark.parametrize("change", ["nothing", "one is copied", "one is dropped", "all are dropped"])
+def test_later_passes_are_added_by_one_kernel(change, exact, monkeypatch):
+    """As long as the gradients lie where the first pass put them; else autograd adds them one by one."""
+    reference = adapted(plain())
+    expected = run(copy.deepcopy(reference), packed()[1])
+    ours, left, gradients = written_out_copy(reference, 1), [], LoraLinears.gradients
+
+    def gradients_for_autograd(linears):
+        found = gradients(linears)
+        left.append(sum(gradient is not None for gradient in found))
+        return found
+
+    monkeypatch.setattr(LoraLinears, "gradients", gradients_for_autograd)
+    assert_close(run(ours, packed()[0]), expected)
+    trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    changed = {"nothing": [], "all are dropped": trained}.get(change, trained[1::14])
+    dropped = {id(parameter) for parameter in changed if "dropped" in change}
+    for parameter in changed:
+        parameter.grad = None if id(parameter) in dropped else parameter.grad.clone()
+    found = run(ours, packed()[0])
+    assert left == [14] * LAYERS + [14 if changed else 0] * LAYERS
+    passes = {name: 1 if id(p) in dropped else 2 for name, p in ours.named_parameters() if p.requires_grad}
+    assert_close(found, expected | {name: count * expected[name] for name, count in passes.items()})
 
 
 def test_kept_recomputed_and_offloaded_are_equal_to_the_last_bit():
