@@ -167,6 +167,8 @@ class LayerPass:
         computed again in the backward pass.
         """
         heads = qkv.unflatten(1, (-1, self.layer.self_attn.head_dim))
+        if rotated and self._rotates_in_place(qkv):
+            return heads
         norms = self.layer.head_norms()
         if norms:
             query, key, value = attention.apart(heads, self.key_heads)
@@ -179,8 +181,7 @@ class LayerPass:
         if rows is not None:
             parts = attention.apart(heads, self.key_heads)
             return elementwise.rope_from_places(parts, rows.sources, self.batch.cos, self.batch.sin, back=False)
-        if norms or not rotated:
-            elementwise.rope_(heads[:, : -self.key_heads], self.batch.cos, self.batch.sin)
+        elementwise.rope_(heads[:, : -self.key_heads], self.batch.cos, self.batch.sin)
         return heads
 
     def _rotates_in_place(self, qkv: torch.Tensor) -> bool:
