@@ -12,7 +12,7 @@ INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
 class Launched:
     """A `triton.jit` function, launched as ever: `kernel[grid](arguments, CONSTANT=value, num_warps=4)`.
 
-    Constants are given by name, all else by position: tensors, ints and floats.
+    Constants are given by name, all else by position: tensors of the current device, ints and floats.
     """
 
     def __init__(self, kernel):

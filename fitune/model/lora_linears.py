@@ -148,7 +148,8 @@ class LoraLinears:
     def gradients(self) -> list[torch.Tensor | None]:
         """Of the parameters, in their order and dtype; None for all if they were added to those of earlier passes.
 
-        Autograd would add one after the other: 14 kernels in place of one.
+        Autograd would add one after the other: for seven adapters 14 kernels in place of one. So this is for
+        `backward()` alone: `torch.autograd.grad` and hooks of gradients see nothing of later passes.
         """
         if not self.parameters:
             return []

@@ -20,7 +20,7 @@ from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
-from fitune.planning.plan import ERROR, setup_of, tokens_of_an_example, verdicts
+from fitune.planning.plan import ERROR, example_of_a_token, setup_of, verdicts
 from fitune.planning.sizes import Setup
 from fitune.planning.step_time import step_seconds
 
@@ -130,7 +130,7 @@ def _kept_attention(run: Run) -> tuple[bool, ...]:
     """The values of `kept_attention` to try, first what takes less memory."""
     if run.profile.kept_attention != AUTO:
         return (run.profile.kept_attention,)
-    is_long = tokens_of_an_example(run.recipe) >= ATTENTION_COUNTS_FROM
+    is_long = example_of_a_token(run.recipe) >= ATTENTION_COUNTS_FROM
     return (False, True) if is_long and run.recipe.method != "full" else (False,)
 
 

@@ -250,13 +250,19 @@ def steps_of(run: Run) -> int | None:
     return math.ceil(math.ceil(rows / recipe.global_batch_size) * training.get("num_train_epochs", 3))
 
 
-def tokens_of_an_example(recipe: Recipe) -> float:
-    """On average, where rows are packed and `prepare` has counted them; else those of a whole row."""
+def example_of_a_token(recipe: Recipe) -> float:
+    """Tokens of a token's example, on average over tokens: what attention's time goes by.
+
+    Where rows are packed, from `prepare`'s histogram of their lengths; else, or without a report, a whole row's.
+    """
     if not recipe.packing:
         return recipe.max_length
     try:
         report = json.loads((Path(recipe.data.prepared) / "report.json").read_text(encoding="utf-8"))
-        return min(recipe.max_length, report["tokens"]["total"] / report["train_rows"])
+        # a bin goes from half its edge to its edge
+        examples = [(0.75 * int(edge), count) for edge, count in report["tokens"]["histogram"].items()]
+        tokens = sum(length * count for length, count in examples)
+        return min(recipe.max_length, sum(length**2 * count for length, count in examples) / tokens)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return recipe.max_length
 

@@ -45,6 +45,7 @@ def test_the_second_launch_goes_to_the_compiled_kernel_with_constants_in_its_ord
     [
         {"x": torch.zeros(16, dtype=torch.bfloat16)},
         {"row": 1},
+        {"scale": 1},
         {"row": 33},
         {"row": 2**35},
         {"row": 2**63},
@@ -76,9 +77,10 @@ def test_numbers_of_a_kind_go_to_one_kernel(rows):
 
 def test_memory_that_is_not_aligned_is_left_to_triton():
     kernel = Kernel()
-    for _ in range(2):
-        Launched(kernel)[(1,)](torch.zeros(17)[1:], 32, 0.5, WIDE=False, BLOCK=64)
-    assert len(kernel.compiled) == 2 and not kernel.again
+    launched = Launched(kernel)
+    for start in (1, 0, 1, 0):
+        launched[(1,)](torch.zeros(17)[start:], 32, 0.5, WIDE=False, BLOCK=64)
+    assert len(kernel.compiled) == 3 and [number for number, *_ in kernel.again] == [1]
 
 
 def test_an_interpreter_that_compiles_nothing_is_asked_each_time():
@@ -87,6 +89,7 @@ def test_an_interpreter_that_compiles_nothing_is_asked_each_time():
             return lambda *arguments, **named: self.compiled.append(arguments)
 
     kernel = Interpreted()
+    launched = Launched(kernel)
     for _ in range(2):
-        Launched(kernel)[(1,)](torch.zeros(16), 1, 0.5, WIDE=False, BLOCK=64)
+        launched[(1,)](torch.zeros(16), 1, 0.5, WIDE=False, BLOCK=64)
     assert len(kernel.compiled) == 2 and not kernel.again
