@@ -219,9 +219,10 @@ def with_numbers(run: Run, **numbers: int) -> Run:
     )
 
 
-def with_kept_attention(run: Run, value: bool) -> Run:
-    """The run with yes or no for `kept_attention`."""
-    return run.model_copy(update={"profile": run.profile.model_copy(update={"kept_attention": value})})
+def with_activations(run: Run, *, kept_attention: bool, activation_offload: bool) -> Run:
+    """The run with yes or no for both."""
+    values = {"kept_attention": kept_attention, "activation_offload": activation_offload}
+    return run.model_copy(update={"profile": run.profile.model_copy(update=values)})
 
 
 def with_resharding(run: Run, value: bool) -> Run:

@@ -45,8 +45,9 @@ def as_started(run: Run) -> Run:
     spread = [(one.accelerate.num_processes, one.accelerate.num_machines) for one in (old, run)]
     if run.profile.replicas == AUTO and spread[0] == spread[1]:  # other GPUs can hold another number
         run = run.model_copy(update={"profile": run.profile.model_copy(update={"replicas": old.profile.replicas})})
-    if run.profile.kept_attention == AUTO:
-        run = runs.with_kept_attention(run, old.profile.keeps_attention)
+    started = {"kept_attention": old.profile.keeps_attention, "activation_offload": old.profile.moves_activations}
+    given = {key: value for key in started if (value := getattr(run.profile, key)) != AUTO}
+    run = runs.with_activations(run, **started | given)
     if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
         run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
     return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})

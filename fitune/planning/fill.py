@@ -3,14 +3,16 @@
 More kept layers recompute less, and so do others that keep attention's result; more rows a pass launch fewer kernels
 and gather fewer times, and gathered weights that stay until the backward pass are gathered once, not twice. All of it
 takes memory. So do more copies of the model, of which each gathers over fewer GPUs, or not at all. For each number of
-copies each number of rows is tried with as many kept layers as fit beside it, with gathered weights freed and kept, and
-where examples are long with attention kept. Of what is as fast as the fastest, that is taken which gathers nothing,
-else the fewest copies, then what frees gathered weights, then what keeps no attention, then the fewest rows.
+copies each number of rows is tried with as many kept layers as fit beside it, with gathered weights freed and kept,
+where examples are long with attention kept, and with what recomputed layers keep on the GPU and in host RAM. Of what is
+as fast as the fastest, that is taken which gathers nothing, else the fewest copies, then what frees gathered weights,
+then what stays on the GPU, then what keeps no attention, then the fewest rows.
 """
 
 import math
 from dataclasses import replace
 from itertools import product
+from operator import attrgetter
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
@@ -20,14 +22,18 @@ from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
+from fitune.planning.memory import host_peak
 from fitune.planning.plan import ERROR, example_of_a_token, setup_of, verdicts
-from fitune.planning.sizes import Setup
+from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
 
 ATTENTION_COUNTS_FROM = 8192
 "Tokens of an example: in shorter ones a kept layer saves more for its memory than kept attention."
 AS_FAST = 0.02
 "Of a step's seconds: for less, no more rows a pass are taken, no gathered weights kept, no copies added."
+MOVED_MUST_GAIN = {"lora": 0.03, "qlora": 0.03, "full": 0.15}
+"""As much more for what goes to host RAM, by method: others use that and the link, too. For 70B QLoRA 9 % were
+measured on four cards of 24 GB, 10 and 34 % on one of 12 GB (docs/speed.md). With method full no gain was measured."""
 
 
 def resolve(
@@ -100,21 +106,22 @@ def _setup(run: Run) -> Setup:
 def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     ways = _resharding(run)
     run = runs.with_resharding(run, ways[0])
-    attention = _kept_attention(run)
+    attention, moved = _kept_attention(run), _moved_activations(run, limits)
     if not run.left_to_plan and len(ways) == len(attention) == 1:
-        return run
+        return runs.with_activations(run, kept_attention=attention[0], activation_offload=moved[0])
     setup = _setup(run)
-    limits = with_room_for_error(limits)
-    tried = product(_rows(run), ways, attention)
-    choices = [
-        choice
-        for rows, way, kept in tried
-        if (choice := _most_kept(run, replace(setup, reshard=way, kept_attention=kept), rows, limits))
+    tried = [
+        (rows, replace(setup, reshard=way, kept_attention=kept, activation_offload=in_ram))
+        for rows, way, kept, in_ram in product(_rows(run), ways, attention, moved)
     ]
+    choices = [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, with_room_for_error(limits)))]
     if not choices:
+        moves = moved[0] if fits(setup, limits) else moved[-1] and _has_room_in_ram(setup, limits)
+        run = runs.with_activations(run, kept_attention=attention[0], activation_offload=moves)
         return run.model_copy(update={"left_to_plan": ()})
     best = _least_of_the_fastest(choices, gpu)
-    run = runs.with_resharding(runs.with_kept_attention(run, best.kept_attention), best.reshard)
+    activations = {"kept_attention": best.kept_attention, "activation_offload": best.activation_offload}
+    run = runs.with_resharding(runs.with_activations(run, **activations), best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
 
 
@@ -134,11 +141,29 @@ def _kept_attention(run: Run) -> tuple[bool, ...]:
     return (False, True) if is_long and run.recipe.method != "full" else (False,)
 
 
+def _moved_activations(run: Run, limits: Limits) -> tuple[bool, ...]:
+    """The values of `activation_offload` to try, first what takes no host RAM."""
+    if run.profile.activation_offload != AUTO:
+        return (run.profile.activation_offload,)
+    return (False,) if not run.left_to_plan or run.accelerate.use_cpu or limits.unified else (False, True)
+
+
+def _has_room_in_ram(setup: Setup, limits: Limits) -> bool:
+    """For what recomputed layers keep."""
+    return host_peak(replace(setup, activation_offload=True)) <= limits.host * GIB
+
+
 def _least_of_the_fastest(choices: list[Setup], gpu: GpuModel) -> Setup:
     """Of the choices that are as fast as the fastest, the one that takes least, in the order told above."""
-    seconds = [step_seconds(choice, gpu)["total"] for choice in choices]
+    seconds = [step_seconds(choice, gpu)["total"] * cautious_about_moving(choice) for choice in choices]
     as_fast = [choice for choice, took in zip(choices, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
-    return min(as_fast, key=lambda choice: (not choice.reshard, choice.kept_attention, choice.micro_batch))
+    takes_least = attrgetter("activation_offload", "kept_attention", "micro_batch")
+    return min(as_fast, key=lambda choice: (not choice.reshard, *takes_least(choice)))
+
+
+def cautious_about_moving(setup: Setup) -> float:
+    """By what a step's seconds are multiplied before they are compared."""
+    return 1 + MOVED_MUST_GAIN[setup.method] * setup.activation_offload
 
 
 def with_room_for_error(limits: Limits) -> Limits:

@@ -8,7 +8,7 @@ from fitune.config.schema import AUTO
 from fitune.errors import UsageError
 from fitune.planning.found import NO_GAIN, seconds_of
 from fitune.planning.plan import Plan
-from fitune.planning.words import described, timed
+from fitune.planning.words import held, timed
 
 MEASURED_ON = "H200"
 "With one GPU that held its weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/peers-h200-2026-11-27*.json)."
@@ -43,7 +43,7 @@ def _is_shorter(one: Plan, other: Plan) -> bool:
 
 def offer(other: Plan, plan: Plan) -> str:
     """What `other`, in fp8, has better than `plan`, in one line: what to type, and where its price is told."""
-    changed = "" if described(other) == described(plan) else f"{described(other)}, "
+    changed = "" if held(other) == held(plan) else f"{held(other)}, "
     guess = "" if is_measured(other) else ", a guess"
     return f"{changed}{timed(other)}{guess}: --set {FP8} (rounds more: docs/fp8.md)"
 

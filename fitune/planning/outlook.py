@@ -84,6 +84,8 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
             changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
     if setup.kept_attention:
         changes.append(("--set profile.kept_attention=false", {"kept_attention": False}))
+    if setup.activation_offload:
+        changes.append(("--set profile.activation_offload=false", {"activation_offload": False}))
     if setup.kept_layers:
         changes.append((f"--set profile.kept_layers={setup.kept_layers // 2}", {"kept_layers": setup.kept_layers // 2}))
         changes.append(("--set profile.kept_layers=0", {"kept_layers": 0}))

@@ -172,7 +172,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         embedding_offload=profile.embedding_offload,
         kept_layers=min(profile.kept_layers, shape.layers),
         kept_attention=profile.keeps_attention,
-        activation_offload=profile.activation_offload,
+        activation_offload=profile.moves_activations,
         fp8=profile.compute == "fp8",
         reshard=not accelerate.keeps_gathered,
         on_gpu=not accelerate.use_cpu,

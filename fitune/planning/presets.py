@@ -57,8 +57,9 @@ def as_typed(run: Run, sets: tuple[str, ...] = ()) -> str:
     as_shipped = filled(shipped, limits_of(shipped)).profile
     found = {key: getattr(run.profile, key) for key in ("replicas", *SMALLEST)}
     changes = [f"profile.{key}={number}" for key, number in found.items() if number != getattr(as_shipped, key)]
-    if (attention := run.profile.keeps_attention) != as_shipped.keeps_attention:
-        changes.append(f"profile.kept_attention={str(attention).lower()}")
+    for key in ("kept_attention", "activation_offload"):
+        if (value := getattr(run.profile, key)) != getattr(as_shipped, key):
+            changes.append(f"profile.{key}={str(value).lower()}")
     return " --set ".join([shlex.quote(run.profile_name), *changes])
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from fitune.config import run as runs
@@ -23,7 +22,7 @@ from fitune.config.schema import AUTO, AccelerateConfig, Profile, Run
 from fitune.config.shipped import name_of
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
-from fitune.planning.fill import filled, fits, with_room_for_error
+from fitune.planning.fill import cautious_about_moving, filled, fits, with_room_for_error
 from fitune.planning.found import NO_GAIN, Found, seconds_of
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.instead import what_fits
@@ -137,9 +136,8 @@ def _candidates(
         for place in PLACES[:1] if machine.unified else PLACES:
             if place == EMBEDDING_IN_RAM and recipe.method == "full":
                 continue
-            moves = (False,) if machine.unified else (False, True)
-            for activations, states in product(moves, _states(recipe, place)):
-                placed = {"embedding_offload": place == EMBEDDING_IN_RAM, "activation_offload": activations}
+            for states in _states(recipe, place):
+                placed = {"embedding_offload": place == EMBEDDING_IN_RAM}
                 placed |= {"optimizer_state": states, "optimizer_offload": place == STATES_IN_RAM}
                 if all(overrides.get(key, value) == value for key, value in placed.items()):
                     yield _run(stem, recipe, overrides | placed, machine, count * machines, machines, place, output)
@@ -227,14 +225,11 @@ def _rank(plan: Plan) -> tuple:
 
 
 def _cautious_seconds(plan: Plan) -> float:
-    """Of a step. What takes host RAM must be faster by more than the prediction may be off.
-
-    Layers' inputs must be so once more: beside weights there they would else be moved for a gain of a few percent.
-    """
+    """Of a step. What takes host RAM must be faster: by more than the prediction may be off, if it lasts."""
     setup = plan.setup
     holds_what_lasts = setup.embedding_in_ram or setup.optimizer_offload
     cautious = seconds_of(plan) * (1 + OTHER_STATES * setup.small_states)
-    return cautious * (1 + TIME_ERROR) ** (holds_what_lasts + setup.activation_offload)
+    return cautious * (1 + TIME_ERROR * holds_what_lasts) * cautious_about_moving(setup)
 
 
 def _fewest_ranks(plans: list[Plan]) -> Plan:

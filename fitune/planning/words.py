@@ -15,18 +15,25 @@ KEEPS_GATHERED = "gathered weights kept"
 def described(plan: Plan) -> str:
     """A plan's choices in a few words."""
     setup = plan.setup
-    ranks = ranks_in_words(setup)
+    rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
+    return ", ".join([held(plan), rows, kept_in_words(setup), *([] if setup.reshard else [KEEPS_GATHERED])])
+
+
+def held(plan: Plan) -> str:
+    """By how many ranks, and where what lasts is kept."""
+    ranks = ranks_in_words(plan.setup)
     if plan.run.accelerate.gpu_ids:
         ranks += f" ({numbers(plan.used_cards)})"
-    ranks += copies_in_words(setup)
-    rows = f"{setup.micro_batch} row{'s' * (setup.micro_batch > 1)} a pass"
-    return ", ".join([ranks, *places(plan), rows, kept_in_words(setup), *([] if setup.reshard else [KEEPS_GATHERED])])
+    return ", ".join([ranks + copies_in_words(plan.setup), *places(plan)])
 
 
 def kept_in_words(setup: Setup) -> str:
-    """Which layers keep what until the backward pass."""
-    attention = ", of the others attention" * (setup.kept_attention and setup.recomputed_layers > 0)
-    return f"{setup.kept_layers} of {setup.shape.layers} layers kept{attention}"
+    """Which layers keep what until the backward pass, and where."""
+    layers = f"{setup.kept_layers} of {setup.shape.layers} layers kept"
+    if not setup.recomputed_layers or not (setup.kept_attention or setup.activation_offload):
+        return layers
+    what = [*["inputs"] * setup.activation_offload, *["attention"] * setup.kept_attention]
+    return f"{layers}, {' and '.join(what)} of the others{' in RAM' * setup.activation_offload}"
 
 
 def ranks_in_words(setup: Setup) -> str:
@@ -50,13 +57,13 @@ def numbers(gpus: Sequence[Gpu]) -> str:
 
 
 def places(plan: Plan) -> list[str]:
-    """Where it keeps what takes memory."""
+    """Where it keeps what lasts from step to step."""
     setup = plan.setup
     place = ALL_IN_RAM if setup.offload else EMBEDDING_IN_RAM if setup.embedding_offload else ON_GPUS
     found = [place] if setup.on_gpu else []
     if setup.small_states:
         found.append("small optimizer states in RAM" if setup.optimizer_offload else "small optimizer states")
-    return found + (["layers' inputs in RAM"] if setup.inputs_in_host_ram else [])
+    return found
 
 
 def timed(plan: Plan) -> str:

@@ -163,7 +163,7 @@ def load_sharded_model(
         run.recipe, base_folder, tokenizer, dtype, mesh.device_type, stored, adapter=adapter, fp8=fp8
     )
     profile = run.profile
-    keep_activations(model, profile.kept_layers, attention=profile.keeps_attention, offload=profile.activation_offload)
+    keep_activations(model, profile.kept_layers, attention=profile.keeps_attention, offload=profile.moves_activations)
     shard(model, mesh, run, dtype, keep_gathered=keep_gathered)
     device = compute_device(mesh)
     share, in_host_ram = share_of(run, mesh.get_rank()), frozenset(kept_in_host_ram(model, run))

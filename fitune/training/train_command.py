@@ -69,10 +69,11 @@ def train_command(
 
 
 def _chosen(left: Run, run: Run) -> list[str]:
-    """What `plan` chose of what it was left; copies of the model, attention and gathered weights where it has them."""
+    """What `plan` chose of what it was left; of copies, activations and gathered weights only what is unusual."""
     chosen = [f"{key} {getattr(run.profile, key)}" for key in left.left_to_plan]
     chosen += [f"replicas {run.replicas}"] * (run.replicas > left.replicas)
     chosen += ["kept_attention true"] * (run.profile.keeps_attention and not left.profile.keeps_attention)
+    chosen += ["activation_offload true"] * (run.profile.moves_activations and not left.profile.moves_activations)
     keeps = run.accelerate.keeps_gathered and not left.accelerate.keeps_gathered
     return chosen + ["reshard_after_forward false"] * keeps
 

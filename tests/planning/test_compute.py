@@ -162,12 +162,11 @@ def _offered(*arguments: str) -> str:
 
 def test_plan_says_what_it_would_bring_where_the_card_has_it():
     flags, ends = ("llama3_8b_qlora", "--profile", "single_gpu"), f": --set {FP8} (rounds more: docs/fp8.md)"
-    other_rows = "1 GPU, weights on the GPUs, 2 rows a pass, 26 of 32 layers kept, "  # a faster GPU waits for Python
-    for gpu, how, guess in (("H200", other_rows, ""), ("RTX 4090", "", ", a guess")):
+    for gpu, guess in (("H200", ""), ("RTX 4090", ", a guess")):
         seconds = [json.loads(_plan(*flags, "--gpu", gpu, "--set", f"profile.compute={compute}", "--json").output)
                    for compute in ("fp8", "auto")]  # fmt: skip
         fp8, bf16 = (f"{float(format(told['estimate']['step_seconds'], '.2g')):,g} s a step" for told in seconds)
-        assert _offered(*flags, "--gpu", gpu) == f"{how}{fp8}{guess}{ends}" and fp8 != bf16
+        assert _offered(*flags, "--gpu", gpu) == f"{fp8}{guess}{ends}" and fp8 != bf16
         assert seconds[1]["in_fp8"]["step_seconds"] == seconds[0]["estimate"]["step_seconds"]
     more_fits = _offered("llama3_70b_lora", "--gpu", "H100", "--gpus", "2", "--host-memory", "256")
     assert more_fits.startswith("2 GPUs, one copy of the model, weights on the GPUs, ") and more_fits.endswith(ends)

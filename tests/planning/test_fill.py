@@ -9,7 +9,7 @@ import pytest
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
-from fitune.planning.fill import AS_FAST, filled, filled_here, fits, resolve
+from fitune.planning.fill import AS_FAST, MOVED_MUST_GAIN, filled, filled_here, fits, resolve
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
@@ -69,7 +69,7 @@ def test_what_is_given_stays_and_the_rest_is_chosen():
 def test_less_memory_keeps_fewer_layers_and_none_where_nothing_fits():
     run = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=1",))
     kept = [filled(run, Limits(gpu, 32, 1)).profile.kept_layers for gpu in (24, 16, 12, 9, 6)]
-    assert kept[0] == 32 and sorted(kept, reverse=True) == kept and kept[-2:] == [0, 0] and len(set(kept)) == 4
+    assert kept[0] == 32 and sorted(kept, reverse=True) == kept and kept[-1] == 0 and len(set(kept)) == 5
 
 
 def test_a_card_with_less_free_memory_than_its_profile_states_is_filled_as_far_as_it_goes(monkeypatch, tmp_path):
@@ -86,18 +86,22 @@ def test_a_resumed_run_keeps_what_was_chosen_when_it_started(tmp_path):
     from fitune.launching.run_folder import as_started
 
     asked = runs.resolve("llama3_8b_qlora", "single_gpu", (), str(tmp_path))
-    started = runs.with_kept_attention(runs.with_numbers(asked, micro_batch=4, kept_layers=3), False)
+    numbers = runs.with_numbers(asked, micro_batch=4, kept_layers=3)
+    started, otherwise = (
+        runs.with_activations(numbers, kept_attention=value, activation_offload=value) for value in (False, True)
+    )
     (tmp_path / "run.yaml").write_text(runs.dump(started), encoding="utf-8")
     assert as_started(asked) == started
     given = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=2",), str(tmp_path))
     assert as_started(given).profile.micro_batch == 2 and as_started(given).profile.kept_layers == 3
-    (tmp_path / "run.yaml").write_text(runs.dump(runs.with_kept_attention(started, True)), encoding="utf-8")
-    assert as_started(asked).profile.keeps_attention
+    (tmp_path / "run.yaml").write_text(runs.dump(otherwise), encoding="utf-8")
+    assert as_started(asked) == otherwise
+    refusing = ("profile.kept_attention=false", "profile.activation_offload=false")
+    refused = as_started(runs.resolve("llama3_8b_qlora", "single_gpu", refusing, str(tmp_path)))
+    assert not (refused.profile.keeps_attention or refused.profile.moves_activations)
     unknown = runs.dump(started).replace("  kept_attention: false\n", "")  # of an earlier version
     (tmp_path / "run.yaml").write_text(unknown, encoding="utf-8")
     assert unknown != runs.dump(started) and as_started(asked).profile.kept_attention is False
-    refused = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.kept_attention=false",), str(tmp_path))
-    assert not as_started(refused).profile.keeps_attention
 
 
 LONG = ("base.model=meta-llama/Llama-3.1-8B", "max_length=32768", "global_batch_size=1", "profile.gpu_memory_gib=80")
@@ -138,3 +142,43 @@ def test_attention_is_not_kept_where_that_is_not_much_faster():
     assert not resolve("llama3_8b_full", "fsdp_4x48gb", full).profile.keeps_attention
     with pytest.raises(UsageError, match=r"kept_attention is for lora and qlora, recipe llama3_8b_full is full; use"):
         resolve("llama3_8b_full", "fsdp_4x48gb", ("profile.kept_attention=true",))
+
+
+def test_what_recomputed_layers_keep_goes_to_host_ram_where_that_is_faster():
+    """More rows a pass then gather, or copy, weights less often: both measured faster (docs/speed.md)."""
+    gpu = gpu_model("NVIDIA H200")
+    for profile, compute in (("fsdp_4x24gb", "bf16"), ("fsdp_4x24gb", "fp8"), ("fsdp_offload_1x12gb", "fp8")):
+        on_gpu, chosen = (
+            setup(resolve("llama3_70b_qlora", profile, (f"profile.compute={compute}", *sets), gpu=gpu))
+            for sets in (("profile.activation_offload=false",), ())
+        )
+        assert chosen.activation_offload and chosen.micro_batch > on_gpu.micro_batch and not on_gpu.activation_offload
+        seconds, seconds_on_gpu = (step_seconds(each, gpu)["total"] for each in (chosen, on_gpu))
+        assert seconds * (1 + AS_FAST) * (1 + MOVED_MUST_GAIN["qlora"]) < seconds_on_gpu
+
+
+def test_what_recomputed_layers_keep_stays_on_the_gpu():
+    """Where all layers are kept, little is gained, RAM is short, one memory is both, or numbers are given."""
+    gpu = gpu_model("NVIDIA H200")
+    for recipe, profile, sets in (
+        ("llama3_8b_qlora", "single_gpu", ()),
+        ("llama3_70b_qlora", "fsdp_1x48gb", ()),
+        ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.host_memory_gib=20",)),
+        ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.micro_batch=1", "profile.kept_layers=0")),
+    ):
+        found = resolve(recipe, profile, ("profile.compute=bf16", *sets), gpu=gpu)
+        assert found.profile.activation_offload is False, (recipe, profile, sets)
+    run = runs.resolve("llama3_8b_qlora", "single_gpu")
+    assert filled(run, Limits(None, 12, 1, unified=True), gpu).profile.activation_offload is False
+
+
+def test_what_fits_only_with_its_activations_in_ram_has_them_there():
+    long = (*LONG[:2], "global_batch_size=1", "profile.gpu_memory_gib=9")
+    assert resolve("llama3_8b_qlora", "single_gpu", long).profile.moves_activations
+    small = runs.resolve("llama3_8b_qlora", "single_gpu")
+    for ram, moves in ((60, True), (0.5, False)):  # nothing fits: what comes closest
+        found = filled(small, Limits(4, ram, 1))
+        assert found.profile.moves_activations is moves and (found.profile.micro_batch, setup(found).kept_layers) == (
+            1,
+            0,
+        )

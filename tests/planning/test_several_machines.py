@@ -78,7 +78,8 @@ def test_gradients_that_wait_for_the_last_pass_are_float32():
 
 def test_adapters_gradients_wait_whole_where_a_gpu_has_room():
     """They are reduced once a step then: the rest of the traffic is weights gathered for each micro batch."""
-    run = _all_on_the_gpus("llama3_70b_qlora", ("global_batch_size=32",), given_machine(8, 24, 1024), 1)
+    sets = ("global_batch_size=32", "profile.activation_offload=false")
+    run = _all_on_the_gpus("llama3_70b_qlora", sets, given_machine(8, 24, 1024), 1)
     shape = find_shape(run.recipe.base.model)
     reduced_often, waiting = setup_of(run, shape), setup_to_train(run, shape)
     assert waiting == replace(reduced_often, adapters_wait=True) and waiting.accumulation > 1
