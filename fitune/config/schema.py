@@ -78,8 +78,8 @@ class Profile(Strict):
     """
     activation_offload: Flag | Literal["auto"] = AUTO
     """Move what layers that are not kept do keep to host RAM until the backward pass needs it: their inputs, and
-    attention's results with `kept_attention`. `auto`: where `plan` chooses rows a pass or kept layers, and finds a step
-    5 % shorter with it (17 % with method full), or none that fits without.
+    attention's results with `kept_attention`. `auto`: where `plan` finds that steps are 5 % faster with it (15 % with
+    method full), or that none fits without.
     """
     embedding_offload: Flag = False
     "Keep the frozen embedding and head, each needed once per pass, in host RAM."

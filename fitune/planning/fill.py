@@ -12,7 +12,6 @@ then what stays on the GPU, then what keeps no attention, then the fewest rows.
 import math
 from dataclasses import replace
 from itertools import product
-from operator import attrgetter
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
@@ -31,9 +30,9 @@ ATTENTION_COUNTS_FROM = 8192
 "Tokens of an example: in shorter ones a kept layer saves more for its memory than kept attention."
 AS_FAST = 0.02
 "Of a step's seconds: for less, no more rows a pass are taken, no gathered weights kept, no copies added."
-MOVED_MUST_GAIN = {"lora": 0.03, "qlora": 0.03, "full": 0.15}
-"""As much more for what goes to host RAM, by method: others use that and the link, too. For 70B QLoRA 9 % were
-measured on four cards of 24 GB, 10 and 34 % on one of 12 GB (docs/speed.md). With method full no gain was measured."""
+MUST_GAIN_BY_MOVING = {"lora": 0.05, "qlora": 0.05, "full": 0.15}
+"""Of a step's seconds, by method, for activations to go to host RAM: others use that and the link, too. For 70B QLoRA
+9 % were measured on four cards of 24 GB, 10 and 34 % on one of 12 GB (docs/speed.md); with method full nothing."""
 
 
 def resolve(
@@ -80,7 +79,7 @@ def _spread(run: Run, limits: Limits, gpu: GpuModel) -> Run:
         setups = [setup for setup in setups if setup.replicas >= setup.machines] or setups
     if not setups:
         return one_copy
-    seconds = [step_seconds(setup, gpu)["total"] for setup in setups]
+    seconds = [cautious_seconds(setup, gpu) for setup in setups]
     as_fast = [setup for setup, took in zip(setups, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
     best = min(as_fast, key=lambda setup: (not setup.holds_a_whole_copy, setup.replicas))
     return choices[counts.index(best.replicas)]
@@ -107,19 +106,21 @@ def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     ways = _resharding(run)
     run = runs.with_resharding(run, ways[0])
     attention, moved = _kept_attention(run), _moved_activations(run, limits)
-    if not run.left_to_plan and len(ways) == len(attention) == 1:
+    if not run.left_to_plan and len(ways) == len(attention) == len(moved) == 1:
         return runs.with_activations(run, kept_attention=attention[0], activation_offload=moved[0])
     setup = _setup(run)
     tried = [
         (rows, replace(setup, reshard=way, kept_attention=kept, activation_offload=in_ram))
         for rows, way, kept, in_ram in product(_rows(run), ways, attention, moved)
     ]
-    choices = [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, with_room_for_error(limits)))]
+    within = with_room_for_error(limits) if run.left_to_plan else limits
+    choices = [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, within))]
     if not choices:
-        moves = moved[0] if fits(setup, limits) else moved[-1] and _has_room_in_ram(setup, limits)
+        is_settled = len(moved) == 1 or fits(setup, limits)
+        moves = moved[0] if is_settled else _has_room_in_ram(setup, limits)
         run = runs.with_activations(run, kept_attention=attention[0], activation_offload=moves)
         return run.model_copy(update={"left_to_plan": ()})
-    best = _least_of_the_fastest(choices, gpu)
+    best = _best(choices, gpu)
     activations = {"kept_attention": best.kept_attention, "activation_offload": best.activation_offload}
     run = runs.with_resharding(runs.with_activations(run, **activations), best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
@@ -145,7 +146,7 @@ def _moved_activations(run: Run, limits: Limits) -> tuple[bool, ...]:
     """The values of `activation_offload` to try, first what takes no host RAM."""
     if run.profile.activation_offload != AUTO:
         return (run.profile.activation_offload,)
-    return (False,) if not run.left_to_plan or run.accelerate.use_cpu or limits.unified else (False, True)
+    return (False,) if run.accelerate.use_cpu or limits.unified else (False, True)
 
 
 def _has_room_in_ram(setup: Setup, limits: Limits) -> bool:
@@ -153,17 +154,28 @@ def _has_room_in_ram(setup: Setup, limits: Limits) -> bool:
     return host_peak(replace(setup, activation_offload=True)) <= limits.host * GIB
 
 
+def _best(choices: list[Setup], gpu: GpuModel) -> Setup:
+    """The best one that keeps everything on the GPU, or the best other one, where that gains enough."""
+    by_place = [[choice for choice in choices if choice.activation_offload == moved] for moved in (False, True)]
+    best = [_least_of_the_fastest(there, gpu) for there in by_place if there]
+    return min(best, key=lambda choice: cautious_seconds(choice, gpu))
+
+
 def _least_of_the_fastest(choices: list[Setup], gpu: GpuModel) -> Setup:
     """Of the choices that are as fast as the fastest, the one that takes least, in the order told above."""
-    seconds = [step_seconds(choice, gpu)["total"] * cautious_about_moving(choice) for choice in choices]
+    seconds = [step_seconds(choice, gpu)["total"] for choice in choices]
     as_fast = [choice for choice, took in zip(choices, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
-    takes_least = attrgetter("activation_offload", "kept_attention", "micro_batch")
-    return min(as_fast, key=lambda choice: (not choice.reshard, *takes_least(choice)))
+    return min(as_fast, key=lambda choice: (not choice.reshard, choice.kept_attention, choice.micro_batch))
 
 
-def cautious_about_moving(setup: Setup) -> float:
-    """By what a step's seconds are multiplied before they are compared."""
-    return 1 + MOVED_MUST_GAIN[setup.method] * setup.activation_offload
+def cautious_seconds(setup: Setup, gpu: GpuModel) -> float:
+    """Of a step, with what it must gain by activations in host RAM."""
+    return step_seconds(setup, gpu)["total"] * gain_by_moving(setup)
+
+
+def gain_by_moving(setup: Setup) -> float:
+    """What a step's seconds are multiplied by where activations go to host RAM."""
+    return 1 + MUST_GAIN_BY_MOVING[setup.method] * setup.activation_offload
 
 
 def with_room_for_error(limits: Limits) -> Limits:

@@ -97,7 +97,8 @@ def _limits(plan: Plan, outlook: Outlook) -> list[Line]:
     if not rows:
         return []
     rows = f"{rows} row{'s' * (rows > 1)} of {plan.setup.max_length:,} tokens a pass"
-    least = "no layer kept" + ", one copy of the model" * (plan.setup.replicas > 1)
+    least = "no layer kept" + ", inputs in RAM" * outlook.inputs_in_ram
+    least += ", one copy of the model" * (plan.setup.replicas > 1)
     return [Line("at most", f"{rows}, or one of {outlook.longest_sequence:,} ({least})")]
 
 

@@ -64,9 +64,7 @@ def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
 def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None) -> Run:
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
     values |= {"replicas": int(values["replicas"])}
-    profile = run.profile.model_copy(
-        update=dict.fromkeys((*SMALLEST, "kept_attention", "activation_offload", "async_save"), AUTO) | values
-    )
+    profile = run.profile.model_copy(update=dict.fromkeys((*SMALLEST, "kept_attention", "async_save"), AUTO) | values)
     file, is_found = Path(run.accelerate.path), profile.accelerate_config == FOUND
     said = AUTO if is_found else read_accelerate_config(file).reshard_after_forward
     accelerate = run.accelerate.model_copy(update={"reshard_after_forward": said})

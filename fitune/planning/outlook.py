@@ -34,15 +34,22 @@ class Outlook:
     "With no layer kept, nor gathered weights, and one copy of the model."
     longest_sequence: int
     "Tokens, with one row a pass and as little kept."
+    inputs_in_ram: bool
+    "Whether one of both is so large as the layers' inputs are in host RAM."
 
 
 def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
     """Everything that `plan` says beside the run that was asked for; `own` are files of profiles beside the shipped."""
     smallest = replace(plan.setup, kept_layers=0, kept_attention=False, reshard=True, replicas=1)
+    on_gpu, in_ram = (replace(smallest, activation_offload=moved) for moved in (False, True))
+    ways = [on_gpu, in_ram] if smallest.on_gpu and not plan.limits.unified else [on_gpu]
+    rows = [largest_micro_batch(setup, plan.limits) for setup in ways]
+    lengths = [longest_sequence(setup, plan.limits) for setup in ways]
     return Outlook(
         [] if plan.fits else nearest_changes(plan, own),
-        largest_micro_batch(smallest, plan.limits),
-        longest_sequence(smallest, plan.limits),
+        max(rows),
+        max(lengths),
+        inputs_in_ram=max(rows) > rows[0] or max(lengths) > lengths[0],
     )
 
 

@@ -144,7 +144,7 @@ def as_json(plan: Plan, outlook: Outlook) -> dict:
         "peak_host_gib": round(sum(plan.host[plan.host_phase].values()) / GIB, 3),
         "disk_gib": round(needed_disk(plan.disk) / GIB, 3),
         "micro_batch": plan.setup.micro_batch, "kept_layers": plan.setup.kept_layers,
-        "kept_attention": plan.setup.kept_attention,
+        "kept_attention": plan.setup.kept_attention, "activation_offload": plan.setup.activation_offload,
         "reshard_after_forward": plan.setup.reshard, "replicas": plan.setup.replicas,
         "max_length": plan.setup.max_length, "compute": plan.run.profile.compute,
         "largest_micro_batch": outlook.largest_micro_batch, "longest_sequence": outlook.longest_sequence,

@@ -22,7 +22,7 @@ from fitune.config.schema import AUTO, AccelerateConfig, Profile, Run
 from fitune.config.shipped import name_of
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
-from fitune.planning.fill import cautious_about_moving, filled, fits, with_room_for_error
+from fitune.planning.fill import filled, fits, gain_by_moving, with_room_for_error
 from fitune.planning.found import NO_GAIN, Found, seconds_of
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.instead import what_fits
@@ -229,7 +229,7 @@ def _cautious_seconds(plan: Plan) -> float:
     setup = plan.setup
     holds_what_lasts = setup.embedding_in_ram or setup.optimizer_offload
     cautious = seconds_of(plan) * (1 + OTHER_STATES * setup.small_states)
-    return cautious * (1 + TIME_ERROR * holds_what_lasts) * cautious_about_moving(setup)
+    return cautious * (1 + TIME_ERROR * holds_what_lasts) * gain_by_moving(setup)
 
 
 def _fewest_ranks(plans: list[Plan]) -> Plan:

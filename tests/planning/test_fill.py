@@ -9,7 +9,7 @@ import pytest
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
 from fitune.errors import UsageError
-from fitune.planning.fill import AS_FAST, MOVED_MUST_GAIN, filled, filled_here, fits, resolve
+from fitune.planning.fill import AS_FAST, MUST_GAIN_BY_MOVING, filled, filled_here, fits, resolve
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
@@ -154,7 +154,7 @@ def test_what_recomputed_layers_keep_goes_to_host_ram_where_that_is_faster():
         )
         assert chosen.activation_offload and chosen.micro_batch > on_gpu.micro_batch and not on_gpu.activation_offload
         seconds, seconds_on_gpu = (step_seconds(each, gpu)["total"] for each in (chosen, on_gpu))
-        assert seconds * (1 + AS_FAST) * (1 + MOVED_MUST_GAIN["qlora"]) < seconds_on_gpu
+        assert seconds * (1 + MUST_GAIN_BY_MOVING["qlora"]) < seconds_on_gpu
 
 
 def test_what_recomputed_layers_keep_stays_on_the_gpu():
@@ -165,6 +165,7 @@ def test_what_recomputed_layers_keep_stays_on_the_gpu():
         ("llama3_70b_qlora", "fsdp_1x48gb", ()),
         ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.host_memory_gib=20",)),
         ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.micro_batch=1", "profile.kept_layers=0")),
+        ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.gpu_memory_gib=36",)),  # 4 % faster, by `plan`
     ):
         found = resolve(recipe, profile, ("profile.compute=bf16", *sets), gpu=gpu)
         assert found.profile.activation_offload is False, (recipe, profile, sets)
@@ -172,9 +173,27 @@ def test_what_recomputed_layers_keep_stays_on_the_gpu():
     assert filled(run, Limits(None, 12, 1, unified=True), gpu).profile.activation_offload is False
 
 
+def test_copies_are_not_for_activations_in_ram_that_gain_little():
+    """Two copies with them there took as long as one without, by `plan`."""
+    sets = ("profile.gpu_memory_gib=9", "profile.host_memory_gib=256", "global_batch_size=16", "profile.compute=bf16")
+    found = resolve("llama3_8b_qlora", "fsdp_2x40gb", sets, gpu=gpu_model("RTX 3060"))
+    assert found.profile.activation_offload is False
+
+
+def test_what_is_said_of_activations_stays():
+    """Also where it does not fit, and the other would."""
+    short = ("profile.activation_offload=true", "profile.host_memory_gib=10")
+    run = resolve("llama3_70b_qlora", "fsdp_4x24gb", short)
+    assert run.profile.activation_offload is True and not fits(setup(run), limits_of(run))
+    long = (*LONG[:2], "global_batch_size=1", "profile.gpu_memory_gib=9", "profile.activation_offload=false")
+    assert resolve("llama3_8b_qlora", "single_gpu", long).profile.activation_offload is False
+
+
 def test_what_fits_only_with_its_activations_in_ram_has_them_there():
     long = (*LONG[:2], "global_batch_size=1", "profile.gpu_memory_gib=9")
     assert resolve("llama3_8b_qlora", "single_gpu", long).profile.moves_activations
+    typed = ("profile.micro_batch=2", "profile.kept_layers=3", "profile.compute=bf16")  # as `plan` shows them
+    assert resolve("llama3_70b_qlora", "fsdp_4x24gb", typed).profile.moves_activations
     small = runs.resolve("llama3_8b_qlora", "single_gpu")
     for ram, moves in ((60, True), (0.5, False)):  # nothing fits: what comes closest
         found = filled(small, Limits(4, ram, 1))

@@ -225,7 +225,8 @@ def test_a_plan_that_fits_says_by_how_much():
 
 
 def test_the_nearest_changes_really_fit():
-    plan = plan_of("llama3_70b_qlora", "fsdp_4x24gb", "profile.micro_batch=2", "profile.kept_layers=0")
+    on_gpu = ("profile.micro_batch=2", "profile.kept_layers=0", "profile.activation_offload=false")
+    plan = plan_of("llama3_70b_qlora", "fsdp_4x24gb", *on_gpu)
     assert not plan.fits
     changes = look_around(plan).changes
     assert changes[0] == "--set profile.micro_batch=1"
@@ -234,7 +235,7 @@ def test_the_nearest_changes_really_fit():
         sets = [value for flag, value in pairwise(words) if flag == "--set"]
         profile = words[words.index("--profile") + 1] if "--profile" in words else "fsdp_4x24gb"
         if "--profile" not in words:
-            sets = ["profile.micro_batch=2", "profile.kept_layers=0", *sets]
+            sets = [*on_gpu, *sets]
         changed = resolve("llama3_70b_qlora", profile, tuple(sets))
         assert make_plan(changed, plan.limits).fits, change
     assert "does not fit" in refusal(plan) and "nearest change that fits: --set profile.micro_batch=1" in refusal(plan)
