@@ -21,7 +21,7 @@ from fitune.planning.async_save import with_async_save
 from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
-from fitune.planning.memory import host_peak
+from fitune.planning.memory import gpu_peak, host_peak
 from fitune.planning.plan import ERROR, example_of_a_token, setup_of, verdicts
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
@@ -117,7 +117,7 @@ def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     choices = [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, within))]
     if not choices:
         is_settled = len(moved) == 1 or fits(setup, limits)
-        moves = moved[0] if is_settled else _has_room_in_ram(setup, limits)
+        moves = moved[0] if is_settled else _comes_closer_with_ram(setup, limits)
         run = runs.with_activations(run, kept_attention=attention[0], activation_offload=moves)
         return run.model_copy(update={"left_to_plan": ()})
     best = _best(choices, gpu)
@@ -149,9 +149,10 @@ def _moved_activations(run: Run, limits: Limits) -> tuple[bool, ...]:
     return (False,) if run.accelerate.use_cpu or limits.unified else (False, True)
 
 
-def _has_room_in_ram(setup: Setup, limits: Limits) -> bool:
-    """For what recomputed layers keep."""
-    return host_peak(replace(setup, activation_offload=True)) <= limits.host * GIB
+def _comes_closer_with_ram(setup: Setup, limits: Limits) -> bool:
+    """Whether moving what recomputed layers keep takes something off the GPU, and RAM has room for it."""
+    in_ram = replace(setup, activation_offload=True)
+    return gpu_peak(in_ram).total < gpu_peak(setup).total and host_peak(in_ram) <= limits.host * GIB
 
 
 def _best(choices: list[Setup], gpu: GpuModel) -> Setup:

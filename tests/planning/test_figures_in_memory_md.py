@@ -46,16 +46,17 @@ def setup_of_28_november(name: str) -> Setup:
     return full_results.setup_of_full_run(RUNS["2026-11-28", name])
 
 
-def _long_rows(name: str) -> Setup:
-    file = ROOT / "benchmarks" / "results" / f"longest-rows-{name}-h200-2026-11-28.json"
+def _long_rows(name: str, date: str = "2026-11-28") -> Setup:
+    file = ROOT / "benchmarks" / "results" / f"longest-rows-{name}-h200-{date}.json"
     [entry] = json.loads(file.read_text(encoding="utf-8"))["runs"]
     size = entry["model"].split("-")[0]
     numbers = ("profile.micro_batch", "profile.kept_layers", "profile.activation_offload", "profile.embedding_offload")
-    taken = {key: entry["set"][key] for key in (*numbers, "lora.r", "max_length") if key in entry["set"]}
+    taken = {key: entry["set"][key] for key in (*numbers, "lora.r") if key in entry["set"]}
     taken |= {"base.model": f"meta-llama/Llama-3.1-{size.upper()}", "global_batch_size": 1}
     taken |= {"profile.kept_attention": entry.get("kept_attention", False)}
     profile = {"8b": "single_gpu", "70b": "fsdp_1x48gb"}[size]
-    return planned(f"llama3_{size}_qlora", profile, tuple(f"{key}={value}" for key, value in taken.items())).setup
+    setup = planned(f"llama3_{size}_qlora", profile, tuple(f"{key}={value}" for key, value in taken.items())).setup
+    return replace(setup, max_length=entry["tokens"])  # which may be beyond the model's positions
 
 
 @pytest.mark.parametrize(
@@ -227,6 +228,9 @@ def test_kept_layers_and_long_rows():
     on_12, on_48 = (_long_rows(name) for name in ("8b-12gb", "70b-48gb"))
     assert f"where `plan` says {tensors_gib(on_12)} (" in PAGE
     assert f"`plan` says {card_gib(on_48)} for the whole card" in PAGE
+    on_80 = [_long_rows(f"{size}-80gb", "2026-11-29") for size in ("70b", "8b")]
+    assert f"`plan` says {' and '.join(map(tensors_gib, on_80))}. Their inputs took" in PAGE
+    assert f"took {' and '.join(gib(setup.inputs_in_host_ram, 0) for setup in on_80)} GiB of host" in PAGE
 
 
 def test_kept_attention_of_long_rows():
@@ -245,7 +249,7 @@ def test_kept_attention_of_long_rows():
 
 
 def test_70b_lora_on_four_and_on_eight():
-    sets = ("profile.micro_batch=1", "profile.kept_layers=56")
+    sets = ("profile.micro_batch=1", "profile.kept_layers=56", "profile.activation_offload=false")
     four = planned("llama3_70b_lora", "fsdp_4x48gb", sets).setup
     assert f"`plan` says {tensors_gib(four)} (`benchmarks/results/peers-h200x4-2026-11-28.json`)" in PAGE
     eight = planned("llama3_70b_lora", "fsdp_lora_8x80gb", ("profile.micro_batch=1", "profile.kept_layers=0")).setup

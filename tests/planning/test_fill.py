@@ -166,6 +166,7 @@ def test_what_recomputed_layers_keep_stays_on_the_gpu():
         ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.host_memory_gib=20",)),
         ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.micro_batch=1", "profile.kept_layers=0")),
         ("llama3_70b_qlora", "fsdp_4x24gb", ("profile.gpu_memory_gib=36",)),  # 4 % faster, by `plan`
+        ("llama3_8b_qlora", "single_gpu", ("profile.micro_batch=4", "profile.kept_layers=32")),  # fits neither way
     ):
         found = resolve(recipe, profile, ("profile.compute=bf16", *sets), gpu=gpu)
         assert found.profile.activation_offload is False, (recipe, profile, sets)

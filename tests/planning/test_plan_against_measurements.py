@@ -77,7 +77,8 @@ def test_runs_beside_peers_are_predicted(entry):
     model = LLAMA_3_1_8B if entry["length"] > LLAMA_3_POSITIONS else None
     sets = {"max_length": entry["length"], "global_batch_size": entry["rows_a_step"], "profile.host_memory_gib": 256}
     sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")} | entry["set"]
-    sets |= {"profile.kept_attention": entry.get("kept_attention", False)}  # the first runs knew none
+    choices = ("kept_attention", "activation_offload")  # the first runs knew none
+    sets |= {f"profile.{key}": entry.get(key, False) for key in choices} | entry["set"]
     sets |= {"base.model": model} if model else {}
     gpu = gpu_model(entry["source"].split(",")[0])
     run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()), gpu=gpu)
