@@ -6,7 +6,7 @@ takes memory. So do more copies of the model, of which each gathers over fewer G
 copies each number of rows is tried with as many kept layers as fit beside it, with gathered weights freed and kept,
 where examples are long with attention kept, and with what recomputed layers keep on the GPU and in host RAM. Of what is
 as fast as the fastest, that is taken which gathers nothing, else the fewest copies, then what frees gathered weights,
-then what stays on the GPU, then what keeps no attention, then the fewest rows.
+then what keeps no attention, then the fewest rows. What goes to host RAM must be faster than all that stays.
 """
 
 import math
