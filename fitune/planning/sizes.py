@@ -325,10 +325,11 @@ class Setup:
         )
         if self.fp8:  # the gradients of gate and up, rounded; their weights; an adapter's input; the norm's gradient
             mlp = max(mlp, 2 * tile_i + 2 * tile_i * FP8 / self.compute + 2 * down * FP8 / self.compute + 2 * tile_h)
-        # gradients of o, q, k, v and of the norm; heads that have norms of their own are there before and after them
-        attention = 2 * self.query_heads + 2 * inputs * h + 2 * self.shared_heads
+        # gradients of o, q, k and v, and what seems to be cuDNN's own room, four times q: longest-rows-*-80gb-*.json
+        attention = 6 * self.query_heads + 2 * self.shared_heads
+        # heads that have norms of their own are there before and after them
         attention += 2 * (self.query_heads + self.shared_heads) * self.shape.head_norms
-        return attention_saved + h + max(mlp, attention)
+        return attention_saved + max(h + mlp, attention)  # the MLP's input and its gradient; then the gradient alone
 
     @property
     def kept_activations(self) -> float:
