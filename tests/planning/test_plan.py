@@ -160,6 +160,8 @@ def test_what_is_turned_on_moves_bytes_where_it_says():
     ends = [gpu_moments(replace(offloaded, accumulation=passes))["backward, embedding"] for passes in (1, 2)]
     stays = [end["unsharded layers"] for end in ends]
     assert stays == [0, offloaded.unsharded_layer], "the first layer, for the next pass"
+    rows = host_moments(offloaded)["step"]["embedded rows"]
+    assert rows == 2 * 64 * 2**20, "48 MiB of two passes, page-locked by powers of two"
     two = replace(offloaded, ranks=2)
     here, apart = (host_moments(replace(two, machines=n))["step"]["offloaded weights"] for n in (1, 2))
     assert apart == pytest.approx(here / 2), "RAM is that of one machine"
