@@ -138,8 +138,9 @@ def _kept_attention(run: Run) -> tuple[bool, ...]:
     """The values of `kept_attention` to try, first what takes less memory."""
     if run.profile.kept_attention != AUTO:
         return (run.profile.kept_attention,)
-    is_long = example_of_a_token(run.recipe) >= ATTENTION_COUNTS_FROM
-    return (False, True) if is_long and run.recipe.method != "full" else (False,)
+    if run.recipe.method == "full" or run.recipe.max_length < ATTENTION_COUNTS_FROM:  # no report need be read
+        return (False,)
+    return (False, True) if example_of_a_token(run.recipe) >= ATTENTION_COUNTS_FROM else (False,)
 
 
 def _moved_activations(run: Run, limits: Limits) -> tuple[bool, ...]:

@@ -240,9 +240,8 @@ def steps_of(run: Run) -> int | None:
     training, recipe = run.recipe.training, run.recipe
     if training.get("max_steps", -1) > 0:
         return training["max_steps"]
-    file = Path(recipe.data.prepared) / "report.json"
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = _prepares_report(recipe)
         same = report["max_length"] == recipe.max_length and report["packing"] == recipe.packing
         rows = report["packed_rows"] if same else _rows(report, recipe)
     except (OSError, ValueError, KeyError, TypeError):
@@ -258,13 +257,17 @@ def example_of_a_token(recipe: Recipe) -> float:
     if not recipe.packing:
         return recipe.max_length
     try:
-        report = json.loads((Path(recipe.data.prepared) / "report.json").read_text(encoding="utf-8"))
-        # a bin goes from half its edge to its edge
-        examples = [(0.75 * int(edge), count) for edge, count in report["tokens"]["histogram"].items()]
+        lengths = _prepares_report(recipe)["tokens"]["histogram"]
+        examples = [(0.75 * int(edge), count) for edge, count in lengths.items()]  # a bin begins at half its edge
         tokens = sum(length * count for length, count in examples)
         return min(recipe.max_length, sum(length**2 * count for length, count in examples) / tokens)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return recipe.max_length
+
+
+def _prepares_report(recipe: Recipe) -> dict:
+    """Raises OSError or ValueError where there is none that can be read."""
+    return json.loads((Path(recipe.data.prepared) / "report.json").read_text(encoding="utf-8"))
 
 
 def _rows(report: dict, recipe: Recipe) -> float:

@@ -1,9 +1,9 @@
 """The fastest way to train a recipe on a machine: which of its GPUs, what lies in host RAM, rows and kept layers.
 
 GPUs that differ are tried together, where the weakest counts, and without those that hold the others back. Each number
-of ranks is tried with weights on the GPUs, with the embedding in host RAM and with all weights there, and each of these
-with and without the layers' inputs in host RAM; full fine-tuning also with small optimizer states, which may lie in
-host RAM. `fitune.planning.fill` then finds the rows a pass and the kept layers. The shortest predicted step wins.
+of ranks is tried with weights on the GPUs, with the embedding in host RAM and with all weights there; full fine-tuning
+also with small optimizer states, which may lie in host RAM. `fitune.planning.fill` then finds the rows a pass, the kept
+layers, and whether the inputs of the others lie in host RAM. The shortest predicted step wins.
 """
 
 import math

@@ -76,7 +76,7 @@ def test_runs_beside_peers_are_predicted(entry):
     """Each has a GPU of its own. The median step has all its rows; of long ones the time is mostly attention's."""
     model = LLAMA_3_1_8B if entry["length"] > LLAMA_3_POSITIONS else None
     sets = {"max_length": entry["length"], "global_batch_size": entry["rows_a_step"], "profile.host_memory_gib": 256}
-    sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")} | entry["set"]
+    sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")}
     choices = ("kept_attention", "activation_offload")  # the first runs knew none
     sets |= {f"profile.{key}": entry.get(key, False) for key in choices} | entry["set"]
     sets |= {"base.model": model} if model else {}
