@@ -38,10 +38,14 @@ def _of_todays_layer() -> list[dict]:
 
 
 def timed_runs() -> list[dict]:
-    """The runs that had a GPU for each rank. Those that don't say of how many GPUs: two H100s or one H200."""
+    """The runs that had a GPU for each rank, but for those of code that launched each kernel through Triton's Python.
+
+    Those that don't say of how many GPUs: two H100s or one H200.
+    """
     return [
         entry for entry in measured_runs()
         if entry["num_gpus"] <= entry.get("machine_gpus", 2 if "H100" in entry["gpu_name"] else 1)
+        and "launched_slower" not in entry
     ]  # fmt: skip
 
 
@@ -122,7 +126,8 @@ def page() -> str:
         "from these very runs, from those of the next table and, for adapters, from the runs beside peers "
         "([docs/speed.md](../docs/speed.md)). So the table shows how far one formula fits them all, no more. The runs "
         "of one GPU beside peers are within 15 % too. Runs of adapters before 27 November had another layer and are "
-        "left out. Runs of one row, which wait for Python, differ by 20 % among themselves. On other GPUs it is a "
+        "left out, and so is that of the 8 GB card on 27 November, which waited for Python: launching takes less "
+        "since. Runs of one row differ by 20 % among themselves. On other GPUs it is a "
         "guess. In these runs the CPU computed AdamW of weights in host RAM, and the predictions count it so. Today "
         "the GPU computes it; no run has measured that.",
         _time_table(),

@@ -35,14 +35,15 @@ def fast_line() -> str:
 
 
 def beside_table() -> str:
-    """fitune's fastest run in bf16 beside each other program's, on the same work in the same run of peers.py."""
+    """fitune's fastest run in bf16 beside each other program's, on the same work in the same run: of whole models."""
     finished = sorted((run for run in newest_peers() if "error" not in run), key=lambda run: run["tokens_per_second"])
     fastest = {(run["work"], run["who"]): run for run in finished}  # of each, the last
     lines = [
         "| same work, same run | rows a pass | tokens/s | GiB | fitune's rows a pass | tokens/s | GiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    others = [run for run in newest_peers() if run in fastest.values() and run["who"] != "fitune"]
+    whole = [run for run in newest_peers() if run in fastest.values() and "layers" not in run]
+    others = [run for run in whole if run["who"] != "fitune"]
     for other in others:
         ours = [run for run in finished if run["work"] == other["work"] and _is_bf16_of_fitune(run)]
         best = max(ours, key=lambda run: run["tokens_per_second"])

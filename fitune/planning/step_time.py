@@ -27,9 +27,9 @@ SECONDS_PER_PASS = {"full": 0.0029, "lora": 0.0027, "qlora": 0.0027}
 SHARDED_SECONDS_PER_PASS = {"full": 0.0029, "lora": 0.0043, "qlora": 0.0043}
 """What FSDP adds where ranks hold a copy between them: 8B LoRA with two rows a pass on four H200s took 0.52 s for 74
 (tiers-h200x4-2026-11-27.json); in full on two H100s 0.71 s for 96, an optimizer step among them."""
-TRAVELLING_SECONDS_PER_PASS = 0.0030
-"""What FSDP adds where one rank has weights in host RAM: 8B with one row of 2,048 a pass and its embedding there took
-1.10 s for 192 (tiers-h200-2026-11-27.json)."""
+TRAVELLING_SECONDS_PER_PASS = 0.0010
+"""What FSDP adds where one rank has weights in host RAM. At most: 8B with two rows of 2,048 a pass and its embedding
+there took 0.36 s for 94 (tiers-h200-2026-11-29.json)."""
 BANDWIDTH_EFFICIENCY = 0.85
 """Of the data sheet's, for what a GPU's kernels read and write, and for links."""
 BOTH_WAYS = 1.36
