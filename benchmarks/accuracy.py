@@ -38,7 +38,7 @@ def _of_todays_layer() -> list[dict]:
 
 
 def timed_runs() -> list[dict]:
-    """The runs that had a GPU for each rank, but for those of code that launched each kernel through Triton's Python.
+    """The runs that had a GPU for each rank, but for those that say why code of then launched more slowly.
 
     Those that don't say of how many GPUs: two H100s or one H200.
     """
