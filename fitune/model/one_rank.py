@@ -4,7 +4,9 @@ A frozen embedding in host RAM is used where it is, too: `fitune.model.host_embe
 
 With several ranks FSDP2 gathers the next layer on a stream of its own. With one it copies each weight when it is used,
 on the stream that computes, and copies even those that already lie on the GPU (torch 2.11 to 2.13,
-`FSDPParamGroup.wait_for_unshard`). To be removed when FSDP2 does for one rank what it does for several.
+`FSDPParamGroup.wait_for_unshard`). Gradients that stay on the GPU it copies into a buffer and from there into another,
+though nobody has others to add to them (`foreach_reduce`). To be removed when FSDP2 does for one rank what it does for
+several.
 """
 
 from itertools import pairwise
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, TrainingState
 
@@ -35,7 +38,7 @@ def prefetch_in_order(model: FSDPModule, layers: nn.ModuleList) -> None:
 
 
 class OneRankParamGroup(FSDPParamGroup):
-    """A unit's parameters when one rank holds all of them. Overrides how they become whole, nothing else."""
+    """A unit's parameters when one rank holds all of them. Overrides how they become whole, and how gradients stay."""
 
     def unshard(self, async_op: bool = False) -> None:
         """Starts the copies that are needed, straight into the tensors that will be used."""
@@ -64,6 +67,44 @@ class OneRankParamGroup(FSDPParamGroup):
             parameter.init_unsharded_param()
         self._to_unsharded()
         self._all_gather_result = None
+
+    def post_backward(self, *unused) -> None:
+        """Adds the pass's gradients to those of earlier ones, if no other copy of the model and no host RAM has them."""
+        travel = isinstance(self.mesh_info, HSDPMeshInfo) or any(p.offload_to_cpu for p in self.fsdp_params)
+        if travel or not self.reduce_grads:
+            super().post_backward(*unused)
+            return
+        self._training_state = TrainingState.POST_BACKWARD
+        gradients = [(parameter, _take_gradient(parameter)) for parameter in self.fsdp_params]
+        if self.reshard_after_backward:
+            self.reshard()
+        for parameter, gradient in gradients:
+            if gradient is not None:
+                _add_gradient(parameter, gradient)
+
+
+def _take_gradient(parameter: FSDPParam) -> torch.Tensor | None:
+    """Of all passes that FSDP has not reduced yet, in the dtype of the computation or of FSDP's sums."""
+    if not hasattr(parameter, "_unsharded_param"):
+        return None
+    parameter.accumulate_unsharded_grad_if_needed()
+    gradient = parameter.unsharded_accumulated_grad
+    if gradient is None:
+        gradient = parameter._unsharded_param.grad
+    parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
+    return gradient
+
+
+@torch.no_grad()
+def _add_gradient(parameter: FSDPParam, gradient: torch.Tensor) -> None:
+    """Also calls the hooks of the stored parameter, which autograd does not know."""
+    stored = parameter.sharded_param
+    if stored.grad is None:
+        stored.grad = parameter.to_sharded_dtensor(gradient.to(parameter.orig_dtype))
+    else:
+        stored.grad._local_tensor.add_(gradient)
+    for hook in (stored._post_accumulate_grad_hooks or {}).values():
+        hook(stored)
 
 
 def _use_in_place(parameter: FSDPParam) -> bool:

@@ -191,12 +191,17 @@ class Setup:
     @property
     def _in_place(self) -> bool:
         """Whether a weight that lies on the GPU is one to compute with: whole, and not in need of a cast."""
-        return self.shards == 1 and not (self.full and self.compute != self.trained)
+        return self.shards == 1 and not self.cast
+
+    @property
+    def cast(self) -> bool:
+        """Whether weights are computed with in another dtype than they are kept in."""
+        return self.full and self.compute != self.trained
 
     @property
     def reduced(self) -> bool:
         """Whether FSDP takes a layer's gradients from where they were computed to where they are kept, in float32."""
-        return self.full and (self.offload or not self._in_place or self.replicas > 1)
+        return self.full and (self.shards > 1 or self.offload or self.replicas > 1)
 
     @property
     def gradients(self) -> float:

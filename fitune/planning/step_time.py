@@ -178,16 +178,17 @@ def _sharding_bytes(s: Setup) -> float:
     """Of one rank and micro batch, in its own memory: what FSDP and its collectives read and write around the products.
 
     Gathered weights are copied out of the buffer they arrive in; one rank casts its float32 weights. Gradients are
-    copied into float32, reduced, and added to those of earlier passes.
+    copied into float32, reduced, and added to those of earlier passes; one rank copies or adds.
     """
     several = s.shards > 1
-    if not (several or s.reduced):
+    if not (several or s.reduced or s.cast):
         return 0.0
     layers, gathers = s.shape.layers * s.gathered_layer, 2 if s.reshard else 1
     read = 1 if several else s.trained / s.compute
     copied = (gathers * layers + s.gathered_head + s.gathered_head * (not s.one_embedding)) * (read + 1)
     copied += s.trainable * (s.compute + FP32) * s.full
-    added = s.trainable / s.shards * (FP32 + 2 * s.trained) * (s.accumulation > 1) * s.full
+    again = FP32 + 2 * s.trained if s.reduced else s.trained
+    added = s.trainable / s.shards * again * (s.accumulation > 1) * s.full
     return copied + added + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
 
 
