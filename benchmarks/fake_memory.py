@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
 from fitune.config.run import with_resharding
-from fitune.model import attention, elementwise, fp8, head_loss, products
+from fitune.model import attention, elementwise, fp8, head_loss, products, trained_fp8_linear
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.e4m3 import E4M3
@@ -293,9 +293,12 @@ def _pretend_layer_kernels() -> None:
         ],
         None,
     )
-    fp8.quantise_rows = lambda x, *rest: (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
-    fp8._product = lambda values, scales, weights, weight_scales, out, *rest: out
-    fp8._round_matrix = lambda matrix, scales, out: None
+    for module in (fp8, trained_fp8_linear):
+        module.quantise_rows = lambda x, *rest: (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
+        module.product = lambda values, scales, weights, weight_scales, out, *rest: out
+        module.round_matrix = lambda matrix, scales, out: None
+    trained_fp8_linear.quantise_columns = lambda x, *rest: (torch.empty(x.T.shape, dtype=E4M3), torch.empty(x.shape[1]))
+    trained_fp8_linear.turned = lambda values: torch.empty_like(values.T, memory_format=torch.contiguous_format)
     fp8._put_values = lambda base, scales, out: None
     products.weight = _weight
 

@@ -23,8 +23,6 @@ Weights that are trained are rounded on the way, each linear by itself (`fitune.
 A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
 """
 
-from functools import cache
-
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import nn
@@ -32,11 +30,10 @@ from torch import nn
 from fitune.errors import UsageError
 from fitune.model.e4m3 import E4M3, scales_for
 from fitune.model.fp8_linear import FP8Linear
+from fitune.model.fp8_rounding import MULTIPLE, ones, product, quantise_rows, round_matrix
 from fitune.model.nf4 import NF4Linear
 from fitune.model.products import weight
 
-MULTIPLE = 16
-"Of which both sizes of a weight must be, for `torch._scaled_mm`."
 ADDS_IN_PLACE = False
 "See `fitune.model.products`."
 
@@ -61,7 +58,7 @@ def multiply(
 ) -> torch.Tensor:
     """out = x W^T (+ residual), the weights of `bases` stacked; x [T, in], out [T, all their outputs], contiguous."""
     values, scales = quantise_rows(x)
-    return _product(values, scales, _stacked(bases), row_scales(bases), out, residual)
+    return product(values, scales, _stacked(bases), row_scales(bases), out, residual)
 
 
 def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear]) -> torch.Tensor:
@@ -69,38 +66,7 @@ def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear]) -> torch.Tensor:
     transposed = _stacked(bases, transposed=True)
     values, scales = quantise_rows(dy, row_scales(bases))
     out = dy.new_empty(dy.shape[0], bases[0].in_features)
-    return _product(values, scales, transposed, _ones(bases[0].in_features, scales.device), out)
-
-
-def multiply_rounded(
-    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x W^T (+ bias), [T, out]; x [T, in], and (V, s) of one weight, from `round_weight`."""
-    return _product(*quantise_rows(x), values, scales, x.new_empty(len(x), len(values)), bias)
-
-
-def multiply_rounded_backward(dy: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """dy W, [T, in]; dy [T, out], a weight [out, in] and its s."""
-    inputs = matrix.shape[1]
-    transposed = matrix.new_empty(inputs, len(matrix), dtype=E4M3)
-    _round_matrix(matrix, scales, transposed.t())
-    return _product(*quantise_rows(dy, scales), transposed, _ones(inputs, dy.device), dy.new_empty(len(dy), inputs))
-
-
-@cache
-def _ones(size: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(size, device=device)
-
-
-def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3, scale of each row, float32 [T]) of x [T, channels], whose channels `factors` (float32) multiply first."""
-    if x.is_cuda:
-        return _kernels().quantise_rows(x, factors)
-    x = x.float()
-    if factors is not None:
-        x = x * factors
-    scales = scales_for(x.abs().amax(dim=1))
-    return (x * scales.reciprocal().unsqueeze(1)).to(E4M3), scales
+    return product(values, scales, transposed, ones(bases[0].in_features, scales.device), out)
 
 
 def row_scales(bases: list[nn.Linear]) -> torch.Tensor:
@@ -135,7 +101,7 @@ def _scales_of_rows(matrix: torch.Tensor) -> torch.Tensor:
 def round_weight(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(V, s) of rows of a weight [rows, in]: what their products would round it to."""
     values, scales = torch.empty_like(matrix, dtype=E4M3), _scales_of_rows(matrix)
-    _round_matrix(matrix, scales, values)
+    round_matrix(matrix, scales, values)
     return values, scales
 
 
@@ -162,23 +128,4 @@ def _put_values(base: nn.Linear, scales: torch.Tensor, out: torch.Tensor) -> Non
     elif out.is_cuda and isinstance(base, NF4Linear) and base.is_as_kernels_read_it:
         _kernels().round_nf4(base.weight.view(torch.uint8).view(-1, 1), base.quant_state, scales, out)
     else:
-        _round_matrix(weight(base, torch.bfloat16 if out.is_cuda else torch.float32), scales, out)
-
-
-def _round_matrix(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    if out.is_cuda:
-        _kernels().round_matrix(matrix, scales, out)
-    else:
-        out.copy_(matrix.float() * scales.reciprocal().unsqueeze(1))
-
-
-def _product(values, scales, weights, weight_scales, out, residual=None) -> torch.Tensor:
-    """out = values weights^T times both scales (+ residual); values [T, k], weights [n, k], e4m3 and contiguous."""
-    if values.is_cuda:
-        scaled = {"scale_a": scales.unsqueeze(1), "scale_b": weight_scales.unsqueeze(0)}
-        torch._scaled_mm(values, weights.t(), **scaled, out_dtype=out.dtype, use_fast_accum=True, out=out)
-    else:
-        sums = torch.float64 if out.dtype == torch.float64 else torch.float32
-        product = values.to(sums) @ weights.to(sums).t()
-        out.copy_(product * scales.unsqueeze(1) * weight_scales)
-    return out if residual is None else out.add_(residual)
+        round_matrix(weight(base, torch.bfloat16 if out.is_cuda else torch.float32), scales, out)

@@ -1,4 +1,4 @@
-"""Triton kernels of `fitune.model.fp8`, which says what each computes. Imported on GPUs alone.
+"""Triton kernels of `fitune.model.fp8_rounding`, which says what each computes. Imported on GPUs alone.
 
 Numbers of the model are compile-time constants, the number of tokens is the grid: no batch compiles anything anew.
 """
@@ -15,6 +15,7 @@ from fitune.model.launched import Launched
 AT_ONCE = 32768  # channels of a row that a program holds, and so reads once
 CHANNELS = 8192  # of a wider row, read at a time
 ROWS, COLUMNS = 128, 64  # of a weight, for one program: the fastest of 24 shapes on an H200, in both directions
+MAXIMA_TILES, MAXIMA_TOKENS, MAXIMA_COLUMNS = 4, 64, 128  # of x, for one program
 SIDE = 128  # of a square of bytes, for one program: whole sectors of memory in both directions
 
 _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
@@ -94,6 +95,41 @@ def _round_matrix_kernel(matrix, matrix_row, scales, out, out_row, out_column, r
 
 @Launched
 @triton.jit
+def _column_maxima_kernel(x, x_row, factors, most, tokens, channels,
+                          TILES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """The largest of some channels in TILES times TOKENS tokens, after the tokens' factors; `most` began as zeros."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    largest = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for tile in tl.static_range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * TOKENS + tl.arange(0, TOKENS)
+        inside = (token < tokens)[:, None] & (column < channels)[None, :]
+        part = tl.load(x + token[:, None].to(tl.int64) * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        part *= tl.load(factors + token, mask=token < tokens, other=0.0)[:, None]
+        largest = tl.maximum(largest, tl.abs(part))
+    tl.atomic_max(most + column, tl.max(largest, axis=0), mask=column < channels)
+
+
+@Launched
+@triton.jit
+def _round_columns_kernel(x, x_row, factors, most, scales, out, out_row, tokens, channels,
+                          TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """TOKENS x COLUMNS numbers of x, turned; the first tokens' programs also write their channels' scales."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (token < tokens)[:, None] & (column < channels)[None, :]
+    part = tl.load(x + token[:, None].to(tl.int64) * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    part *= tl.load(factors + token, mask=token < tokens, other=0.0)[:, None]
+    largest = tl.load(most + column, mask=column < channels, other=1.0)
+    scale = tl.div_rn(tl.maximum(largest, _SMALLEST), _LARGEST)
+    if tl.program_id(0) == 0:
+        tl.store(scales + column, scale, mask=column < channels)
+    part *= tl.div_rn(1.0, scale)[None, :]
+    target = out + column[None, :].to(tl.int64) * out_row + token[:, None]
+    tl.store(target, part.to(out.dtype.element_ty), mask=inside)
+
+
+@Launched
+@triton.jit
 def _transpose_kernel(values, out, out_column, rows, columns, SIDE: tl.constexpr):
     """A square of bytes: values [rows, columns], out [columns, rows] with rows of out_column bytes."""
     row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
@@ -124,6 +160,23 @@ def _rows_at_once(channels: int, *, with_factors: bool) -> tuple[int, int, int]:
     if block > 16384 and with_factors:
         return 2, block, 8
     return (1, block, 8) if block > 8192 else (2, block, 4)
+
+
+def quantise_columns(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Fills out (e4m3 [channels, T or more]); returns the channels' scales."""
+    tokens, channels = x.shape
+    most = torch.zeros(channels, dtype=torch.float32, device=x.device)
+    scales = torch.empty_like(most)
+    grid = blocks_of(tokens, MAXIMA_TILES * MAXIMA_TOKENS), blocks_of(channels, MAXIMA_COLUMNS)
+    _column_maxima_kernel[grid](
+        x, x.stride(0), factors, most, tokens, channels,
+        TILES=MAXIMA_TILES, TOKENS=MAXIMA_TOKENS, COLUMNS=MAXIMA_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    _round_columns_kernel[_tiles(x)](
+        x, x.stride(0), factors, most, scales, out, out.stride(0), tokens, channels,
+        TOKENS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return scales
 
 
 def round_nf4(packed: torch.Tensor, state: QuantState, scales: torch.Tensor, out: torch.Tensor) -> None:

@@ -5,12 +5,13 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from reference_layers import LAYERS, adapted, packed, padded, plain, run, written_out_copy
 
-from fitune.model import fp8
+from fitune.model import fp8, fp8_rounding
 from fitune.model.e4m3 import E4M3, LARGEST
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
+from fitune.model.trained_fp8_linear import TrainedFP8Linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +66,41 @@ def test_rows_are_rounded_as_on_the_cpu_to_the_last_bit(with_factors, channels, 
     expected = fp8.quantise_rows(row, factors)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+
+
+@by_tokens
+@pytest.mark.parametrize("channels", [16, 576, 960, 4096, 28672])
+def test_columns_are_rounded_as_on_the_cpu_to_the_last_bit(channels, tokens):
+    """And filled up with zeros to a multiple of 16 tokens."""
+    x = _random(tokens, channels + 16)[:, :channels]
+    x[tokens // 2, 3] = 1e4
+    x[:, 5] = 0
+    factors = torch.rand(tokens)
+    found, expected = fp8_rounding.quantise_columns(x.cuda(), factors.cuda()), fp8_rounding.quantise_columns(x, factors)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+    bytes_ = torch.randint(0, 256, (tokens, channels), dtype=torch.uint8)
+    found, expected = fp8_rounding.turned(bytes_.cuda().view(E4M3)), fp8_rounding.turned(bytes_.view(E4M3))
+    assert torch.equal(found.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+@by_shape
+@by_tokens
+def test_a_trained_linears_products_are_those_of_the_rounded_numbers(tokens, shape):
+    linear = TrainedFP8Linear(shape[1], shape[0], dtype=torch.bfloat16, device="cuda")
+    linear.weight.data, linear.bias.data = _random(*shape, size=0.02).cuda(), _random(shape[0]).cuda()
+    x, dy = _random(tokens, shape[1]).cuda().requires_grad_(), _random(tokens, shape[0]).cuda()
+    y = linear(x)
+    y.backward(dy)
+    (inputs, a), (weights, s) = (
+        (part.double() for part in fp8_rounding.quantise_rows(of)) for of in (x.detach(), linear.weight.detach())
+    )
+    _assert_close(y, inputs @ weights.t() * a.unsqueeze(1) * s + linear.bias)
+    values, scales = (part.double() for part in fp8_rounding.quantise_rows(dy, s.float()))
+    _assert_close(x.grad, values @ weights * scales.unsqueeze(1))
+    columns, scales = (part.double() for part in fp8_rounding.quantise_columns(dy, a.float()))
+    _assert_close(linear.weight.grad, columns[:, :tokens] @ inputs * scales.unsqueeze(1))
+    torch.testing.assert_close(linear.bias.grad, dy.sum(0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -17,6 +17,7 @@ from reference_layers import plain as plain_model
 from rounding import additions_to_a_step, distance, rounding
 
 from fitune.errors import UsageError
+from fitune.model import trained_fp8_linear
 from fitune.model.activations import keep_activations
 from fitune.model.trained_fp8_linear import TrainedFP8Linear
 from fitune.training.evaluate import evaluate
@@ -36,7 +37,7 @@ def plain(dtype=torch.float64, **options):
 
 
 class _Rounded(torch.autograd.Function):
-    """x W^T of rounded rows; backward multiplies by the rounded W, and has its gradient from what is not rounded."""
+    """x W^T of rounded rows; backward multiplies by the rounded W and by the rounded x."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -47,9 +48,9 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        v, s = scaled(weight)
-        values, scales = scaled(dy.flatten(0, -2).float() * s.t().float())
-        return ((values * scales) @ v).view_as(x), torch.einsum("bto,bti->oi", dy, x)
+        (inputs, a), (v, s), dy = scaled(x.flatten(0, -2)), scaled(weight), dy.flatten(0, -2).float()
+        (values, scales), (turned, of_columns) = scaled(dy * s.t().float()), scaled((dy * a.float()).t())
+        return ((values * scales) @ v).view_as(x), (turned * of_columns) @ inputs
 
 
 class _Reference(torch.nn.Linear):
@@ -87,23 +88,39 @@ def test_gradients_are_those_of_the_same_rounding_in_autograd(options, kept, exa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_weights_own_gradient_is_that_of_a_usual_linear_to_the_last_bit(dtype):
+@pytest.mark.parametrize("tokens", [1, 9, 16])
+def test_one_linears_products_are_as_near_as_rounding_allows(tokens, dtype):
+    """Those of any number of tokens: the weight's gradient sums over them. The bias's own is not rounded."""
     torch.manual_seed(0)
     usual = torch.nn.Linear(HIDDEN, 32, dtype=dtype)
     ours = copy.deepcopy(usual)
     ours.__class__ = TrainedFP8Linear
-    x, dy = torch.randn(2, 9, HIDDEN, dtype=dtype), torch.randn(2, 9, 32, dtype=dtype)
+    x, dy = torch.randn(2, tokens, HIDDEN, dtype=dtype), torch.randn(2, tokens, 32, dtype=dtype)
     found = []
     for linear in (ours, usual):
         given = x.clone().requires_grad_()
         y = linear(given)
         y.backward(dy)
-        found.append((linear.weight.grad, linear.bias.grad, y, given.grad))
+        found.append((linear.bias.grad, y, given.grad, linear.weight.grad))
     assert all(mine.dtype == dtype and mine.is_contiguous() for mine in found[0])
-    (dw, db, *products), (exact_dw, exact_db, *exact_products) = found
-    assert torch.equal(dw, exact_dw) and torch.equal(db, exact_db)
+    (bias, *products), (exact_bias, *exact_products) = found
+    assert torch.equal(bias, exact_bias)
     for mine, exact in zip(products, exact_products, strict=True):
         assert STEP / 10 < distance(mine, exact) < 2 * STEP
+
+
+def test_linears_that_read_one_input_round_it_once(monkeypatch):
+    """Until it is changed: 4 inputs of a layer; weights and gradients are each linear's own."""
+    rounded, quantise = [], trained_fp8_linear.quantise_rows
+    monkeypatch.setattr(trained_fp8_linear, "quantise_rows", lambda *x: rounded.append(x) or quantise(*x))
+    model, (batch, _) = plain(torch.float32), padded()
+    run(_in_fp8(model), batch)
+    assert len(rounded) == (4 + 2 * 7) * LAYERS
+    linear, x = TrainedFP8Linear(32, 16), torch.randn(3, 32)
+    first = linear(x)
+    assert torch.equal(linear(x), first)
+    x *= torch.linspace(0.1, 3, 32)
+    assert torch.equal(linear(x), linear(x.clone())) and not torch.equal(linear(x), first)
 
 
 def test_the_whole_model_is_as_near_as_its_products_allow():
