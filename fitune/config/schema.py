@@ -150,8 +150,8 @@ class AccelerateConfig(Strict):
     "Keep sharded weights in host RAM; a layer visits the GPU while it computes."
     reshard_after_forward: Flag | Literal["auto"] = AUTO
     """Free a layer's gathered weights after its forward pass. `false` keeps them for the backward pass, which else
-    gathers them again. `auto`, which is no such line in the file: what `plan` finds to give the shortest step; `true`
-    where one GPU holds all weights, or host RAM.
+    gathers them again; method full then keeps them to the end of the step. `auto`, which is no such line in the file:
+    what `plan` finds to give the shortest step; `true` where nothing is gathered or cast, and with weights in host RAM.
     """
 
     @property
@@ -199,9 +199,11 @@ class Run(Strict):
         return self.accelerate.num_processes // self.replicas
 
     @property
-    def gathers_between_gpus(self) -> bool:
-        """Whether GPUs hold the layers between them, and send each other what one lacks."""
-        return self.shards > 1 and not (self.accelerate.offload_params or self.accelerate.use_cpu)
+    def may_keep_gathered(self) -> bool:
+        """Whether a pass makes layers' weights from what GPUs hold: each other's parts, or float32 ones of one GPU."""
+        full_in_float32 = self.recipe.method == "full" and self.profile.optimizer_state == "fp32"
+        made = self.shards > 1 or (full_in_float32 and self.accelerate.mixed_precision == "bf16")
+        return made and not (self.accelerate.offload_params or self.accelerate.use_cpu)
 
     @property
     def embedding_in_ram(self) -> bool:

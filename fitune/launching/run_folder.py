@@ -48,7 +48,7 @@ def as_started(run: Run) -> Run:
     started = {"kept_attention": old.profile.keeps_attention, "activation_offload": old.profile.moves_activations}
     given = {key: value for key in started if (value := getattr(run.profile, key)) != AUTO}
     run = runs.with_activations(run, **started | given)
-    if run.accelerate.reshard_after_forward == AUTO and run.gathers_between_gpus:
+    if run.accelerate.reshard_after_forward == AUTO and run.may_keep_gathered:
         run = runs.with_resharding(run, not old.accelerate.keeps_gathered)
     return runs.with_numbers(run, **{key: getattr(old.profile, key) for key in run.left_to_plan})
 

@@ -59,7 +59,8 @@ def _columns_of(x: torch.Tensor) -> torch.Tensor:
     """Room for x [T, channels] in e4m3, turned; what fills it up is there."""
     tokens = len(x)
     columns = torch.empty(x.shape[1], -(-tokens // MULTIPLE) * MULTIPLE, dtype=E4M3, device=x.device)
-    columns[:, tokens:].view(torch.uint8).zero_()
+    if tokens % MULTIPLE:
+        columns[:, tokens:].view(torch.uint8).zero_()
     return columns
 
 

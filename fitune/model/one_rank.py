@@ -52,8 +52,7 @@ class OneRankParamGroup(FSDPParamGroup):
         # the memory just taken may still be read by kernels that were queued before
         stream.wait_stream(self.device_handle.current_stream())
         with self.device_handle.stream(stream):
-            for parameter in copied:
-                _copy(parameter)
+            _copy(copied)
             copies_done = self.device_handle.Event()
             copies_done.record()
         self._all_gather_result = AllGatherResult(None, copies_done, None, [], [], [])
@@ -75,12 +74,11 @@ class OneRankParamGroup(FSDPParamGroup):
             super().post_backward(*unused)
             return
         self._training_state = TrainingState.POST_BACKWARD
-        gradients = [(parameter, _take_gradient(parameter)) for parameter in self.fsdp_params]
+        taken = [(parameter, gradient) for parameter in self.fsdp_params
+                 if (gradient := _take_gradient(parameter)) is not None]  # fmt: skip
         if self.reshard_after_backward:
             self.reshard()
-        for parameter, gradient in gradients:
-            if gradient is not None:
-                _add_gradient(parameter, gradient)
+        _add_gradients(taken)
 
 
 def _take_gradient(parameter: FSDPParam) -> torch.Tensor | None:
@@ -96,15 +94,24 @@ def _take_gradient(parameter: FSDPParam) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def _add_gradient(parameter: FSDPParam, gradient: torch.Tensor) -> None:
-    """Also calls the hooks of the stored parameter, which autograd does not know."""
-    stored = parameter.sharded_param
-    if stored.grad is None:
-        stored.grad = parameter.to_sharded_dtensor(gradient.to(parameter.orig_dtype))
-    else:
-        stored.grad._local_tensor.add_(gradient)
-    for hook in (stored._post_accumulate_grad_hooks or {}).values():
-        hook(stored)
+def _add_gradients(taken: list[tuple[FSDPParam, torch.Tensor]]) -> None:
+    """To those of earlier passes. Also calls the hooks of stored parameters, which autograd does not know."""
+    kept, added = [], []
+    for parameter, gradient in taken:
+        stored = parameter.sharded_param
+        if stored.grad is None:
+            room = torch.empty_like(gradient, dtype=parameter.orig_dtype)
+            stored.grad = parameter.to_sharded_dtensor(room)
+            kept.append((room, gradient))
+        else:
+            narrow = parameter.orig_dtype != torch.float32  # rounded before it is added, as FSDP does
+            added.append((stored.grad._local_tensor, gradient.to(parameter.orig_dtype) if narrow else gradient))
+    for change, pairs in ((torch._foreach_copy_, kept), (torch._foreach_add_, added)):
+        if pairs:
+            change(*map(list, zip(*pairs, strict=True)))
+    for parameter, _ in taken:
+        for hook in (parameter.sharded_param._post_accumulate_grad_hooks or {}).values():
+            hook(parameter.sharded_param)
 
 
 def _use_in_place(parameter: FSDPParam) -> bool:
@@ -127,9 +134,15 @@ def _allocate(parameter: FSDPParam, device: torch.device) -> None:
     alloc_storage(parameter.all_gather_outputs[0])
 
 
-def _copy(parameter: FSDPParam) -> None:
-    stored, target = parameter._sharded_param_data, parameter.all_gather_outputs[0]
-    if stored.dtype != target.dtype:
-        stored = stored.to(target.device, non_blocking=True)  # cast on the GPU
-    with torch.autograd._unsafe_preserve_version_counter(target):
-        target.copy_(stored, non_blocking=True)
+def _copy(parameters: list[FSDPParam]) -> None:
+    """What lies on the GPU by few kernels: Python is else not ahead of products in fp8."""
+    there, travelling = [], []
+    for parameter in parameters:
+        stored, target = parameter._sharded_param_data, parameter.all_gather_outputs[0]
+        (there if stored.device == target.device else travelling).append((target, stored))
+    with torch.autograd._unsafe_preserve_version_counter(tuple(target for target, _ in there + travelling)):
+        for target, stored in travelling:
+            cast_there = stored.dtype != target.dtype
+            target.copy_(stored.to(target.device, non_blocking=True) if cast_there else stored, non_blocking=True)
+        if there:
+            torch._foreach_copy_(*map(list, zip(*there, strict=True)))

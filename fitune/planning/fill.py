@@ -131,7 +131,7 @@ def _resharding(run: Run) -> tuple[bool, ...]:
     said = run.accelerate.reshard_after_forward
     if said != AUTO:
         return (said,)
-    return (True, False) if run.gathers_between_gpus else (True,)
+    return (True, False) if run.may_keep_gathered else (True,)
 
 
 def _kept_attention(run: Run) -> tuple[bool, ...]:

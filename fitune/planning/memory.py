@@ -60,6 +60,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     first_layer = s.unsharded_layer * (s.shards == 1 and not s.full and s.accumulation > 1)  # stays for the next pass
     all_layers = s.shape.layers * s.unsharded_layer
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
+    stay_gathered = all_layers * s.stay_gathered
     head_reduction = s.shape.embedding_weights * FP32 if s.reduced else 0.0
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
@@ -98,12 +99,12 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "backward, second layer": {
             **after, "gradients": after["gradients"] - not_yet,
-            "unsharded layers": s.unsharded_layer * (1 if s.reshard else 2),  # this one, and the first
+            "unsharded layers": stay_gathered or s.unsharded_layer * (1 if s.reshard else 2),  # this one, and the first
             "gather buffers": prefetched_layer, "kept activations": _of_first_two_layers(s),
             "hidden states": s.hidden_state, "one layer's backward": second_layer,
             "gradient reduction": layer_reduction, **one_embedding},
         "backward, embedding": {
-            **after, "unsharded layers": first_layer, "hidden states": s.hidden_state,
+            **after, "unsharded layers": stay_gathered or first_layer, "hidden states": s.hidden_state,
             "gradient of the embedding": head_gradient, "gradient reduction": head_reduction,
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "optimizer step": stepping,

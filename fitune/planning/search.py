@@ -187,7 +187,7 @@ def _holds_all(plan: Plan) -> bool:
     """Whether nothing could be kept or passed at once in more memory."""
     setup, rows = plan.setup, math.ceil(plan.run.recipe.global_batch_size / plan.setup.ranks)
     most = {"micro_batch": rows, "accumulation": 1, "kept_layers": setup.shape.layers}
-    everything = replace(setup, **most, reshard=not plan.run.gathers_between_gpus)
+    everything = replace(setup, **most, reshard=not plan.run.may_keep_gathered)
     return setup.on_gpu and fits(everything, with_room_for_error(plan.limits))
 
 

@@ -204,6 +204,16 @@ class Setup:
         return self.full and (self.shards > 1 or self.offload or self.replicas > 1)
 
     @property
+    def stay_gathered(self) -> bool:
+        """Whether gathered layers stay to the end of a step of several passes: method full's change only then."""
+        return self.full and not self.reshard and self.accumulation > 1
+
+    @property
+    def gathers(self) -> float:
+        """Of a layer, in each pass."""
+        return 2.0 if self.reshard else 1 / self.accumulation if self.stay_gathered else 1.0
+
+    @property
     def gradients(self) -> float:
         """This rank's, bytes."""
         return self.trainable / self.shards * self.trained
@@ -292,8 +302,13 @@ class Setup:
         attention = 4 * q if self.mask_positions else 2 * q + 2 * self.shared_heads + softmax_sums
         bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
         mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
-        inputs = 2 * h + i  # the linears' own: two norms, SwiGLU's product
-        return attention + bias + mlp + inputs + self.fp8_scales
+        return attention + bias + mlp + self.saved_inputs_of_linears + self.fp8_scales
+
+    @property
+    def saved_inputs_of_linears(self) -> float:
+        """Of method full, in one layer, beside what attention keeps: two norms and SwiGLU's product, and rounded all."""
+        h, q, i = self.hidden_state, self.query_heads, self.inner_state
+        return (2 * h + q + i) * FP8 / self.compute + 4 * self.tokens * FP32 if self.fp8 else 2 * h + i
 
     @property
     def softmax_sums(self) -> float:
@@ -311,13 +326,13 @@ class Setup:
         h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
         down = self.shape.linears["down_proj"][0] * self.shape.linears["down_proj"][1] * self.compute
         if self.full:
-            at_down, at_gate = down, down  # the weight's own gradient
-            if self.fp8:  # the weight and the output's gradient, rounded before it
-                at_down = max(down, (down + h) * FP8 / self.compute)
-                at_gate = max(down, (down + i) * FP8 / self.compute)
+            rounded = FP8 / self.compute if self.fp8 else 0.0
+            of_down, of_up = i * (rounded or 1), i  # what their backward passes free
             return max(
-                saved + i + at_down,  # down_proj's backward: its input's gradient
-                saved - 2 * i + 2 * h + 2 * down + at_gate,  # gate's: down's and up's activations are gone, not dW
+                # down_proj's: its input's gradient, the weight's own, and for it the output's gradient rounded
+                saved + i + down + h * rounded,
+                # gate's: down's and up's activations are gone, not dW
+                saved - of_down - of_up + 2 * h + 3 * down + i * rounded,
                 self.gathered_layer + 2 * h,  # the end: all gradients of the layer
             )
         dequantised = down if self.method == "qlora" and not self.fp8 else 0.0

@@ -101,8 +101,8 @@ def _fsdp_seconds_per_pass(s: Setup) -> float:
 
 def _gpu_seconds(s: Setup, model: GpuModel) -> float:
     """Of one rank and micro batch: matrix products, and what only moves memory."""
-    layers = _layer_flops(s) / (_fp8_speedup(s) if s.fp8 else 1)
-    products = (layers + _weight_gradient_flops(s) + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
+    layers = (_layer_flops(s) + _weight_gradient_flops(s)) / (_fp8_speedup(s) if s.fp8 else 1)
+    products = (layers + _head_flops(s)) / (model.bf16_tflops * 1e12 * COMPUTE_EFFICIENCY)
     products += _attention_flops(s) / (model.bf16_tflops * 1e12 * _attention_efficiency(s, model))
     return products + (_memory_bytes(s) + _sharding_bytes(s)) / (model.memory_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
 
@@ -133,7 +133,7 @@ def _layer_flops(s: Setup) -> float:
 
 
 def _weight_gradient_flops(s: Setup) -> float:
-    """The same of the gradients of trained weights, as much as a pass; never in fp8."""
+    """The same of the gradients of trained weights, as much as a pass."""
     return 2 * s.tokens * s.shape.layers * s.shape.layer_linear_weights * s.full
 
 
@@ -163,12 +163,14 @@ def _memory_bytes(s: Setup) -> float:
     """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4.
 
     For fp8 it rounds the linears' inputs, which it reads twice, and the weights, or turns those that are kept so. Where
-    weights are trained each linear rounds for itself, and reads its weight once more to find its scales.
+    weights are trained inputs are turned, too, and outputs' gradients rounded in both directions.
     """
     weights, dequantised, rounded = s.shape.layer_linear_weights, 0.0, 0.0
     if s.fp8:
-        dequantised = weights * ((2 * s.compute if s.full else s.weight) + FP8)
-        rounded = ((6 if s.full else 3) * s.hidden_state + s.inner_state) * (2 + FP8 / s.compute)
+        dequantised = weights * ((s.compute if s.full else s.weight) + FP8)
+        rounded = (3 * s.hidden_state + s.inner_state) * (2 + FP8 / s.compute)
+        if s.full:  # on average of a forward and a backward pass
+            rounded = 11 * s.hidden_state + 5 * s.inner_state
     elif s.method == "qlora":
         dequantised = weights * (NF4 + BF16)
     return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised + rounded)
@@ -183,9 +185,9 @@ def _sharding_bytes(s: Setup) -> float:
     several = s.shards > 1
     if not (several or s.reduced or s.cast):
         return 0.0
-    layers, gathers = s.shape.layers * s.gathered_layer, 2 if s.reshard else 1
+    layers = s.shape.layers * s.gathered_layer
     read = 1 if several else s.trained / s.compute
-    copied = (gathers * layers + s.gathered_head + s.gathered_head * (not s.one_embedding)) * (read + 1)
+    copied = (s.gathers * layers + s.gathered_head + s.gathered_head * (not s.one_embedding)) * (read + 1)
     copied += s.trainable * (s.compute + FP32) * s.full
     again = FP32 + 2 * s.trained if s.reduced else s.trained
     added = s.trainable / s.shards * again * (s.accumulation > 1) * s.full
@@ -245,7 +247,7 @@ def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> flo
 
 def _shards_bytes(s: Setup) -> float:
     """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
-    gathered = s.shape.layers * s.gathered_layer * (2 if s.reshard else 1) + 2 * s.gathered_head
+    gathered = s.shape.layers * s.gathered_layer * s.gathers + 2 * s.gathered_head
     reduced = s.trainable * FP32 / (s.accumulation if s.adapters_wait else 1)
     return (gathered + reduced) * (s.shards - 1) / s.shards
 

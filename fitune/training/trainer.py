@@ -134,14 +134,24 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         there.
         """
         is_last, full = self.accelerator.sync_gradients, self.run.recipe.method == "full"
-        if self.run.shards == 1 and not full:  # the next pass begins with the layer that this one ends with
-            decoder(model).model.layers[0].set_reshard_after_backward(is_last, recurse=False)
+        for layer in self._layers_that_stay(model):
+            layer.set_reshard_after_backward(is_last, recurse=False)
         leave_the_gpu = self.run.accelerate.offload_params or self.run.profile.optimizer_offload
         for unit in self._units:
             if self.adapters_wait or (self.args.world_size == 1 and not full):
                 unit.set_requires_gradient_sync(is_last, recurse=False)
             elif self.run.replicas > 1 and not (full and leave_the_gpu):
                 unit.set_requires_all_reduce(is_last, recurse=False)
+
+    def _layers_that_stay(self, model: nn.Module) -> list[FSDPModule]:
+        """Whole on the GPU from one pass of a step to the next: weights change only then.
+
+        All of method full that are kept gathered; of one rank the first, with which the next pass begins as this ends.
+        """
+        layers = decoder(model).model.layers
+        if self.run.recipe.method == "full":
+            return list(layers) if self.run.accelerate.keeps_gathered else []
+        return list(layers[:1]) if self.run.shards == 1 else []
 
     @cached_property
     def _units(self) -> list[FSDPModule]:

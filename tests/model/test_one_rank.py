@@ -1,7 +1,9 @@
 """One rank: weights that lie on the GPU are not copied, the others are on their way before they are needed."""
 
+import pytest
 import torch
 from ranks import run_alone, run_ranks, sharded_model, train_here
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -97,6 +99,20 @@ def test_the_first_layer_stays_between_the_passes_of_a_step(tiny_base, make_run,
     options = {"batch": 3, "micro_batch": 1, "training": {"max_steps": 2, "learning_rate": 1e-2}}
     run = make_run(tiny_base, tmp_path, method="qlora", offload_params=True, **options)
     assert run_ranks(_stay_whole, 1, run) == [[[0], [0], []] * 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gathered_layers_of_method_full_stay_until_the_step_is_over(ranks, tiny_base, make_run, tmp_path):
+    """And change no bit of what is trained."""
+    weights = {}
+    for freed in (True, False):
+        options = {"processes": ranks, "batch": 3 * ranks, "micro_batch": 1, "mixed_precision": "bf16",
+                   "training": {"max_steps": 2, "learning_rate": 1e-2}}  # fmt: skip
+        run = make_run(tiny_base, tmp_path / str(freed), method="full", reshard_after_forward=freed, **options)
+        whole = [] if freed else [0, 1]
+        assert run_ranks(_stay_whole, ranks, run) == [[whole, whole, []] * 2] * ranks
+        weights[freed] = load_file(run.result_folder / "model.safetensors")
+    assert all(torch.equal(weights[False][name], weight) for name, weight in weights[True].items())
 
 
 def test_the_embedding_is_not_gathered_backward_and_the_heads_buffer_is_freed(tiny_base, make_run, tmp_path):

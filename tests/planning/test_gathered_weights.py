@@ -80,9 +80,9 @@ def test_they_are_weighed_beside_rows_and_layers_that_are_given():
         ("tiny_lora", "cpu_2proc"),
     ],
 )
-def test_nothing_is_kept_where_no_gpu_gathers_from_another(recipe, profile):
+def test_nothing_is_kept_where_nothing_is_gathered_or_cast(recipe, profile):
     run = runs.resolve(recipe, profile)
-    assert not run.gathers_between_gpus
+    assert not run.may_keep_gathered
     slow_link = replace(gpu_model("H100"), peer_link_gb_s=0.1)
     plenty = replace(limits_of(run), gpu=1000, host=1000)
     assert filled(run, plenty, slow_link).accelerate.reshard_after_forward is True
