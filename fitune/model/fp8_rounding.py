@@ -1,7 +1,7 @@
 """Numbers rounded to e4m3, by rows or by columns, and their product: what `fitune.model.fp8` is made of.
 
-On a GPU Triton kernels round (`fitune.model.fp8_triton`) and `torch._scaled_mm` multiplies, which wants what it sums over
-side by side in memory, in multiples of 16. Elsewhere the same numbers are multiplied in float32.
+On a GPU Triton kernels round (`fitune.model.fp8_triton`) and `torch._scaled_mm` multiplies, which wants what it sums
+over side by side in memory, in multiples of 16. Elsewhere the same numbers are multiplied in float32.
 """
 
 from functools import cache

@@ -68,7 +68,7 @@ class OneRankParamGroup(FSDPParamGroup):
         self._all_gather_result = None
 
     def post_backward(self, *unused) -> None:
-        """Adds the pass's gradients to those of earlier ones, if no other copy of the model and no host RAM has them."""
+        """Adds the pass's gradients to those of earlier ones, if they go to no other copy of the model or host RAM."""
         travel = isinstance(self.mesh_info, HSDPMeshInfo) or any(p.offload_to_cpu for p in self.fsdp_params)
         if travel or not self.reduce_grads:
             super().post_backward(*unused)
@@ -82,14 +82,11 @@ class OneRankParamGroup(FSDPParamGroup):
 
 
 def _take_gradient(parameter: FSDPParam) -> torch.Tensor | None:
-    """Of all passes that FSDP has not reduced yet, in the dtype of the computation or of FSDP's sums."""
-    if not hasattr(parameter, "_unsharded_param"):
+    """In the dtype of the computation."""
+    computed_with = getattr(parameter, "_unsharded_param", None)
+    if computed_with is None:
         return None
-    parameter.accumulate_unsharded_grad_if_needed()
-    gradient = parameter.unsharded_accumulated_grad
-    if gradient is None:
-        gradient = parameter._unsharded_param.grad
-    parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
+    gradient, computed_with.grad = computed_with.grad, None
     return gradient
 
 

@@ -4,12 +4,12 @@
     dx_ti = b_t sum_n Y_tn V_ni               dy s ~ b Y
     dW_ni = c_n sum_t Z_tn X_ti               dy a ~ c Z, c [out]: a scale for each column
 
-So X and V are rounded once, and both gradients are of what forward computed: the scale that stands inside a sum goes into
-dy before dy is rounded. The bias's gradient is not rounded.
+So x and W are rounded once, and both gradients are those of what forward computed: the scale that stands inside a sum
+goes into dy before dy is rounded. The bias's gradient is not rounded.
 
 q, k and v share one X, gate and up another. Backward needs it turned, and in place of x it is what stays until then. A
-step changes W, so each forward pass rounds it anew; one that recomputes finds the same numbers. Backward rounds it a second
-time, by the scales that forward found: to keep V would take a byte for each weight of a layer.
+step changes W, so each forward pass rounds it anew; one that recomputes finds the same numbers. Backward rounds it a
+second time, by the scales that forward found: to keep V would take a byte for each weight of a layer.
 """
 
 from dataclasses import dataclass

@@ -306,7 +306,7 @@ class Setup:
 
     @property
     def saved_inputs_of_linears(self) -> float:
-        """Of method full, in one layer, beside what attention keeps: two norms and SwiGLU's product, and rounded all."""
+        """Of one layer of method full: two norms and SwiGLU's product; for fp8 attention's result, too, all rounded."""
         h, q, i = self.hidden_state, self.query_heads, self.inner_state
         return (2 * h + q + i) * FP8 / self.compute + 4 * self.tokens * FP32 if self.fp8 else 2 * h + i
 

@@ -101,6 +101,26 @@ def test_the_first_layer_stays_between_the_passes_of_a_step(tiny_base, make_run,
     assert run_ranks(_stay_whole, 1, run) == [[[0], [0], []] * 2]
 
 
+def _added_up(run) -> list[dict[str, torch.Tensor]]:
+    """The gradients of two passes together and of each, by parameter."""
+    model, _ = sharded_model(run)
+    found = []
+    for passes in ([TOKENS, TOKENS.flip(1)], [TOKENS], [TOKENS.flip(1)]):
+        for tokens in passes:
+            model(tokens, labels=tokens, use_cache=False).loss.backward()
+        found.append({name: local_part(parameter.grad) for name, parameter in model.named_parameters()})
+        model.zero_grad()
+    return found
+
+
+def test_gradients_are_added_up_where_they_lie(tiny_base, make_run, tmp_path):
+    """In float32 from passes in bf16, to the bit."""
+    both, first, second = run_alone(_added_up, make_run(tiny_base, tmp_path, method="full", mixed_precision="bf16"))
+    assert all(gradient.dtype == torch.float32 for gradient in both.values())
+    for name, gradient in both.items():
+        assert first[name].any() and torch.equal(gradient, first[name] + second[name]), name
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gathered_layers_of_method_full_stay_until_the_step_is_over(ranks, tiny_base, make_run, tmp_path):
     """And change no bit of what is trained."""

@@ -71,6 +71,23 @@ def test_they_are_weighed_beside_rows_and_layers_that_are_given():
     assert filled(run, limits_of(run), slow_link).accelerate.reshard_after_forward, "they do not fit"
 
 
+def test_method_fulls_stay_to_the_end_of_the_step():
+    """One gather, or cast from float32, for all passes; they are there while the last of them go backward."""
+    sets = ("profile.micro_batch=4", "profile.kept_layers=0", "profile.optimizer_state=fp32")
+    for profile in ("fsdp_2x80gb", "full_1x48gb"):
+        run = runs.resolve("llama3_8b_full", profile, (*sets, "profile.optimizer_offload=false"))
+        assert run.may_keep_gathered
+        setup = replace(setup_of(run, find_shape(run.recipe.base.model)), accumulation=4, reshard=True)
+        kept = replace(setup, reshard=False)
+        assert (setup.gathers, kept.gathers, replace(kept, accumulation=1).gathers) == (2, 1 / 4, 1)
+        assert seconds(kept, 80) < seconds(setup, 80)
+        phase = "backward, second layer"
+        more = gpu_peak(kept).phases[phase] - gpu_peak(setup).phases[phase]
+        assert more == pytest.approx((kept.shape.layers - 1) * kept.unsharded_layer, rel=0.05)
+    small = runs.resolve("llama3_8b_full", "full_1x48gb")
+    assert not small.may_keep_gathered  # kept in bf16, as they compute
+
+
 @pytest.mark.parametrize(
     ("recipe", "profile"),
     [
