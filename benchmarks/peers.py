@@ -149,8 +149,9 @@ def _fitune(entry: dict, options):
     def result(printed: str) -> dict:
         measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
         keys = "step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds", "optimizer"
-        profile = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["profile"]
-        found = {key: measured[key] for key in keys}
+        run = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        profile, found = run["profile"], {key: measured[key] for key in keys}
+        found["reshard_after_forward"] = run["accelerate"]["reshard_after_forward"]
         found |= {key: profile[key] for key in ("micro_batch", "kept_layers", "kept_attention", "activation_offload")}
         shutil.rmtree(folder)  # a whole model, of some
         return found | {"tokens_per_second": round(measured["tokens_per_second_per_gpu"])}
