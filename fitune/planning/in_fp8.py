@@ -20,9 +20,9 @@ def better_in_fp8(
 ) -> Plan | None:
     """What `planned` makes of the run in fp8; None where it brings nothing, or nobody may say so.
 
-    Of method full no run has judged it, and what a profile or `--set` says of `compute` stays as it is.
+    What a profile or `--set` says of `compute` stays as it is.
     """
-    if plan.setup.full or not plan.setup.on_gpu or not _leaves_it_open(profile, sets):
+    if not plan.setup.on_gpu or not _leaves_it_open(profile, sets):
         return None
     with suppress(UsageError):  # the card has no fp8
         other = planned((*sets, FP8))
@@ -60,4 +60,4 @@ def note(plan: Plan) -> str:
 
 def is_measured(plan: Plan) -> bool:
     there = plan.time is not None and plan.time.gpu == MEASURED_ON
-    return there and plan.setup.ranks == 1 and not plan.setup.offload
+    return there and plan.setup.ranks == 1 and not (plan.setup.offload or plan.setup.full)

@@ -168,6 +168,8 @@ def test_plan_says_what_it_would_bring_where_the_card_has_it():
         fp8, bf16 = (f"{float(format(told['estimate']['step_seconds'], '.2g')):,g} s a step" for told in seconds)
         assert _offered(*flags, "--gpu", gpu) == f"{fp8}{guess}{ends}" and fp8 != bf16
         assert seconds[1]["in_fp8"]["step_seconds"] == seconds[0]["estimate"]["step_seconds"]
+    in_full = _offered("llama3_8b_full", "--profile", "fsdp_2x80gb", "--gpu", "H200")
+    assert " s a step, a guess: " in in_full and in_full.endswith(ends)
     more_fits = _offered("llama3_70b_lora", "--gpu", "H100", "--gpus", "2", "--host-memory", "256")
     assert more_fits.startswith("2 GPUs, one copy of the model, weights on the GPUs, ") and more_fits.endswith(ends)
 
@@ -177,7 +179,7 @@ def test_plan_says_what_it_would_bring_where_the_card_has_it():
     [
         ("llama3_8b_qlora", "--gpu", "RTX 3090"),
         ("llama3_8b_qlora", "--profile", "fsdp_2x40gb"),
-        ("llama3_8b_full", "--profile", "fsdp_2x80gb"),
+        ("llama3_8b_full", "--profile", "fsdp_2x80gb", "--gpu", "A100"),
         ("llama3_8b_qlora", "--gpu", "H100", "--set", "profile.compute=bf16"),
         ("llama3_8b_qlora", "--gpu", "H100", "--set", FP8),
     ],
