@@ -38,6 +38,7 @@ from fitune.model.e4m3 import E4M3
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.lora_linears import LoraLinears
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
+from fitune.model.one_rank import OneRankParamGroup
 from fitune.model.sharding import shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.fill import resolve
@@ -184,8 +185,8 @@ def _follow_phases(tracker: Tracker, layers: int) -> None:
         ("pre_backward", str(layers - 1)): "backward, last layer",
     }
 
-    def followed(name: str):
-        original = getattr(FSDPParamGroup, name)
+    def followed(kind: type[FSDPParamGroup], name: str):
+        original = getattr(kind, name)
 
         def hook(group, *args, **kwargs):
             unit = "head" if "lm_head" in group._module_fqn else group._module_fqn.rsplit(".", 1)[-1]
@@ -198,7 +199,9 @@ def _follow_phases(tracker: Tracker, layers: int) -> None:
         return hook
 
     for name in HOOKS:
-        setattr(FSDPParamGroup, name, followed(name))
+        for kind in (FSDPParamGroup, OneRankParamGroup):
+            if name in vars(kind):
+                setattr(kind, name, followed(kind, name))
 
 
 class _RmsNorm(torch.autograd.Function):

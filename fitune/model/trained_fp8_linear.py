@@ -7,11 +7,15 @@
 So x and W are rounded once, and both gradients are those of what forward computed: the scale that stands inside a sum
 goes into dy before dy is rounded. The bias's gradient is not rounded.
 
-q, k and v share one X, gate and up another. Backward needs it turned, and in place of x it is what stays until then. A
-step changes W, so each forward pass rounds it anew; one that recomputes finds the same numbers. Backward rounds it a
-second time, by the scales that forward found: to keep V would take a byte for each weight of a layer.
+q, k and v share one X, gate and up another. X stays beside x until another input is rounded; backward needs it turned,
+and keeps that in place of x. A step changes W, so each forward pass rounds it anew; one that recomputes finds the same
+numbers. Backward rounds it a second time, by the scales that forward found: to keep V would take a byte for each weight
+of a layer.
+
+The scales of Z are of all tokens of a pass. So which rows share a pass changes dW by what rounding does.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +54,22 @@ class _Rounded:
     "Of x."
 
 
+_last_input: weakref.ref | None = None
+"That was rounded."
+
+
 @torch.no_grad()
 def _rounded(x: torch.Tensor) -> _Rounded:
-    """Kept beside x for the other linears that read it."""
+    """Kept beside x for the other linears that read it, until another input comes."""
+    global _last_input
     found = getattr(x, "in_fp8", None)
     if found is None or found.version != x._version:
+        last = _last_input and _last_input()
+        if last is not None:
+            last.in_fp8 = None
         values, scales = quantise_rows(_rows(x))
         found = x.in_fp8 = _Rounded(values, turned(values), scales, x._version)
+        _last_input = weakref.ref(x)
     return found
 
 

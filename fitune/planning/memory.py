@@ -66,9 +66,9 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
     one_embedding = one_embedding if s.one_embedding else {}
-    last_reduction = head_reduction * (not s.one_embedding)
+    last_reduction = (head_reduction + s.new_head_gradient) * (not s.one_embedding)
     layer_reduction = s.gathered_layer / s.compute * FP32 if s.reduced else 0.0
-    last_layer, second_layer = (s.layer_backward - _there_before(s, is_kept) for is_kept in _last_and_first(s))
+    last_layer, second_layer = (_one_layers_backward(s, is_kept) for is_kept in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     always = resident(s)
     before = {**always, "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
@@ -115,6 +115,11 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
 def _last_and_first(s: Setup) -> tuple[bool, bool]:
     """Whether the last layer keeps its activations, and whether the first ones do: the last are kept first."""
     return s.kept_layers > 0, s.kept_layers >= s.shape.layers
+
+
+def _one_layers_backward(s: Setup, is_kept: bool) -> float:
+    """Beside what is counted as kept activations."""
+    return max(s.layer_backward, s.layer_again * (not is_kept)) - _there_before(s, is_kept)
 
 
 def _there_before(s: Setup, is_kept: bool) -> float:

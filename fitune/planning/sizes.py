@@ -231,6 +231,12 @@ class Setup:
         return self.replicas > 1 and not (self.full and (self.offload or self.optimizer_offload))
 
     @property
+    def new_head_gradient(self) -> float:
+        """Of method full, where it stays and no earlier pass has made room for it."""
+        stays = self.full and not (self.accumulated_on_gpu or self.offload or self.optimizer_offload)
+        return self.shape.embedding_weights / self.shards * self.trained * stays
+
+    @property
     def last_gradients(self) -> float:
         """Those of the embedding and the first two layers, which a backward pass comes to last: this rank's, bytes."""
         if self.full:
@@ -350,6 +356,18 @@ class Setup:
         # heads that have norms of their own are there before and after them
         attention += 2 * (self.query_heads + self.shared_heads) * self.shape.head_norms
         return attention_saved + max(h + mlp, attention)  # the MLP's input and its gradient; then the gradient alone
+
+    @property
+    def layer_again(self) -> float:
+        """Peak while method full recomputes a layer in fp8, counted as above: in down_proj, whose result is there.
+
+        Beside what backward needs lie the MLP's input, SwiGLU's product as it was and rounded, and the rounded weight.
+        """
+        if not (self.full and self.fp8):
+            return 0.0
+        rows, columns = self.shape.linears["down_proj"]
+        rounded = (self.inner_state / self.compute + rows * columns) * FP8
+        return self.saved_by_layer + 2 * self.hidden_state + self.inner_state + rounded
 
     @property
     def kept_activations(self) -> float:

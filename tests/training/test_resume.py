@@ -98,7 +98,7 @@ def test_resumed_run_equals_the_uninterrupted_one(method, base, compute, make_ru
 
     if method != "lora" and compute == "bf16":
         # another number of processes and micro batch train on the same rows, with the same dropout; in fp8 a sum's last
-        # bit may take a number to the next one
+        # bit may take a number to the next one, and method full has scales over all tokens of a pass
         alone = make_run(base, tmp_path / "run", method, processes=1, **options | {"micro_batch": 8})
         alone = _interrupted_copy(alone, tmp_path / "alone")
         run_ranks(train_here, 1, alone)
