@@ -2,12 +2,12 @@
 
 More kept layers recompute less, and so do others that keep attention's result; more rows a pass launch fewer kernels
 and gather fewer times, and gathered weights that stay until the backward pass are gathered once, not twice, or once a
-step with method full. All of it takes memory. So do more copies of the model, of which each gathers over fewer GPUs, or
-not at all. For each number of copies each number of rows is tried with as many kept layers as fit beside it, with
-gathered weights freed and kept, where examples are long with attention kept, and with what recomputed layers keep on the
-GPU and in host RAM. Of what is as fast as the fastest, that is taken which gathers nothing, else the fewest copies, then
-what frees gathered weights, then what keeps no attention, then the fewest rows. What goes to host RAM must be faster
-than all that stays.
+step with method full. All of it takes memory. So do more copies of the model, of which each gathers over fewer GPUs,
+or not at all. For each number of copies each number of rows is tried with as many kept layers as fit beside it, with
+gathered weights freed and kept, where examples are long with attention kept, and with what recomputed layers keep on
+the GPU and in host RAM. Of what is as fast as the fastest, that is taken which gathers nothing, else the fewest
+copies, then what frees gathered weights, then what keeps no attention, then the fewest rows. What goes to host RAM
+must be faster than all that stays.
 """
 
 import math
