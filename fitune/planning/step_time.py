@@ -195,15 +195,15 @@ def _sharding_bytes(s: Setup) -> float:
 
 
 def _host_bytes(s: Setup) -> tuple[float, float]:
-    """Of one rank and micro batch, forward and backward: offloaded layers travel for each of both.
+    """Of one rank and micro batch, forward and backward: offloaded layers travel for each of both, unless they stay.
 
     Forward embedding (or its rows) and head travel in and layers' inputs out; backward these travel in, gradients out.
     """
     layers = s.shape.layers * s.layer_weights / s.shards * s.offload
     embedding = s.hidden_state if s.looks_up_in_host_ram else s.embedding / s.shards
     embeddings = (embedding + s.embedding / s.shards) * s.embedding_in_ram
-    forward = layers + embeddings + s.inputs_in_host_ram
-    backward = layers + s.inputs_in_host_ram + s.gradients * _gradients_travel(s)
+    forward = layers * min(1.0, s.gathers) + embeddings + s.inputs_in_host_ram
+    backward = layers * max(0.0, s.gathers - 1) + s.inputs_in_host_ram + s.gradients * _gradients_travel(s)
     return forward, backward
 
 

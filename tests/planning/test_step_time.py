@@ -93,6 +93,20 @@ def test_gradients_travel_in_what_layers_inputs_leave_of_the_link():
     assert parts["gradients to host RAM"] == pytest.approx(gradients / (0.85e9 * 1.36))
 
 
+def test_layers_that_stay_on_the_gpu_travel_once():
+    """As an accelerate config may ask: until the backward pass, of method full to the end of the step."""
+    h100, passes = gpu_model("H100"), ("profile.micro_batch=1", "global_batch_size=4")
+    for recipe, profile, at_most in (
+        ("llama3_8b_full", "fsdp_offload_1x80gb", 1),
+        ("llama3_70b_qlora", "fsdp_offload_1x24gb", 4),
+    ):
+        run = resolve(recipe, profile, passes)
+        setup = setup_of(run, find_shape(run.recipe.base.model))
+        travel, stay = (step_seconds(replace(setup, reshard=reshard), h100)["host link"] for reshard in (True, False))
+        layers = setup.shape.layers * setup.layer_weights / (h100.host_link_gb_s * 0.85e9)
+        assert travel - stay == pytest.approx((2 * setup.accumulation - at_most) * layers)
+
+
 def test_steps_come_from_what_prepare_counted(tmp_path):
     report = {"max_length": 3072, "packing": True, "packed_rows": 100, "packing_efficiency": 0.9, "train_rows": 700,
               "tokens": {"total": 276_480}}  # fmt: skip
