@@ -9,8 +9,8 @@ A scale must stand outside the sum it belongs to. Forward sums over a row of W, 
 rows: there their scales go into dy before it is rounded. So both use one V and one s, and dx is the gradient of what
 forward computed.
 
-The linears that read one input are one product: q, k and v, gate and up. On a GPU `torch._scaled_mm` multiplies and
-Triton kernels round (`fitune.model.fp8_triton`); elsewhere the same numbers are multiplied in float32.
+The linears that read one input are one product: q, k and v, gate and up. `fitune.model.fp8_rounding` rounds and
+multiplies.
 
 NF4 weights become V just before each product. Those of method lora are kept as V and s (`fitune.model.fp8_linear`).
 Forward takes V as it lies where one linear reads the input. Of several the bytes are copied into one matrix, which
@@ -30,7 +30,7 @@ from torch import nn
 from fitune.errors import UsageError
 from fitune.model.e4m3 import E4M3, scales_for
 from fitune.model.fp8_linear import FP8Linear
-from fitune.model.fp8_rounding import MULTIPLE, ones, product, quantise_rows, round_matrix
+from fitune.model.fp8_rounding import MULTIPLE, kernels, ones, product, put, quantise_rows, round_matrix
 from fitune.model.nf4 import NF4Linear
 from fitune.model.products import weight
 
@@ -45,12 +45,6 @@ def check_sizes(base: nn.Linear) -> None:
             f"profile.compute fp8 needs linears whose sizes are multiples of {MULTIPLE}, here is one of "
             f"{base.out_features} x {base.in_features}; use --set profile.compute=bf16"
         )
-
-
-def _kernels():
-    from fitune.model import fp8_triton
-
-    return fp8_triton
 
 
 def multiply(
@@ -121,11 +115,8 @@ def _stacked(bases: list[nn.Linear], *, transposed: bool = False) -> torch.Tenso
 def _put_values(base: nn.Linear, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out (e4m3 [out, in], any strides) with V."""
     if isinstance(base, FP8Linear):
-        if out.is_cuda and not out.is_contiguous():
-            _kernels().transpose(base.weight, out)
-        else:
-            out.copy_(base.weight)
+        put(base.weight, out)
     elif out.is_cuda and isinstance(base, NF4Linear) and base.is_as_kernels_read_it:
-        _kernels().round_nf4(base.weight.view(torch.uint8).view(-1, 1), base.quant_state, scales, out)
+        kernels().round_nf4(base.weight.view(torch.uint8).view(-1, 1), base.quant_state, scales, out)
     else:
         round_matrix(weight(base, torch.bfloat16 if out.is_cuda else torch.float32), scales, out)

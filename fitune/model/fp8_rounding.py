@@ -14,7 +14,8 @@ MULTIPLE = 16
 "Of which all sizes of a product must be, but for the rows of its first matrix."
 
 
-def _kernels():
+def kernels():
+    """Those of a GPU, which nothing else imports."""
     from fitune.model import fp8_triton
 
     return fp8_triton
@@ -23,7 +24,7 @@ def _kernels():
 def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3, scale of each row, float32 [T]) of x [T, channels], whose channels `factors` (float32) multiply first."""
     if x.is_cuda:
-        return _kernels().quantise_rows(x, factors)
+        return kernels().quantise_rows(x, factors)
     x = x.float()
     if factors is not None:
         x = x * factors
@@ -38,7 +39,7 @@ def quantise_columns(x: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tens
     """
     columns = _columns_of(x)
     if x.is_cuda:
-        return columns, _kernels().quantise_columns(x, factors, columns)
+        return columns, kernels().quantise_columns(x, factors, columns)
     x = x.float() * factors.unsqueeze(1)
     scales = scales_for(x.abs().amax(dim=0))
     columns[:, : len(x)].copy_((x * scales.reciprocal()).t())
@@ -48,11 +49,16 @@ def quantise_columns(x: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tens
 def turned(values: torch.Tensor) -> torch.Tensor:
     """e4m3 [T, channels] as [channels, T]. Zeros fill up T to a multiple of 16."""
     columns = _columns_of(values)
-    if values.is_cuda:
-        _kernels().transpose(values, columns.t())
-    else:
-        columns[:, : len(values)].copy_(values.t())
+    put(values, columns.t()[: len(values)])
     return columns
+
+
+def put(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills out (e4m3 [rows, columns], its rows or its columns side by side in memory) with values."""
+    if out.is_cuda and not out.is_contiguous():
+        kernels().transpose(values, out)
+    else:
+        out.copy_(values)
 
 
 def _columns_of(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +73,7 @@ def _columns_of(x: torch.Tensor) -> torch.Tensor:
 def round_matrix(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out (e4m3 [rows, columns], any strides) with a matrix whose rows are divided by `scales`."""
     if out.is_cuda:
-        _kernels().round_matrix(matrix, scales, out)
+        kernels().round_matrix(matrix, scales, out)
     else:
         out.copy_(matrix.float() * scales.reciprocal().unsqueeze(1))
 

@@ -210,7 +210,7 @@ class Setup:
 
     @property
     def gathers(self) -> float:
-        """Of a layer, in each pass."""
+        """How often each pass gathers a layer, or casts it."""
         return 2.0 if self.reshard else 1 / self.accumulation if self.stay_gathered else 1.0
 
     @property
@@ -232,7 +232,7 @@ class Setup:
 
     @property
     def new_head_gradient(self) -> float:
-        """Of method full, where it stays and no earlier pass has made room for it."""
+        """Bytes of the head's, as method full keeps it, where it stays and no earlier pass has made room for it."""
         stays = self.full and not (self.accumulated_on_gpu or self.offload or self.optimizer_offload)
         return self.shape.embedding_weights / self.shards * self.trained * stays
 

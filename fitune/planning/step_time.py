@@ -167,10 +167,10 @@ def _memory_bytes(s: Setup) -> float:
     """
     weights, dequantised, rounded = s.shape.layer_linear_weights, 0.0, 0.0
     if s.fp8:
+        h, i = s.hidden_state, s.inner_state
         dequantised = weights * ((s.compute if s.full else s.weight) + FP8)
-        rounded = (3 * s.hidden_state + s.inner_state) * (2 + FP8 / s.compute)
-        if s.full:  # on average of a forward and a backward pass
-            rounded = 11 * s.hidden_state + 5 * s.inner_state
+        # of method full on average of a forward and a backward pass
+        rounded = 11 * h + 5 * i if s.full else (3 * h + i) * (2 + FP8 / s.compute)
     elif s.method == "qlora":
         dequantised = weights * (NF4 + BF16)
     return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised + rounded)
