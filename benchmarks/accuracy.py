@@ -66,6 +66,7 @@ def setup_of_measured(entry: dict) -> Setup:
     sets += [f"profile.{key}={entry[key]}" for key in as_measured]
     sets.append(f"profile.async_save={entry.get('async_save', False)}")  # the first runs knew no copies
     sets.append(f"profile.replicas={entry.get('replicas', 1)}")  # nor these
+    sets.append(f"profile.reduce_dtype={entry.get('reduce_dtype', 'fp32')}")
     sets.append(f"profile.kept_attention={entry.get('kept_attention', False)}")
     run = resolve(entry["recipe"], entry["profile"], tuple(sets))
     run = with_resharding(run, entry.get("reshard_after_forward", True))  # what `plan` did not choose at first
@@ -97,7 +98,7 @@ def predicted_step_seconds(entry: dict) -> float:
 
 def predicted_phases(entry: dict) -> dict[str, float]:
     """GiB by phase for a result of fake_memory.py, without the library workspaces that fake tensors know nothing of."""
-    sets = [f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers", "compute")]
+    sets = [f"profile.{key}={entry[key]}" for key in ("micro_batch", "kept_layers", "compute", "reduce_dtype")]
     run = resolve(entry["recipe"], entry["profile"], (*sets, "profile.replicas=1", *entry["sets"]))
     run = with_resharding(run, entry["reshard_after_forward"])
     setup = setup_of(run, find_shape(run.recipe.base.model))

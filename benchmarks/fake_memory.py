@@ -102,6 +102,7 @@ def measure(
         "recipe": recipe, "profile": profile, "compute": compute, "reshard_after_forward": reshard_after_forward,
         "sets": sets or [], "layers": layers, "ranks": ranks,
         "micro_batch": run.profile.micro_batch, "kept_layers": min(run.profile.kept_layers, layers),
+        "reduce_dtype": run.profile.reduce_dtype,
         "tokens": run.profile.micro_batch * run.recipe.max_length, "peak_allocated_gib": max(peaks.values()),
         "phases": peaks, "torch": torch.__version__.split("+")[0],
     }  # fmt: skip
@@ -298,7 +299,7 @@ def _pretend_layer_kernels() -> None:
     )
     for module in (fp8, trained_fp8_linear):
         module.quantise_rows = lambda x, *rest: (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
-        module.product = lambda values, scales, weights, weight_scales, out, *rest: out
+        module.product = lambda values, scales, weights, weight_scales, out, *rest, **options: out
         module.round_matrix = lambda matrix, scales, out: None
     trained_fp8_linear.quantise_columns = lambda x, *rest: (torch.empty(x.T.shape, dtype=E4M3), torch.empty(x.shape[1]))
     trained_fp8_linear.turned = lambda values: torch.empty_like(values.T, memory_format=torch.contiguous_format)

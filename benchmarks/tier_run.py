@@ -244,6 +244,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "kept_attention": run["profile"]["kept_attention"],
         "activation_offload": run["profile"]["activation_offload"],
         "async_save": run["profile"]["async_save"],
+        "reduce_dtype": run["profile"]["reduce_dtype"],
         "layers": json.loads((Path(plan["checkpoint"]) / "config.json").read_text())["num_hidden_layers"],
         "peak_allocated_gib": round(measured["peak_allocated_gib"], 2),
         "peak_reserved_gib": round(measured["peak_reserved_gib"], 2),

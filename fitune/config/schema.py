@@ -93,6 +93,11 @@ class Profile(Strict):
     for each machine: hybrid sharding. `auto`: what `plan` finds fastest; for lora and qlora at least one on each of
     several machines, wherever that fits.
     """
+    reduce_dtype: Literal["bf16", "fp32"] = "bf16"
+    """In what method full's gradients, of bf16 products, travel and are added up between the GPUs that share a copy of
+    the model: `bf16` as accelerate and TRL do, half the bytes of `fp32`. Passes of a step, copies of the model and
+    adapters are added up in float32 anyway.
+    """
     expected: dict[str, Expectation] = {}
     "Peak memory by recipe name."
 
@@ -197,6 +202,12 @@ class Run(Strict):
     def shards(self) -> int:
         """Ranks that hold one copy between them."""
         return self.accelerate.num_processes // self.replicas
+
+    @property
+    def reduces_in_bf16(self) -> bool:
+        """Whether ranks that hold a copy between them add up gradients so. Several copies have float32 for both."""
+        in_bf16 = self.recipe.method == "full" and self.accelerate.mixed_precision == "bf16"
+        return in_bf16 and self.replicas == 1 and self.profile.reduce_dtype == "bf16"
 
     @property
     def may_keep_gathered(self) -> bool:

@@ -85,11 +85,16 @@ def product(
     weight_scales: torch.Tensor,
     out: torch.Tensor,
     residual: torch.Tensor | None = None,
+    *,
+    fast: bool = True,
 ) -> torch.Tensor:
-    """out = values weights^T times both scales (+ residual); values [T, k], weights [n, k], e4m3 and contiguous."""
+    """out = values weights^T times both scales (+ residual); values [T, k], weights [n, k], e4m3 and contiguous.
+
+    `fast`: the GPU may add up in fewer bits than float32 has, which loses what is small beside a growing sum.
+    """
     if values.is_cuda:
         scaled = {"scale_a": scales.unsqueeze(1), "scale_b": weight_scales.unsqueeze(0)}
-        torch._scaled_mm(values, weights.t(), **scaled, out_dtype=out.dtype, use_fast_accum=True, out=out)
+        torch._scaled_mm(values, weights.t(), **scaled, out_dtype=out.dtype, use_fast_accum=fast, out=out)
     else:
         sums = torch.float64 if out.dtype == torch.float64 else torch.float32
         in_float = values.to(sums) @ weights.to(sums).t()

@@ -15,7 +15,7 @@ from fitune.model.launched import Launched
 AT_ONCE = 32768  # channels of a row that a program holds, and so reads once
 CHANNELS = 8192  # of a wider row, read at a time
 ROWS, COLUMNS = 128, 64  # of a weight, for one program: the fastest of 24 shapes on an H200, in both directions
-MAXIMA_TILES, MAXIMA_TOKENS, MAXIMA_COLUMNS = 4, 64, 128  # of x, for one program
+MAXIMA_TILES, MAXIMA_TOKENS, MAXIMA_COLUMNS = 16, 64, 64  # of x, for one program: the fastest of 65 on an H200
 SIDE = 128  # of a square of bytes, for one program: whole sectors of memory in both directions
 
 _LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)

@@ -9,11 +9,7 @@ though nobody has others to add to them (`foreach_reduce`). To be removed when F
 several.
 """
 
-from itertools import pairwise
-
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
@@ -26,15 +22,6 @@ def use_weights_in_place(groups: list[FSDPParamGroup]) -> None:
     """Makes each parameter group of a model sharded over one rank one of those below."""
     for group in groups:
         group.__class__ = OneRankParamGroup
-
-
-def prefetch_in_order(model: FSDPModule, layers: nn.ModuleList) -> None:
-    """The model's forward starts the first layer's copies, each layer's the next one's.
-
-    Backward, FSDP asks for the layer before by itself.
-    """
-    for unit, following in pairwise([model, *layers]):
-        unit.set_modules_to_forward_prefetch([following])
 
 
 class OneRankParamGroup(FSDPParamGroup):

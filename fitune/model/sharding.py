@@ -7,6 +7,7 @@ machine do. Where each rank holds a whole copy of a frozen base, FSDP has nothin
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from fitune.errors import FituneError
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.host_embedding import leave_in_host_ram
 from fitune.model.nf4 import NF4Linear
-from fitune.model.one_rank import prefetch_in_order, use_weights_in_place
+from fitune.model.one_rank import use_weights_in_place
 from fitune.model.skeleton import decoder, is_tied
 
 REPLICATE, SHARD = "replicate", "shard"
@@ -78,7 +79,7 @@ def shard(
     _tell_transformers(causal_lm)
     if not _something_travels(mesh, run, compute_dtype):
         return
-    options = {"mesh": mesh, "mp_policy": _mixed_precision(model, compute_dtype)}
+    options = {"mesh": mesh, "mp_policy": _mixed_precision(model, run, compute_dtype)}
     in_host_ram = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     everything = in_host_ram if run.accelerate.offload_params else OffloadPolicy()
     embeddings = in_host_ram if run.profile.embedding_offload else everything
@@ -94,7 +95,9 @@ def shard(
         model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
     if shard_mesh(mesh).size() == 1:
         use_weights_in_place(_parameter_groups(model))
-        prefetch_in_order(model, causal_lm.model.layers)
+        _prefetch_in_order([model, *causal_lm.model.layers])
+    elif keep_gathered and not is_tied(causal_lm):
+        _prefetch_in_order([causal_lm.model.embed_tokens, *causal_lm.model.layers, causal_lm.model.norm])
     _check_gathered_as_bytes(model)
 
 
@@ -110,6 +113,16 @@ def _shard_embedding_and_head(causal_lm: nn.Module, **options) -> None:
         # Gathered with nothing to overlap with. Else their buffers would come from another stream's memory, which
         # computing can't reuse, and FSDP would keep the head's through the loss.
         unit._set_unshard_async_op(True)
+
+
+def _prefetch_in_order(units: list[FSDPModule]) -> None:
+    """Each unit's forward starts with asking for the next one's weights, from host RAM or other GPUs.
+
+    FSDP itself gathers a unit when Python comes to it, which is late where products are faster than Python: in fp8.
+    Backward it asks for the unit before.
+    """
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
 
 
 def trained_dtype(run: Run) -> torch.dtype:
@@ -180,8 +193,8 @@ def kept_in_host_ram(model: nn.Module, run: Run) -> set[nn.Module]:
     return {module for unit in offloaded for module in unit.modules()}
 
 
-def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Full fine-tuning gathers its weights in `compute_dtype` and adds up the ranks' gradients in float32.
+def _mixed_precision(model: nn.Module, run: Run, compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Full fine-tuning gathers its weights in `compute_dtype` and adds up the ranks' gradients as the profile says.
 
     No output is cast: each unit's has the dtype it computes in, and the loss, summed up in float32, must keep it.
     With a frozen base nothing is cast on the way: weights are stored as they are used, and a parameter group of mixed
@@ -191,7 +204,8 @@ def _mixed_precision(model: nn.Module, compute_dtype: torch.dtype) -> MixedPreci
     kept_as_computed = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if frozen_base or (kept_as_computed and compute_dtype == torch.float32):
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    reduce_dtype = torch.bfloat16 if run.reduces_in_bf16 else torch.float32
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
 
 
 def _check_gathered_as_bytes(model: nn.Module) -> None:

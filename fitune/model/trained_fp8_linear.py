@@ -12,7 +12,11 @@ and keeps that in place of x. A step changes W, so each forward pass rounds it a
 numbers. Backward rounds it a second time, by the scales that forward found: to keep V would take a byte for each weight
 of a layer.
 
-The scales of Z are of all tokens of a pass. So which rows share a pass changes dW by what rounding does.
+dW is a sum over all tokens of a pass, most of one sign where x and dy have means. It is added up in float32: in the
+fewer bits of `fast` it came out 10 % too small for 6,144 tokens, 73 % for 98,304 (means of two standard deviations;
+benchmarks/results/fp8-sums-h200-2026-11-29.json).
+
+The scales of Z are of all tokens of a pass, too. So which rows share a pass changes dW by what rounding does.
 """
 
 import weakref
@@ -105,7 +109,7 @@ def _weight_gradient(dy: torch.Tensor, columns: torch.Tensor, scales: torch.Tens
     """[out, in] from dy [T, out], X [in, T] and a."""
     inputs = len(columns)
     out = dy.new_empty(dy.shape[1], inputs)
-    return product(*quantise_columns(dy, scales), columns, ones(inputs, dy.device), out)
+    return product(*quantise_columns(dy, scales), columns, ones(inputs, dy.device), out, fast=False)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         replicas=run.replicas,
         saves=recipe.training.get("save_strategy") != "no",
         async_save=profile.saves_async,
+        reduce_in_bf16=profile.reduce_dtype == "bf16",
     )
 
 

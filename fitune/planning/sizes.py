@@ -67,6 +67,8 @@ class Setup:
     "Writes checkpoints on the way."
     async_save: bool = False
     "Copies each to host RAM first and trains on."
+    reduce_in_bf16: bool = False
+    "What method full's gradients are added up in between the ranks of a copy, if it is the only one."
 
     @cached_property
     def tokens(self) -> int:
@@ -200,8 +202,14 @@ class Setup:
 
     @property
     def reduced(self) -> bool:
-        """Whether FSDP takes a layer's gradients from where they were computed to where they are kept, in float32."""
+        """Whether FSDP takes a layer's gradients from where they were computed to where they are kept."""
         return self.full and (self.shards > 1 or self.offload or self.replicas > 1)
+
+    @property
+    def reduce(self) -> int:
+        """Bytes of a gradient on that way."""
+        in_bf16 = self.reduce_in_bf16 and self.full and self.compute == BF16 and self.replicas == 1
+        return BF16 if in_bf16 else FP32
 
     @property
     def stay_gathered(self) -> bool:

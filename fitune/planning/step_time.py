@@ -180,7 +180,7 @@ def _sharding_bytes(s: Setup) -> float:
     """Of one rank and micro batch, in its own memory: what FSDP and its collectives read and write around the products.
 
     Gathered weights are copied out of the buffer they arrive in; one rank casts its float32 weights. Gradients are
-    copied into float32, reduced, and added to those of earlier passes; one rank copies or adds.
+    copied into a buffer, reduced, and added to those of earlier passes; one rank copies or adds.
     """
     several = s.shards > 1
     if not (several or s.reduced or s.cast):
@@ -188,8 +188,8 @@ def _sharding_bytes(s: Setup) -> float:
     layers = s.shape.layers * s.gathered_layer
     read = 1 if several else s.trained / s.compute
     copied = (s.gathers * layers + s.gathered_head + s.gathered_head * (not s.one_embedding)) * (read + 1)
-    copied += s.trainable * (s.compute + FP32) * s.full
-    again = FP32 + 2 * s.trained if s.reduced else s.trained
+    copied += s.trainable * (s.compute + s.reduce) * s.full
+    again = s.reduce + 2 * s.trained if s.reduced else s.trained
     added = s.trainable / s.shards * again * (s.accumulation > 1) * s.full
     return copied + added + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
 
@@ -246,9 +246,9 @@ def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> flo
 
 
 def _shards_bytes(s: Setup) -> float:
-    """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced in float32."""
+    """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced."""
     gathered = s.shape.layers * s.gathered_layer * s.gathers + 2 * s.gathered_head
-    reduced = s.trainable * FP32 / (s.accumulation if s.adapters_wait else 1)
+    reduced = s.trainable * s.reduce / (s.accumulation if s.adapters_wait else 1)
     return (gathered + reduced) * (s.shards - 1) / s.shards
 
 

@@ -103,6 +103,16 @@ def test_a_trained_linears_products_are_those_of_the_rounded_numbers(tokens, sha
     torch.testing.assert_close(linear.bias.grad, dy.sum(0))
 
 
+def test_a_weights_gradient_adds_up_many_tokens_of_one_sign():
+    linear = TrainedFP8Linear(1024, 512, bias=False, dtype=torch.bfloat16, device="cuda")
+    linear.weight.data = _random(512, 1024, size=0.02).cuda()
+    x, dy = (_random(32768, channels).abs().cuda() for channels in (1024, 512))
+    linear(x.requires_grad_()).backward(dy)
+    inputs, a = (part.double() for part in fp8_rounding.quantise_rows(x.detach()))
+    columns, scales = (part.double() for part in fp8_rounding.quantise_columns(dy, a.float()))
+    _assert_close(linear.weight.grad, columns @ inputs * scales.unsqueeze(1))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_in_its_own_token(bad):
     x = _random(3, 4096).cuda()

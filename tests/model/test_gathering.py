@@ -1,4 +1,4 @@
-"""What travels between ranks: weights that are gathered as bytes, gradients that are reduced in float32."""
+"""What travels between ranks: weights, gathered as bytes or ahead of time, and gradients, reduced in bf16 or float32."""
 
 from types import SimpleNamespace
 
@@ -8,6 +8,7 @@ import torch
 from ranks import run_ranks, sharded_model, whole
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from transformers import LlamaForCausalLM
 
@@ -136,13 +137,57 @@ def _gradients_of_own_rows(run) -> dict[str, torch.Tensor]:
     return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
 
 
-def test_gradients_are_reduced_in_float32(uneven_base, make_run, tmp_path):
-    """Where layers compute in bf16: the mean of two bf16 numbers is seldom one itself."""
-    run = make_run(uneven_base, tmp_path, "full", processes=2, mixed_precision="bf16")
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("reduce_dtype", ["bf16", "fp32"])
+def test_gradients_are_reduced_as_the_profile_says(reduce_dtype, replicas, uneven_base, make_run, tmp_path):
+    """Where layers compute in bf16: the mean of two bf16 numbers is seldom one itself. Copies know float32 alone."""
+    options = {"processes": 2, "mixed_precision": "bf16", "reduce_dtype": reduce_dtype, "replicas": replicas}
+    run = make_run(uneven_base, tmp_path, "full", **options)
+    in_bf16 = reduce_dtype == "bf16" and replicas == 1
     for name, gradient in run_ranks(_gradients_of_own_rows, 2, run)[0].items():
         assert gradient.dtype == torch.float32, name
         if "embed_tokens" not in name:  # of one token's row most ranks have no gradient: half of a bf16 number is one
+            assert bool((gradient.bfloat16().float() != gradient).any()) != in_bf16, name
+
+
+def test_passes_are_added_up_in_float32_whatever_ranks_reduce_in(uneven_base, make_run, tmp_path):
+    run = make_run(uneven_base, tmp_path, "full", processes=2, mixed_precision="bf16")
+    for name, gradient in run_ranks(_gradients_of_two_passes, 2, run)[0].items():
+        if "embed_tokens" not in name:
             assert (gradient.bfloat16().float() != gradient).any(), name
+
+
+def _gradients_of_two_passes(run) -> dict[str, torch.Tensor]:
+    model, _ = sharded_model(run)
+    for row in TOKENS.split(1)[:2]:
+        model(row, labels=row, use_cache=False).loss.backward()
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def _forward_in_order(run) -> list[tuple[str, int]]:
+    """What a forward pass does: it gathers and computes units 0, 1 …, from the embedding to the head's norm."""
+    model, _ = sharded_model(run)
+    units, found = [model.model.embed_tokens, *model.model.layers, model.model.norm], []
+    numbers = {id(unit._get_fsdp_state()._fsdp_param_group.fsdp_params): n for n, unit in enumerate(units)}
+    gather = param_group.foreach_all_gather
+
+    def gathered(parameters, *args, **kwargs):
+        found.append(("gather", numbers[id(parameters)]))
+        return gather(parameters, *args, **kwargs)
+
+    param_group.foreach_all_gather = gathered
+    for number, unit in enumerate(units):
+        unit.register_forward_pre_hook(lambda *_, number=number: found.append(("compute", number)))
+    model(TOKENS, use_cache=False)
+    return found
+
+
+def test_the_next_unit_is_gathered_before_one_computes_where_they_stay(tiny_base, make_run, tmp_path):
+    run = make_run(tiny_base, tmp_path, "full", processes=2, reshard_after_forward=False)
+    for found in run_ranks(_forward_in_order, 2, run):
+        assert len(found) == 8
+        for number in range(3):
+            assert found.index(("gather", number + 1)) < found.index(("compute", number))
 
 
 def _left_to_run(run) -> int:
