@@ -38,6 +38,7 @@ def setup_of_full_run(entry: dict) -> Setup:
     sets |= {"base.model": entry["model"]} if "model" in entry else {}
     sets |= {f"profile.{key}": entry[key] for key in ("micro_batch", "kept_layers")}
     sets |= {"profile.replicas": entry.get("replicas", 1)}
+    sets |= {"profile.reduce_dtype": entry.get("reduce_dtype", "fp32")}
     sets |= {"profile.activation_offload": entry.get("activation_offload", False)}  # the first runs left it off
     run = resolve(entry["recipe"], entry["profile"], tuple(f"{key}={value}" for key, value in sets.items()))
     shape = find_shape(run.recipe.base.model)

@@ -13,8 +13,8 @@ numbers. Backward rounds it a second time, by the scales that forward found: to 
 of a layer.
 
 dW is a sum over all tokens of a pass, most of one sign where x and dy have means. It is added up in float32: in the
-fewer bits of `fast` it came out 10 % too small for 6,144 tokens, 73 % for 98,304 (means of two standard deviations;
-benchmarks/results/fp8-sums-h200-2026-11-29.json).
+fewer bits of `fast` it came out 10 % too small for 6,144 tokens, 73 % for 98,304 (means of two standard deviations:
+benchmarks/fp8_sums.py).
 
 The scales of Z are of all tokens of a pass, too. So which rows share a pass changes dW by what rounding does.
 """

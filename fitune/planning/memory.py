@@ -61,13 +61,13 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     all_layers = s.shape.layers * s.unsharded_layer
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
     stay_gathered = all_layers * s.stay_gathered
-    head_reduction = _reduction(s, s.shape.embedding_weights)
+    head_reduction = s.shape.embedding_weights * s.reduce * s.reduced
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
     one_embedding = one_embedding if s.one_embedding else {}
     last_reduction = (head_reduction + s.new_head_gradient) * (not s.one_embedding)
-    layer_reduction = _reduction(s, s.gathered_layer / s.compute)
+    layer_reduction = s.gathered_layer / s.compute * s.reduce * s.reduced
     last_layer, second_layer = (_one_layers_backward(s, is_kept) for is_kept in _last_and_first(s))
     fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
     always = resident(s)
@@ -110,13 +110,6 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "optimizer step": stepping,
         "save": always,
     }  # fmt: skip
-
-
-def _reduction(s: Setup, gradients: float) -> float:
-    """What so many take on their way: all ranks' in one buffer, and this rank's sum before it becomes float32."""
-    if not s.reduced:
-        return 0.0
-    return gradients * s.reduce * (1 if s.reduce == s.trained else 1 + 1 / s.shards)
 
 
 def _last_and_first(s: Setup) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""What travels between ranks: weights, gathered as bytes or ahead of time, and gradients, reduced in bf16 or float32."""
+"""What travels between ranks: weights, as bytes and ahead of time, and gradients, in bf16 or float32."""
 
 from types import SimpleNamespace
 

@@ -161,7 +161,7 @@ def test_the_second_layer_of_70b_going_backward():
     parts = plan.gpu.components
     stored = sum(parts[name] for name in ("sharded weights", "embedding and head", "optimizer state", "gradients"))
     rest = {
-        "the previous layer's float32 gradients being reduced": ("gradient reduction",),
+        "the previous layer's gradients being reduced, in bf16": ("gradient reduction",),
         "one layer in bf16, and the next one, which FSDP prefetches": ("unsharded layers", "gather buffers"),
         "the layer's activations and bf16 gradients": ("one layer's backward", "kept activations", "hidden states"),
         "holes in the allocator, CUDA, NCCL, workspaces": (
