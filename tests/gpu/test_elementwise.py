@@ -109,6 +109,21 @@ def test_rms_norm_backward(tokens, channels, dtype, random):
 
 
 @by_dtype
+@pytest.mark.parametrize("channels", [64, 80, 128, *CHANNELS])
+@by_tokens
+def test_a_trained_rms_norms_backward(tokens, channels, dtype, random):
+    gradient, x, residual = (random(tokens, channels, dtype=dtype) for _ in range(3))
+    weight = random(channels, dtype=dtype)
+    inputs = gradient, x, weight, EPSILON, residual
+    found, of_weight = elementwise.trained_rms_norm_backward(*(_on_gpu(value) for value in inputs))
+    assert torch.equal(found, elementwise.rms_norm_backward(*(_on_gpu(value) for value in inputs)))
+    _, exact = elementwise.trained_rms_norm_backward(*(getattr(value, "double", lambda: EPSILON)() for value in inputs))
+    assert of_weight.dtype == torch.float32
+    rounded = torch.finfo(dtype).eps  # the norm, before it is multiplied by its gradient
+    assert (of_weight.cpu().double() - exact).norm() <= 8 * rounded * exact.norm()
+
+
+@by_dtype
 @pytest.mark.parametrize("channels", [64, 80, 128])
 def test_norms_of_heads(channels, dtype, random):
     """Rows of a head's size, with nothing to add to their gradient."""
