@@ -90,19 +90,19 @@ def _trained_rms_norm_backward_kernel(gradient, x, weight, residual, out, sums, 
     inside = columns < CHANNELS
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for token in range(first, tl.minimum(first + ROWS, tokens)):
-        row = token * CHANNELS + columns
-        value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
+    for number in range(ROWS):
+        token = tl.program_id(0).to(tl.int64) * ROWS + number
+        row, here = token * CHANNELS + columns, inside & (token < tokens)
+        value = tl.load(x + row, mask=here, other=0.0).to(tl.float32)
+        g = tl.load(gradient + row, mask=here, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
         total += g * (value * inverse).to(x.dtype.element_ty).to(tl.float32)
         g *= w
         inner = tl.sum(g * value) / CHANNELS
         result = inverse * g - value * inverse * inverse * inverse * inner
         if ADD:
-            result += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row, result, mask=inside)
+            result += tl.load(residual + row, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + row, result, mask=here)
     tl.store(sums + tl.program_id(0).to(tl.int64) * CHANNELS + columns, total, mask=inside)
 
 
