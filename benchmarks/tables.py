@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.full_results import optimizer_table
+from benchmarks.full_results import had_another_layer, optimizer_table
 from benchmarks.peer_tables import beside_table, fast_line, peers_table
 from fitune.config import run as runs
 from fitune.config.model_shapes import ModelShape, find_shape
@@ -63,11 +63,15 @@ def measured_tiers() -> list[dict]:
 
 
 def _with_kept_layers(entry: dict) -> dict:
-    """A run before 27 November had all its layers recomputed or none, and an adapter's had not the layer of today."""
+    """A run before 27 November had all its layers recomputed or none, and an adapter's had not the layer of today.
+
+    Nor had those of method full two days more.
+    """
     if "kept_layers" in entry:
-        return entry
+        return entry | {"earlier_layer": entry["method"] == "full" and had_another_layer(entry)}
     kept = 0 if entry["activation_checkpointing"] else entry["layers"]
-    return entry | {"kept_layers": kept, "earlier_layer": entry["method"] != "full"}
+    entry = entry | {"kept_layers": kept}
+    return entry | {"earlier_layer": entry["method"] != "full" or had_another_layer(entry)}
 
 
 def whole_shape(entry: dict) -> ModelShape:
