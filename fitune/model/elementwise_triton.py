@@ -13,7 +13,7 @@ from fitune.model.grid import blocks_of, power_of_two
 from fitune.model.launched import Launched
 
 BLOCK = 2048  # channels of one program where a row needs no sum
-ELEMENTS = 65536  # of one program that adds up over tokens
+ELEMENTS, PROGRAMS = 65536, 1024  # of one program that adds up over tokens, at least; of those, at most
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def rms_norm_backward(gradient, x, weight, eps: float, residual, out=None):
 def trained_rms_norm_backward(gradient, x, weight, eps: float, residual, out=None):
     tokens, channels = x.shape
     out = torch.empty_like(x) if out is None else out
-    rows = max(1, ELEMENTS // channels)
+    rows = power_of_two(max(blocks_of(ELEMENTS, channels), blocks_of(tokens, PROGRAMS)))
     programs = blocks_of(tokens, rows)
     sums = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
     _trained_rms_norm_backward_kernel[(programs,)](

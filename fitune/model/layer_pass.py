@@ -35,7 +35,7 @@ class LayerPass:
     """One pass through one layer, a `fitune.model.layer.DecoderLayer`, of tokens x [T, h].
 
     `lows`, each adapter's s x A^T (`LoraLinears.lows`), come from the forward pass if the layer is a kept one; without
-    them they are computed again. So do `scales` (`TrainedLinears.scales`), whether or not it is.
+    them they are computed again. `scales` (`TrainedLinears.scales`) come from the forward pass of every layer.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class LayerPass:
         return mid, (qkv, *result)
 
     def attend_backward(self, dmid: torch.Tensor, x: torch.Tensor, saved, *, need_dx: bool) -> torch.Tensor | None:
+        """The gradient of x, if it is needed: by a trained norm, too."""
         qkv, attended, *statistics = saved
+        need_dx = need_dx or self.layer.trains_base
         dropout = self.dropouts[OUT]
         dattended = self.linears.multiply_backward(OUT, dmid, elementwise.drop(attended, dropout), dropout)
         heads = self._heads_for_attention(qkv, rotated=True)
@@ -134,6 +136,8 @@ class LayerPass:
             dnormed = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
             self._norm_backward(norm, dnormed, of_tile, dy_of_tile, out=part(dmid, rows))
             del tile, dropped, dnormed
+        if self.layer.trains_base:
+            self.linears.round_gradients()  # attention's half needs the room
         return dmid
 
     def lows(self) -> list[torch.Tensor]:

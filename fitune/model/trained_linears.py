@@ -13,7 +13,7 @@ Scales = dict[tuple[int, int | None], tuple[torch.Tensor, torch.Tensor]]
 class TrainedLinears:
     """The linears of a layer for one pass. Has the methods of `LoraLinears`, and no adapters.
 
-    Of fp8 the backward pass needs the `scales` that the forward pass found.
+    Of fp8 the backward pass needs the `scales` that the forward pass found; what it computes again finds them again.
     """
 
     def __init__(self, linears: Linears, *, in_fp8: bool, scales: Scales | None = None):
@@ -68,10 +68,16 @@ class TrainedLinears:
             else:
                 self.sums[index, "weight"] = columns.t() @ x
 
+    def round_gradients(self) -> None:
+        """To the dtype of weights: nothing comes to what is there already."""
+        for index, name in self.sums:
+            self.sums[index, name] = self.sums[index, name].to(self.linears.bases[index].weight.dtype)
+
     def gradients(self) -> list[torch.Tensor]:
         """Of `Linears.base_parameters`, in their order and dtype."""
+        self.round_gradients()
         return [
-            self.sums[index, name].to(parameter.dtype)
+            self.sums[index, name]
             for index, base in enumerate(self.linears.bases)
             for name, parameter in (("weight", base.weight), ("bias", base.bias))
             if parameter is not None

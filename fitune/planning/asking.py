@@ -201,7 +201,7 @@ def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
 def _setup(asked: AskedFolder, load: str, ranks: int, offload: bool, reading: Reading) -> Setup:
     return Setup(
         shape=asked.shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=reading.rows,
-        max_length=min(reading.tokens, asked.shape.max_positions), accumulation=1, packing=False,
+        max_length=min(reading.tokens, asked.shape.max_positions), accumulation=1,
         lora_r=asked.lora_r, lora_targets=asked.lora_targets, trained_tokens=asked.trained_tokens,
         offload=offload, saves=False,
     )  # fmt: skip

@@ -31,7 +31,6 @@ class Setup:
     max_length: int
     accumulation: int
     "Micro batches per optimizer step."
-    packing: bool
     compute: int = BF16
     "Bytes of one activation: bf16 on GPUs, float32 on CPUs."
     optimizer_state: float = ADAM_STATE

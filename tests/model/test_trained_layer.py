@@ -104,3 +104,10 @@ def test_without_gradients_logits_are_the_same():
         found, expected = logits(written_out_copy(reference).eval(), ours), logits(reference.eval(), theirs)
         counts = ours["counts"].unsqueeze(-1)
         assert (found - expected).mul(counts).norm() < 1e-6 * expected.norm()
+
+
+def test_without_a_gradient_of_the_input_the_others_are_the_same():
+    reference, batch = trained(torch.float32), packed()[0]
+    expected = run(written_out_copy(reference), batch)
+    del expected["x"]
+    assert_equal(run(written_out_copy(reference), batch, input_gradient=False), expected)
