@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
 from fitune.config.run import with_resharding
-from fitune.model import attention, elementwise, fp8, head_loss, products, trained_fp8_linear
+from fitune.model import attention, elementwise, fp8, head_loss, products, trained_fp8
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.e4m3 import E4M3
@@ -219,55 +219,12 @@ class _RmsNorm(torch.autograd.Function):
         return gradient.contiguous(), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
-class _SwiGlu(torch.autograd.Function):
-    """Liger's: keeps both inputs and writes their gradients over them."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return torch.empty_like(gate)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.saved_tensors
-
-
-class _Attention(torch.autograd.Function):
-    """FlashAttention: keeps its inputs, its output and one float32 per query and head."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:2], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-class _Rope(torch.autograd.Function):
-    """Liger's: in place where the layout allows it."""
-
-    @staticmethod
-    def forward(ctx, query, key):
-        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
-
-
 def _pretend_gpu_kernels() -> None:
-    """Flash attention, Liger's kernels, CUDA's dropout (a mask of a byte each), the loss's kernel and products."""
-    attention._by_example = lambda query, key, value, *rest: _Attention.apply(query, key, value)
+    """Those of layers, Liger's norm, the loss's kernel and products."""
     _pretend_layer_kernels()
     llama.LlamaRMSNorm.forward = lambda self, x: _RmsNorm.apply(x, self.weight)
-    llama.LlamaMLP.forward = lambda self, x: self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
-    llama.apply_rotary_pos_emb = lambda query, key, cos, sin, unsqueeze_dim=1: _Rope.apply(query, key)
-    nn.Dropout.forward = lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
     head_loss.fold = lambda logits, *rest: torch.empty(len(logits), 3)
-    head_loss._add_product = lambda sums, a, b: None
+    products.add = lambda sums, a, b: None
 
 
 def _pretend_layer_kernels() -> None:
@@ -281,6 +238,10 @@ def _pretend_layer_kernels() -> None:
     elementwise.rms_norm = lambda x, weight, eps, dropout: like(x, dropout)
     elementwise.dropped_norm = lambda x, *rest: torch.empty_like(x)
     elementwise.rms_norm_backward = lambda gradient, x, *rest, out=None: torch.empty_like(x) if out is None else out
+    elementwise.trained_rms_norm_backward = lambda gradient, x, *rest: (
+        elementwise.rms_norm_backward(gradient, x, out=rest[3]),
+        torch.empty(x.shape[1]),
+    )
     LoraLinears._put_down = lambda self, dx, *rest, **options: None
     elementwise.swiglu = lambda gate_up, dropout: like(gate_up[:, : gate_up.shape[1] // 2].contiguous(), dropout)
     elementwise.swiglu_backward_ = lambda gradient, *rest: torch.empty_like(gradient)
@@ -297,12 +258,12 @@ def _pretend_layer_kernels() -> None:
         ],
         None,
     )
-    for module in (fp8, trained_fp8_linear):
-        module.quantise_rows = lambda x, *rest: (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
+    for module in (fp8, trained_fp8):
+        module.quantise_rows = lambda x, *rest, out=None: out or (torch.empty(x.shape, dtype=E4M3), torch.empty(len(x)))
         module.product = lambda values, scales, weights, weight_scales, out, *rest, **options: out
         module.round_matrix = lambda matrix, scales, out: None
-    trained_fp8_linear.quantise_columns = lambda x, *rest: (torch.empty(x.T.shape, dtype=E4M3), torch.empty(x.shape[1]))
-    trained_fp8_linear.turned = lambda values: torch.empty_like(values.T, memory_format=torch.contiguous_format)
+    trained_fp8.quantise_columns = lambda x, *rest: (torch.empty(x.T.shape, dtype=E4M3), torch.empty(x.shape[1]))
+    trained_fp8.round_columns = lambda x, *rest: torch.empty(x.T.shape, dtype=E4M3)
     fp8._put_values = lambda base, scales, out: None
     products.weight = _weight
 

@@ -2,7 +2,7 @@
 
     python benchmarks/fp8_sums.py RESULT.json [--commit COMMIT]
 
-dW = dy^T x of random numbers with a mean, rounded to e4m3 as `fitune.model.trained_fp8_linear` rounds them, multiplied
+dW = dy^T x of random numbers with a mean, rounded to e4m3 as `fitune.model.trained_fp8` rounds them, multiplied
 with `use_fast_accum` and without, beside the same product of the same numbers in float64. Needs a GPU with fp8.
 """
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tier_run import about
 
-from fitune.model.fp8_rounding import ones, product, quantise_columns, quantise_rows, turned
+from fitune.model.fp8_rounding import ones, product, quantise_columns, quantise_rows, round_columns
 
 TOKENS, MEANS = (6144, 98304), (0.0, 0.5, 2.0)
 "A pass of two rows of 3,072, and a long one; means in standard deviations."
@@ -66,8 +66,8 @@ def _times(outputs: int, inputs: int) -> dict:
 
 def _rounded(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(Z, its scales, X turned)"""
-    values, scales = quantise_rows(x)
-    return *quantise_columns(dy, scales), turned(values)
+    _, scales = quantise_rows(x)
+    return *quantise_columns(dy, scales), round_columns(x, scales)
 
 
 def _product(z: torch.Tensor, c: torch.Tensor, columns: torch.Tensor, *, fast: bool) -> torch.Tensor:

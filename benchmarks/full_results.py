@@ -10,6 +10,7 @@ from statistics import median
 
 from benchmarks.optimizer_of_then import with_its_optimizer
 from fitune.config.model_shapes import find_shape
+from fitune.config.tiles import MLP_TILE
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.memory import gpu_peak
@@ -18,6 +19,7 @@ from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN_LAYER_FROM = "2026-11-29"
 OPTIMIZERS = {"rmsprop": "RMSprop", "adagrad": "Adagrad", "sgd": "SGD"}
 "By `training.optim`; AdamW's states are said by the profile's key."
 
@@ -30,6 +32,12 @@ def full_runs() -> list[dict]:
         head = {key: data[key] for key in ("gpu_name", "date")} | {"recipe": "llama3_8b_full"}
         found += [head | {"name": name} | run for name, run in data["runs"].items() if "error" not in run]
     return found
+
+
+def had_another_layer(entry: dict) -> bool:
+    """Whether method full had transformers' layers, and took more with them: what they keep, the MLP in one tile."""
+    tokens = entry["micro_batch"] * entry.get("max_length", 3072)
+    return entry["date"] < OWN_LAYER_FROM and (entry["kept_layers"] > 0 or tokens > MLP_TILE)
 
 
 def setup_of_full_run(entry: dict) -> Setup:
@@ -67,6 +75,8 @@ def full_table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in full_runs():
+        if had_another_layer(entry):
+            continue
         setup = setup_of_full_run(entry)
         memory, took = gpu_peak(setup).allocated / GIB, entry["peak_allocated_gib"]
         card = " | ".join(f"{size:.1f}" for size in card_gib(entry) or ()) or " | "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.full_results import optimizer_table
+from benchmarks.full_results import had_another_layer, optimizer_table
 from benchmarks.peer_tables import beside_table, fast_line, peers_table
 from fitune.config import run as runs
 from fitune.config.model_shapes import ModelShape, find_shape
@@ -27,6 +27,7 @@ from fitune.planning.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 README, SPEED, MEMORY = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "memory.md"
+FP8, FP8_SUMS = ROOT / "docs" / "fp8.md", ROOT / "benchmarks" / "results" / "fp8-sums-h200-2026-11-29.json"
 FAKE = ROOT / "benchmarks" / "fake_memory.json"
 CARDS = {
     "one 8 GB card": (8, {"8B": ("llama3_8b_qlora", "single_gpu_8gb")}),
@@ -63,11 +64,15 @@ def measured_tiers() -> list[dict]:
 
 
 def _with_kept_layers(entry: dict) -> dict:
-    """A run before 27 November had all its layers recomputed or none, and an adapter's had not the layer of today."""
+    """A run before 27 November had all its layers recomputed or none, and an adapter's had not the layer of today.
+
+    Nor had those of method full two days more.
+    """
     if "kept_layers" in entry:
-        return entry
+        return entry | {"earlier_layer": entry["method"] == "full" and had_another_layer(entry)}
     kept = 0 if entry["activation_checkpointing"] else entry["layers"]
-    return entry | {"kept_layers": kept, "earlier_layer": entry["method"] != "full"}
+    entry = entry | {"kept_layers": kept}
+    return entry | {"earlier_layer": entry["method"] != "full" or had_another_layer(entry)}
 
 
 def whole_shape(entry: dict) -> ModelShape:
@@ -214,6 +219,16 @@ def sweep_table() -> str:
     return "\n".join(lines)
 
 
+def fp8_sums_table() -> str:
+    """What weights' gradients lose to how a GPU adds up their products in fp8."""
+    columns = ("fast_error", "float32_error", "rounding_error", "bf16_error")
+    lines = ["| tokens | mean | fewer bits | float32 | rounding | bf16 |", "|---|---|---|---|---|---|"]
+    for entry in json.loads(FP8_SUMS.read_text(encoding="utf-8"))["errors"]:
+        errors = (f"{entry[column]:.1%}" for column in columns)
+        lines.append(f"| {entry['tokens']:,} | {entry['mean']} | {' | '.join(errors)} |")
+    return "\n".join(lines)
+
+
 def with_table(text: str, name: str, table: str) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
     head, rest = text.split(f"<!-- {name} -->")
@@ -242,6 +257,7 @@ def published() -> dict[Path, str]:
         README: with_table(with_table(readme, "cards", card_table()), "beside", beside_table()),
         SPEED: with_table(with_table(SPEED.read_text(encoding="utf-8"), "tiers", tier_table()), "peers", peers_table()),
         MEMORY: with_table(memory, "micro batches", sweep_table()),
+        FP8: with_table(FP8.read_text(encoding="utf-8"), "fp8 sums", fp8_sums_table()),
     }
     newest = newest_tiers()
     for file in sorted(PROFILES.glob("*.yaml")):

@@ -49,10 +49,10 @@ def adapted(model, targets="all-linear", dropout: float = 0.0):
 
 
 def written_out_copy(model, kept: int = LAYERS, **options: bool):
-    """A copy with fitune's layers, the last `kept` of which keep their activations."""
+    """A copy with fitune's layers, trained if there is no adapter; the last `kept` of them keep their activations."""
     model = copy.deepcopy(model)
     causal_lm = decoder(model)
-    use_written_out_layers(causal_lm)
+    use_written_out_layers(causal_lm, train_base=causal_lm is model)
     causal_lm.set_attn_implementation(PACKED_ATTENTION)
     keep_activations(model, kept, **options)
     return model

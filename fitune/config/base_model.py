@@ -40,6 +40,10 @@ def check_base_model(folder: Path, recipe: Recipe | None = None) -> dict:
         if positions := config.get("max_position_embeddings"):
             refuse_length_beyond(positions, recipe, folder)
         _check_window(config, where, recipe)
+        if dropout := config.get("attention_dropout"):
+            raise UsageError(
+                f"{where}: attention_dropout is {dropout}, with which fitune does not train; set it to 0.0"
+            )
     return config
 
 

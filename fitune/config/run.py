@@ -247,11 +247,6 @@ def _check_pair(recipe_name, recipe: Recipe, profile_name, profile: Profile, acc
         raise UsageError(
             f"profile {profile_name}: embedding_offload is for a frozen base, recipe {recipe_name} is full"
         )
-    if profile.keeps_attention and recipe.method == "full":
-        raise UsageError(
-            f"profile {profile_name}: kept_attention is for lora and qlora, recipe {recipe_name} is full; use --set "
-            f"profile.kept_attention=auto"
-        )
     if bool(profile.num_gpus) == accelerate.use_cpu:
         raise UsageError(
             f"profile {profile_name} has num_gpus {profile.num_gpus}, but {accelerate.path} "

@@ -58,9 +58,9 @@ class Profile(Strict):
     `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
     """
     kept_attention: Flag | Literal["auto"] = AUTO
-    """Layers that are not kept keep attention's result beside their input and do not compute it again, for lora and
-    qlora. That takes h values a token, and gains where examples are long. `auto`: where `plan` finds it faster, from
-    examples of 8,192 tokens on.
+    """Layers that are not kept keep attention's result beside their input and do not compute it again. That takes h
+    values a token, and gains where examples are long. `auto`: where `plan` finds it faster, from examples of 8,192
+    tokens on.
     """
     compute: Literal["auto", "bf16", "fp8"] = AUTO
     """In what the decoder layers' linears are multiplied in training: `fp8` needs a GPU of compute capability 8.9 or

@@ -86,15 +86,26 @@ def rms_norm_backward(
     return result if out is None else out.copy_(result)
 
 
+def trained_rms_norm_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the same, the gradient of weight: [h], in the dtype of sums)"""
+    if x.is_cuda:
+        return _kernels().trained_rms_norm_backward(gradient, x, weight, eps, residual, out)
+    exact = wide(x)
+    normed = (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    of_weight = (wide(gradient) * normed).sum(0)
+    return rms_norm_backward(gradient, x, weight, eps, residual, out), of_weight
+
+
 def norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """heads [T, n, d], each normed by itself; weight [d]."""
     return rms_norm(heads.reshape(-1, heads.shape[-1]), weight, eps, None)[0].view(heads.shape)
-
-
-def norm_heads_backward(gradient: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The gradient of `heads` from that of the normed ones, both [T, n, d]."""
-    gradient, rows = (x.reshape(-1, heads.shape[-1]) for x in (gradient, heads))
-    return rms_norm_backward(gradient, rows, weight, eps, None).view(heads.shape)
 
 
 def swiglu(gate_up: torch.Tensor, dropout: Dropout | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from fitune.model.grid import blocks_of, power_of_two
 from fitune.model.launched import Launched
 
 BLOCK = 2048  # channels of one program where a row needs no sum
+ELEMENTS, PROGRAMS = 65536, 1024  # of one program that adds up over tokens, at least; of those, at most
 
 
 @triton.jit
@@ -77,6 +78,32 @@ def _rms_norm_backward_kernel(gradient, x, weight, residual, out, eps,
     if ADD:
         result += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row, result, mask=inside)
+
+
+@Launched
+@triton.jit
+def _trained_rms_norm_backward_kernel(gradient, x, weight, residual, out, sums, eps, tokens,
+                                      CHANNELS: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+                                      BLOCK: tl.constexpr):  # fmt: skip
+    """The same of some tokens, one after the other, and the sum of theirs for the weight's gradient."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < CHANNELS
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for number in range(ROWS):
+        token = tl.program_id(0).to(tl.int64) * ROWS + number
+        row, here = token * CHANNELS + columns, inside & (token < tokens)
+        value = tl.load(x + row, mask=here, other=0.0).to(tl.float32)
+        g = tl.load(gradient + row, mask=here, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
+        total += g * (value * inverse).to(x.dtype.element_ty).to(tl.float32)
+        g *= w
+        inner = tl.sum(g * value) / CHANNELS
+        result = inverse * g - value * inverse * inverse * inverse * inner
+        if ADD:
+            result += tl.load(residual + row, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + row, result, mask=here)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * CHANNELS + columns, total, mask=inside)
 
 
 @Launched
@@ -230,6 +257,19 @@ def rms_norm_backward(gradient, x, weight, eps: float, residual, out=None):
         ADD=residual is not None, BLOCK=power_of_two(channels), num_warps=8,
     )  # fmt: skip
     return out
+
+
+def trained_rms_norm_backward(gradient, x, weight, eps: float, residual, out=None):
+    tokens, channels = x.shape
+    out = torch.empty_like(x) if out is None else out
+    rows = power_of_two(max(blocks_of(ELEMENTS, channels), blocks_of(tokens, PROGRAMS)))
+    programs = blocks_of(tokens, rows)
+    sums = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+    _trained_rms_norm_backward_kernel[(programs,)](
+        gradient, x, weight, x if residual is None else residual, out, sums, eps, tokens, CHANNELS=channels,
+        ADD=residual is not None, ROWS=rows, BLOCK=power_of_two(channels), num_warps=8,
+    )  # fmt: skip
+    return out, sums.sum(0)
 
 
 def swiglu(gate_up, dropout: Dropout | None):

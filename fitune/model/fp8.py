@@ -18,7 +18,7 @@ moves two thirds of what rounding bf16 does: products apart would be smaller, an
 weights rounded on the way. Backward adds up over the rows of all linears, and `torch._scaled_mm` wants what it sums
 over side by side in memory, so there V is transposed into one matrix.
 
-Weights that are trained are rounded on the way, each linear by itself (`fitune.model.trained_fp8_linear`).
+Weights that are trained are rounded on the way, too; their gradients are products in fp8: `fitune.model.trained_fp8`.
 
 A NaN stays a NaN. An infinite value makes its token's results NaN. Finite values do not overflow.
 """

@@ -4,6 +4,7 @@ On a GPU Triton kernels round (`fitune.model.fp8_triton`) and `torch._scaled_mm`
 over side by side in memory, in multiples of 16. Elsewhere the same numbers are multiplied in float32.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -21,15 +22,25 @@ def kernels():
     return fp8_triton
 
 
-def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3, scale of each row, float32 [T]) of x [T, channels], whose channels `factors` (float32) multiply first."""
+def quantise_rows(
+    x: torch.Tensor, factors: torch.Tensor | None = None, *, out: Sequence[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3, scale of each row, float32 [T]) of x [T, channels], whose channels `factors` (float32) multiply first.
+
+    In `out` if it is given, contiguous.
+    """
+    if out is None:
+        out = torch.empty_like(x, dtype=E4M3), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    values, scales = out
     if x.is_cuda:
-        return kernels().quantise_rows(x, factors)
+        kernels().quantise_rows(x, factors, values, scales)
+        return values, scales
     x = x.float()
     if factors is not None:
         x = x * factors
-    scales = scales_for(x.abs().amax(dim=1))
-    return (x * scales.reciprocal().unsqueeze(1)).to(E4M3), scales
+    scales.copy_(scales_for(x.abs().amax(dim=1)))
+    values.copy_(x * scales.reciprocal().unsqueeze(1))
+    return values, scales
 
 
 def quantise_columns(x: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +57,10 @@ def quantise_columns(x: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tens
     return columns, scales
 
 
-def turned(values: torch.Tensor) -> torch.Tensor:
-    """e4m3 [T, channels] as [channels, T]. Zeros fill up T to a multiple of 16."""
-    columns = _columns_of(values)
-    put(values, columns.t()[: len(values)])
+def round_columns(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """e4m3 [channels, T] of x [T, channels], whose tokens are divided by `scales`. Filled up as above."""
+    columns = _columns_of(x)
+    round_matrix(x, scales, columns.t()[: len(x)])
     return columns
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
-from fitune.model.e4m3 import E4M3, LARGEST, SMALLEST
+from fitune.model.e4m3 import LARGEST, SMALLEST
 from fitune.model.grid import blocks_of, power_of_two
 from fitune.model.launched import Launched
 
@@ -140,16 +140,14 @@ def _transpose_kernel(values, out, out_column, rows, columns, SIDE: tl.constexpr
     tl.store(target, tl.trans(square), mask=tl.trans(inside))
 
 
-def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fills values (e4m3, like x) and scales."""
     tokens, channels = x.shape
-    values = torch.empty(tokens, channels, dtype=E4M3, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rows, block, warps = _rows_at_once(channels, with_factors=factors is not None)
     _quantise_rows_kernel[(blocks_of(tokens, rows),)](
         x, x.stride(0), scales if factors is None else factors, values, scales, tokens, CHANNELS=channels,
         WITH_FACTORS=factors is not None, TOKENS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    return values, scales
 
 
 def _rows_at_once(channels: int, *, with_factors: bool) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fitune.config.tiles import LOSS_TOKENS, LOSS_TOKENS_OF_A_TRAINED_HEAD
+from fitune.model import products
 from fitune.model.elementwise import wide
 
 
@@ -79,9 +80,9 @@ class _Gradients:
     def add(self, tile: slice, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
         """Those of a tile whose `logits` are their gradient by now."""
         if self.hidden is not None:
-            _add_product(self.hidden[tile], logits, weight)
+            products.add(self.hidden[tile], logits, weight)
         if self.weight is not None:
-            _add_product(self.weight, logits.t(), hidden)
+            products.add(self.weight, logits.t(), hidden)
         if self.bias is not None:
             self.bias += logits.sum(0, dtype=self.bias.dtype)
 
@@ -112,11 +113,3 @@ def fold(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.T
     if gradient:
         logits.copy_(probs.scatter_add(1, place, torch.full_like(loss, -1.0)[:, None]))
     return torch.stack([loss, entropy, right.to(loss)], dim=1)
-
-
-def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`sums` += a b in float32, without rounding the product to the dtype of a and b before."""
-    if sums.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
-    else:
-        sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))

@@ -8,12 +8,10 @@ What leaves in a forward pass must come back in a backward pass: else it stays i
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from fitune.config.tiles import INPUT_AHEAD_BYTES
 from fitune.model.host_ram import HostLink, host_zeros
@@ -74,24 +72,6 @@ class HostInputs:
             self._start(before)
         waiting.parts, waiting.rooms, waiting.arriving, waiting.before = [], {}, None, None
         return tensors
-
-    def around(self, checkpoint: Callable) -> Callable:
-        """torch's `checkpoint`, whose input waits here."""
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor | _Waiting:
-            return tensor if tensor.numel() <= FEW else self.leave([tensor])
-
-        def unpack(packed: torch.Tensor | _Waiting) -> torch.Tensor:
-            return packed if isinstance(packed, torch.Tensor) else self.bring(packed)[0]
-
-        @wraps(checkpoint)
-        def checkpoint_in_host_ram(*args, **kwargs):
-            with saved_tensors_hooks(pack, unpack):
-                result = checkpoint(*args, **kwargs)
-            self.let_go()
-            return result
-
-        return checkpoint_in_host_ram
 
     def _to_host_ram(self, tensor: torch.Tensor, waiting: _Waiting) -> torch.Tensor:
         self._link = link = self._link or HostLink(tensor.device)

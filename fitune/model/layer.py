@@ -1,14 +1,14 @@
-"""A Llama decoder layer over a frozen base with LoRA, forward and backward written out as one autograd function.
+"""A Llama decoder layer, trained itself or frozen with LoRA: forward and backward written out as one autograd function.
 
     n1  = norm(x)                 T tokens, h hidden, k of keys and values, i intermediate; [T, .] throughout
-    q, k, v = n1 Wq', n1 Wk', n1 Wv'     W' stands for W + s B A: the frozen weight and its adapter
+    q, k, v = n1 Wq', n1 Wk', n1 Wv'     W' stands for the trained weight, or for W + s B A: frozen, with an adapter
     o   = attention(rope(q), rope(k), v)        q has h channels too, unless config.json gives heads another size
     mid = x + o Wo'
     n2  = norm(mid)
     y   = mid + (silu(n2 Wgate') * n2 Wup') Wdown'
 
-Mistral's layer is the same. Those of Qwen2 and some Llamas add a frozen bias to products; Qwen3 norms each head of q
-and k before it is rotated.
+Mistral's layer is the same. Those of Qwen2 and some Llamas add a bias to products; Qwen3 norms each head of q and k
+before it is rotated.
 
 A kept layer saves x, q, k, v, o, mid, gate and up, (4 h + 2 k + 2 i) values a token, and s x A' of each adapter, r
 values. A recomputed one saves x; and o, if attention is kept, which takes most of the time where examples are long.
@@ -17,8 +17,8 @@ weight has no gradient; NF4 weights are dequantised just before each product (`f
 `fitune.model.fp8`). The MLP goes through `MLP_TILE` tokens at a time, so that its working memory does not grow with the
 batch.
 
-Parameters stay where PEFT put them, under PEFT's names, and FSDP gathers and frees them as before: this module only
-replaces what is computed.
+Parameters stay where transformers and PEFT put them, under their names, and FSDP gathers and frees them as before: this
+module only replaces what is computed.
 """
 
 import functools
@@ -45,7 +45,9 @@ class DecoderLayer(nn.Module):
     host_inputs: HostInputs | None = None
     "Where its input, and attention's result if kept, wait for the backward pass, if in host RAM."
     fp8 = False
-    "Whether training multiplies frozen weights in e4m3. Evaluation never does: the result is to be used without."
+    "Whether training multiplies weights in e4m3. Evaluation never does: the result is to be used without."
+    trains_base = False
+    "Whether weights, biases and norms are trained, and there is no adapter: method full."
 
     def forward(
         self,
@@ -72,11 +74,20 @@ class DecoderLayer(nn.Module):
         cos, sin = (angle.expand(rows, -1, -1).reshape(rows * length, -1) for angle in position_embeddings)
         batch = Batch(cos, sin, cu_seq_lens_q, max_length_q, dropout_keys)
         linears, host_inputs = self._linears(), self.host_inputs if torch.is_grad_enabled() else None
-        return _Function.apply(hidden_states, self, batch, linears, host_inputs, *linears.parameters())
+        return _Function.apply(hidden_states, self, batch, linears, host_inputs, *self._trained(linears))
 
     def train(self, mode: bool = True) -> "DecoderLayer":
         """Trainer asks for it in every pass; only a change goes through the layer's many modules."""
         return self if self.training == mode else super().train(mode)
+
+    def _trained(self, linears: Linears) -> list[torch.Tensor] | tuple[torch.Tensor, ...]:
+        """The parameters, as they are now: FSDP exchanges them."""
+        if not self.trains_base:
+            return linears.parameters()
+        return [*linears.base_parameters(), *(norm.weight for norm in self.norms())]
+
+    def norms(self) -> list[nn.Module]:
+        return [self.input_layernorm, self.post_attention_layernorm, *self.head_norms()]
 
     def head_norms(self) -> list[nn.Module]:
         """Of the heads of q and k, [] where there are none."""
@@ -105,7 +116,7 @@ class _Function(torch.autograd.Function):
     def forward(
         ctx, x, layer: DecoderLayer, batch: Batch, linears: Linears, host_inputs: HostInputs | None, *parameters
     ):
-        """x [rows, length, h] -> the same. `parameters` are those of `linears`."""
+        """x [rows, length, h] -> the same. `parameters` are the trained ones."""
         y, x = torch.empty_like(x), x.flatten(0, 1)
         host_inputs = host_inputs if any(ctx.needs_input_grad) else None  # else no backward pass asks for it
         waiting = host_inputs.leave([x]) if host_inputs else None
@@ -117,11 +128,11 @@ class _Function(torch.autograd.Function):
         del qkv, result  # what is not kept, before the MLP takes its room; what leaves goes once it has left
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, linears, host_inputs, parameters  # weights: FSDP brings them back where they were
-        ctx.waiting = waiting
+        ctx.waiting, ctx.scales = waiting, work.linears.scales if layer.trains_base else None
         if host_inputs:
             host_inputs.let_go()
         else:
-            ctx.save_for_backward(x, *kept, *((mid, gate_up, work.linears.lows) if layer.keep else ()))
+            ctx.save_for_backward(x, *kept, *((mid, gate_up, *work.lows()) if layer.keep else ()))
         return y
 
     @staticmethod
@@ -130,14 +141,16 @@ class _Function(torch.autograd.Function):
         x, *kept = host_inputs.bring(ctx.waiting) if host_inputs else ctx.saved_tensors
         gate_up = lows = None
         if layer.keep:
-            *attended, mid, gate_up, lows = kept
-        work = LayerPass(layer, batch, linears, parameters, x, lows)
+            if not layer.trains_base:
+                *kept, lows = kept
+            *attended, mid, gate_up = kept
+        work = LayerPass(layer, batch, linears, parameters, x, lows, ctx.scales)
         if not layer.keep:
             mid, attended = work.attend(x, kept)
         dmid = work.mlp_backward(dy.flatten(0, 1).contiguous(), mid, gate_up)
         del kept, mid, gate_up
         dx = work.attend_backward(dmid, x, attended, need_dx=ctx.needs_input_grad[0])
-        return dx if dx is None else dx.view_as(dy), None, None, None, None, *work.linears.gradients()
+        return dx if dx is None else dx.view_as(dy), None, None, None, None, *work.gradients()
 
 
 def use_fp8_products(model: nn.Module) -> None:
@@ -148,10 +161,11 @@ def use_fp8_products(model: nn.Module) -> None:
         layer.fp8 = True
 
 
-def use_written_out_layers(model: nn.Module) -> None:
-    """Makes each decoder layer of a model a `DecoderLayer`."""
+def use_written_out_layers(model: nn.Module, *, train_base: bool = False) -> None:
+    """Makes each decoder layer of a model a `DecoderLayer`, which computes gradients of its own parameters if asked."""
     for layer in model.model.layers:
         layer.__class__ = _written_out(type(layer))
+        layer.trains_base = train_base
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from fitune.model import attention, elementwise, fp8, products
 from fitune.model.dropout import Dropout
 from fitune.model.linears import ALL, DOWN, GATE_UP, GROUPS, OUT, QKV, Linears, part
 from fitune.model.lora_linears import LoraLinears
+from fitune.model.trained_linears import Scales, TrainedLinears
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LayerPass:
     """One pass through one layer, a `fitune.model.layer.DecoderLayer`, of tokens x [T, h].
 
     `lows`, each adapter's s x A^T (`LoraLinears.lows`), come from the forward pass if the layer is a kept one; without
-    them they are computed again.
+    them they are computed again. `scales` (`TrainedLinears.scales`) come from the forward pass of every layer.
     """
 
     def __init__(
@@ -45,10 +46,16 @@ class LayerPass:
         parameters: tuple[torch.Tensor, ...],
         x: torch.Tensor,
         lows: torch.Tensor | None = None,
+        scales: Scales | None = None,
     ):
         self.layer, self.batch = layer, batch
-        multiplication = fp8 if layer.fp8 and layer.training else products
-        self.linears = LoraLinears(linears, parameters, x, multiplication, lows)
+        in_fp8 = layer.fp8 and layer.training
+        if layer.trains_base:
+            self.linears = TrainedLinears(linears, in_fp8=in_fp8, scales=scales)
+        else:
+            self.linears = LoraLinears(linears, parameters, x, fp8 if in_fp8 else products, lows)
+        self.of_norms: dict[nn.Module, torch.Tensor] = {}
+        "The gradients of trained norms, in the dtype of sums."
         self.key_heads = linears.bases[1].out_features // layer.self_attn.head_dim
         self.dropouts = [self._dropout(group) for group in GROUPS]
         "By shared input, of all tokens of the batch; None where nothing is dropped."
@@ -74,7 +81,9 @@ class LayerPass:
         return mid, (qkv, *result)
 
     def attend_backward(self, dmid: torch.Tensor, x: torch.Tensor, saved, *, need_dx: bool) -> torch.Tensor | None:
+        """The gradient of x, if it is needed: by a trained norm, too."""
         qkv, attended, *statistics = saved
+        need_dx = need_dx or self.layer.trains_base
         dropout = self.dropouts[OUT]
         dattended = self.linears.multiply_backward(OUT, dmid, elementwise.drop(attended, dropout), dropout)
         heads = self._heads_for_attention(qkv, rotated=True)
@@ -86,12 +95,12 @@ class LayerPass:
         dqkv = self._head_norms_backward(dheads, qkv).flatten(1)
         dropout, norm = self.dropouts[QKV], self.layer.input_layernorm
         dropped = None
-        if QKV in self.linears.adapters:
+        if self.linears.wants_input(QKV):
             dropped = elementwise.dropped_norm(x, norm.weight, norm.variance_epsilon, dropout)
         dnormed = self.linears.multiply_backward(QKV, dqkv, dropped, dropout, need_dx=need_dx)
         if not need_dx:
             return None
-        return elementwise.rms_norm_backward(dnormed, x, norm.weight, norm.variance_epsilon, dmid)
+        return self._norm_backward(norm, dnormed, x, dmid)
 
     def mlp(self, mid: torch.Tensor, y: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
         """Fills y [T, h], tile by tile; returns gate and up if they are kept."""
@@ -116,20 +125,39 @@ class LayerPass:
                 dropped = self._dropped_norm_of_mid(of_tile, rows)
             down = self._dropout_of_rows(DOWN, rows)
             low = self.linears.low_gradient(DOWN, dy_of_tile)
-            dproduct = self.linears.multiply_backward(DOWN, dy_of_tile, None, down, low=low)
+            dproduct = self.linears.multiply_backward(DOWN, dy_of_tile, None, down, rows, low=low)
             product = elementwise.swiglu_backward_(dproduct, tile, down)
             del dproduct
-            if gate_up is None and DOWN in self.linears.adapters:
+            if gate_up is None:
                 self.linears.fill_low(DOWN, product, rows)
-            self.linears.add_adapter_gradients(DOWN, dy_of_tile, product, rows, low)
+            self.linears.add_gradients(DOWN, dy_of_tile, product, rows, low)
             del product
             first = self._dropout_of_rows(GATE_UP, rows)
             dnormed = self.linears.multiply_backward(GATE_UP, tile, dropped, first, rows)
-            elementwise.rms_norm_backward(
-                dnormed, of_tile, norm.weight, norm.variance_epsilon, dy_of_tile, out=part(dmid, rows)
-            )
+            self._norm_backward(norm, dnormed, of_tile, dy_of_tile, out=part(dmid, rows))
             del tile, dropped, dnormed
+        if self.layer.trains_base:
+            self.linears.round_gradients()  # attention's half needs the room
         return dmid
+
+    def lows(self) -> list[torch.Tensor]:
+        """What a kept layer saves of its adapters."""
+        return [] if self.layer.trains_base else [self.linears.lows]
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Of the layer's trained parameters, in their order."""
+        norms = self.layer.norms() if self.layer.trains_base else []
+        return [*self.linears.gradients(), *(self.of_norms[norm].to(norm.weight.dtype) for norm in norms)]
+
+    def _norm_backward(self, norm: nn.Module, gradient, x, residual=None, out=None) -> torch.Tensor:
+        """The gradient of x [T, h], plus `residual`, from that of its norm; a trained norm's own too."""
+        inputs = gradient, x, norm.weight, norm.variance_epsilon, residual, out
+        if not self.layer.trains_base:
+            return elementwise.rms_norm_backward(*inputs)
+        dx, of_weight = elementwise.trained_rms_norm_backward(*inputs)
+        earlier = self.of_norms.get(norm)
+        self.of_norms[norm] = of_weight if earlier is None else earlier + of_weight
+        return dx
 
     def _gate_up(self, mid, rows: slice, out=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate and up, the dropped norm that their adapter reads)"""
@@ -138,7 +166,7 @@ class LayerPass:
         return self.linears.multiply(GATE_UP, normed, dropped, rows, out=out), dropped
 
     def _dropped_norm_of_mid(self, mid, rows: slice) -> torch.Tensor | None:
-        if GATE_UP not in self.linears.adapters:
+        if not self.linears.wants_input(GATE_UP):
             return None
         norm, dropout = self.layer.post_attention_layernorm, self._dropout_of_rows(GATE_UP, rows)
         return elementwise.dropped_norm(mid, norm.weight, norm.variance_epsilon, dropout)
@@ -194,10 +222,10 @@ class LayerPass:
             return gradients
         query, key, value = attention.apart(gradients, self.key_heads)
         heads = attention.apart(qkv.view_as(gradients), self.key_heads)
-        before = [
-            elementwise.norm_heads_backward(gradient, part, norm.weight, norm.variance_epsilon)
-            for gradient, part, norm in zip((query, key), heads, norms, strict=False)  # v has none
-        ]
+        before = []
+        for gradient, head, norm in zip((query, key), heads, norms, strict=False):  # v has none
+            by_head = (x.reshape(-1, x.shape[-1]) for x in (gradient, head))
+            before.append(self._norm_backward(norm, *by_head).view(head.shape))
         return torch.cat([*before, value], dim=1)
 
 

@@ -134,6 +134,23 @@ class Linears:
         """A and B of each adapter, linear by linear, as they are now: FSDP exchanges them."""
         return tuple(module.weight for module in self.of_adapters)
 
+    def base_parameters(self) -> list[torch.Tensor]:
+        """Weight and bias of each linear, as they are now."""
+        both = ((base.weight, base.bias) for base in self.bases)
+        return [parameter for pair in both for parameter in pair if parameter is not None]
+
+    def add_biases(self, group: int, out: torch.Tensor) -> None:
+        """To out [T, all outputs of the group]."""
+        if self.has_bias:
+            for index, columns in self.by_linear(group, out).items():
+                if self.bases[index].bias is not None:
+                    columns += self.bases[index].bias
+
+    def by_linear(self, group: int, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Each linear's columns of x [T, all outputs of the group]."""
+        widths = self.widths[group]
+        return dict(zip(GROUPS[group], x.split(widths, 1) if len(widths) > 1 else [x], strict=True))
+
     def bases_of(self, group: int) -> list[nn.Linear]:
         """Those of the input's linears."""
         return [self.bases[index] for index in GROUPS[group]]

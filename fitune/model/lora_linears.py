@@ -6,7 +6,7 @@ import torch
 
 from fitune.model import elementwise
 from fitune.model.dropout import Dropout
-from fitune.model.linears import ALL, GROUPS, Linears, Matrices, of_columns, part
+from fitune.model.linears import ALL, Linears, Matrices, of_columns, part
 
 
 class LoraLinears:
@@ -41,6 +41,10 @@ class LoraLinears:
         torch._foreach_copy_(weights.of_parameters, list(self.parameters))
         return weights
 
+    def wants_input(self, group: int) -> bool:
+        """Whether gradients are computed from the group's input."""
+        return group in self.adapters
+
     def multiply(self, group: int, x, dropped, rows: slice = ALL, *, residual=None, out=None) -> torch.Tensor:
         """x W'^T for the linears that read x, side by side; `dropped` is what their adapter reads.
 
@@ -56,10 +60,7 @@ class LoraLinears:
         else:
             self.products.multiply(x, bases, out)
             self._put_up(out, group, self.fill_low(group, dropped, rows), residual, add=True)
-        if self.linears.has_bias:
-            for base, columns in zip(bases, self._by_linear(group, out).values(), strict=True):
-                if base.bias is not None:
-                    columns += base.bias
+        self.linears.add_biases(group, out)
         return out
 
     def _put_up(self, out, group: int, low, residual, *, add: bool = False) -> None:
@@ -75,7 +76,7 @@ class LoraLinears:
             out.copy_(residual) if residual is not None else out.zero_()
         elif residual is not None:
             out.add_(residual)
-        by_linear = self._by_linear(group, out)
+        by_linear = self.linears.by_linear(group, out)
         for index, up in self.weights.ups[group].items():
             by_linear[index].addmm_(of_columns(low, adapter.ranks[index]), up.t())
 
@@ -90,7 +91,7 @@ class LoraLinears:
         if group not in self.adapters:
             return self.products.multiply_backward(dy, bases) if need_dx else None
         if dropped is not None:
-            low = self.add_adapter_gradients(group, dy, dropped, rows, low)
+            low = self.add_gradients(group, dy, dropped, rows, low)
         elif low is None:
             low = self.low_gradient(group, dy)
         if not need_dx:
@@ -114,7 +115,7 @@ class LoraLinears:
         product = elementwise.drop(low @ self.weights.down[group], dropout)
         dx.add_(product) if add else dx.copy_(product)
 
-    def add_adapter_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None):
+    def add_gradients(self, group: int, dy, dropped, rows: slice = ALL, low_gradient=None):
         """Adds those of A and B for these tokens; `dropped` [T, in] is what A reads.
 
         Returns `low_gradient` of dy, found here if it is not given; None without an adapter.
@@ -125,7 +126,7 @@ class LoraLinears:
         found = self._gradients_by_one_reading(group, dy, low, sums) if low_gradient is None else None
         if found is None:
             found = self.low_gradient(group, dy) if low_gradient is None else low_gradient
-            adapter, by_linear = self.adapters[group], self._by_linear(group, dy)
+            adapter, by_linear = self.adapters[group], self.linears.by_linear(group, dy)
             for index, up in sums.ups[group].items():
                 self._put(up, by_linear[index].t(), of_columns(low, adapter.ranks[index]), group)
         self._put(sums.down[group], found.t(), dropped, group)
@@ -160,8 +161,10 @@ class LoraLinears:
         flat = self.sums.flat.to(self.parameters[0].dtype, copy=True)
         return [place.of(flat) for place in self.layout.places]
 
-    def fill_low(self, group: int, dropped: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-        """s x A^T of these tokens, [T, sum of the group's ranks]."""
+    def fill_low(self, group: int, dropped: torch.Tensor, rows: slice = ALL) -> torch.Tensor | None:
+        """s x A^T of these tokens, [T, sum of the group's ranks]; None without an adapter."""
+        if group not in self.adapters:
+            return None
         down_t = self.weights.down_t[group]
         return self._low(group, rows).addmm_(dropped, down_t, beta=0, alpha=self.linears.scaling(group))
 
@@ -173,15 +176,10 @@ class LoraLinears:
         if group not in self.adapters:
             return None
         adapter, scaling = self.adapters[group], self.linears.scaling(group)
-        low, by_linear = dy.new_empty(dy.shape[0], adapter.down.rows), self._by_linear(group, dy)
+        low, by_linear = dy.new_empty(dy.shape[0], adapter.down.rows), self.linears.by_linear(group, dy)
         for index, up in self.weights.ups[group].items():
             of_columns(low, adapter.ranks[index]).addmm_(by_linear[index], up, beta=0, alpha=scaling)
         return low
-
-    def _by_linear(self, group: int, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Each linear's columns of x [T, all outputs of the group]."""
-        widths = self.linears.widths[group]
-        return dict(zip(GROUPS[group], x.split(widths, 1) if len(widths) > 1 else [x], strict=True))
 
     def _sums(self, group: int, like: torch.Tensor) -> Matrices:
         """Where the group's are added up: in the dtype of products, or of sums once a second tile of tokens comes."""

@@ -72,6 +72,14 @@ def multiply_backward(dy: torch.Tensor, bases: list[nn.Linear], total: torch.Ten
     return total
 
 
+def add(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`sums` += a b in float32, without rounding the product to the dtype of a and b before."""
+    if sums.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    else:
+        sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
+
+
 def _weights(bases: list[nn.Linear], dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """(columns of the output, [those, in]) of all weights, one after the other."""
     widths = [base.out_features for base in bases]

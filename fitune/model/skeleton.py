@@ -20,7 +20,6 @@ from fitune.model.attention import PACKED_ATTENTION
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products, use_written_out_layers
 from fitune.model.nf4 import NF4Linear
-from fitune.model.trained_fp8_linear import TrainedFP8Linear
 
 
 def build_skeleton(
@@ -52,25 +51,22 @@ def build_skeleton(
     config.pad_token_id = None  # else the embedding never learns that token, which may also end a turn
     with torch.device("meta"):
         dtype = trained_dtype if recipe.method == "full" else compute_dtype
-        attention = "sdpa" if recipe.method == "full" and not recipe.packing else PACKED_ATTENTION
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            config, dtype=dtype, attn_implementation=PACKED_ATTENTION, trust_remote_code=False
         )
     model.config.dtype = stored_dtype  # what a fully trained model is saved in
     model.generation_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if device_type == "cuda":
         _use_liger_kernels(model)
-    if recipe.method == "full":
-        if fp8:
-            _replace_linears(model, TrainedFP8Linear)
-        return model
     if recipe.method == "qlora":
         _replace_linears(model, NF4Linear)
-    elif fp8:
+    elif recipe.method == "lora" and fp8:
         _replace_linears(model, FP8Linear)
-    use_written_out_layers(model)
+    use_written_out_layers(model, train_base=recipe.method == "full")
     if fp8:
         use_fp8_products(model)
+    if recipe.method == "full":
+        return model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if not adapter:
@@ -101,7 +97,7 @@ def _use_liger_kernels(model: PreTrainedModel) -> None:
     )
 
 
-def _replace_linears(model: PreTrainedModel, kind: type[NF4Linear] | type[FP8Linear] | type[TrainedFP8Linear]) -> None:
+def _replace_linears(model: PreTrainedModel, kind: type[NF4Linear] | type[FP8Linear]) -> None:
     """`kind` for every linear of the decoder layers; embedding, norms and head keep full precision (QLoRA, 2305.14314).
 
     Rows of NF4 are whole blocks, or `check_base_model` has refused them: on CPUs with AVX-512, bitsandbytes 0.50.2

@@ -182,10 +182,7 @@ def _holding(setup: Setup, load: str, reading: Reading) -> Holding:
 
 
 def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
-    """What each GPU holds in torch's allocator while rows, or a prompt for `answers`, of `s.tokens` are read, in bytes.
-
-    A full run's rows that are not packed have a mask, which sdpa turns into one of the compute dtype.
-    """
+    """What each GPU holds in torch's allocator while rows, or a prompt for `answers`, of `s.tokens` are read: bytes."""
     largest = max(math.prod(size) for size in s.shape.linears.values())
     keys_values = 2 * s.shared_heads * (s.shape.layers if answers else 1)
     return {
@@ -194,7 +191,6 @@ def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
         "gather buffers": s.gathered_head * (s.shards > 1),
         "unsharded head": s.unsharded_head + s.head_copy,
         "keys and values": keys_values,
-        "attention mask": s.mask_positions * (1 + s.compute),
         "activations": 3 * s.inner_state + 4 * s.hidden_state + 2 * s.query_heads,
         "one dequantised weight": largest * s.compute * (s.method == "qlora"),
         "logits": min(s.tokens, LOSS_TOKENS) * s.shape.vocabulary * FP32,
@@ -205,7 +201,7 @@ def asking_moment(s: Setup, *, answers: bool = True) -> dict[str, float]:
 def _setup(asked: AskedFolder, load: str, ranks: int, offload: bool, reading: Reading) -> Setup:
     return Setup(
         shape=asked.shape, method=METHOD[load], ranks=ranks, machines=1, micro_batch=reading.rows,
-        max_length=min(reading.tokens, asked.shape.max_positions), accumulation=1, packing=False,
+        max_length=min(reading.tokens, asked.shape.max_positions), accumulation=1,
         lora_r=asked.lora_r, lora_targets=asked.lora_targets, trained_tokens=asked.trained_tokens,
         offload=offload, saves=False,
     )  # fmt: skip

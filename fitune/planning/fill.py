@@ -139,7 +139,7 @@ def _kept_attention(run: Run) -> tuple[bool, ...]:
     """The values of `kept_attention` to try, first what takes less memory."""
     if run.profile.kept_attention != AUTO:
         return (run.profile.kept_attention,)
-    if run.recipe.method == "full" or run.recipe.max_length < ATTENTION_COUNTS_FROM:  # no report need be read
+    if run.recipe.max_length < ATTENTION_COUNTS_FROM:  # no report need be read
         return (False,)
     return (False, True) if example_of_a_token(run.recipe) >= ATTENTION_COUNTS_FROM else (False,)
 

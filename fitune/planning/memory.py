@@ -50,7 +50,6 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     """Phase -> what each GPU holds in torch's allocator then, in bytes. The peak is the largest sum."""
     several = s.shards > 1
     kept = s.kept_activations
-    mask = s.mask_positions * 1  # the boolean mask, shared by all layers
     # gathering needs FSDP's all-gather buffer beside the result, and it still holds the previous layer's buffer
     gathering = {
         "unsharded head": s.unsharded_head,
@@ -62,6 +61,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
     stay_gathered = all_layers * s.stay_gathered
     head_reduction = s.shape.embedding_weights * s.reduce * s.reduced
+    own_sum = head_reduction / s.shards * (s.reduce < s.trained)  # the last one, until it is there in float32
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
@@ -69,7 +69,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     last_reduction = (head_reduction + s.new_head_gradient) * (not s.one_embedding)
     layer_reduction = s.gathered_layer / s.compute * s.reduce * s.reduced
     last_layer, second_layer = (_one_layers_backward(s, is_kept) for is_kept in _last_and_first(s))
-    fixed = {"attention mask": mask, "cuBLAS workspace": MEASURED.cublas_workspace}
+    fixed = {"cuBLAS workspace": MEASURED.cublas_workspace}
     always = resident(s)
     before = {**always, "gradients": s.waiting_gradients * s.accumulated_on_gpu, **fixed}
     stay = not (s.offload or s.optimizer_offload)
@@ -105,7 +105,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "gradient reduction": layer_reduction, **one_embedding},
         "backward, embedding": {
             **after, "unsharded layers": stay_gathered or first_layer, "hidden states": s.hidden_state,
-            "gradient of the embedding": head_gradient, "gradient reduction": head_reduction,
+            "gradient of the embedding": head_gradient, "gradient reduction": head_reduction + own_sum,
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "optimizer step": stepping,
         "save": always,
@@ -119,7 +119,7 @@ def _last_and_first(s: Setup) -> tuple[bool, bool]:
 
 def _one_layers_backward(s: Setup, is_kept: bool) -> float:
     """Beside what is counted as kept activations."""
-    return max(s.layer_backward, s.layer_again * (not is_kept)) - _there_before(s, is_kept)
+    return (s.kept_layer_backward if is_kept else s.layer_backward) - _there_before(s, is_kept)
 
 
 def _there_before(s: Setup, is_kept: bool) -> float:

@@ -161,7 +161,6 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         micro_batch=profile.micro_batch,
         max_length=recipe.max_length,
         accumulation=run.gradient_accumulation_steps,
-        packing=recipe.packing,
         compute=BF16 if accelerate.mixed_precision == "bf16" else FP32,
         optimizer_state=EIGHT_BIT_STATE if small_states else FP32 * numbers_per_weight(recipe.training),
         small_states=small_states,

@@ -31,7 +31,6 @@ class Setup:
     max_length: int
     accumulation: int
     "Micro batches per optimizer step."
-    packing: bool
     compute: int = BF16
     "Bytes of one activation: bf16 on GPUs, float32 on CPUs."
     optimizer_state: float = ADAM_STATE
@@ -152,13 +151,8 @@ class Setup:
     def statistics(self) -> float:
         """NF4's scales and fp8's, whole on every rank and on the GPU even when the weights are offloaded."""
         linears = self.shape.layers * self.shape.layer_linear_weights
-        kept_scales = self.shape.layers * self.fp8_scales * (not self.full)
-        return linears * NF4_STATISTICS * (self.method == "qlora") + kept_scales
-
-    @cached_property
-    def fp8_scales(self) -> float:
-        """Of the rows of one layer's weights, for products in fp8: those that are trained have them for a pass."""
-        return sum(rows for rows, _ in self.shape.linears.values()) * FP32 * self.fp8
+        scales = sum(rows for rows, _ in self.shape.linears.values()) * FP32 * self.fp8 * (not self.full)
+        return linears * NF4_STATISTICS * (self.method == "qlora") + self.shape.layers * scales
 
     @cached_property
     def gathered_layer(self) -> float:
@@ -300,29 +294,15 @@ class Setup:
     def recomputed_layers(self) -> int:
         return self.shape.layers - self.kept_layers
 
-    @property
-    def mask_positions(self) -> int:
-        """Pairs of tokens that sdpa has a mask for; examples of packed rows and of a frozen base's need none."""
-        return self.micro_batch * self.max_length**2 if self.full and not self.packing else 0
-
     @cached_property
     def saved_by_layer(self) -> float:
-        """What one layer keeps for its backward pass, its input left out."""
-        h, q, i, softmax_sums = self.hidden_state, self.query_heads, self.inner_state, self.softmax_sums
-        if not self.full:  # fitune.model.layer: q, k, v; attention's output; the MLP's input; gate and up; LoRA's x A'
-            lows = self.tokens * self.lora_r * len(self.lora_targets) * self.compute
-            return h + 2 * q + 2 * self.shared_heads + softmax_sums + 2 * i + lows
-        # a masked sdpa wants keys and values repeated for all heads
-        attention = 4 * q if self.mask_positions else 2 * q + 2 * self.shared_heads + softmax_sums
-        bias = self.mask_positions * self.compute  # sdpa turns the boolean mask into one of the compute dtype
-        mlp = h + 2 * i  # RMSNorm's input; gate and up, SwiGLU's inputs
-        return attention + bias + mlp + self.saved_inputs_of_linears + self.fp8_scales
+        """What one layer keeps for its backward pass, its input left out.
 
-    @property
-    def saved_inputs_of_linears(self) -> float:
-        """Of one layer of method full: two norms and SwiGLU's product; for fp8 attention's result, too, all rounded."""
-        h, q, i = self.hidden_state, self.query_heads, self.inner_state
-        return (2 * h + q + i) * FP8 / self.compute + 4 * self.tokens * FP32 if self.fp8 else 2 * h + i
+        `fitune.model.layer`: q, k, v; attention's output; the MLP's input; gate and up; LoRA's x A'.
+        """
+        lows = self.tokens * self.lora_r * len(self.lora_targets) * self.compute
+        attention = 2 * self.query_heads + 2 * self.shared_heads + self.softmax_sums
+        return attention + self.hidden_state + 2 * self.inner_state + lows
 
     @property
     def softmax_sums(self) -> float:
@@ -337,50 +317,72 @@ class Setup:
     @cached_property
     def layer_backward(self) -> float:
         """Peak while a layer is recomputed and goes backward, beside its gathered weights and output gradient."""
-        h, i, saved = self.hidden_state, self.inner_state, self.saved_by_layer
-        down = self.shape.linears["down_proj"][0] * self.shape.linears["down_proj"][1] * self.compute
-        if self.full:
-            rounded = FP8 / self.compute if self.fp8 else 0.0
-            of_down, of_up = i * (rounded or 1), i  # what their backward passes free
-            return max(
-                # down_proj's: its input's gradient, the weight's own, and for it the output's gradient rounded
-                saved + i + down + h * rounded,
-                # gate's: down's and up's activations are gone, not dW
-                saved - of_down - of_up + 2 * h + 3 * down + i * rounded,
-                self.gathered_layer + 2 * h,  # the end: all gradients of the layer
-            )
-        dequantised = down if self.method == "qlora" and not self.fp8 else 0.0
-        attention_saved = saved - 2 * i
-        inputs = 1 + self.lora_dropout  # an adapter reads a dropped-out copy, whose gradient is apart
-        tile_i, tile_h = (x * min(self.tokens, MLP_TILE) / self.tokens for x in (i, h))
-        mlp = max(
-            (3 + inputs) * tile_i + tile_h,  # gate, up, SwiGLU's product, its gradient, its copy's
-            3 * tile_i + dequantised + tile_h,
-        )
-        if self.fp8:  # the gradients of gate and up, rounded; their weights; an adapter's input; the norm's gradient
-            mlp = max(mlp, 2 * tile_i + 2 * tile_i * FP8 / self.compute + 2 * down * FP8 / self.compute + 2 * tile_h)
+        return self._layer_backward(kept=False)
+
+    @cached_property
+    def kept_layer_backward(self) -> float:
+        """The same of a layer that has all it saved: gate and up, of all tiles, stay to the end."""
+        return self._layer_backward(kept=True)
+
+    def _layer_backward(self, *, kept: bool) -> float:
+        h, heads = self.hidden_state, self.query_heads + 2 * self.shared_heads
+        attention_saved = self.saved_by_layer - 2 * self.inner_state
         # gradients of o, q, k and v, and what seems to be cuDNN's own room, four times q: longest-rows-*-80gb-*.json
-        attention = 6 * self.query_heads + 2 * self.shared_heads
+        attention = heads + 5 * self.query_heads
         # heads that have norms of their own are there before and after them
         attention += 2 * (self.query_heads + self.shared_heads) * self.shape.head_norms
-        return attention_saved + max(h + mlp, attention)  # the MLP's input and its gradient; then the gradient alone
+        if not self.full:
+            return attention_saved + max(h + self._mlp_backward, attention)  # the MLP's input and its gradient
+        whole = 2 * self.inner_state * kept  # gate and up
+        return attention_saved + max(
+            h + self._trained_mlp_backward + max(0.0, whole - 2 * self._tiles[0]),
+            3 * self._down + whole + attention,
+            self.gathered_layer + whole + heads + 3 * h,  # the end: all gradients of weights
+        )
 
     @property
-    def layer_again(self) -> float:
-        """Peak while method full recomputes a layer in fp8, counted as above: in down_proj, whose result is there.
-
-        Beside what backward needs lie the MLP's input, SwiGLU's product as it was and rounded, and the rounded weight.
-        """
-        if not (self.full and self.fp8):
-            return 0.0
+    def _down(self) -> float:
+        """One of the MLP's weights, as it computes."""
         rows, columns = self.shape.linears["down_proj"]
-        rounded = (self.inner_state / self.compute + rows * columns) * FP8
-        return self.saved_by_layer + 2 * self.hidden_state + self.inner_state + rounded
+        return rows * columns * self.compute
+
+    @property
+    def _tiles(self) -> tuple[float, float]:
+        """Of the MLP's working memory: [tile's tokens, i] and [tile's tokens, h]."""
+        share = min(self.tokens, MLP_TILE) / self.tokens
+        return self.inner_state * share, self.hidden_state * share
+
+    @property
+    def _mlp_backward(self) -> float:
+        """Gate and up, and what is computed from them, beside a frozen base."""
+        i, h = self._tiles
+        dequantised = self._down if self.method == "qlora" and not self.fp8 else 0.0
+        inputs = 1 + self.lora_dropout  # an adapter reads a dropped-out copy, whose gradient is apart
+        mlp = max(
+            (3 + inputs) * i + h,  # gate, up, SwiGLU's product, its gradient, its copy's
+            3 * i + dequantised + h,
+        )
+        if self.fp8:  # the gradients of gate and up, rounded; their weights; an adapter's input; the norm's gradient
+            mlp = max(mlp, 2 * i + 2 * i * FP8 / self.compute + 2 * self._down * FP8 / self.compute + 2 * h)
+        return mlp
+
+    @property
+    def _trained_mlp_backward(self) -> float:
+        """The same beside the gradients of weights: in float32 where there is more than one tile."""
+        i, h = self._tiles
+        gradient, rounded = self._down, FP8 / self.compute if self.fp8 else 0.0
+        of_weights = gradient * (FP32 / self.compute if self.tokens > MLP_TILE else 1)
+        return max(
+            4 * i + h,  # gate, up, SwiGLU's product and its gradient; the norm
+            3 * i + h + of_weights + (i + h) * rounded,  # down's gradient, of the product and dy, rounded
+            2 * i + h + 3 * of_weights + (2 * i + h) * rounded,  # gate's and up's
+            2 * i + 2 * h + 3 * of_weights + (2 * i + 2 * gradient) * rounded,  # that of the norm
+        )
 
     @property
     def kept_activations(self) -> float:
         """Alive from forward to backward: each layer's input, and all that kept layers save."""
-        by_a_kept_one = self.hidden_state + self.saved_by_layer + self.full * self.hidden_state
+        by_a_kept_one = self.hidden_state + self.saved_by_layer
         by_the_others = self.recomputed_layers * self.kept_by_recomputed_layer * (not self.activation_offload)
         return self.kept_layers * by_a_kept_one + by_the_others
 

@@ -124,11 +124,11 @@ def _forward_share(s: Setup) -> float:
 def _layer_flops(s: Setup) -> float:
     """Of one rank and micro batch: 2 per weight of the layers and token, for each pass.
 
-    What is computed again ends before down_proj, whose result the backward pass does not need; in fp8 after it. With
-    adapters the rest of that pass, norms, dropout and their small products, takes what down_proj would.
+    What is computed again ends before down_proj, whose result the backward pass does not need. With adapters the rest
+    of that pass, norms, dropout and their small products, takes what down_proj would.
     """
     weights, (rows, columns) = s.shape.layer_linear_weights, s.shape.linears["down_proj"]
-    again = weights - rows * columns * (s.full and not s.fp8)
+    again = weights - rows * columns * s.full
     return 2 * s.tokens * (s.shape.layers * weights * 2 + s.recomputed_layers * again)
 
 
@@ -143,11 +143,11 @@ def _head_flops(s: Setup) -> float:
 
 
 def _attention_flops(s: Setup) -> float:
-    """Of one rank and micro batch: half of all pairs, or with a mask all; backward costs two and a half forwards.
+    """Of one rank and micro batch: half of all pairs; backward costs two and a half forwards.
 
     Rows are taken to be one example each: packed rows of many short ones need less.
     """
-    pairs = s.mask_positions or s.tokens * s.max_length / 2
+    pairs = s.tokens * s.max_length / 2
     passes = 2 if s.kept_attention else _layer_passes(s)
     return 4 * pairs * s.shape.heads * s.shape.head_dim * s.shape.layers * (passes + 1.5)
 
@@ -163,14 +163,14 @@ def _memory_bytes(s: Setup) -> float:
     """Of one rank and micro batch: each pass writes once and reads twice what a layer saves, and dequantises NF4.
 
     For fp8 it rounds the linears' inputs, which it reads twice, and the weights, or turns those that are kept so. Where
-    weights are trained inputs are turned, too, and outputs' gradients rounded in both directions.
+    weights are trained backward rounds inputs again, and outputs' gradients in both directions.
     """
     weights, dequantised, rounded = s.shape.layer_linear_weights, 0.0, 0.0
     if s.fp8:
         h, i = s.hidden_state, s.inner_state
         dequantised = weights * ((s.compute if s.full else s.weight) + FP8)
         # of method full on average of a forward and a backward pass
-        rounded = 11 * h + 5 * i if s.full else (3 * h + i) * (2 + FP8 / s.compute)
+        rounded = 11.5 * h + 5.5 * i if s.full else (3 * h + i) * (2 + FP8 / s.compute)
     elif s.method == "qlora":
         dequantised = weights * (NF4 + BF16)
     return s.shape.layers * _layer_passes(s) * (3 * s.saved_by_layer + dequantised + rounded)

@@ -43,6 +43,7 @@ class Answerer:
             "eos_token_id": stop_ids,
             "do_sample": temperature > 0,
             "pad_token_id": tokenizer.pad_token_id,
+            "use_cache": True,  # whatever config.json says: without one, layers take pads on the left for tokens
         }
         if temperature > 0:
             self.options["temperature"] = temperature

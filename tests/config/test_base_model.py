@@ -129,6 +129,11 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     [
         ({"model_type": "gemma2"}, "lora", "a gemma2 model; fitune trains these only: Llama"),
         ({"hidden_act": "gelu"}, "lora", "hidden_act is 'gelu'"),
+        (
+            {"attention_dropout": 0.1},
+            "full",
+            "attention_dropout is 0.1, with which fitune does not train; set it to 0.0",
+        ),
         ({"vocab_size": 1}, "lora", "has id 1, but"),
         ({"quantization_config": {"quant_method": "awq"}}, "lora", "quantised by awq"),
         ({"quantization_config": NF4}, "lora", "its weights are in 4 bits; method lora needs bf16"),

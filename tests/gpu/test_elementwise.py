@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference_layers import LAYERS, adapted, packed, padded, plain, run, written_out_copy
 
-from fitune.model import attention, elementwise
+from fitune.model import attention, elementwise, layer_pass
 from fitune.model.elementwise import Dropout
 
 if torch.cuda.is_available():
@@ -106,6 +106,22 @@ def test_rms_norm_backward(tokens, channels, dtype, random):
     gradient, x, residual = (random(tokens, channels, dtype=dtype) for _ in range(3))
     weight = random(channels, dtype=dtype)
     _compare(elementwise.rms_norm_backward, gradient, x, weight, EPSILON, residual, roundings=1)
+
+
+@by_dtype
+@pytest.mark.parametrize("channels", [64, 80, 128, *CHANNELS])
+@by_tokens
+def test_a_trained_rms_norms_backward(tokens, channels, dtype, random):
+    gradient, x, residual = (random(tokens, channels, dtype=dtype) for _ in range(3))
+    weight = random(channels, dtype=dtype)
+    inputs = gradient, x, weight, EPSILON, residual
+    found, of_weight = elementwise.trained_rms_norm_backward(*(_on_gpu(value) for value in inputs))
+    wide = [value.double() if isinstance(value, torch.Tensor) else value for value in inputs]
+    expected, exact = elementwise.trained_rms_norm_backward(*wide)
+    _assert_close(found, expected, roundings=1)
+    assert of_weight.dtype == torch.float32
+    rounded = torch.finfo(dtype).eps  # the norm, before it is multiplied by its gradient
+    assert (of_weight.cpu().double() - exact).norm() <= 8 * rounded * exact.norm()
 
 
 @by_dtype
@@ -318,6 +334,23 @@ def test_a_whole_model_is_as_exact_as_on_the_cpu(batch):
     on_cpu = run(written_out_copy(model), inputs, **more)
     for kept in (0, LAYERS):
         on_gpu = run(written_out_copy(model, kept).cuda(), inputs, **more)
+        for name, value in exact.items():
+            errors = [(found[name].cpu().double() - value).norm() for found in (on_gpu, on_cpu)]
+            assert errors[0] < 3 * errors[1], name
+
+
+@pytest.mark.parametrize("tile", [16384, 8], ids=["whole", "tiles"])
+@pytest.mark.parametrize("options", [{}, {"kind": "qwen3", "head_dim": 16}, {"attention_bias": True}], ids=str)
+def test_a_whole_trained_model_is_as_exact_as_on_the_cpu(options, tile, monkeypatch):
+    """The same without adapter, every parameter of its layers trained."""
+    monkeypatch.setattr(layer_pass, "MLP_TILE", tile)
+    model, (inputs, _) = plain(torch.bfloat16, **options).train(), packed()
+    model.model.embed_tokens.requires_grad_(False)
+    exact = run(written_out_copy(model.double()), inputs)
+    model.to(torch.bfloat16)
+    on_cpu = run(written_out_copy(model), inputs)
+    for kept in (0, LAYERS):
+        on_gpu = run(written_out_copy(model, kept).cuda(), inputs)
         for name, value in exact.items():
             errors = [(found[name].cpu().double() - value).norm() for found in (on_gpu, on_cpu)]
             assert errors[0] < 3 * errors[1], name

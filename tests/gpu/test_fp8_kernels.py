@@ -5,13 +5,12 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from reference_layers import LAYERS, adapted, packed, padded, plain, run, written_out_copy
 
-from fitune.model import fp8, fp8_rounding
+from fitune.model import fp8, fp8_rounding, trained_fp8
 from fitune.model.e4m3 import E4M3, LARGEST
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.layer import use_fp8_products
 from fitune.model.nf4 import STORAGE, NF4Linear
 from fitune.model.skeleton import decoder
-from fitune.model.trained_fp8_linear import TrainedFP8Linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,38 +78,35 @@ def test_columns_are_rounded_as_on_the_cpu_to_the_last_bit(channels, tokens):
     found, expected = fp8_rounding.quantise_columns(x.cuda(), factors.cuda()), fp8_rounding.quantise_columns(x, factors)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
-    bytes_ = torch.randint(0, 256, (tokens, channels), dtype=torch.uint8)
-    found, expected = fp8_rounding.turned(bytes_.cuda().view(E4M3)), fp8_rounding.turned(bytes_.view(E4M3))
+    _, scales = fp8_rounding.quantise_rows(x)
+    found, expected = fp8_rounding.round_columns(x.cuda(), scales.cuda()), fp8_rounding.round_columns(x, scales)
     assert torch.equal(found.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
-@by_shape
+@pytest.mark.parametrize("rows", [[576], [4096, 1024, 1024], [14336, 14336]], ids=str)
 @by_tokens
-def test_a_trained_linears_products_are_those_of_the_rounded_numbers(tokens, shape):
-    linear = TrainedFP8Linear(shape[1], shape[0], dtype=torch.bfloat16, device="cuda")
-    linear.weight.data, linear.bias.data = _random(*shape, size=0.02).cuda(), _random(shape[0]).cuda()
-    x, dy = _random(tokens, shape[1]).cuda().requires_grad_(), _random(tokens, shape[0]).cuda()
-    y = linear(x)
-    y.backward(dy)
-    (inputs, a), (weights, s) = (
-        (part.double() for part in fp8_rounding.quantise_rows(of)) for of in (x.detach(), linear.weight.detach())
+def test_products_of_trained_weights_are_those_of_the_rounded_numbers(tokens, rows):
+    weights = [_random(outputs, 4096, size=0.02).cuda() for outputs in rows]
+    x, dy = _random(tokens, 4096).cuda(), _random(tokens, sum(rows)).cuda()
+    y = torch.empty_like(dy)
+    a, s = trained_fp8.multiply(x, weights, y)
+    stacked = torch.cat(weights)
+    (inputs, of_tokens), (rounded, of_rows) = (
+        (part.double() for part in fp8_rounding.quantise_rows(of)) for of in (x, stacked)
     )
-    _assert_close(y, inputs @ weights.t() * a.unsqueeze(1) * s + linear.bias)
-    values, scales = (part.double() for part in fp8_rounding.quantise_rows(dy, s.float()))
-    _assert_close(x.grad, values @ weights * scales.unsqueeze(1))
-    columns, scales = (part.double() for part in fp8_rounding.quantise_columns(dy, a.float()))
-    _assert_close(linear.weight.grad, columns[:, :tokens] @ inputs * scales.unsqueeze(1))
-    torch.testing.assert_close(linear.bias.grad, dy.sum(0))
+    assert torch.equal(a.double(), of_tokens) and torch.equal(s.double(), of_rows)
+    _assert_close(y, inputs @ rounded.t() * of_tokens.unsqueeze(1) * of_rows)
+    values, scales = (part.double() for part in fp8_rounding.quantise_rows(dy, s))
+    _assert_close(trained_fp8.input_gradient(dy, weights, s), values @ rounded * scales.unsqueeze(1))
+    columns, scales = (part.double() for part in fp8_rounding.quantise_columns(dy, a))
+    _assert_close(trained_fp8.weight_gradient(dy, x, a), columns[:, :tokens] @ inputs * scales.unsqueeze(1))
 
 
 def test_a_weights_gradient_adds_up_many_tokens_of_one_sign():
-    linear = TrainedFP8Linear(1024, 512, bias=False, dtype=torch.bfloat16, device="cuda")
-    linear.weight.data = _random(512, 1024, size=0.02).cuda()
     x, dy = (_random(32768, channels).abs().cuda() for channels in (1024, 512))
-    linear(x.requires_grad_()).backward(dy)
-    inputs, a = (part.double() for part in fp8_rounding.quantise_rows(x.detach()))
-    columns, scales = (part.double() for part in fp8_rounding.quantise_columns(dy, a.float()))
-    _assert_close(linear.weight.grad, columns @ inputs * scales.unsqueeze(1))
+    inputs, a = fp8_rounding.quantise_rows(x)
+    columns, scales = (part.double() for part in fp8_rounding.quantise_columns(dy, a))
+    _assert_close(trained_fp8.weight_gradient(dy, x, a), columns @ inputs.double() * scales.unsqueeze(1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,13 +1,11 @@
 """Products in fp8: the arithmetic against a plain one of its own, and what the layer makes of it."""
 
-import copy
 import math
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from fp8_reference import scaled
-from peft.tuners.lora import LoraLayer
+from fp8_reference import rounding_in_autograd, scaled
 from reference_layers import (
     LAYERS,
     adapted,
@@ -34,58 +32,6 @@ from fitune.model.skeleton import decoder
 STEP = 1 / 16
 "Of a number at most: what rounding to e4m3's three bits takes away or adds."
 PRODUCTS = 4  # in a row through one layer
-
-
-class _Rounded(torch.autograd.Function):
-    """All linears of one input: y_n = x W_n^T, of rounded rows; their gradients are rounded together."""
-
-    @staticmethod
-    def forward(ctx, x, *weights):
-        ctx.shape, ctx.weights = x.shape, [scaled(weight) for weight in weights]
-        values, scales = scaled(x.flatten(0, -2))
-        products = [(values * scales) @ (v * s).t() for v, s in ctx.weights]
-        return tuple(product.view(*x.shape[:-1], -1) for product in products)
-
-    @staticmethod
-    def backward(ctx, *dys):
-        of_rows = torch.cat([s for _, s in ctx.weights]).t().float()
-        values, scales = scaled(torch.cat([dy.flatten(0, -2) for dy in dys], 1).float() * of_rows)
-        return ((values * scales) @ torch.cat([v for v, _ in ctx.weights])).view(ctx.shape), *[None] * len(dys)
-
-
-class _Shared(torch.nn.Module):
-    """One linear of those that read an input; the first to be called computes all."""
-
-    def __init__(self, linear, group: list, results: dict):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.linear, self.group, self.results = linear, group, results
-        self.group.append(self)
-
-    def forward(self, x):
-        if self is self.group[0]:
-            products = _Rounded.apply(x, *[member.linear.weight for member in self.group])
-            self.results.update(zip(map(id, self.group), products, strict=True))
-        product = self.results.pop(id(self))
-        return product if self.linear.bias is None else product + self.linear.bias
-
-
-def _reference(model):
-    """Plain transformers and PEFT with the same rounding in autograd."""
-    model = copy.deepcopy(model)
-    for layer in decoder(model).model.layers:
-        a, m = layer.self_attn, layer.mlp
-        linears = [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
-        for members in GROUPS.values():
-            group, results = [], {}
-            for linear in (linears[index] for index in members):
-                if isinstance(linear, LoraLayer):
-                    linear.base_layer = _Shared(linear.base_layer, group, results)
-                else:
-                    parent = a if linear in a.children() else m
-                    [name] = [name for name, child in parent.named_children() if child is linear]
-                    setattr(parent, name, _Shared(linear, group, results))
-    return model
 
 
 def _in_fp8(model, kept: int = LAYERS, *, offload: bool = False):
@@ -147,7 +93,7 @@ def test_a_product_is_as_near_as_two_rounded_factors_allow():
 def test_outputs_and_gradients_are_those_of_the_same_rounding_in_autograd(targets, batch, exact, small_tiles):
     ours, theirs = batch()
     model = adapted(plain(), targets)
-    expected = run(_reference(model), theirs)
+    expected = run(rounding_in_autograd(model), theirs)
     for kept in (0, 1, LAYERS):
         assert_close(run(_in_fp8(model, kept), ours), expected)
 
@@ -156,7 +102,7 @@ def test_outputs_and_gradients_are_those_of_the_same_rounding_in_autograd(target
 def test_biases_are_added_unrounded(biases, exact):
     ours, theirs = packed()
     model = adapted(plain(**biases))
-    assert_close(run(_in_fp8(model), ours), run(_reference(model), theirs))
+    assert_close(run(_in_fp8(model), ours), run(rounding_in_autograd(model), theirs))
 
 
 def test_dropout_is_that_of_bf16(exact):
@@ -165,7 +111,7 @@ def test_dropout_is_that_of_bf16(exact):
     keys = torch.randint(-(2**31), 2**31, (ours["size"][1],), generator=torch.Generator().manual_seed(5)).int()
     model = adapted(plain(), dropout=0.3)
     found = run(_in_fp8(model), ours, dropout_keys=keys)
-    reference = _reference(model)
+    reference = rounding_in_autograd(model)
     for number, layer in enumerate(decoder(reference).model.layers):
         for place, members in GROUPS.items():
             linears = layer.self_attn if place < 2 else layer.mlp

@@ -8,7 +8,6 @@ import pytest
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
-from fitune.errors import UsageError
 from fitune.planning.fill import AS_FAST, MUST_GAIN_BY_MOVING, filled, filled_here, fits, resolve
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
@@ -133,15 +132,16 @@ def test_rows_packed_from_short_examples_are_not_long(tmp_path):
 
 
 def test_attention_is_not_kept_where_that_is_not_much_faster():
-    """Short rows; rows of which all layers are kept; method full, whose layers cannot."""
+    """Short rows; rows of which all layers are kept."""
     short = [("llama3_8b_qlora", "single_gpu"), ("llama3_70b_qlora", "fsdp_offload_1x12gb")]
     assert not any(resolve(*which).profile.keeps_attention for which in short)
     fewer = (*LONG[:1], "max_length=8192", "global_batch_size=1", "profile.gpu_memory_gib=80")
     assert not resolve("llama3_8b_qlora", "single_gpu", fewer).profile.keeps_attention
-    full = ("base.model=meta-llama/Llama-3.1-8B", "max_length=32768", "global_batch_size=4")
-    assert not resolve("llama3_8b_full", "fsdp_4x48gb", full).profile.keeps_attention
-    with pytest.raises(UsageError, match=r"kept_attention is for lora and qlora, recipe llama3_8b_full is full; use"):
-        resolve("llama3_8b_full", "fsdp_4x48gb", ("profile.kept_attention=true",))
+
+
+def test_method_full_keeps_attention_too():
+    long = ("base.model=meta-llama/Llama-3.1-8B", "max_length=32768")
+    assert resolve("llama3_8b_full", "full_1x48gb", long).profile.keeps_attention
 
 
 def test_what_recomputed_layers_keep_goes_to_host_ram_where_that_is_faster():

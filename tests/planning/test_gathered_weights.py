@@ -139,7 +139,7 @@ def test_plan_says_it_in_words_and_in_json():
     assert lines["a pass"].endswith("2 x 3,072 tokens, 32 of 32 layers kept, gathered weights kept")
     assert "layers kept, gathered weights kept, " in lines["chosen"]
     assert json.loads(CliRunner().invoke(cli, [*FOUR_H200, "--json"]).output)["reshard_after_forward"] is False
-    smaller = [*FOUR_H200[:7], "48", *FOUR_H200[8:]]
+    smaller = [*FOUR_H200[:7], "40", *FOUR_H200[8:]]
     assert "gathered weights" not in CliRunner().invoke(cli, smaller).output
     assert json.loads(CliRunner().invoke(cli, [*smaller, "--json"]).output)["reshard_after_forward"] is True
 

@@ -27,8 +27,7 @@ def test_the_tiers_that_cannot_be_measured_are_there_at_full_depth():
 def test_phases_agree(entry):
     assert agree(entry)
     largest = max(predicted_phases(entry)[phase] for phase in PHASES)
-    # of method full each kept layer holds a hidden state more on a GPU than beside pretended kernels
-    assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.03 if entry["recipe"].endswith("full") else 0.02)
+    assert entry["peak_allocated_gib"] == pytest.approx(largest, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -46,26 +45,23 @@ def test_phases_agree_in_a_run_of_three_layers(asked, tmp_path):
     assert agree(entry)
 
 
-def test_what_fp8_saves_in_full_fine_tuning_is_there(tmp_path):
-    """Kept layers have their linears' inputs rounded; a rounded gradient comes beside the last one's."""
-    asked = ["llama3_8b_full", "fsdp_2x80gb", "--layers", "3", "--compute"]
-    bf16, fp8 = measured(tmp_path, [*asked, "bf16"], [*asked, "fp8"])
-    assert agree(fp8)
-    phase = "backward, last layer"
-    found = fp8["phases"][phase] - bf16["phases"][phase]
-    assert found < -0.5
-    assert found == pytest.approx(predicted_phases(fp8)[phase] - predicted_phases(bf16)[phase], abs=0.002)
-
-
-def test_what_full_fine_tuning_in_fp8_takes_where_it_recomputes_is_there(tmp_path):
-    """In down_proj: more than bf16 takes, for SwiGLU's product lies there rounded, too."""
-    long = ("profile.micro_batch=8", "profile.kept_layers=0")
-    asked = ["llama3_8b_full", "fsdp_2x80gb", "--layers", "3", *(part for value in long for part in ("--set", value))]
+def test_what_fp8_takes_in_full_fine_tuning_is_there(tmp_path):
+    """The gradients of gate and up, rounded, and their weights, turned: at the peak of a layer's backward pass."""
+    few = ("profile.micro_batch=4", "profile.kept_layers=0")  # one tile of tokens
+    asked = ["llama3_8b_full", "fsdp_2x80gb", "--layers", "3", *(part for value in few for part in ("--set", value))]
     bf16, fp8 = measured(tmp_path, [*asked, "--compute", "bf16"], [*asked, "--compute", "fp8"])
     for phase in ("backward, last layer", "backward, second layer"):
         found = fp8["phases"][phase] - bf16["phases"][phase]
         assert found > 0.1
-        assert found == pytest.approx(predicted_phases(fp8)[phase] - predicted_phases(bf16)[phase], abs=0.02), phase
+        assert found == pytest.approx(predicted_phases(fp8)[phase] - predicted_phases(bf16)[phase], abs=0.01), phase
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+def test_a_trained_layer_that_works_in_tiles_is_there(compute, tmp_path):
+    """Of 24,576 tokens, all of which gate and up are kept."""
+    [entry] = measured(tmp_path, ["llama3_8b_full", "fsdp_2x80gb", "--layers", "3", "--compute", compute])
+    assert (entry["tokens"], entry["kept_layers"]) == (24576, 3)
+    assert agree(entry, 0.03)
 
 
 def test_one_rank_of_full_fine_tuning_in_float32_is_there(tmp_path):

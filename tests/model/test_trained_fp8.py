@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import quick_python
 import torch
-from fp8_reference import assert_equal_bits, scaled
+from fp8_reference import assert_equal_bits, rounding_in_autograd
 from patience import PATIENCE_SECONDS
 from ranks import run_ranks, sharded_model, train_here, whole
-from reference_layers import HIDDEN, LAYERS, assert_close, assert_equal, padded, run
+from reference_layers import HIDDEN, LAYERS, assert_close, assert_equal, packed, padded, run, written_out_copy
 from reference_layers import plain as plain_model
 from rounding import additions_to_a_step, distance, rounding
 
-from fitune.errors import UsageError
-from fitune.model import trained_fp8_linear
-from fitune.model.activations import keep_activations
-from fitune.model.trained_fp8_linear import TrainedFP8Linear
+from fitune.model import trained_fp8
+from fitune.model.layer import use_fp8_products
 from fitune.training.evaluate import evaluate
 
 STEP = 1 / 16
@@ -31,96 +29,63 @@ TOKENS = torch.randint(0, 509, (2, 19), generator=torch.Generator().manual_seed(
 
 def plain(dtype=torch.float64, **options):
     """Tests give it hidden states: its embedding gets no gradient."""
-    model = plain_model(dtype, **options)
+    model = plain_model(dtype, **options).train()
     model.model.embed_tokens.requires_grad_(False)
     return model
 
 
-class _Rounded(torch.autograd.Function):
-    """x W^T of rounded rows; backward multiplies by the rounded W and by the rounded x."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        (values, scales), (v, s) = scaled(x.flatten(0, -2)), scaled(weight)
-        return ((values * scales) @ (v * s).t()).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        (inputs, a), (v, s), dy = scaled(x.flatten(0, -2)), scaled(weight), dy.flatten(0, -2).float()
-        (values, scales), (turned, of_columns) = scaled(dy * s.t().float()), scaled((dy * a.float()).t())
-        return ((values * scales) @ v).view_as(x), (turned * of_columns) @ inputs
-
-
-class _Reference(torch.nn.Linear):
-    def forward(self, x):
-        y = _Rounded.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-def _with_linears(model, kind: type[torch.nn.Linear]):
-    """A copy whose decoder layers have `kind` in place of the usual linears."""
-    model = copy.deepcopy(model).train()
-    for linear in model.model.layers.modules():
-        if isinstance(linear, torch.nn.Linear):
-            linear.__class__ = kind
-    return model
-
-
 def _in_fp8(model, kept: int = LAYERS):
-    model = _with_linears(model, TrainedFP8Linear)
-    keep_activations(model, kept, offload=False)
+    model = written_out_copy(model, kept)
+    use_fp8_products(model)
     return model
 
 
-def _reference(model):
-    return _with_linears(model, _Reference)
+def _expected(model, batch) -> dict[str, torch.Tensor]:
+    """By the names of the model's own parameters."""
+    return {name.replace(".linear.", "."): value for name, value in run(rounding_in_autograd(model), batch).items()}
 
 
-@pytest.mark.parametrize("kept", [0, 1, LAYERS])
-@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"mlp_bias": True}], ids=str)
-def test_gradients_are_those_of_the_same_rounding_in_autograd(options, kept, exact):
+@pytest.mark.parametrize("batch", [packed, padded])
+@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"mlp_bias": True}, {"kind": "qwen3"}], ids=str)
+def test_gradients_are_those_of_the_same_rounding_in_autograd(options, batch, exact):
     """Of every parameter, logits and the input."""
-    batch, _ = padded()
-    model = plain(**options)
-    assert_close(run(_in_fp8(model, kept), batch), run(_reference(model), batch))
+    (ours, theirs), model = batch(), plain(**options)
+    expected = _expected(model, theirs)
+    for kept in (0, 1, LAYERS):
+        assert_close(run(_in_fp8(model, kept), ours), expected)
+
+
+def test_tiles_of_the_mlp_add_up(exact, small_tiles):
+    """Each with its own scales, so only near to what all tokens together give."""
+    model, (batch, _) = plain(), packed()
+    found, together = (run(_in_fp8(model, kept), batch) for kept in (LAYERS, 0)), _expected(model, packed()[1])
+    for gradients in found:
+        for name, value in together.items():
+            assert distance(gradients[name], value) < 2 * STEP, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 9, 16])
-def test_one_linears_products_are_as_near_as_rounding_allows(tokens, dtype):
-    """Those of any number of tokens: the weight's gradient sums over them. The bias's own is not rounded."""
+def test_one_inputs_products_are_as_near_as_rounding_allows(tokens, dtype):
+    """Those of any number of tokens: the weights' gradient sums over them."""
     torch.manual_seed(0)
-    usual = torch.nn.Linear(HIDDEN, 32, dtype=dtype)
-    ours = copy.deepcopy(usual)
-    ours.__class__ = TrainedFP8Linear
-    x, dy = torch.randn(2, tokens, HIDDEN, dtype=dtype), torch.randn(2, tokens, 32, dtype=dtype)
-    found = []
-    for linear in (ours, usual):
-        given = x.clone().requires_grad_()
-        y = linear(given)
-        y.backward(dy)
-        found.append((linear.bias.grad, y, given.grad, linear.weight.grad))
-    assert all(mine.dtype == dtype and mine.is_contiguous() for mine in found[0])
-    (bias, *products), (exact_bias, *exact_products) = found
-    assert torch.equal(bias, exact_bias)
-    for mine, exact in zip(products, exact_products, strict=True):
-        assert STEP / 10 < distance(mine, exact) < 2 * STEP
+    weights = [torch.randn(rows, HIDDEN, dtype=dtype) for rows in (32, 16)]
+    x, dy = torch.randn(tokens, HIDDEN, dtype=dtype), torch.randn(tokens, 48, dtype=dtype)
+    y = torch.empty(tokens, 48, dtype=dtype)
+    of_tokens, of_outputs = trained_fp8.multiply(x, weights, y)
+    dx, dw = trained_fp8.input_gradient(dy, weights, of_outputs), trained_fp8.weight_gradient(dy, x, of_tokens)
+    stacked = torch.cat(weights)
+    for found, exact in ((y, x @ stacked.t()), (dx, dy @ stacked), (dw, dy.t() @ x)):
+        assert found.dtype == dtype and found.is_contiguous()
+        assert STEP / 10 < distance(found, exact) < 2 * STEP
 
 
-def test_linears_that_read_one_input_round_it_once(monkeypatch):
-    """Until it is changed: 4 inputs of a layer; weights and gradients are each linear's own."""
-    rounded, quantise = [], trained_fp8_linear.quantise_rows
-    monkeypatch.setattr(trained_fp8_linear, "quantise_rows", lambda *x: rounded.append(x) or quantise(*x))
-    model, (batch, _) = plain(torch.float32), padded()
-    run(_in_fp8(model), batch)
-    assert len(rounded) == (4 + 2 * 7) * LAYERS
-    linear, x = TrainedFP8Linear(32, 16), torch.randn(3, 32)
-    first = linear(x)
-    assert torch.equal(linear(x), first)
-    x *= torch.linspace(0.1, 3, 32)
-    assert torch.equal(linear(x), linear(x.clone())) and not torch.equal(linear(x), first)
+def test_an_input_is_rounded_once_for_all_that_read_it(monkeypatch):
+    """Forward rows of 4 inputs and 7 weights; backward the gradients of 4 outputs."""
+    rounded, quantise = [], trained_fp8.quantise_rows
+    monkeypatch.setattr(trained_fp8, "quantise_rows", lambda *x, **out: rounded.append(x) or quantise(*x, **out))
+    run(_in_fp8(plain(torch.float32)), padded()[0])
+    assert len(rounded) == (4 + 7 + 4) * LAYERS
 
 
 def test_the_whole_model_is_as_near_as_its_products_allow():
@@ -149,34 +114,23 @@ def test_a_changed_weight_is_rounded_anew(exact):
         with torch.no_grad():
             for layer in changed.model.layers:
                 layer.mlp.up_proj.weight *= torch.linspace(0.1, 3, 128).unsqueeze(1)
-    assert_close(run(ours, batch), run(_reference(model), batch))
+    assert_close(run(ours, batch), _expected(model, batch))
 
 
 def test_evaluation_does_not_round():
     model, (batch, _) = plain(torch.float32), padded()
-    assert_equal(run(_in_fp8(model).eval(), batch), run(model.eval(), batch))
+    assert_equal(run(_in_fp8(model).eval(), batch), run(written_out_copy(model).eval(), batch))
 
 
-def _are_in_fp8(run_) -> dict[str, bool]:
-    """Of the linears, by name."""
+def _in_fp8_layers(run_) -> list[tuple[bool, bool]]:
     model, _ = sharded_model(run_)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {f"{name}.weight" for name in linears} < {name for name, _ in model.named_parameters()}
-    return {name: isinstance(module, TrainedFP8Linear) for name, module in linears.items()}
+    return [(layer.trains_base, layer.fp8) for layer in model.model.layers]
 
 
-def test_the_linears_of_the_layers_are_replaced_and_the_head_is_not(tiny_base, make_run, tmp_path):
-    [usual] = run_ranks(_are_in_fp8, 1, make_run(tiny_base, tmp_path, "full"))
-    [found] = run_ranks(_are_in_fp8, 1, make_run(tiny_base, tmp_path, "full", compute="fp8"))
-    assert not any(usual.values())
-    assert found == dict.fromkeys(usual, True) | {"lm_head": False}
-
-
-@pytest.mark.parametrize("sizes", [(64, 120), (120, 64)])
-def test_sizes_that_cannot_be_multiplied_are_refused(sizes):
-    said = f"multiples of 16, here is one of {sizes[1]} x {sizes[0]}; use --set profile.compute=bf16"
-    with pytest.raises(UsageError, match=said):
-        TrainedFP8Linear(*sizes, bias=False, device="meta")
+def test_layers_compute_as_the_profile_says(tiny_base, make_run, tmp_path):
+    for compute in ("bf16", "fp8"):
+        run_ = make_run(tiny_base, tmp_path, "full", compute=compute)
+        assert run_ranks(_in_fp8_layers, 1, run_) == [[(True, compute == "fp8")] * 2]
 
 
 def _logits_and_gradients(runs: list) -> list[dict[str, torch.Tensor]]:
