@@ -22,12 +22,12 @@ class ClipsInItsStep(Protocol):
 
 
 @torch.no_grad()
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """Scales the model's gradients down in place, so that their norm is at most `max_norm`.
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales gradients down in place, so that their norm is at most `max_norm`.
 
     Returns what it was, float32. Call on all ranks.
     """
-    parameters = list(model.parameters())
+    parameters = list(parameters)
     norm = norm_of_gradients(parameters)
     scale = scale_to(max_norm, norm)
     if scale.device.type == "cpu" and scale == 1:  # a GPU would be waited for; in RAM each byte costs more than to ask

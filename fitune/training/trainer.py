@@ -253,7 +253,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
     def _clip_grad_norm(self, model, max_norm: float | None = None):
         optimizer = self.optimizer.optimizer  # inside accelerate's wrapper
         max_norm = self.args.max_grad_norm if max_norm is None else max_norm
-        return optimizer.clip(max_norm) if isinstance(optimizer, ClipsInItsStep) else clip_gradients(model, max_norm)
+        clips_itself = isinstance(optimizer, ClipsInItsStep)
+        return optimizer.clip(max_norm) if clips_itself else clip_gradients(model.parameters(), max_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm over all ranks, asked for just before the optimizer step: the last moment to refuse a bad one."""

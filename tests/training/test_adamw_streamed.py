@@ -49,7 +49,7 @@ def _train(model, optimizer, max_norm: float, steps=range(4), shard=lambda tenso
             has_one = place != WITHOUT and (place != LATE or step)
             parameter.grad = shard(gradient) if has_one else None
         streamed = isinstance(optimizer, AdamWStreamed)
-        norms.append(optimizer.clip(max_norm) if streamed else clip_gradients(model, max_norm))
+        norms.append(optimizer.clip(max_norm) if streamed else clip_gradients(model.parameters(), max_norm))
         for group in optimizer.param_groups:
             group["lr"] = 0.1 / (step + 1)
         optimizer.step()

@@ -287,7 +287,7 @@ def _clipped(max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
     model = torch.nn.Linear(3, 5)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    return gradient_norm.clip_gradients(model, max_norm), model.weight.grad
+    return gradient_norm.clip_gradients(model.parameters(), max_norm), model.weight.grad
 
 
 def test_copies_on_unlike_gpus_are_clipped_by_one_norm():

@@ -27,7 +27,7 @@ def _model(shard=lambda tensor: tensor) -> torch.nn.Module:
 def _clipped(max_norm: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
     model = _model(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
-    norm = clip_gradients(model, max_norm)
+    norm = clip_gradients(model.parameters(), max_norm)
     return norm, [whole(parameter.grad) for parameter in model[:-1]]
 
 
@@ -46,14 +46,14 @@ def test_gradients_are_clipped_as_the_whole_ones(max_norm, ranks):
 def test_gradients_in_host_ram_that_are_small_enough_are_not_written_again(max_norm, writes):
     model = _model()
     before = [parameter.grad._version for parameter in model[:-1]]
-    clip_gradients(model, max_norm)
+    clip_gradients(model.parameters(), max_norm)
     assert [parameter.grad._version - was for parameter, was in zip(model[:-1], before, strict=True)] == [writes] * 3
 
 
 def test_a_gradient_that_is_no_number_makes_the_norm_none():
     model = _model()
     model[1].grad[0, 0] = float("nan")
-    assert clip_gradients(model, 1.0).isnan()
+    assert clip_gradients(model.parameters(), 1.0).isnan()
 
 
 def _stepped(kind) -> list[torch.Tensor]:
@@ -73,3 +73,35 @@ def test_a_step_is_that_of_torchs_adamw_to_the_last_bit(ranks):
         run_ranks(_stepped, ranks, AdamWOnRows), run_ranks(_stepped, ranks, torch.optim.AdamW), strict=True
     ):
         assert all(map(torch.equal, mine, torchs))
+
+
+def _two_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip) -> list[torch.Tensor]:
+    """The norms of two steps, of which the second is not clipped, and the weights then."""
+    gradients = [parameter.grad.clone() for parameter in model[:-1]]
+    norms = []
+    for max_norm in (1.0, math.inf):
+        for parameter, gradient in zip(model[:-1], gradients, strict=True):
+            parameter.grad = gradient.clone()
+        norms.append(clip(max_norm))
+        optimizer.step()
+    return [*map(whole, [*norms, *model])]
+
+
+def _clipped_in_the_step(fused: bool) -> list[torch.Tensor]:
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    model = _model(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+    optimizer = AdamWOnRows(model.parameters(), lr=0.1, fused=fused)
+    return _two_steps(model, optimizer, optimizer.clip)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_takes_gradients_as_if_they_were_clipped(fused, ranks):
+    """And the next one, which is not clipped, as they are."""
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    exact = _two_steps(model, optimizer, lambda limit: torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    assert exact[0] > 2
+    for found in run_ranks(_clipped_in_the_step, ranks, fused):
+        for ours, theirs in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours, theirs)
