@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fitune.config.model_shapes import ModelShape
 from fitune.config.optimizer_pieces import FLOAT_SLOT_BYTES, SLOT_BYTES, SLOTS
 from fitune.config.read_buffers import CHUNK_BYTES, READ_BUFFERS
+from fitune.planning.layer_backward import layer_backward
 from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 
 
@@ -119,7 +120,7 @@ def _last_and_first(s: Setup) -> tuple[bool, bool]:
 
 def _one_layers_backward(s: Setup, is_kept: bool) -> float:
     """Beside what is counted as kept activations."""
-    return (s.kept_layer_backward if is_kept else s.layer_backward) - _there_before(s, is_kept)
+    return layer_backward(s, kept=is_kept) - _there_before(s, is_kept)
 
 
 def _there_before(s: Setup, is_kept: bool) -> float:

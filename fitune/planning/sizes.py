@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fitune.config.model_shapes import ModelShape
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES
-from fitune.config.tiles import INPUT_AHEAD_BYTES, LOSS_TOKENS, LOSS_TOKENS_OF_A_TRAINED_HEAD, MLP_TILE
+from fitune.config.tiles import INPUT_AHEAD_BYTES, LOSS_TOKENS, LOSS_TOKENS_OF_A_TRAINED_HEAD
 
 GIB = 2**30
 FP8, BF16, FP32 = 1, 2, 4  # bytes
@@ -313,71 +313,6 @@ class Setup:
     def attention_result(self) -> float:
         """What one layer's attention returns: the heads' output, and what its backward pass needs beside it."""
         return self.query_heads + self.softmax_sums
-
-    @cached_property
-    def layer_backward(self) -> float:
-        """Peak while a layer is recomputed and goes backward, beside its gathered weights and output gradient."""
-        return self._layer_backward(kept=False)
-
-    @cached_property
-    def kept_layer_backward(self) -> float:
-        """The same of a layer that has all it saved: gate and up, of all tiles, stay to the end."""
-        return self._layer_backward(kept=True)
-
-    def _layer_backward(self, *, kept: bool) -> float:
-        h, heads = self.hidden_state, self.query_heads + 2 * self.shared_heads
-        attention_saved = self.saved_by_layer - 2 * self.inner_state
-        # gradients of o, q, k and v, and what seems to be cuDNN's own room, four times q: longest-rows-*-80gb-*.json
-        attention = heads + 5 * self.query_heads
-        # heads that have norms of their own are there before and after them
-        attention += 2 * (self.query_heads + self.shared_heads) * self.shape.head_norms
-        if not self.full:
-            return attention_saved + max(h + self._mlp_backward, attention)  # the MLP's input and its gradient
-        whole = 2 * self.inner_state * kept  # gate and up
-        return attention_saved + max(
-            h + self._trained_mlp_backward + max(0.0, whole - 2 * self._tiles[0]),
-            3 * self._down + whole + attention,
-            self.gathered_layer + whole + heads + 3 * h,  # the end: all gradients of weights
-        )
-
-    @property
-    def _down(self) -> float:
-        """One of the MLP's weights, as it computes."""
-        rows, columns = self.shape.linears["down_proj"]
-        return rows * columns * self.compute
-
-    @property
-    def _tiles(self) -> tuple[float, float]:
-        """Of the MLP's working memory: [tile's tokens, i] and [tile's tokens, h]."""
-        share = min(self.tokens, MLP_TILE) / self.tokens
-        return self.inner_state * share, self.hidden_state * share
-
-    @property
-    def _mlp_backward(self) -> float:
-        """Gate and up, and what is computed from them, beside a frozen base."""
-        i, h = self._tiles
-        dequantised = self._down if self.method == "qlora" and not self.fp8 else 0.0
-        inputs = 1 + self.lora_dropout  # an adapter reads a dropped-out copy, whose gradient is apart
-        mlp = max(
-            (3 + inputs) * i + h,  # gate, up, SwiGLU's product, its gradient, its copy's
-            3 * i + dequantised + h,
-        )
-        if self.fp8:  # the gradients of gate and up, rounded; their weights; an adapter's input; the norm's gradient
-            mlp = max(mlp, 2 * i + 2 * i * FP8 / self.compute + 2 * self._down * FP8 / self.compute + 2 * h)
-        return mlp
-
-    @property
-    def _trained_mlp_backward(self) -> float:
-        """The same beside the gradients of weights: in float32 where there is more than one tile."""
-        i, h = self._tiles
-        gradient, rounded = self._down, FP8 / self.compute if self.fp8 else 0.0
-        of_weights = gradient * (FP32 / self.compute if self.tokens > MLP_TILE else 1)
-        return max(
-            4 * i + h,  # gate, up, SwiGLU's product and its gradient; the norm
-            3 * i + h + of_weights + (i + h) * rounded,  # down's gradient, of the product and dy, rounded
-            2 * i + h + 3 * of_weights + (2 * i + h) * rounded,  # gate's and up's
-            2 * i + 2 * h + 3 * of_weights + (2 * i + 2 * gradient) * rounded,  # that of the norm
-        )
 
     @property
     def kept_activations(self) -> float:
