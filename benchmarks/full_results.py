@@ -20,6 +20,7 @@ from fitune.planning.step_time import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_LAYER_FROM = "2026-11-29"
+"Method full's runs: on that day and after it they have fitune's layers."
 OPTIMIZERS = {"rmsprop": "RMSprop", "adagrad": "Adagrad", "sgd": "SGD"}
 "By `training.optim`; AdamW's states are said by the profile's key."
 

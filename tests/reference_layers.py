@@ -118,5 +118,19 @@ def logits(model, batch: dict) -> torch.Tensor:
         return model(inputs_embeds=x, **{k: v for k, v in batch.items() if k not in ("size", "counts")}).logits
 
 
+def values_saved(backbone, tokens: int) -> int:
+    """How many numbers the last layer of a backbone saves for its backward pass over so many tokens."""
+    sizes, x = {}, torch.randn(1, tokens, HIDDEN, requires_grad=True)
+    angles = backbone.rotary_emb(x, torch.arange(tokens).unsqueeze(0))
+
+    def count(saved):
+        sizes[saved.data_ptr()] = saved.numel()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+        backbone.layers[-1](x, position_embeddings=angles)
+    return sum(sizes.values())
+
+
 def id_of(targets) -> str:
     return targets if isinstance(targets, str) else "+".join(name.removesuffix("_proj") for name in targets)

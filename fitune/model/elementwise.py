@@ -54,9 +54,14 @@ def rms_norm(
     """(norm, norm with dropout) of x [T, h]; the same tensor twice where there is none."""
     if x.is_cuda:
         return _kernels().rms_norm(x, weight, eps, dropout)
-    exact = wide(x)
-    normed = (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = _before_weight(x, eps) * weight
     return normed, drop(normed, dropout)
+
+
+def _before_weight(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm of x that its weight multiplies, in x's dtype."""
+    exact = wide(x)
+    return (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def dropped_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dropout: Dropout | None) -> torch.Tensor:
@@ -94,12 +99,10 @@ def trained_rms_norm_backward(
     residual: torch.Tensor | None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the same, the gradient of weight: [h], in the dtype of sums)"""
+    """(`rms_norm_backward`, the gradient of weight: [h], in the dtype of sums)"""
     if x.is_cuda:
         return _kernels().trained_rms_norm_backward(gradient, x, weight, eps, residual, out)
-    exact = wide(x)
-    normed = (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    of_weight = (wide(gradient) * normed).sum(0)
+    of_weight = (wide(gradient) * _before_weight(x, eps)).sum(0)
     return rms_norm_backward(gradient, x, weight, eps, residual, out), of_weight
 
 

@@ -61,6 +61,15 @@ def _rms_norm_kernel(x, weight, normed, dropped, keys, place, threshold, scale, 
         tl.store(dropped + row, result, mask=inside)
 
 
+@triton.jit
+def _through_norm(value, gradient, weight, eps, CHANNELS: tl.constexpr):
+    """(the gradient of a row from that of its norm, the norm before its weight)"""
+    g = gradient * weight
+    inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
+    inner = tl.sum(g * value) / CHANNELS
+    return inverse * g - value * inverse * inverse * inverse * inner, value * inverse
+
+
 @Launched
 @triton.jit
 def _rms_norm_backward_kernel(gradient, x, weight, residual, out, eps,
@@ -71,10 +80,8 @@ def _rms_norm_backward_kernel(gradient, x, weight, residual, out, eps,
     row = token * CHANNELS + columns
     value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
-    g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
-    inner = tl.sum(g * value) / CHANNELS
-    result = inverse * g - value * inverse * inverse * inverse * inner
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    result, _ = _through_norm(value, g, w, eps, CHANNELS)
     if ADD:
         result += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row, result, mask=inside)
@@ -95,11 +102,8 @@ def _trained_rms_norm_backward_kernel(gradient, x, weight, residual, out, sums, 
         row, here = token * CHANNELS + columns, inside & (token < tokens)
         value = tl.load(x + row, mask=here, other=0.0).to(tl.float32)
         g = tl.load(gradient + row, mask=here, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value) / CHANNELS + eps)
-        total += g * (value * inverse).to(x.dtype.element_ty).to(tl.float32)
-        g *= w
-        inner = tl.sum(g * value) / CHANNELS
-        result = inverse * g - value * inverse * inverse * inverse * inner
+        result, normed = _through_norm(value, g, w, eps, CHANNELS)
+        total += g * normed.to(x.dtype.element_ty).to(tl.float32)
         if ADD:
             result += tl.load(residual + row, mask=here, other=0.0).to(tl.float32)
         tl.store(out + row, result, mask=here)

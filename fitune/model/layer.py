@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
         """The parameters, as they are now: FSDP exchanges them."""
         if not self.trains_base:
             return linears.parameters()
-        return [*linears.base_parameters(), *(norm.weight for norm in self.norms())]
+        return [*linears.trained_parameters(), *(norm.weight for norm in self.norms())]
 
     def norms(self) -> list[nn.Module]:
         return [self.input_layernorm, self.post_attention_layernorm, *self.head_norms()]

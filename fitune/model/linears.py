@@ -134,10 +134,15 @@ class Linears:
         """A and B of each adapter, linear by linear, as they are now: FSDP exchanges them."""
         return tuple(module.weight for module in self.of_adapters)
 
-    def base_parameters(self) -> list[torch.Tensor]:
-        """Weight and bias of each linear, as they are now."""
-        both = ((base.weight, base.bias) for base in self.bases)
-        return [parameter for pair in both for parameter in pair if parameter is not None]
+    @cached_property
+    def trained(self) -> list[tuple[int, str]]:
+        """Method full's: the number of each linear and its `weight`, and again with its `bias` if it has one."""
+        names = ((index, name) for index in range(len(self.bases)) for name in ("weight", "bias"))
+        return [(index, name) for index, name in names if getattr(self.bases[index], name) is not None]
+
+    def trained_parameters(self) -> list[torch.Tensor]:
+        """As they are now."""
+        return [getattr(self.bases[index], name) for index, name in self.trained]
 
     def add_biases(self, group: int, out: torch.Tensor) -> None:
         """To out [T, all outputs of the group]."""

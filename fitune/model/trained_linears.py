@@ -20,7 +20,7 @@ class TrainedLinears:
         self.linears, self.in_fp8 = linears, in_fp8
         self.scales: Scales = scales or {}
         self.sums: dict[tuple[int, str], torch.Tensor] = {}
-        "Gradients, by number of the linear and `weight` or `bias`: in float32 once a second tile of tokens comes."
+        "Gradients, by `Linears.trained`: in float32 once a second tile of tokens comes."
 
     def wants_input(self, group: int) -> bool:
         """Whether gradients are computed from the group's input."""
@@ -74,14 +74,8 @@ class TrainedLinears:
             self.sums[index, name] = self.sums[index, name].to(self.linears.bases[index].weight.dtype)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Of `Linears.base_parameters`, in their order and dtype."""
-        self.round_gradients()
-        return [
-            self.sums[index, name]
-            for index, base in enumerate(self.linears.bases)
-            for name, parameter in (("weight", base.weight), ("bias", base.bias))
-            if parameter is not None
-        ]
+        """Of `Linears.trained`, in their order. Those of tiles must be rounded before."""
+        return [self.sums[key] for key in self.linears.trained]
 
     def low_gradient(self, group: int, dy) -> None:
         """Nothing, as there is no adapter; so too below."""
