@@ -128,16 +128,16 @@ def page() -> str:
         "([docs/speed.md](../docs/speed.md)). So the table shows how far one formula fits them all, no more. The runs "
         "of one GPU beside peers are within 15 % too. Runs of adapters before 27 November had another layer and are "
         "left out, and so is that of the 8 GB card on 27 November, which waited for Python: launching takes less "
-        "since. Runs of one row differ by 20 % among themselves. On other GPUs it is a "
-        "guess. In these runs the CPU computed AdamW of weights in host RAM, and the predictions count it so. Today "
-        "the GPU computes it, as in the runs of 70B from 12 GB beside peers; with method full no run has measured "
-        "that.",
+        "since. Runs of one row differ by 20 % among themselves. On other GPUs it is a guess. In these runs the CPU "
+        "computed AdamW of weights in host RAM, and the predictions count it so. Today the GPU computes it, as in the "
+        "runs of 70B from 12 GB beside peers; with method full no run has measured that.",
         _time_table(),
         "## Full fine-tuning on cards of given sizes",
         "`benchmarks/results/full-*.json`, 16 rows of 3072 a step unless the name says otherwise, most of them with "
         "small optimizer states; GiB in torch's allocator. The predictions are today's: what `plan` said before a run "
-        "stands in its file. The last columns are of the whole card, `needed` and `kept` as above. A star: something "
-        "else worked on the machine or on that GPU (the file says what), so time and card are not held against `plan`.",
+        "stands in its file. Seconds are the median of a run's fullest steps, beside those predicted for as many rows. "
+        "The last columns are of the whole card, `needed` and `kept` as above. A star: something else worked on the "
+        "machine or on that GPU (the file says what), so time and card are not held against `plan`.",
         full_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "

@@ -81,7 +81,8 @@ def full_table() -> str:
         setup = setup_of_full_run(entry)
         memory, took = gpu_peak(setup).allocated / GIB, entry["peak_allocated_gib"]
         card = " | ".join(f"{size:.1f}" for size in card_gib(entry) or ()) or " | "
-        predicted, seconds = step_seconds(setup, gpu_model(entry["gpu_name"]))["total"], median(entry["step_seconds"])
+        rows, seconds = _fullest_steps(entry, setup.max_length)
+        predicted = step_seconds(_with_rows(setup, rows), gpu_model(entry["gpu_name"]))["total"]
         lines.append(
             f"| {entry['name']}{' *' * ('disturbed' in entry)} | {entry['date']} | {setup.ranks} {gpu_of(entry)} "
             f"| {setup.micro_batch} x {setup.accumulation} | {setup.kept_layers} of {setup.shape.layers} "
@@ -90,6 +91,19 @@ def full_table() -> str:
             f"| {gpu_peak(setup).total / GIB:.1f} | {card} |"
         )
     return "\n".join(lines)
+
+
+def _fullest_steps(entry: dict, length: int) -> tuple[int, float]:
+    """How many rows of `length` the fullest steps had, and their median seconds. Their other rows had two tokens."""
+    rows = [round(tokens / length) for tokens in entry["step_tokens"]]  # rounded: some have pads, which are computed
+    pairs = zip(rows, entry["step_seconds"], strict=True)
+    return max(rows), median(seconds for full, seconds in pairs if full == max(rows))
+
+
+def _with_rows(setup: Setup, rows: int) -> Setup:
+    """The run with passes of as many tokens as those of a step of so many full rows, on average."""
+    all_rows = setup.micro_batch * setup.accumulation * setup.ranks
+    return replace(setup, max_length=setup.max_length * rows // all_rows)
 
 
 def optimizer_table() -> str:

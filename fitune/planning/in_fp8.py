@@ -10,8 +10,9 @@ from fitune.planning.found import NO_GAIN, seconds_of
 from fitune.planning.plan import Plan
 from fitune.planning.words import held, timed
 
-MEASURED_ON = "H200"
-"With one GPU that held its weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/peers-h200-2026-11-27*.json)."
+MEASURED_ON, MEASURED_GPUS = "H200", {"full": 2, "lora": 1, "qlora": 1}
+"""That many GPUs at most, which held all weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/
+peers-h200-2026-11-27*.json), 8B in full (peers-h200x2-2026-11-29c.json)."""
 FP8 = "profile.compute=fp8"
 
 
@@ -52,12 +53,10 @@ def note(plan: Plan) -> str:
     """Of a run in fp8: whether its time was measured; on a CPU, that it is emulated."""
     if not plan.setup.on_gpu:
         return "products in fp8 (emulated on the CPU: the same arithmetic, slower)"
-    if plan.setup.full:
-        return "products in fp8 (with method full its time is a guess: on two H200 it took 13 % longer)"
-    guess = f" (its time was measured on one {MEASURED_ON} alone, and is a guess here)"
+    guess = f" (its time was measured on {MEASURED_GPUS[plan.setup.method]} {MEASURED_ON} alone, and is a guess here)"
     return f"products in fp8{'' if is_measured(plan) else guess}"
 
 
 def is_measured(plan: Plan) -> bool:
     there = plan.time is not None and plan.time.gpu == MEASURED_ON
-    return there and plan.setup.ranks == 1 and not (plan.setup.offload or plan.setup.full)
+    return there and plan.setup.ranks <= MEASURED_GPUS[plan.setup.method] and not plan.setup.offload

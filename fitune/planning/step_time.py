@@ -11,7 +11,7 @@ ADDING_UP = "adding up adapters"
 "The part of a step in which copies of the model that are whole on each GPU exchange gradients."
 COMPUTE_EFFICIENCY = 0.64
 """Of the data sheet's peak, in matrix products: benchmarks/results/peers-h200-2026-11-27.json."""
-FP8_SPEEDUP, WIDE_FP8_SPEEDUP, WIDE = 1.6, 1.85, 8192
+FP8_SPEEDUP, WIDE_FP8_SPEEDUP, WIDE = 1.65, 1.85, 8192
 """Of products in fp8 over bf16, as whole runs on H200s show it: 8B 1.56 to 1.75, peers-h200-2026-11-28d.json and the
 two after it; 70B, whose hidden size is WIDE, 1.84 to 1.96. Bare products are twice as fast, but their inputs, gradients
 and weights are rounded before, and that counts less where products are large."""
@@ -34,7 +34,7 @@ BANDWIDTH_EFFICIENCY = 0.85
 """Of the data sheet's, for what a GPU's kernels read and write, and for links."""
 BOTH_WAYS = 1.36
 """What a link carries in both directions together, of one direction: benchmarks/results/full-8b-cards-*.json."""
-HOST_GB_S = 25
+HOST_GB_S = 20
 """What clipping and an optimizer's step reach in a machine's RAM where weights are offloaded: AdamW took 13 s for 8B
 while the CPU computed it."""
 HOST_ADDING_GB_S = 1.2
@@ -42,6 +42,9 @@ HOST_ADDING_GB_S = 1.2
 COLLECTIVE_TRAFFIC = 4
 """Bytes of GPU memory that a collective reads and writes for each that a rank receives, with what it costs products to
 share their processors with it: 13.7 s for 70B in full on four H200s, benchmarks/results/full-70b-4xh200-*.json."""
+ADAMW_SHARE = 0.6
+"""What torch's fused AdamW reaches of a GPU's bandwidth, and clipping before it: 44 ms for half of 8B on an H200,
+benchmarks/results/busy-8b-full-2xh200-2026-11-29.json."""
 SMALL_STEP_SHARE = 0.18
 """What the step of small optimizer states reaches of a GPU's bandwidth: it draws, and looks for codes, for each number.
 0.13 to 0.2 s for 8B (full-8b-cards-*.json), 0.3 s for a quarter of 70B."""
@@ -68,8 +71,7 @@ def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWOR
         "host link": forward_link + backward_link,
         "network": _network_seconds(s, model, network_gb_s),
     }
-    optimizer_gb_s = HOST_GB_S * s.machines / s.ranks if s.offload else model.memory_gb_s
-    optimizer_gb_s *= SMALL_STEP_SHARE if s.small_states and not s.offload else 1
+    optimizer_gb_s = _optimizer_gb_s(s, model)
     one_after_the_other = {
         "optimizer": _optimizer_bytes(s) / (optimizer_gb_s * 1e9),
         "adding gradients": _gradients_travel(s) * (s.accumulation - 1) * s.gradients / (HOST_ADDING_GB_S * 1e9),
@@ -179,19 +181,21 @@ def _memory_bytes(s: Setup) -> float:
 def _sharding_bytes(s: Setup) -> float:
     """Of one rank and micro batch, in its own memory: what FSDP and its collectives read and write around the products.
 
-    Gathered weights are copied out of the buffer they arrive in; one rank casts its float32 weights. Gradients are
-    copied into a buffer, reduced, and added to those of earlier passes; one rank copies or adds.
+    A rank casts its share of the weights and copies it into a buffer; gathered weights are copied out of another. One
+    rank casts alone. Gradients are copied into a buffer, reduced, cast to what they are kept in, and added to those of
+    earlier passes; one rank copies or adds.
     """
     several = s.shards > 1
     if not (several or s.reduced or s.cast):
         return 0.0
-    layers = s.shape.layers * s.gathered_layer
-    read = 1 if several else s.trained / s.compute
-    copied = (s.gathers * layers + s.gathered_head + s.gathered_head * (not s.one_embedding)) * (read + 1)
+    gathered = s.gathers * s.shape.layers * s.gathered_layer + s.gathered_head * (1 + (not s.one_embedding))
+    casts = s.cast * (s.trained / s.compute + 1)
+    copied = gathered * (casts + 2 + 2 * s.shards) / s.shards if several else gathered * (s.trained / s.compute + 1)
     copied += s.trainable * (s.compute + s.reduce) * s.full
-    again = s.reduce + 2 * s.trained if s.reduced else s.trained
-    added = s.trainable / s.shards * again * (s.accumulation > 1) * s.full
-    return copied + added + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
+    reduced = (s.reduce + s.trained) * (s.reduced and s.reduce != s.trained)
+    added = (s.trained + 2 * s.trained * s.reduced) * (s.accumulation > 1)
+    own = s.trainable / s.shards * (reduced + added) * s.full
+    return copied + own + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
 
 
 def _host_bytes(s: Setup) -> tuple[float, float]:
@@ -212,13 +216,16 @@ def _gradients_travel(s: Setup) -> bool:
     return s.offload and not s.accumulated_on_gpu
 
 
-def _optimizer_bytes(s: Setup) -> float:
-    """Of one rank and step: clipping reads gradients twice and writes them; AdamW reads four values, writes three.
+def _optimizer_gb_s(s: Setup, model: GpuModel) -> float:
+    """What one rank's step reads and writes a second where its gradients lie."""
+    if s.offload:
+        return HOST_GB_S * s.machines / s.ranks
+    return model.memory_gb_s * (SMALL_STEP_SHARE if s.small_states else ADAMW_SHARE)
 
-    With small states clipping reads gradients once; the step reads and writes weight and moments, and reads gradients.
-    """
-    each = 2 * (s.trained + s.optimizer_state) + 2 * s.trained if s.small_states else (3 + 7) * FP32
-    return s.trainable / s.shards * each
+
+def _optimizer_bytes(s: Setup) -> float:
+    """Of one rank and step: clipping reads gradients; the step reads them, and reads and writes weight and moments."""
+    return s.trainable / s.shards * (2 * (s.trained + s.optimizer_state) + 2 * s.trained)
 
 
 def _streamed_bytes(s: Setup) -> float:

@@ -26,10 +26,11 @@ def test_each_part_of_a_step_is_what_moves_it():
     assert one["adding gradients"] == 0 and two["adding gradients"] == pytest.approx(26.8, abs=0.1)  # measured: 27
     assert one["optimizer"] == two["optimizer"] and one["total"] < two["total"] / 2
 
-    parameters, link, ram = 8_030_261_248, 64e9 * 0.85 * 1.36, 25e9
+    parameters, link, ram = 8_030_261_248, 64e9 * 0.85 * 1.36, 20e9
     assert one["optimizer"] == pytest.approx(parameters * 4 * (7 / link + 1 / ram))  # 4 numbers in, 3 out; the norm
     on_cpu = parts("llama3_8b_full", "fsdp_offload_1x80gb", "training.optim=rmsprop", "profile.micro_batch=16")
-    assert on_cpu["optimizer"] == pytest.approx(parameters * 4 * 10 / ram)  # AdamW took 13 s there
+    # a weight and its one moment there and back, its gradient twice: AdamW's eight numbers took 13 s
+    assert on_cpu["optimizer"] == pytest.approx(parameters * 4 * 6 / ram)
 
     adapter, alone = (
         parts("llama3_70b_qlora", profile, "profile.micro_batch=1")
