@@ -1,41 +1,72 @@
-"""torch's AdamW on each rank's own rows as plain tensors."""
+"""torch's AdamW on each rank's own rows as plain tensors. For large ones on a GPU a kernel reads and writes less."""
 
 import math
 
 import torch
+from torch.optim.adamw import adamw
 
 from fitune.model.sharding import local_part
 from fitune.training.gradient_norm import clip_gradients, norm_of_gradients, scale_to
+
+LARGE = 2**20
+"Elements from which a tensor on a GPU is worth a launch of its own; torch steps many with one."
+Part = tuple[torch.Tensor, ...]
+"Of one weight, this rank's rows: weight, gradient, both moments, number of steps."
 
 
 class AdamWOnRows(torch.optim.AdamW):
     """The same step: AdamW works on each element by itself. Weights and states stay the DTensors that they are.
 
     Of 448 DTensors a step took 29 ms of Python, of as many plain tensors 5 (one core, by hand); the GPU waits for it.
+    With `fused` there are none of AdamW's variants (amsgrad, maximize).
     """
 
-    grad_scale: torch.Tensor | None = None
-    "What torch's fused step divides gradients by."
+    _scale: torch.Tensor | None = None
+    "What the next step multiplies gradients by, None for 1."
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
         """The gradients' norm over all ranks, float32; the next step takes them as if it were at most `max_norm`.
 
-        torch's fused step scales them while it reads them: to scale them before reads and writes all once more. Call on
-        all ranks.
+        The fused step scales them while it reads them: to scale them before reads and writes all once more. Call on all
+        ranks.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if not self.defaults["fused"]:
             return clip_gradients(parameters, max_norm)
         norm = norm_of_gradients(parameters)
         if max_norm < math.inf:
-            self.grad_scale = scale_to(max_norm, norm).reciprocal()
+            self._scale = scale_to(max_norm, norm)
         return norm
 
-    def step(self, closure=None):
-        loss = super().step(closure)
-        self.grad_scale = None
-        return loss
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Changes weights and moments in place."""
+        if not self.defaults["fused"]:
+            super().step()
+            return
+        for group in self.param_groups:
+            parts = self._parts(group)
+            self._step_alone(group, [part for part in parts if _has_the_kernel(part)])
+            step_together(group, [part for part in parts if not _has_the_kernel(part)], self._scale)
+        self._scale = None
+
+    def _step_alone(self, group: dict, parts: list[Part]) -> None:
+        if not parts:
+            return
+        from fitune.training import adamw_float_triton
+
+        device = parts[0][0].device
+        scale = torch.ones((), device=device) if self._scale is None else self._scale.to(device)
+        torch._foreach_add_([steps for *_, steps in parts], 1)
+        for part in parts:
+            adamw_float_triton.update(*part, group, scale)
+
+    def _parts(self, group: dict) -> list[Part]:
+        """Of the weights that have a gradient."""
+        weights, gradients, means, squares, steps = ([] for _ in range(5))
+        self._init_group(group, weights, gradients, means, squares, [], steps)
+        return list(zip(weights, gradients, means, squares, steps, strict=True))
 
     def _init_group(self, group: dict, *lists: list[torch.Tensor]) -> bool:
         """`lists`: weights, gradients, both moments and the largest second ones, all filled here; steps."""
@@ -43,3 +74,21 @@ class AdamWOnRows(torch.optim.AdamW):
         for tensors in lists[:-1]:
             tensors[:] = map(local_part, tensors)
         return has_complex
+
+
+def _has_the_kernel(part: Part) -> bool:
+    return part[0].numel() >= LARGE and all(
+        tensor.is_cuda and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in part
+    )
+
+
+def step_together(group: dict, parts: list[Part], scale: torch.Tensor | None = None) -> None:
+    """torch's fused step, one of all parts of a device. `scale`: what gradients are multiplied by, None for 1."""
+    if parts:
+        weights, gradients, means, squares, steps = map(list, zip(*parts, strict=True))
+        beta1, beta2 = group["betas"]
+        adamw(
+            weights, gradients, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, lr=group["lr"],
+            beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            grad_scale=None if scale is None else scale.reciprocal(),
+        )  # fmt: skip

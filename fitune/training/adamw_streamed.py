@@ -10,12 +10,11 @@ from itertools import chain, groupby
 from operator import itemgetter
 
 import torch
-from torch.optim.adamw import adamw
 
 from fitune.config.optimizer_pieces import FLOAT_PIECE
 from fitune.model.host_ram import pin_in_place
 from fitune.model.sharding import local_part, split_as
-from fitune.training.adamw_rows import AdamWOnRows
+from fitune.training.adamw_rows import AdamWOnRows, step_together
 from fitune.training.gradient_norm import norm_of_gradients, scale_to
 from fitune.training.ring import Ring, Slot
 
@@ -77,9 +76,7 @@ class AdamWStreamed(AdamWOnRows):
 
     def _of_group(self, group: dict) -> Iterator[tuple[int, Part]]:
         """The number of this step, counted from 1, and the tensors of each parameter that has a gradient."""
-        weights, gradients, means, squares, steps = ([] for _ in range(5))
-        self._init_group(group, weights, gradients, means, squares, [], steps)
-        for weight, gradient, mean, square, step in zip(weights, gradients, means, squares, steps, strict=True):
+        for weight, gradient, mean, square, step in self._parts(group):
             step += 1
             yield int(step), [gradient.reshape(-1), weight.view(-1), mean.view(-1), square.view(-1)]
 
@@ -109,11 +106,7 @@ class AdamWStreamed(AdamWOnRows):
         if self._gradient_scale < 1:
             gradient.mul_(self._gradient_scale)
         steps_before = torch.full((), number - 1.0, dtype=torch.float32, device=weight.device)
-        beta1, beta2 = group["betas"]
-        adamw(
-            [weight], [gradient], [mean], [square], [], [steps_before], fused=True, amsgrad=False, maximize=False,
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        step_together(group, [(weight, gradient, mean, square, steps_before)])
 
 
 class FloatSlot(Slot):
