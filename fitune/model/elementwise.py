@@ -19,8 +19,8 @@ WORD = 0xFFFFFFFF
 GOLDEN = 0x9E3779B1  # 2**32 / golden ratio: spreads neighbouring channels
 
 
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit numbers (in int64) whose every output bit depends on every input bit."""
+def mix(x: torch.Tensor | int) -> torch.Tensor | int:
+    """A bijection of 32-bit numbers (tensors in int64) whose every output bit depends on every input bit."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & WORD
     x = (x ^ (x >> 15)) * 0x846CA68B & WORD
     return x ^ (x >> 16)

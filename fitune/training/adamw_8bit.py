@@ -110,11 +110,11 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _step_of(self, group: dict, steps: torch.Tensor, place: int, parameter: torch.Tensor) -> Step:
         number = int(steps)
-        start = mix(mix(torch.tensor((self.seed * GOLDEN + number) & WORD)) ^ (number & WORD))
+        start = mix(mix((self.seed * GOLDEN + number) & WORD) ^ (number & WORD))
         beta1, beta2 = group["betas"]
         return Step(
             rate=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], decay=group["weight_decay"], number=number,
-            gradient_scale=self._gradient_scale, key=int(mix(start ^ (place * GOLDEN & WORD))),
+            gradient_scale=self._gradient_scale, key=mix(start ^ (place * GOLDEN & WORD)),
             first_element=first_element(parameter),
         )  # fmt: skip
 

@@ -11,16 +11,16 @@ import torch
 from bitsandbytes import functional as bnb
 
 from fitune.model.elementwise import GOLDEN, WORD, mix
-from fitune.training.moment import Moment, Step
+from fitune.training.moment import Code, Moment, Step
 
 PIECE = 2**22
 "Elements worked on at once where there is no kernel: their float32 copies take 16 MiB each."
 
 
 @cache
-def codes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the 256 codes of both moments stand for, ascending, float32: from -1 to 1, and from 0 to 1."""
-    return tuple(bnb.create_dynamic_map(signed=signed).float().to(device) for signed in (True, False))
+def codes(device: torch.device) -> tuple[Code, Code]:
+    """Of both moments: from -1 to 1, and from 0 to 1."""
+    return tuple(Code.of(bnb.create_dynamic_map(signed=signed).float().to(device)) for signed in (True, False))
 
 
 SMALLEST_ROOT = 1

@@ -4,8 +4,30 @@ r rows, c columns.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Code(NamedTuple):
+    """What the 256 codes of a moment stand for, ascending, and how to find the one nearest to a number."""
+
+    values: torch.Tensor
+    "float32 [256]."
+    middles: torch.Tensor
+    "Between neighbours, float32 [256]: a number beyond as many of them has that code. The last is infinite."
+    starts: torch.Tensor
+    """By the upper half of a float32's bits, of how many middles all numbers that have it are beyond, uint8 [65536]. At
+    most one middle has the same upper half, so one comparison more finds the code."""
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "Code":
+        infinite = torch.full_like(values[:1], torch.inf)
+        middles = torch.cat([(values[1:] + values[:-1]) / 2, infinite])
+        halves = torch.arange(2**16, dtype=torch.int32, device=values.device)
+        lower = (halves >= 2**15).int() * 0xFFFF  # of the least number: negative ones fall with it
+        least = (halves << 16 | lower).view(torch.float32).nan_to_num()
+        return cls(values, middles, torch.bucketize(least, middles).to(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -30,14 +52,14 @@ class Moment:
         self.values.copy_(other.values, non_blocking=True)
         self.scales.copy_(other.scales, non_blocking=True)
 
-    def read(self, code: torch.Tensor) -> torch.Tensor:
+    def read(self, code: Code) -> torch.Tensor:
         """float32; a copy."""
         if self.scales is None:
             return self.values.clone()
-        values = code[self.values.view(-1, self.block).int()]
+        values = code.values[self.values.view(-1, self.block).int()]
         return values.mul_(self.scales.view(-1, 1)).view(self.values.shape)
 
-    def write(self, exact: torch.Tensor, code: torch.Tensor, *, smallest: int) -> None:
+    def write(self, exact: torch.Tensor, code: Code, *, smallest: int) -> None:
         """Rounds to the nearest code of each block, `smallest` at least.
 
         bitsandbytes' own quantiser for CPUs (0.50.2) takes shares below 1e-5 for larger ones, as its tables are coarse.
@@ -48,7 +70,7 @@ class Moment:
         blocks = exact.view(-1, self.block)
         scales = blocks.abs().amax(1, keepdim=True)
         shares = blocks / torch.where(scales > 0, scales, 1)
-        codes = torch.bucketize(shares, (code[1:] + code[:-1]) / 2)
+        codes = torch.bucketize(shares, code.middles)
         self.values.copy_(codes.clamp_(min=smallest).view(self.values.shape))
         self.scales.copy_(scales.view(self.scales.shape))
 

@@ -97,8 +97,24 @@ def test_moments_follow_adamws_within_the_codes_precision():
         found = Moment(state[key], state[f"{key}_scale"]).read(code)
         largest = wanted.view(16, 2, 256).abs().amax(-1, keepdim=True)
         apart = (found.view(16, 2, 256) - wanted.view(16, 2, 256)).abs() / largest
-        gap = code.diff().max().item()  # between two codes; each step rounds by half of it at most, and older ones fade
+        gap = code.values.diff().max().item()  # each step rounds by half of it at most, and older ones fade
         assert apart.max() <= gap / 2 / (1 - 0.9)
+
+
+@pytest.mark.parametrize("code", codes(torch.device("cpu")), ids=["signed", "unsigned"])
+def test_a_number_has_the_nearest_code_after_one_comparison(code):
+    """As the kernel finds it: also of middles themselves, of their neighbours, and of each bucket's ends."""
+    middles = code.middles[:-1]
+    halves = torch.arange(2**16, dtype=torch.int32) << 16
+    ends = torch.cat([halves, halves | 0xFFFF]).view(torch.float32)
+    beside = [middles.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    numbers = torch.cat([middles, *beside, ends[ends.isfinite()]])
+    start = code.starts[numbers.view(torch.int32) >> 16 & 0xFFFF].int()
+    assert torch.equal(start + (numbers > code.middles[start]), torch.bucketize(numbers, code.middles).int())
+    some = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    apart = (some[:, None].double() - code.values.double()).abs()
+    found = apart.gather(1, torch.bucketize(some, code.middles)[:, None]).squeeze(1)
+    torch.testing.assert_close(found, apart.amin(1), rtol=0, atol=torch.finfo(torch.float32).eps)
 
 
 def test_an_element_with_small_gradients_beside_large_ones_does_not_jump():
