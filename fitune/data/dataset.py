@@ -7,6 +7,9 @@ from fitune.data.chat_template import apply_chat_template_choice, read_tokenizer
 from fitune.data.packing import Layout
 from fitune.data.token_file import IGNORED, TokenFile
 
+FILLER_TOKENS = 2
+"Of a row that has no labels, and counts nothing."
+
 
 def load_tokenizer(recipe: Recipe, base_folder: Path):
     """The base's transformers tokenizer with the recipe's chat template and a pad token."""
@@ -38,7 +41,7 @@ class TokenisedRows:
         if not 0 <= number < len(self):
             raise IndexError(number)
         if number >= len(self.layout):
-            return self._row([([self._filler_id] * 2, [IGNORED] * 2)])
+            return self._row([([self._filler_id] * FILLER_TOKENS, [IGNORED] * FILLER_TOKENS)])
         pieces = (self.tokens.read(*piece) for piece in self.layout[number])
         return self._row([(ids.tolist(), labels.tolist()) for ids, labels in pieces])
 

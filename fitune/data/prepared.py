@@ -12,7 +12,7 @@ from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.conversations import quote
 from fitune.data.dataset import TokenisedRows
 from fitune.data.packing import Layout, lay_out
-from fitune.data.token_file import TokenFile
+from fitune.data.token_file import IGNORED, TokenFile
 from fitune.data.tokenise import tokenise_lines
 from fitune.errors import UsageError
 from fitune.output_folder import new_folder
@@ -119,10 +119,18 @@ def folder_with_tokens(recipe: Recipe, split: str, tokenizer, cache: Path, worke
 
 
 def map_rows(recipe: Recipe, split: str, folder: Path) -> TokenisedRows:
-    """The training rows of `split`, memory-mapped from `folder`. Raises UsageError where there are none."""
+    """The training rows of `split`, memory-mapped from `folder`.
+
+    Raises UsageError where there are none, or where every answer begins beyond `max_length`.
+    """
     tokens = TokenFile(folder / f"{split}.tokens.arrow")
     refuse_no_rows(recipe, split, len(tokens))
-    return TokenisedRows(tokens, _layout(folder, split, tokens, recipe), recipe.packing)
+    rows = TokenisedRows(tokens, _layout(folder, split, tokens, recipe), recipe.packing)
+    if not any(label != IGNORED for row in rows for label in row["labels"][1:]):  # the first token follows none
+        raise UsageError(
+            f"{_lines(recipe, split)}: no row has an answer within max_length {recipe.max_length:,}; set a larger one"
+        )
+    return rows
 
 
 def refuse_no_rows(recipe: Recipe, split: str, rows: int | None = None) -> None:

@@ -188,7 +188,7 @@ def _sharding_bytes(s: Setup) -> float:
     several = s.shards > 1
     if not (several or s.reduced or s.cast):
         return 0.0
-    gathered = s.gathers * s.shape.layers * s.gathered_layer + s.gathered_head * (1 + (not s.one_embedding))
+    gathered = _gathered_bytes(s)
     casts = s.cast * (s.trained / s.compute + 1)
     copied = gathered * (casts + 2 + 2 * s.shards) / s.shards if several else gathered * (s.trained / s.compute + 1)
     copied += s.trainable * (s.compute + s.reduce) * s.full
@@ -205,7 +205,7 @@ def _host_bytes(s: Setup) -> tuple[float, float]:
     """
     layers = s.shape.layers * s.layer_weights / s.shards * s.offload
     embedding = s.hidden_state if s.looks_up_in_host_ram else s.embedding / s.shards
-    embeddings = (embedding + s.embedding / s.shards) * s.embedding_in_ram
+    embeddings = (embedding * (not s.one_embedding) + s.embedding / s.shards) * s.embedding_in_ram
     forward = layers * min(1.0, s.gathers) + embeddings + s.inputs_in_host_ram
     backward = layers * max(0.0, s.gathers - 1) + s.inputs_in_host_ram + s.gradients * _gradients_travel(s)
     return forward, backward
@@ -254,9 +254,14 @@ def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> flo
 
 def _shards_bytes(s: Setup) -> float:
     """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced."""
-    gathered = s.shape.layers * s.gathered_layer * s.gathers + 2 * s.gathered_head
+    gathered = _gathered_bytes(s)
     reduced = s.trainable * s.reduce / (s.accumulation if s.adapters_wait else 1)
     return (gathered + reduced) * (s.shards - 1) / s.shards
+
+
+def _gathered_bytes(s: Setup) -> float:
+    """By one rank and micro batch: layers as often as they are, embedding and head once, which may be one tensor."""
+    return s.gathers * s.shape.layers * s.gathered_layer + s.gathered_head * (1 + (not s.one_embedding))
 
 
 def _around_a_ring(size: float, members: float) -> float:

@@ -30,11 +30,13 @@ from fitune.training.replicas import average_gradients
 from fitune.training.resumed import AsOftenAsAskedNow
 from fitune.training.saving_trainer import SavingSFTTrainer
 from fitune.training.token_metrics import token_metrics
-from fitune.training.whole_steps import WholeSteps, in_whole_steps, rows_per_step
+from fitune.training.whole_steps import WholeSteps, count_tokens, in_whole_steps, rows_per_step
 from fitune.weights.base_identity import BaseRecord
 
 IDS_IN_HOST_RAM = "ids_in_host_ram"
 "Under this name a batch's tokens wait for the embedding that looks them up there."
+TOKENS = "tokens"
+"Under this name a batch says how many tokens it has, until they are counted."
 
 
 class ShardedSFTTrainer(SavingSFTTrainer):
@@ -59,7 +61,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
     ):
         self.adapters_wait = adapters_wait
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
-        self._uncounted_tokens: list[torch.Tensor | int] = []  # of these micro batches
+        self._uncounted_tokens: list[torch.Tensor] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
         self.read_ahead = ReadAhead(self._read_batches)
@@ -189,7 +191,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
     def _read_batches(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            batch[ANSWERS] = find_answers(batch["labels"])
+            batch[ANSWERS], batch[TOKENS] = find_answers(batch["labels"]), count_tokens(batch)
             if self.host_embedding:
                 batch[IDS_IN_HOST_RAM] = batch["input_ids"].cpu()
         return batches, items
@@ -205,6 +207,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
 
         What TRL logs beside the loss is summed up on the GPU and read in `log`.
         """
+        counted = inputs.pop(TOKENS, None)
         plain = self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
         if not plain or ANSWERS not in inputs or return_outputs or num_items_in_batch is None:
             inputs.pop(ANSWERS, None)
@@ -212,7 +215,6 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         sums = model(**inputs, use_cache=False)
         self._unlogged.append(torch.stack([sums.entropy, sums.right.to(sums.entropy)]))
         self._unlogged_tokens += len(inputs[ANSWERS].tokens)
-        counted = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         self._uncounted_tokens.append(counted)
         loss = sums.loss / num_items_in_batch.clamp(min=1)
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss

@@ -6,10 +6,13 @@ nothing. So a step has the same rows, and the same loss, on any number of ranks.
 
 from collections.abc import Iterator
 
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from fitune.config.schema import Run
+from fitune.data.dataset import FILLER_TOKENS
+from fitune.data.token_file import IGNORED
 
 
 def rows_per_step(run: Run) -> int:
@@ -50,3 +53,16 @@ class WholeSteps(Sampler):
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.rows, SeedableRandomSampler):
             self.rows.set_epoch(epoch)
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of all examples but filler rows, pads left out: a scalar where the batch lies, which is not waited for."""
+    is_answer = (batch["labels"] != IGNORED).long()
+    if "attention_mask" in batch:
+        lengths, answers = (numbers.sum(1) for numbers in (batch["attention_mask"], is_answer))
+    else:  # examples side by side in one row
+        bounds = batch["cu_seq_lens_q"].long()
+        answers_before = torch.nn.functional.pad(is_answer.flatten().cumsum(0), (1, 0))
+        lengths, answers = bounds.diff(), answers_before[bounds].diff()
+    is_filler = (lengths == FILLER_TOKENS) & (answers == 0)
+    return lengths.masked_fill(is_filler, 0).sum()

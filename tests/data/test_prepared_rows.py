@@ -28,7 +28,7 @@ def test_changed_lines_are_tokenised_again(tmp_path):
 
 def test_lines_without_tokens_are_tokenised_by_training_and_what_is_cut_is_counted(tmp_path):
     tokenizer = tiny_tokenizer()
-    run(write(tmp_path / "a.jsonl", *(chat(f"{n} " + "long " * 50) for n in range(3))), tmp_path)
+    run(write(tmp_path / "a.jsonl", *(chat(n, "long " * 50) for n in range(3))), tmp_path)
     apply_chat_template_choice(tokenizer, "llama3")
     rows = load_rows(recipe_for(tmp_path / "out", 40), "train", tokenizer, tmp_path / "cache")
     assert max(len(rows[n]["input_ids"]) for n in range(len(rows))) == 40
@@ -36,6 +36,20 @@ def test_lines_without_tokens_are_tokenised_by_training_and_what_is_cut_is_count
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
     assert len(load_rows(recipe_for(tmp_path / "out", 99), "train", tokenizer, tmp_path / "cache")) == 2
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == made, "made once"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_whose_answers_all_begin_beyond_the_longest_row_are_refused(packing, tmp_path):
+    """Else nothing would be trained, or measured. `prepare` did not see these rows."""
+    run(write(tmp_path / "a.jsonl", *map(chat, range(4))), tmp_path)
+    lines, tokenizer = tmp_path / "out" / "train.jsonl", tiny_tokenizer()
+    apply_chat_template_choice(tokenizer, "llama3")
+    recipe = recipe_for(tmp_path / "out", 40).model_copy(update={"packing": packing})
+    write(lines, *(chat("long " * 50) for _ in range(3)))
+    with pytest.raises(UsageError, match=rf"{lines}: no row has an answer within max_length 40; set a larger one"):
+        load_rows(recipe, "train", tokenizer, tmp_path / "cache")
+    write(lines, *(chat("long " * 50) for _ in range(3)), chat(0))
+    assert len(load_rows(recipe, "train", tokenizer, tmp_path / "cache")) > 1
 
 
 @pytest.mark.parametrize(("max_length", "packing"), [(40, True), (999, False)])
