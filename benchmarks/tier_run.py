@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -208,7 +209,8 @@ def kill_all(process: subprocess.Popen) -> None:
     if process.poll() is None:
         started = psutil.Process(process.pid).children(recursive=True)
         for one in (psutil.Process(process.pid), *started):
-            one.kill()
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                one.kill()
         psutil.wait_procs(started, timeout=30)
     process.wait()
 

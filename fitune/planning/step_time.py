@@ -42,12 +42,12 @@ HOST_ADDING_GB_S = 1.2
 COLLECTIVE_TRAFFIC = 4
 """Bytes of GPU memory that a collective reads and writes for each that a rank receives, with what it costs products to
 share their processors with it: 13.7 s for 70B in full on four H200s, benchmarks/results/full-70b-4xh200-*.json."""
-ADAMW_SHARE = 0.6
-"""What torch's fused AdamW reaches of a GPU's bandwidth, and clipping before it: 44 ms for half of 8B on an H200,
-benchmarks/results/busy-8b-full-2xh200-2026-11-29.json."""
-SMALL_STEP_SHARE = 0.18
-"""What the step of small optimizer states reaches of a GPU's bandwidth: it draws, and looks for codes, for each number.
-0.13 to 0.2 s for 8B (full-8b-cards-*.json), 0.3 s for a quarter of 70B."""
+ADAMW_SHARE = 0.8
+"""What AdamW in float32 reaches of a GPU's bandwidth, and clipping before it: 16 ms for 2.3 G elements on an H200, by
+hand, and 4.6 ms for the norm of 4 G, benchmarks/results/busy-8b-full-2xh200-2026-11-29.json."""
+SMALL_STEP_SHARE = 0.4
+"""The same of small optimizer states: the step draws, and looks for codes, for each number. 6.2 ms for 1.2 G elements on
+an H200, by hand."""
 MACHINE_NETWORK_GB_S = 12.5
 """Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
 
