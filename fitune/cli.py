@@ -16,7 +16,10 @@ from fitune.cli_completion import (
 )
 from fitune.cli_group import Cli
 from fitune.cli_options import (
+    ABOVE_0,
+    FiniteRange,
     machine_options,
+    only_one,
     output_option,
     price_option,
     profile_option,
@@ -90,8 +93,8 @@ def show(recipe, profile, sets, output):
 @click.option(
     "--machines", metavar="N", type=click.IntRange(min=1), default=1, help="So many of these machines. [default: 1]"
 )
-@click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of one GPU.")
-@click.option("--host-memory", type=float, metavar="GIB", help="RAM of one machine. [default: not checked]")
+@click.option("--gpu-memory", type=ABOVE_0, metavar="GIB", help="Memory of one GPU.")
+@click.option("--host-memory", type=ABOVE_0, metavar="GIB", help="RAM of one machine. [default: not checked]")
 @click.option(
     "--gpu",
     metavar="MODEL",
@@ -100,7 +103,7 @@ def show(recipe, profile, sets, output):
 )
 @click.option(
     "--gpu-tflops",
-    type=click.FloatRange(min=0, min_open=True),
+    type=ABOVE_0,
     metavar="N",
     help="Its dense bf16 TFLOP/s, for a model that the table does not have.",
 )
@@ -114,9 +117,7 @@ def show(recipe, profile, sets, output):
 )
 @click.option("--details", is_flag=True, help="Also memory by phase, host RAM, disk, the parts of a step's time.")
 @price_option
-@click.option(
-    "--network", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="Between machines. [default: 12.5]"
-)
+@click.option("--network", type=ABOVE_0, metavar="GB/S", help="Between machines. [default: 12.5]")
 @set_option
 @click.option("--json", "in_json", is_flag=True, help="Exact numbers instead of tables.")
 def plan(recipe, profile, sets, **options):
@@ -134,7 +135,13 @@ def plan(recipe, profile, sets, **options):
     epilog="prepare llama3_8b_qlora\nprepare llama3_8b_qlora --dataset rows.jsonl",
 )
 @click.argument("recipe", required=False, shell_complete=complete_recipe)
-@click.option("--dataset", type=click.Path(), help="A Hub id, a file or a folder, instead of a recipe's.")
+@click.option(
+    "--dataset",
+    type=click.Path(),
+    multiple=True,
+    callback=only_one,
+    help="A Hub id, a file or a folder, instead of a recipe's.",
+)
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: the recipe's data.prepared]"
 )
@@ -256,7 +263,7 @@ def train(recipe, profile, sets, output, **options):
 @click.option(
     "--hours",
     metavar="N",
-    type=click.FloatRange(min=0.1),
+    type=FiniteRange(min=0.1),
     help="After so many the job is ended; it goes on in the next. For Slurm and Kubernetes. [default: 24]",
 )
 @click.option("--cpus", metavar="N", type=click.IntRange(min=1), help="Cores of each node. [default: two for each GPU]")

@@ -36,6 +36,16 @@ class Cli(Command, click.Group):
         with formatter.section("Environment variables"):
             formatter.write_dl(list(environment.MEANINGS.items()))
 
+    def make_context(self, *args, **kwargs):
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:  # in what stands before a command's name
+            line, code = in_one_line(error, None)
+            click.echo(line, err=True)
+            raise click.exceptions.Exit(code) from None
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
@@ -52,7 +62,7 @@ def in_one_line(error: BaseException, command_name: str | None) -> tuple[str | N
     if isinstance(error, FituneError):
         return f"error: {error}", error.exit_code
     if isinstance(error, click.UsageError):
-        return f"error: {_as_ours(error)}", error.exit_code
+        return f"error: {_as_ours(error, command_name)}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         if command_name == "train":
             return "stopped: before the first step, with nothing to save", INTERRUPTED
@@ -64,9 +74,15 @@ def in_one_line(error: BaseException, command_name: str | None) -> tuple[str | N
     return None, 1
 
 
-def _as_ours(error: click.UsageError) -> str:
+def _commands(ctx: click.Context | None) -> list[str]:
+    """The names that lead from the program to the command of `ctx`."""
+    return [*_commands(ctx.parent), ctx.info_name] if ctx and ctx.parent else []
+
+
+def _as_ours(error: click.UsageError, command_name: str | None) -> str:
     """Click's message in the form of fitune's: one that says no nearest name says where the names are."""
-    message = error.format_message().rstrip(".")
+    words = _commands(error.ctx) or filter(None, [command_name])
+    message = " ".join(error.format_message().split()).rstrip(".")  # click lists choices on lines of their own
     message = re.sub(r"\. \(?Did you mean (?:one of: )?(.*?)[?)]*$", r"; did you mean \1?", message)
-    where = f"; see `{error.ctx.command_path if error.ctx else command()} --help`" * (not message.endswith("?"))
+    where = f"; see `{command(*words)} --help`" * (not message.endswith("?"))
     return f"{message[0].lower()}{message[1:]}{where}"

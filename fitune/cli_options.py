@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import math
 from functools import wraps
 from pathlib import Path
 
@@ -8,6 +9,18 @@ import click
 from fitune.cli_completion import complete_key, complete_profile, complete_recipe
 from fitune.errors import UsageError
 
+
+class FiniteRange(click.FloatRange):
+    """Numbers from `min` on; Python's nan and inf are none."""
+
+    def convert(self, value, param, ctx) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+ABOVE_0 = FiniteRange(min=0, min_open=True)
 recipe_argument = click.argument("recipe", shell_complete=complete_recipe)
 profile_option = click.option(
     "--profile",
@@ -27,7 +40,7 @@ output_option = click.option("--output", type=click.Path(), help="Run folder. [d
 force_option = click.option("--force", is_flag=True, help="Go on even if the base may not be the adapter's own.")
 
 price_option = click.option(
-    "--price-per-hour", "price", metavar="PRICE", type=click.FloatRange(min=0), help="Of all GPUs together."
+    "--price-per-hour", "price", metavar="PRICE", type=FiniteRange(min=0), help="Of all GPUs together."
 )
 
 load_option = click.option(
@@ -50,6 +63,13 @@ def json_option(*names: str, help: str):
         return file
 
     return click.option("--json", *names, type=click.Path(path_type=Path), callback=can_be_written, help=help)
+
+
+def only_one(context, parameter, values: tuple[str, ...]) -> str | None:
+    """Of an option that click would take the last of, without a word."""
+    if len(values) > 1:
+        raise UsageError(f"{parameter.opts[0]} is given {len(values)} times; give one: several are a recipe's data.mix")
+    return values[0] if values else None
 
 
 def several(*options):

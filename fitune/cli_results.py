@@ -12,7 +12,15 @@ import click
 
 from fitune.cli_completion import complete_result
 from fitune.cli_group import Command
-from fitune.cli_options import force_option, json_option, load_option, machine_options, merge_options, price_option
+from fitune.cli_options import (
+    FiniteRange,
+    force_option,
+    json_option,
+    load_option,
+    machine_options,
+    merge_options,
+    price_option,
+)
 from fitune.columns import short
 from fitune.config.command_name import command
 from fitune.errors import UsageError
@@ -67,7 +75,7 @@ def evaluate(given, data, **options):
 @click.option(
     "--temperature",
     metavar="T",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="0 decodes greedily.",

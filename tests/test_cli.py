@@ -63,7 +63,7 @@ def test_show_gives_run_yaml_and_the_launch_line(cli):
     result = cli("show", "llama3_70b_qlora", "--profile", "fsdp_4x24gb", "--set", "training.learning_rate=1e-4")
     assert result.exit_code == 0
     assert "learning_rate: 0.0001" in result.output
-    assert "gradient_accumulation_steps: 2" in result.output
+    assert "gradient_accumulation_steps: 1" in result.output
     assert "accelerate launch --config_file" in result.output.splitlines()[-1]
     assert "-m fitune.training.train" in result.output.splitlines()[-1]
 
@@ -160,7 +160,35 @@ BAD = {
         ["plan", "tiny_qlora", "--gpus", "two"],
         "error: invalid value for '--gpus': 'two' is not a valid int",
     ),
-    "a folder that is no run": (["train", "./", "--resume"], "recipe ./: is a folder without run.yaml"),
+    "a folder that is no run": (["train", "./", "--resume"], "error: .: no run's folder, which holds a run.yaml"),
+    "nan": (
+        ["plan", "tiny_lora", "--gpus", "2", "--gpu-memory", "nan"],
+        "error: invalid value for '--gpu-memory': nan is not a finite number",
+    ),
+    "a price without end": (
+        ["plan", "tiny_lora", "--price-per-hour", "inf"],
+        "error: invalid value for '--price-per-hour': inf is not a finite number",
+    ),
+    "RAM below zero": (
+        ["plan", "tiny_lora", "--gpus", "1", "--gpu-memory", "8", "--host-memory", "-3"],
+        "error: invalid value for '--host-memory': -3.0 is not in the range x>0",
+    ),
+    "choices": (
+        ["submit", "tiny_lora"],
+        "error: missing option '--on'. Choose from: slurm, skypilot, kubernetes; see `python cli.py submit --help`",
+    ),
+    "an option without its value": (
+        ["plan", "tiny_lora", "--set"],
+        "error: option '--set' requires an argument; see `python cli.py plan --help`",
+    ),
+    "an unknown option of no command": (
+        ["--foo"],
+        "error: no such option '--foo'; see `python cli.py --help`",
+    ),
+    "two datasets": (
+        ["prepare", "tiny_lora", "--dataset", "a.jsonl", "--dataset", "b.jsonl"],
+        "error: --dataset is given 2 times; give one: several are a recipe's data.mix",
+    ),
 }
 
 

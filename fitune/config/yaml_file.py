@@ -14,6 +14,8 @@ from fitune.errors import UsageError, nearest
 Model = TypeVar("Model", bound=BaseModel)
 Where = Callable[[Sequence], str]
 "Names the place where the value at a path of keys was written."
+FEW = 8
+"Of so many allowed values all are named where another is given."
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,7 +83,8 @@ def read_yaml(path: Path) -> dict:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: expected 'key: value' lines, found {type(data).__name__}")
+        found = "the file is empty" if data is None else f"found {type(data).__name__}"
+        raise UsageError(f"{path}: expected 'key: value' lines, {found}")
     return data
 
 
@@ -159,7 +162,9 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
         return f"{source}: {key} is a block of keys, not {first['input']!r}; set one of {names}{more}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         allowed = re.findall(r"'([^']*)'", message)
-        return f"{source}: {key}: unknown value '{first['input']}'{nearest(first['input'].lower(), allowed)}{more}"
+        hint = nearest(first["input"].lower(), allowed)
+        listed = f" (allowed: {', '.join(allowed)})" if len(allowed) <= FEW and "allowed" not in hint else ""
+        return f"{source}: {key}: unknown value '{first['input']}'{listed}{hint}{more}"
     given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
     words = "" if first["type"] == "literal_error" else "".join(f" or {word}" for word in _words(model, keys))
     return f"{source}: {key + ': ' if key else ''}{message}{words}{given if key else ''}{more}"

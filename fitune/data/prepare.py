@@ -95,7 +95,7 @@ def prepare(
         refuse_problems(tally, rules, drop_invalid or data.invalid_rows == "drop")
         fractions = [None if splits.test else data.test_fraction for _, splits in sources]
         selection = store.select(seed, [source.weight for source, _ in sources], fractions)
-        _refuse_too_few(selection, tally, global_batch_size)
+        _refuse_too_few(sources, selection, tally, global_batch_size)
         pieces = _write(store, selection, folder, rules, packing)
         report = describe(sources, tally, store, selection, rules, packing, pieces, global_batch_size) | {
             "test_fraction": data.test_fraction if any(fractions) else None,
@@ -121,6 +121,8 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
     """`overwrite` replaces what an earlier `prepare` wrote, and nothing else."""
     if not output.exists() and not output.is_symlink():
         return
+    if output.is_file():
+        raise UsageError(f"{output}: is a file; choose a folder")
     if not overwrite:
         raise UsageError(f"{output}: already exists; remove it, choose another folder, or pass --overwrite")
     if not (output / REPORT).is_file():
@@ -160,7 +162,9 @@ def _open_sources(data: Data, format: str | None) -> list[tuple[Data | Source, S
     ]
 
 
-def _refuse_too_few(selection: Selection, tally: Tally, global_batch_size: int | None) -> None:
+def _refuse_too_few(sources, selection: Selection, tally: Tally, global_batch_size: int | None) -> None:
+    if not tally.rows_in:
+        raise UsageError(f"{', '.join(source.dataset for source, _ in sources)}: no rows; give one JSON object a line")
     train, test = int(selection.train_repeats.sum()), int(selection.test.sum())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in (tally.counts | selection.dropped).items())
     left = f"{tally.rows_in:,} rows were read" + (f", dropped: {reasons}" if reasons else "")

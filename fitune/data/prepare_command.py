@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 from fitune.config import run as runs
+from fitune.config.base_model import refuse_length_beyond
 from fitune.config.command_name import command
 from fitune.config.hub import local_config
+from fitune.config.json_file import read_json
 from fitune.config.recipe import Data, Recipe
 from fitune.config.yaml_file import parse
 from fitune.data.prepare import prepare
@@ -50,20 +52,27 @@ def prepare_command(
     runs.check_paths(recipe, sets, *read, *(["base.model"] if needs_base else []))
     if dataset:
         refuse_missing_file(dataset)
+    folder = None if no_tokens else _tokenizer_for(resolved, tokenizer)
+    length = max_length or resolved.max_length
+    if folder:
+        _refuse_length_beyond_positions(resolved.model_copy(update={"max_length": length}), folder)
     output = Path(output or data.prepared)
     _refuse_the_data_of_another(output, data, recipe, options["overwrite"])
     prepare(
         data,
         output,
-        tokenizer=None if no_tokens else _tokenizer_for(resolved, tokenizer),
+        tokenizer=folder,
         template_choice=template_choice,
-        max_length=max_length or resolved.max_length,
+        max_length=length,
         packing=resolved.packing,
         global_batch_size=resolved.global_batch_size,
         seed=resolved.seed,
         **options,
     )
-    options["console"].print(f"next: {_how_to_train(recipe, resolved, output)}", soft_wrap=True, highlight=False)
+    also = {"data.chat_template": template_choice, "max_length": max_length}
+    again = (*sets, *(f"{key}={value}" for key, value in also.items() if value))
+    how = _how_to_train(recipe, again, None if output == Path(resolved.data.prepared) else output)
+    options["console"].print(f"next: {how}", soft_wrap=True, highlight=False)
 
 
 def with_own_dataset(data: Data, dataset: str, sets: tuple[str, ...] = ()) -> Data:
@@ -91,6 +100,13 @@ def _tokenizer_for(recipe: Recipe, tokenizer: str | None) -> Path:
     return _folder_of(tokenizer) if tokenizer else local_config(recipe.base.model, recipe.base.revision)
 
 
+def _refuse_length_beyond_positions(recipe: Recipe, folder: Path) -> None:
+    """Before rows are read that no training would take. A folder with a tokenizer alone says nothing of positions."""
+    file = folder / "config.json"
+    if file.is_file() and (positions := read_json(file, "get the model again").get("max_position_embeddings")):
+        refuse_length_beyond(positions, recipe, recipe.base.model)
+
+
 def _folder_of(tokenizer: str) -> Path:
     return Path(tokenizer) if Path(tokenizer).is_dir() else local_config(tokenizer)
 
@@ -109,6 +125,9 @@ def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite
         )
 
 
-def _how_to_train(recipe: str, resolved: Recipe, output: Path) -> str:
-    elsewhere = [] if output == Path(resolved.data.prepared) else ["--set", f"data.prepared={output}"]
-    return command("train", recipe, *elsewhere)
+def _how_to_train(recipe: str, sets: tuple[str, ...], elsewhere: Path | None) -> str:
+    """With all of `sets` that say more than where the rows came from: training checks them, or goes by them."""
+    of_the_source = {f"data.{key}" for key in ("dataset", *OF_ITS_DATASET, *(["prepared"] if elsewhere else []))}
+    kept = [each for each in sets if each.partition("=")[0] not in of_the_source]
+    kept += [f"data.prepared={elsewhere}"] if elsewhere else []
+    return command("train", recipe, *(word for each in kept for word in ("--set", each)))

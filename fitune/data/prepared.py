@@ -39,9 +39,13 @@ def check_prepared(recipe: Recipe, tokenizer) -> dict | None:
     for name, now in used_now.items():
         before = report[name]["sha256"]
         if before is not None and before != now:
-            template = f"chat template ({report['template']['choice']}, not {data.chat_template})"
+            if name == "tokenizer":
+                raise UsageError(f"{folder}: prepared with another tokenizer; {again}")
+            choice = report["template"]["choice"]
+            as_prepared = "" if choice == data.chat_template else f"add --set data.chat_template={choice}, or "
             raise UsageError(
-                f"{folder}: prepared with another {'tokenizer' if name == 'tokenizer' else template}; {again}"
+                f"{folder}: prepared with another chat template ({choice}, not {data.chat_template}); "
+                f"{as_prepared}{again}"
             )
     for name, now in (("system_message", data.system_message), ("train_on", data.train_on)):
         if report[name] != now:

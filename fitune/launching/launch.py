@@ -13,6 +13,7 @@ from pathlib import Path
 from fitune.columns import columns, short
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.command_name import command
 from fitune.config.host_limits import usable_cores
 from fitune.config.schema import Run
 from fitune.config.shipped import python_path
@@ -22,6 +23,7 @@ from fitune.launching.run_folder import launch_config, settings_to_train
 from fitune.launching.run_status import read_status
 from fitune.launching.signals import Killed, interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
+from fitune.output_folder import checkpoints
 from fitune.planning.hardware import this_machine
 
 TRAINING = "fitune.training.train"
@@ -182,7 +184,7 @@ def launch(
         try:
             launch_command(parsed)
         except ChildFailedError as error:
-            return _first_failure(error.failures, told, explained)
+            return _first_failure(error.failures, told, explained, _way_on(run, module))
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise FituneError(f"accelerate launch refused {config}: {error}") from None
         except DistError:
@@ -199,7 +201,7 @@ def _gpu_flags(config: Path) -> list[str]:
     return ["--gpu_ids", "all"] if missing else []
 
 
-def _first_failure(failures: dict, told: Collection[int], explained: Collection[int]) -> int:
+def _first_failure(failures: dict, told: Collection[int], explained: Collection[int], way_on: str = "") -> int:
     """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
     if told and failures.get(0) and failures[0].exitcode == -signal.SIGTERM:
         return TOLD  # rank 0, which speaks for all, had not begun to listen
@@ -219,9 +221,15 @@ def _first_failure(failures: dict, told: Collection[int], explained: Collection[
         if first.pid not in explained:
             name = signal.Signals(-first.exitcode).name
             why = "; the kernel does that when host RAM runs out" if name == "SIGKILL" else ""
-            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}{why}")
+            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}{why}{way_on}")
         return CRASHED
     return first.exitcode
+
+
+def _way_on(run: Run, module: str) -> str:
+    """What to type after a crash, where training has saved something."""
+    saved = module == TRAINING and checkpoints(run.folder / "checkpoints")
+    return f"; go on with: {command('train', '--resume', short(str(run.folder)))}" if saved else ""
 
 
 def _set_environment(run: Run) -> None:

@@ -46,8 +46,8 @@ ADAMW_SHARE = 0.8
 """What AdamW in float32 reaches of a GPU's bandwidth, and clipping before it: 16 ms for 2.3 G elements on an H200, by
 hand, and 4.6 ms for the norm of 4 G, benchmarks/results/busy-8b-full-2xh200-2026-11-29.json."""
 SMALL_STEP_SHARE = 0.4
-"""The same of small optimizer states: the step draws, and looks for codes, for each number. 6.2 ms for 1.2 G elements on
-an H200, by hand."""
+"""The same of small optimizer states: the step draws, and looks for codes, for each number. 6.2 ms for 1.2 G elements
+on an H200, by hand."""
 MACHINE_NETWORK_GB_S = 12.5
 """Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
 

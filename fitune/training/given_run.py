@@ -55,10 +55,13 @@ def checkpoint_flag(run: Run) -> list[str]:
 
 
 def on_other_rows(run: Run, data: Path) -> Run:
-    """The same run with the test rows of another prepared folder. UsageError if it has none."""
-    if not (data / "test.jsonl").is_file():
-        raise UsageError(f"{data / 'test.jsonl'}: no such file; give a folder that prepare wrote, with held-out rows")
-    prepared = run.recipe.data.model_copy(update={"prepared": str(data.absolute())})
+    """The same run with the test rows of another prepared folder, or of its test.jsonl. UsageError if it has none."""
+    folder = data.parent if data.is_file() and data.name == "test.jsonl" else data
+    if folder.is_file():
+        raise UsageError(f"{data}: a run is measured on rows that were prepared; give a folder that prepare wrote")
+    if not (folder / "test.jsonl").is_file():
+        raise UsageError(f"{folder / 'test.jsonl'}: no such file; give a folder that prepare wrote, with held-out rows")
+    prepared = run.recipe.data.model_copy(update={"prepared": str(folder.absolute())})
     return run.model_copy(update={"recipe": run.recipe.model_copy(update={"data": prepared})})
 
 

@@ -11,7 +11,8 @@ from fitune.config.base_of_run import base_of_run
 from fitune.config.command_name import command
 from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
-from fitune.errors import UsageError
+from fitune.config.shipped import RECIPES, names
+from fitune.errors import UsageError, nearest
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
 from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
@@ -35,6 +36,8 @@ def train_command(
     what goes wrong.
     """
     goes_on = (Path(recipe) / "run.yaml").is_file()
+    if resume and not (goes_on or recipe in names(RECIPES) or Path(recipe).is_file()):
+        _refuse_no_run(Path(recipe))
     run = _run_to_train(recipe, profile, sets, output, resume, machines, goes_on, quiet)
     if not dry_run:
         check_machine_flags(run, **place)
@@ -66,6 +69,12 @@ def train_command(
         show_page_after_a_command(run.folder, place)
         click.echo(f"next:   {command('eval', short(str(run.folder)))}")
     return code
+
+
+def _refuse_no_run(folder: Path) -> None:
+    """Raises UsageError, with the runs that lie where `folder` was looked for."""
+    there = [str(file.parent) for place in (folder.parent, folder) for file in sorted(place.glob("*/run.yaml"))]
+    raise UsageError(f"{folder}: no run's folder, which holds a run.yaml{nearest(str(folder), there) if there else ''}")
 
 
 def _chosen(left: Run, run: Run) -> list[str]:

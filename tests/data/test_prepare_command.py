@@ -82,6 +82,35 @@ def test_what_to_type_next_can_be_copied_whatever_the_names(fitune, tmp_path):
     assert typed[2:] == ["train", "my recipe.yaml", "--set", "data.prepared=data/it's new"]
 
 
+@pytest.mark.parametrize(
+    ("given", "typed"),
+    [
+        (["--set", "data.chat_template=plain"], ["data.chat_template=plain"]),
+        (["--template", "plain", "--max-length", "99"], ["data.chat_template=plain", "max_length=99"]),
+        (["--set", "max_length=99", "--set", "data.test_fraction=0.2"], ["max_length=99"]),
+        (["--set", "data.prepared=data/new"], ["data.prepared=data/new"]),
+        (["--set", "data.prepared=data/new", "--output", "data/newer"], ["data.prepared=data/newer"]),
+    ],
+)
+def test_what_to_type_next_trains_as_was_prepared(given, typed, fitune, tmp_path):
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    result = fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *given)
+    assert result.exit_code == 0, result.output
+    said = shlex.split(result.output.splitlines()[-1].removeprefix("next: "))
+    assert said[2:] == ["train", "recipe.yaml", *(word for each in typed for word in ("--set", each))]
+    assert fitune(*said[2:], "--profile", "cpu_2proc", "--dry-run").exit_code == 0
+
+
+def test_a_length_that_no_training_would_take_is_refused_before_rows_are_read(fitune, tmp_path):
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    for flags in (["--max-length", "65"], ["--set", "max_length=65"]):
+        line = refused(fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *flags))
+        assert "max_length 65 is beyond the 64 positions of " in line
+        assert not Path("data/theirs").exists()
+
+
 def test_own_rows_are_prepared_as_the_recipe_says_and_trained_by_it(fitune, tmp_path):
     long = {"messages": [*chat(0)["messages"], *chat("long " * 60)["messages"]]}
     write(tmp_path / "mine.jsonl", *map(chat, range(1, 9)), long)
