@@ -55,7 +55,8 @@ class Profile(Strict):
     "Rows per process and forward pass. `auto`: as below."
     kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = AUTO
     """Layers that keep their activations for the backward pass; the others keep their input and compute the rest again.
-    `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the GPU's memory.
+    More than the model has: all. `auto`, here and in `micro_batch`: what `plan` finds to give the shortest step in the
+    GPU's memory.
     """
     kept_attention: Flag | Literal["auto"] = AUTO
     """Layers that are not kept keep attention's result beside their input and do not compute it again. That takes h

@@ -25,6 +25,8 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
             f"prepare held-out rows (data.test_split or data.test_fraction), or set training.eval_strategy=no"
         )
     check_base_model(local_config(run.recipe.base.model, run.recipe.base.revision), run.recipe)
+    if Path(run.recipe.base.model).is_dir():
+        fetch_base(run)  # there is nothing to fetch, but weights may be missing
     _check_gpus(run)
     if not force:
         check_fits(run)

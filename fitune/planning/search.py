@@ -28,9 +28,11 @@ from fitune.planning.gpu_models import GpuModel
 from fitune.planning.instead import what_fits
 from fitune.planning.limits import limits_here
 from fitune.planning.machine import Machine
+from fitune.planning.memory import host_peak
 from fitune.planning.outlook import no_gpu, shortfall
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import preset_runs
+from fitune.planning.sizes import GIB
 from fitune.planning.words import (
     ALL_IN_RAM,
     EMBEDDING_IN_RAM,
@@ -106,8 +108,23 @@ def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Ma
     closest = f"does not fit {there}; nearest: {described(nearest)}: {shortfall(nearest)}"
     if not machine.gpus:
         return f"{closest}; {no_gpu()}"
-    other = what_fits(nearest, does_fit)
+    ways = [what_fits(nearest, does_fit), _ram_that_fits(recipe_name, sets, machine, **options)]
+    other = " or ".join(filter(None, ways))
     return f"{closest}; what fits: {other}" if other else closest
+
+
+def _ram_that_fits(recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str:
+    """How much free RAM would do beside these GPUs; '' where more does not help."""
+
+    def fitting(gib: float) -> list[Plan]:
+        plans = _tried(recipe_name, sets, replace(machine, host_available_gib=gib), None, **options)
+        return [plan for plan in plans if plan.fits]
+
+    if machine.unified or math.isinf(machine.host_available_gib):
+        return ""
+    least = min((host_peak(plan.setup) / GIB for plan in fitting(math.inf)), default=math.inf)
+    enough = least if math.isinf(least) else math.ceil(least)
+    return f"{enough} GiB of free RAM" if math.isfinite(enough) and fitting(enough) else ""
 
 
 def _refuse_too_many(overrides: dict, machine: Machine, machines: int) -> None:

@@ -35,6 +35,9 @@ class Answerer:
         seed: int | None = None,
     ):
         """At a `temperature` every answer is drawn anew, and the same again for the same `seed`."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and max_new_tokens >= positions:
+            raise UsageError(f"--max-new-tokens {max_new_tokens:,}: the model has {positions:,} positions in all")
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
         self.stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]  # a model without any: None
         self.seeds = random.Random(shared_seed() if seed is None and temperature > 0 else seed)

@@ -24,15 +24,17 @@ def refuse_step(
     bad = [inputs for inputs, loss in batches if not math.isfinite(loss)]
     rows = name_rows(bad or [inputs for inputs, _ in batches], tokens, train_file)
     ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (bool(bad), rows))
-    if any(is_bad for is_bad, _ in ranks):
-        named = [f"loss is not finite on rank {rank}: {rows}" for rank, (is_bad, rows) in enumerate(ranks) if is_bad]
+    dist.all_gather_object(ranks, (bool(bad), rows, len(bad) == len(batches)))
+    if any(is_bad for is_bad, _, _ in ranks):
+        named = [f"loss is not finite on rank {rank}: {rows}" for rank, (is_bad, rows, _) in enumerate(ranks) if is_bad]
         where = "; ".join(named)
     else:
-        where = "all losses are finite: " + ", ".join(rows for _, rows in ranks)
+        where = "all losses are finite: " + ", ".join(rows for _, rows, _ in ranks)
+    what = "look at these rows, or resume from the last checkpoint with a lower learning rate"
+    if step == 1 and all(all_are for _, _, all_are in ranks):
+        what = "no row has a finite loss, so look at the base: its weights may not be finite"
     raise FituneError(
-        f"step {step}: the gradient's norm is {norm}; {where}; stopped before the weights changed: look at these rows, "
-        f"or resume from the last checkpoint with a lower learning rate"
+        f"step {step}: the gradient's norm is {norm}; {where}; stopped before the weights changed: {what}"
     )
 
 

@@ -177,6 +177,7 @@ def test_evaluations_of_no_rows_are_refused_before_processes_start(make_run, pre
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_bytes((prepared / "train.jsonl").read_bytes())
+    save_file({}, base(tmp_path / "base") / "model.safetensors")
     with pytest.raises(UsageError, match=r"test\.jsonl: no such file; run: .* prepare"):
         check_before_training(_on(data, make_run(base(tmp_path / "base"), tmp_path / "run", "lora")), force=True)
     (data / "test.jsonl").touch()
@@ -184,6 +185,12 @@ def test_evaluations_of_no_rows_are_refused_before_processes_start(make_run, pre
     evaluated = make_run(base(tmp_path / "base"), tmp_path / "run", "lora", training={"eval_strategy": "epoch"})
     with pytest.raises(UsageError, match=r"test\.jsonl has no rows, and training\.eval_strategy asks for evaluations"):
         check_before_training(_on(data, evaluated), force=True)
+
+
+def test_a_folder_without_weights_is_refused_before_processes_start(make_run, tmp_path):
+    run = make_run(base(tmp_path / "base"), tmp_path / "run", "lora")
+    with pytest.raises(UsageError, match=r"base: \*\.safetensors are missing"):
+        check_before_training(run, force=True)
 
 
 def _on(prepared, run):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from fitune.errors import UsageError
 from fitune.model.attention import PADDED_ATTENTION
 from fitune.model.layer import use_written_out_layers
 from fitune.training.answerer import Answerer
@@ -22,3 +23,10 @@ def test_each_is_answered_as_if_alone(cached, tiny_base):
     alone = [answerer._answer_at_once([prompt])[0] for prompt in PROMPTS]
     assert len(set(alone)) > 1
     assert answerer._answer_at_once(PROMPTS) == alone
+
+
+def test_an_answer_longer_than_the_model_has_positions_is_refused(tiny_base):
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    positions = model.config.max_position_embeddings
+    with pytest.raises(UsageError, match=rf"--max-new-tokens {positions:,}: the model has {positions:,} positions in"):
+        Answerer(model, AutoTokenizer.from_pretrained(tiny_base), None, "cpu", positions, 0.0)

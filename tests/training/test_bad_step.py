@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from ranks import run_ranks, train_here
+from safetensors.torch import load_file, save_file
 
 from fitune.errors import FituneError
 
@@ -71,3 +73,18 @@ def test_a_gradient_that_is_not_finite_stops_them_too(make_run, tiny_base, tmp_p
     assert len(set(re.findall(r"train\.jsonl:(\d+)", message))) == 2, "a row of each rank"
     checkpoints = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-1", "checkpoint-2"], "no checkpoint of the bad step"
+
+
+def refusal(run) -> str:
+    with pytest.raises(FituneError) as caught:
+        train_here(run)
+    return str(caught.value)
+
+
+def test_where_no_row_has_a_finite_loss_from_the_first_step_on_the_base_is_named(make_run, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    [message] = run_ranks(refusal, 1, make_run(base, tmp_path / "run", "lora", training={"max_steps": 2}))
+    assert message.endswith("no row has a finite loss, so look at the base: its weights may not be finite")
