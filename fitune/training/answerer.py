@@ -2,7 +2,7 @@
 
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jinja2
 import torch
@@ -21,6 +21,13 @@ AT_ONCE = 16
 "Prompts of a batch, at most."
 
 
+def refuse_longer_than_the_model(max_new_tokens: int, config: Mapping) -> None:
+    """Raises UsageError for answers that alone would fill the positions of a model with this config.json."""
+    positions = config.get("max_position_embeddings")
+    if positions and max_new_tokens >= positions:
+        raise UsageError(f"--max-new-tokens {max_new_tokens:,}: the model has {positions:,} positions in all")
+
+
 class Answerer:
     """A model, its tokenizer and the tokens at which an answer ends."""
 
@@ -35,9 +42,6 @@ class Answerer:
         seed: int | None = None,
     ):
         """At a `temperature` every answer is drawn anew, and the same again for the same `seed`."""
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions and max_new_tokens >= positions:
-            raise UsageError(f"--max-new-tokens {max_new_tokens:,}: the model has {positions:,} positions in all")
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
         self.stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]  # a model without any: None
         self.seeds = random.Random(shared_seed() if seed is None and temperature > 0 else seed)

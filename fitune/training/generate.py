@@ -10,6 +10,7 @@ import contextlib
 import json
 
 from fitune.config.hub import local_folder
+from fitune.config.json_file import read_json
 from fitune.config.schema import Run
 from fitune.data.chat_template import end_of_turn_ids
 from fitune.data.conversations import for_template
@@ -18,7 +19,7 @@ from fitune.data.prepared import check_prepared, first_rows
 from fitune.errors import UsageError
 from fitune.export.chat_record import refuse_another_chat
 from fitune.report.run_files import ANSWERS
-from fitune.training.answerer import Answerer, made_to_generate
+from fitune.training.answerer import Answerer, made_to_generate, refuse_longer_than_the_model
 from fitune.training.asked import Asked, parse_options, questions, report
 from fitune.training.asked_here import as_held
 from fitune.training.chat import Interrupts, chat
@@ -37,6 +38,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     refuse_another_chat(run, tokenizer)
     if options.test:
         check_prepared(run.recipe, tokenizer)
+    refuse_longer_than_the_model(options.max_new_tokens, read_json(base_folder / "config.json", "get the model again"))
     stop_ids = end_of_turn_ids(tokenizer)
     tuned_folder = tuned_base_folder(run, base_folder, options.force)
 

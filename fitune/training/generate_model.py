@@ -11,7 +11,7 @@ import sys
 
 from fitune.config.schema import Run
 from fitune.model.skeleton import decoder
-from fitune.training.answerer import Answerer, made_to_generate
+from fitune.training.answerer import Answerer, made_to_generate, refuse_longer_than_the_model
 from fitune.training.asked import parse_options, questions, report
 from fitune.training.chat import Interrupts, chat
 from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
@@ -41,6 +41,7 @@ def generate_over_processes(run: Run, options: argparse.Namespace) -> None:
 
 def _ask(given: GivenModel, model, tokenizer, device, options: argparse.Namespace, interrupts: Interrupts | None):
     decoder(model).generation_config = generation = given.generation_config()
+    refuse_longer_than_the_model(options.max_new_tokens, model.config.to_dict())
     drawn = options.max_new_tokens, options.temperature, options.seed
     answerer = Answerer(model, tokenizer, generation.eos_token_id, device, *drawn)
     if options.chat:

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from fitune.errors import UsageError
 from fitune.model.attention import PADDED_ATTENTION
 from fitune.model.layer import use_written_out_layers
-from fitune.training.answerer import Answerer
+from fitune.training.answerer import Answerer, refuse_longer_than_the_model
 
 PROMPTS = [torch.arange(3, 3 + length) for length in (17, 4, 9)]
 
@@ -25,8 +25,9 @@ def test_each_is_answered_as_if_alone(cached, tiny_base):
     assert answerer._answer_at_once(PROMPTS) == alone
 
 
-def test_an_answer_longer_than_the_model_has_positions_is_refused(tiny_base):
-    model = LlamaForCausalLM.from_pretrained(tiny_base)
-    positions = model.config.max_position_embeddings
-    with pytest.raises(UsageError, match=rf"--max-new-tokens {positions:,}: the model has {positions:,} positions in"):
-        Answerer(model, AutoTokenizer.from_pretrained(tiny_base), None, "cpu", positions, 0.0)
+def test_an_answer_longer_than_the_model_has_positions_is_refused():
+    config = {"max_position_embeddings": 8192}
+    refuse_longer_than_the_model(8191, config)
+    refuse_longer_than_the_model(8192, {})
+    with pytest.raises(UsageError, match="--max-new-tokens 8,192: the model has 8,192 positions in all"):
+        refuse_longer_than_the_model(8192, config)
