@@ -168,6 +168,12 @@ def nothing_left(run: Run) -> str | None:
     return finished
 
 
+def refuse_another_resume(run: Run) -> None:
+    """Raises UsageError for a run that would go on from checkpoints with something else than what may change."""
+    if checkpoints(run.folder / "checkpoints") and (run.folder / SETTINGS).is_file():
+        _refuse_another_run(runs.load(run.folder / SETTINGS), run)
+
+
 def _lock(run: Run, resume: bool) -> RunLock:
     """The lock of the run's folder, which is made if there is none. Raises UsageError if it may not be trained in."""
     folder = run.folder
@@ -198,7 +204,7 @@ def _write_settings(run: Run, resume: bool) -> None:
         _write(run.folder / SETTINGS, runs.dump(run))
         _write(run.folder / LAUNCH, _launch_text(run))
         return
-    _refuse_another_run(runs.load(run.folder / SETTINGS), run)
+    refuse_another_resume(run)
     _write(run.folder / ASKED, runs.dump(run))
     _write(run.folder / ASKED_LAUNCH, _launch_text(run))
 

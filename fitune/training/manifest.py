@@ -147,9 +147,10 @@ def refuse_another_identity(checkpoint: Path, identity: Identity) -> None:
     for key, saved in before:
         now = getattr(identity, key)
         if saved != now and not (key == "base" and _is_moved_base(before, identity)):
+            weights = f" (the weights in {identity.base} have changed)" * (key == "base_fingerprint")
             raise UsageError(
-                f"{checkpoint}: trained with {key} {_short(saved)}, this run has {_short(now)}: not the same run; "
-                f"restore what was changed, or train into another --output"
+                f"{checkpoint}: trained with {key} {_short(saved)}, this run has {_short(now)}{weights}: not the same "
+                f"run; restore what was changed, or train into another --output"
             )
 
 

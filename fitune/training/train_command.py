@@ -18,7 +18,7 @@ from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.meeting_point import meeting_point
 from fitune.launching.preflight import check_before_training, fetch_base, refuse_gpus_without_bf16
-from fitune.launching.run_folder import as_started, nothing_left, open_run_folder
+from fitune.launching.run_folder import as_started, nothing_left, open_run_folder, refuse_another_resume
 from fitune.planning.async_save import waits_for_the_disk
 from fitune.planning.fill import filled_here
 from fitune.report.origin import remember_what_was_typed
@@ -55,6 +55,8 @@ def train_command(
     if not quiet and (said := faster_gpus(run)):
         click.echo(f"note: {said}", err=True)
     if dry_run:
+        if resume:
+            refuse_another_resume(run)
         click.echo(dry_run_text(run))
         return 0
     if (chosen := _chosen(left, run)) and not quiet:

@@ -125,6 +125,14 @@ def test_a_finished_run_refuses_what_could_have_no_effect(make, changed, named):
         nothing_left(make(changed))
 
 
+def test_a_resume_that_is_only_shown_is_refused_as_one_that_starts(make):
+    trained(make())
+    words = ["train", "--resume", str(make().folder), "--dry-run"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    refused = CliRunner().invoke(cli, [*words, "--set", "seed=3"])
+    assert refused.exit_code == 2 and "was started with seed 42, not 3: not the same run" in refused.stderr
+
+
 def test_what_to_type_instead_can_be_copied_whatever_the_folders_name(make, tmp_path):
     first, other = (run.model_copy(update={"output_dir": str(tmp_path / "my run")}) for run in (make(), make("seed=3")))
     trained(first)
