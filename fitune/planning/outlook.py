@@ -185,4 +185,6 @@ def way_out(plan: Plan, changes: list[str]) -> str:
         return f"{nearest}; {without}" if lacks_gpus(plan) else nearest
     if lacks_gpus(plan):
         return without
-    return "no change of one or two settings makes it fit, nor does another profile"
+    none = "no change of one or two settings makes it fit, nor does another profile"
+    with_more = nearest_changes(replace(plan, limits=replace(plan.limits, host=math.inf)))
+    return f"{none}; with more RAM than {plan.limits.host:.0f} GiB: {with_more[0]}" if with_more else none

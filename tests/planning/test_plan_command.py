@@ -134,3 +134,10 @@ def test_a_picture_of_host_ram_begins_with_the_largest_and_leaves_out_what_round
 
 def _first_total(lines: list[str]) -> int:
     return next(place for place, line in enumerate(lines) if line.startswith("all, of "))
+
+
+def test_where_only_more_ram_would_do_it_is_said(cli):
+    said = cli("llama3_70b_qlora", "--profile", "single_gpu").output
+    assert "nor does another profile; with more RAM than 32 GiB: --profile fsdp_offload_1x24gb" in said
+    more = ("--set", "profile.host_memory_gib=64")
+    assert " fits\n" in cli("llama3_70b_qlora", "--profile", "fsdp_offload_1x24gb", *more).output
