@@ -135,9 +135,10 @@ def page() -> str:
         "## Full fine-tuning on cards of given sizes",
         "`benchmarks/results/full-*.json`, 16 rows of 3072 a step unless the name says otherwise, most of them with "
         "small optimizer states; GiB in torch's allocator. The predictions are today's: what `plan` said before a run "
-        "stands in its file. Seconds are the median of a run's fullest steps, beside those predicted for as many rows. "
-        "The last columns are of the whole card, `needed` and `kept` as above. A star: something else worked on the "
-        "machine or on that GPU (the file says what), so time and card are not held against `plan`.",
+        "stands in its file. Seconds are the median of a run's fullest steps (one step where rows differ), beside "
+        "those predicted for as many rows. The last columns are of the whole card, `needed` and `kept` as above. A "
+        "star: something else worked on the machine or on that GPU (the file says what), so time and card are not "
+        "held against `plan`.",
         full_table(),
         "## Fewer layers, extrapolated",
         "The full width of 70B with a few layers, on as many ranks as fit on two GPUs; GiB in torch's allocator. The "

@@ -94,16 +94,15 @@ def full_table() -> str:
 
 
 def _fullest_steps(entry: dict, length: int) -> tuple[int, float]:
-    """How many rows of `length` the fullest steps had, and their median seconds. Their other rows had two tokens."""
+    """How many rows of `length` the fullest steps had, and their median seconds: of one step where rows differ."""
     rows = [round(tokens / length) for tokens in entry["step_tokens"]]  # rounded: some have pads, which are computed
     pairs = zip(rows, entry["step_seconds"], strict=True)
     return max(rows), median(seconds for full, seconds in pairs if full == max(rows))
 
 
 def _with_rows(setup: Setup, rows: int) -> Setup:
-    """The run with passes of as many tokens as those of a step of so many full rows, on average."""
-    all_rows = setup.micro_batch * setup.accumulation * setup.ranks
-    return replace(setup, max_length=setup.max_length * rows // all_rows)
+    """The run with so many rows in as many passes: short rows, which filled up its steps, take next to nothing."""
+    return replace(setup, micro_batch=rows / setup.accumulation / setup.ranks)
 
 
 def optimizer_table() -> str:

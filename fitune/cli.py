@@ -19,7 +19,7 @@ from fitune.cli_options import (
     ABOVE_0,
     FiniteRange,
     machine_options,
-    only_one,
+    one_dataset,
     output_option,
     price_option,
     profile_option,
@@ -139,7 +139,7 @@ def plan(recipe, profile, sets, **options):
     "--dataset",
     type=click.Path(),
     multiple=True,
-    callback=only_one,
+    callback=one_dataset,
     help="A Hub id, a file or a folder, instead of a recipe's.",
 )
 @click.option(

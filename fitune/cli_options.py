@@ -11,7 +11,7 @@ from fitune.errors import UsageError
 
 
 class FiniteRange(click.FloatRange):
-    """Numbers from `min` on; Python's nan and inf are none."""
+    """Finite numbers alone: click takes nan and inf."""
 
     def convert(self, value, param, ctx) -> float:
         number = super().convert(value, param, ctx)
@@ -65,8 +65,8 @@ def json_option(*names: str, help: str):
     return click.option("--json", *names, type=click.Path(path_type=Path), callback=can_be_written, help=help)
 
 
-def only_one(context, parameter, values: tuple[str, ...]) -> str | None:
-    """Of an option that click would take the last of, without a word."""
+def one_dataset(context, parameter, values: tuple[str, ...]) -> str | None:
+    """The value of --dataset: of several click alone would take the last, without a word."""
     if len(values) > 1:
         raise UsageError(f"{parameter.opts[0]} is given {len(values)} times; give one: several are a recipe's data.mix")
     return values[0] if values else None

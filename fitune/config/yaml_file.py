@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Where = Callable[[Sequence], str]
 "Names the place where the value at a path of keys was written."
 FEW = 8
-"Of so many allowed values all are named where another is given."
+"So many allowed values are all named where another is given."
 
 
 class _Loader(yaml.SafeLoader):

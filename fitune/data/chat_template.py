@@ -41,7 +41,7 @@ def read_tokenizer(folder: Path | str):
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         file = Path(folder) / "tokenizer.json"
         if Path(folder).is_dir() and not file.is_file():
-            raise UsageError(f"{file}: no such file; get the model's tokenizer again") from None
+            raise UsageError(f"{file}: no such file; get the model's tokenizer again ({first_line(error)})") from None
         raise UsageError(f"tokenizer {folder}: cannot be loaded: {first_line(error)}") from None
 
 

@@ -164,7 +164,7 @@ def _open_sources(data: Data, format: str | None) -> list[tuple[Data | Source, S
 
 def _refuse_too_few(sources, selection: Selection, tally: Tally, global_batch_size: int | None) -> None:
     if not tally.rows_in:
-        raise UsageError(f"{', '.join(source.dataset for source, _ in sources)}: no rows; give one JSON object a line")
+        raise UsageError(f"{', '.join(source.dataset for source, _ in sources)}: no rows")
     train, test = int(selection.train_repeats.sum()), int(selection.test.sum())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in (tally.counts | selection.dropped).items())
     left = f"{tally.rows_in:,} rows were read" + (f", dropped: {reasons}" if reasons else "")

@@ -54,7 +54,7 @@ def prepare_command(
         refuse_missing_file(dataset)
     folder = None if no_tokens else _tokenizer_for(resolved, tokenizer)
     length = max_length or resolved.max_length
-    if folder:
+    if needs_base:
         _refuse_length_beyond_positions(resolved.model_copy(update={"max_length": length}), folder)
     output = Path(output or data.prepared)
     _refuse_the_data_of_another(output, data, recipe, options["overwrite"])
@@ -69,8 +69,10 @@ def prepare_command(
         seed=resolved.seed,
         **options,
     )
-    also = {"data.chat_template": template_choice, "max_length": max_length}
-    again = (*sets, *(f"{key}={value}" for key, value in also.items() if value))
+    typed = {"data.chat_template": template_choice, "max_length": max_length}
+    typed = {key: value for key, value in typed.items() if value}
+    again = [each for each in sets if each.partition("=")[0] not in typed]
+    again += [f"{key}={value}" for key, value in typed.items()]
     how = _how_to_train(recipe, again, None if output == Path(resolved.data.prepared) else output)
     options["console"].print(f"next: {how}", soft_wrap=True, highlight=False)
 
@@ -101,7 +103,7 @@ def _tokenizer_for(recipe: Recipe, tokenizer: str | None) -> Path:
 
 
 def _refuse_length_beyond_positions(recipe: Recipe, folder: Path) -> None:
-    """Before rows are read that no training would take. A folder with a tokenizer alone says nothing of positions."""
+    """Before rows are read that no training would take. `folder` has the base's config.json."""
     file = folder / "config.json"
     if file.is_file() and (positions := read_json(file, "get the model again").get("max_position_embeddings")):
         refuse_length_beyond(positions, recipe, recipe.base.model)
@@ -125,7 +127,7 @@ def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite
         )
 
 
-def _how_to_train(recipe: str, sets: tuple[str, ...], elsewhere: Path | None) -> str:
+def _how_to_train(recipe: str, sets: list[str], elsewhere: Path | None) -> str:
     """With all of `sets` that say more than where the rows came from: training checks them, or goes by them."""
     of_the_source = {f"data.{key}" for key in ("dataset", *OF_ITS_DATASET, *(["prepared"] if elsewhere else []))}
     kept = [each for each in sets if each.partition("=")[0] not in of_the_source]

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def check_prepared(recipe: Recipe, tokenizer) -> dict | None:
             if name == "tokenizer":
                 raise UsageError(f"{folder}: prepared with another tokenizer; {again}")
             choice = report["template"]["choice"]
-            as_prepared = "" if choice == data.chat_template else f"add --set data.chat_template={choice}, or "
+            typed = shlex.quote(f"data.chat_template={choice}")
+            as_prepared = "" if choice == data.chat_template else f"add --set {typed}, or "
             raise UsageError(
                 f"{folder}: prepared with another chat template ({choice}, not {data.chat_template}); "
                 f"{as_prepared}{again}"

@@ -81,6 +81,8 @@ def train_with_restarts(
             saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
             start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
             print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
+        if code == CRASHED and run.accelerate.num_machines == 1 and checkpoints(run.folder / "checkpoints"):
+            say_while_training(f"go on with: {command('train', '--resume', short(str(run.folder)))}")
     return 1 if code in (TOLD, CRASHED) else code
 
 
@@ -184,7 +186,7 @@ def launch(
         try:
             launch_command(parsed)
         except ChildFailedError as error:
-            return _first_failure(error.failures, told, explained, _way_on(run, module))
+            return _first_failure(error.failures, told, explained)
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise FituneError(f"accelerate launch refused {config}: {error}") from None
         except DistError:
@@ -201,7 +203,7 @@ def _gpu_flags(config: Path) -> list[str]:
     return ["--gpu_ids", "all"] if missing else []
 
 
-def _first_failure(failures: dict, told: Collection[int], explained: Collection[int], way_on: str = "") -> int:
+def _first_failure(failures: dict, told: Collection[int], explained: Collection[int]) -> int:
     """The exit code that ended the run. A rank that was killed is named, it could not say so itself."""
     if told and failures.get(0) and failures[0].exitcode == -signal.SIGTERM:
         return TOLD  # rank 0, which speaks for all, had not begun to listen
@@ -221,15 +223,9 @@ def _first_failure(failures: dict, told: Collection[int], explained: Collection[
         if first.pid not in explained:
             name = signal.Signals(-first.exitcode).name
             why = "; the kernel does that when host RAM runs out" if name == "SIGKILL" else ""
-            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}{why}{way_on}")
+            say_while_training(f"error: rank {rank} (pid {first.pid}) was ended by {name}{why}")
         return CRASHED
     return first.exitcode
-
-
-def _way_on(run: Run, module: str) -> str:
-    """What to type after a crash, where training has saved something."""
-    saved = module == TRAINING and checkpoints(run.folder / "checkpoints")
-    return f"; go on with: {command('train', '--resume', short(str(run.folder)))}" if saved else ""
 
 
 def _set_environment(run: Run) -> None:

@@ -53,10 +53,12 @@ def note(plan: Plan) -> str:
     """Of a run in fp8: whether its time was measured; on a CPU, that it is emulated."""
     if not plan.setup.on_gpu:
         return "products in fp8 (emulated on the CPU: the same arithmetic, slower)"
-    guess = f" (its time was measured on {MEASURED_GPUS[plan.setup.method]} {MEASURED_ON} alone, and is a guess here)"
+    guess = f" (its time was measured on up to {MEASURED_GPUS[plan.setup.method]} {MEASURED_ON}, and is a guess here)"
     return f"products in fp8{'' if is_measured(plan) else guess}"
 
 
 def is_measured(plan: Plan) -> bool:
     there = plan.time is not None and plan.time.gpu == MEASURED_ON
-    return there and plan.setup.ranks <= MEASURED_GPUS[plan.setup.method] and not plan.setup.offload
+    setup = plan.setup
+    elsewhere = setup.offload or (setup.full and (setup.optimizer_offload or setup.activation_offload))
+    return there and setup.ranks <= MEASURED_GPUS[setup.method] and not elsewhere

@@ -12,9 +12,10 @@ from fitune.planning.fill import filled, fits, largest
 from fitune.planning.gpu_models import look_up
 from fitune.planning.hardware import VISIBLE
 from fitune.planning.limits import Limits
+from fitune.planning.memory import host_peak
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import as_typed, preset_runs
-from fitune.planning.sizes import ADAM_STATE, EIGHT_BIT_STATE, Setup
+from fitune.planning.sizes import ADAM_STATE, EIGHT_BIT_STATE, GIB, Setup
 
 MAX_MICRO_BATCH = 1024
 SEQUENCE_STEP = 64  # tokens
@@ -186,5 +187,10 @@ def way_out(plan: Plan, changes: list[str]) -> str:
     if lacks_gpus(plan):
         return without
     none = "no change of one or two settings makes it fit, nor does another profile"
-    with_more = nearest_changes(replace(plan, limits=replace(plan.limits, host=math.inf)))
-    return f"{none}; with more RAM than {plan.limits.host:.0f} GiB: {with_more[0]}" if with_more else none
+    if plan.limits.unified:
+        return none
+    roomy = replace(plan.limits, host=math.inf)
+    if fits(plan.setup, roomy):
+        return f"{none}; {math.ceil(host_peak(plan.setup) / GIB)} GiB of free RAM would do"
+    others = _profiles_that_fit(replace(plan, limits=roomy), ())
+    return f"{none}; with more RAM than {plan.limits.host:.0f} GiB {others[0]} would" if others else none

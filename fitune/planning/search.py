@@ -114,17 +114,20 @@ def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Ma
 
 
 def _ram_that_fits(recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str:
-    """How much free RAM would do beside these GPUs; '' where more does not help."""
+    """How much free RAM would do beside these GPUs, in whole GiB; '' where more does not help."""
 
     def fitting(gib: float) -> list[Plan]:
         plans = _tried(recipe_name, sets, replace(machine, host_available_gib=gib), None, **options)
         return [plan for plan in plans if plan.fits]
 
-    if machine.unified or math.isinf(machine.host_available_gib):
+    if machine.unified or not (plans := fitting(math.inf)):
         return ""
-    least = min((host_peak(plan.setup) / GIB for plan in fitting(math.inf)), default=math.inf)
-    enough = least if math.isinf(least) else math.ceil(least)
-    return f"{enough} GiB of free RAM" if math.isfinite(enough) and fitting(enough) else ""
+    too_little = int(machine.host_available_gib)
+    enough = max(too_little + 1, math.ceil(min(host_peak(plan.setup) for plan in plans) / GIB))  # filled for speed
+    while enough - too_little > 1:
+        half = (enough + too_little) // 2
+        too_little, enough = (too_little, half) if fitting(half) else (half, enough)
+    return f"{enough} GiB of free RAM"
 
 
 def _refuse_too_many(overrides: dict, machine: Machine, machines: int) -> None:

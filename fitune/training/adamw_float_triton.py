@@ -1,7 +1,7 @@
 """The Triton kernel of `fitune.training.adamw_rows`: one step of AdamW on a float32 tensor. Imported on GPUs alone.
 
 It reads gradient, weight and moments once and writes weight and moments once, 28 bytes an element. torch's fused step
-writes the gradient, too, where it is to be scaled. Corrections of moments are computed in float64.
+writes the gradient, too, where it is to be scaled. The moments' corrections are float64, of logarithms in float32.
 """
 
 import math

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fitune.data.token_file import TokenFile
+from fitune.data.token_file import IGNORED, TokenFile
 from fitune.errors import FituneError
 
 MOST = 8
@@ -24,7 +24,8 @@ def refuse_step(
     bad = [inputs for inputs, loss in batches if not math.isfinite(loss)]
     rows = name_rows(bad or [inputs for inputs, _ in batches], tokens, train_file)
     ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (bool(bad), rows, len(bad) == len(batches)))
+    finite = [inputs for inputs, loss in batches if math.isfinite(loss) and (inputs["labels"] != IGNORED).any()]
+    dist.all_gather_object(ranks, (bool(bad), rows, not finite))
     if any(is_bad for is_bad, _, _ in ranks):
         named = [f"loss is not finite on rank {rank}: {rows}" for rank, (is_bad, rows, _) in enumerate(ranks) if is_bad]
         where = "; ".join(named)

@@ -9,6 +9,7 @@ trained with.
 import argparse
 import sys
 
+from fitune.config.json_file import read_json
 from fitune.config.schema import Run
 from fitune.model.skeleton import decoder
 from fitune.training.answerer import Answerer, made_to_generate, refuse_longer_than_the_model
@@ -24,6 +25,7 @@ from fitune.training.train import run_stage
 def generate_from_model(given: GivenModel, options: argparse.Namespace) -> None:
     """Loaded by plain transformers and PEFT on one device."""
     interrupts = Interrupts() if options.chat else None
+    _refuse_what_has_no_room(given, options)
     tokenizer = given.tokenizer()
     model = load_plain(given)
     _ask(given, model, tokenizer, next(model.parameters()).device, options, interrupts)
@@ -33,15 +35,19 @@ def generate_over_processes(run: Run, options: argparse.Namespace) -> None:
     """As `run`, which `model_run.run_to_ask` wrote, says. Call on all ranks."""
     interrupts = Interrupts() if options.chat else None
     mesh, given = join(run), model_of(run)
+    _refuse_what_has_no_room(given, options)
     device, tokenizer = compute_device(mesh), given.tokenizer()
     model = made_to_generate(load_over_processes(run, given, mesh), device)
     _ask(given, model, tokenizer, device, options, interrupts)
     leave()
 
 
+def _refuse_what_has_no_room(given: GivenModel, options: argparse.Namespace) -> None:
+    refuse_longer_than_the_model(options.max_new_tokens, read_json(given.base / "config.json", "get the model again"))
+
+
 def _ask(given: GivenModel, model, tokenizer, device, options: argparse.Namespace, interrupts: Interrupts | None):
     decoder(model).generation_config = generation = given.generation_config()
-    refuse_longer_than_the_model(options.max_new_tokens, model.config.to_dict())
     drawn = options.max_new_tokens, options.temperature, options.seed
     answerer = Answerer(model, tokenizer, generation.eos_token_id, device, *drawn)
     if options.chat:

@@ -15,17 +15,17 @@ class Code(NamedTuple):
     values: torch.Tensor
     "float32 [256]."
     middles: torch.Tensor
-    "Between neighbours, float32 [256]: a number beyond as many of them has that code. The last is infinite."
+    "Between neighbours, float32 [256], the last infinite: a number above n of them has code n."
     starts: torch.Tensor
-    """By the upper half of a float32's bits, of how many middles all numbers that have it are beyond, uint8 [65536]. At
-    most one middle has the same upper half, so one comparison more finds the code."""
+    """By the upper 16 bits of a float32, uint8 [65536]: how many middles lie below every number with these bits. At
+    most one more middle has the same upper bits, so one comparison finds the code."""
 
     @classmethod
     def of(cls, values: torch.Tensor) -> "Code":
         infinite = torch.full_like(values[:1], torch.inf)
         middles = torch.cat([(values[1:] + values[:-1]) / 2, infinite])
         halves = torch.arange(2**16, dtype=torch.int32, device=values.device)
-        lower = (halves >= 2**15).int() * 0xFFFF  # of the least number: negative ones fall with it
+        lower = (halves >= 2**15).int() * 0xFFFF  # of the least number: all set where it is negative
         least = (halves << 16 | lower).view(torch.float32).nan_to_num()
         return cls(values, middles, torch.bucketize(least, middles).to(torch.uint8))
 

@@ -1,6 +1,8 @@
 """What `fitune train` does: which run is meant, may it start, and this machine's ranks until they end."""
 
+import os
 from contextlib import ExitStack
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
@@ -11,8 +13,7 @@ from fitune.config.base_of_run import base_of_run
 from fitune.config.command_name import command
 from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
-from fitune.config.shipped import RECIPES, names
-from fitune.errors import UsageError, nearest
+from fitune.errors import UsageError
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
 from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
@@ -25,6 +26,9 @@ from fitune.report.origin import remember_what_was_typed
 from fitune.report.page import show_page_after_a_command
 from fitune.training.given_run import check_data
 
+MOST_NAMED = 8
+"Runs of a folder that are named."
+
 
 def train_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], output: str | None, *, resume: bool, max_restarts: int,
@@ -36,7 +40,7 @@ def train_command(
     what goes wrong.
     """
     goes_on = (Path(recipe) / "run.yaml").is_file()
-    if resume and not (goes_on or recipe in names(RECIPES) or Path(recipe).is_file()):
+    if resume and not goes_on and (Path(recipe).is_dir() or os.sep in recipe) and not Path(recipe).is_file():
         _refuse_no_run(Path(recipe))
     run = _run_to_train(recipe, profile, sets, output, resume, machines, goes_on, quiet)
     if not dry_run:
@@ -74,9 +78,13 @@ def train_command(
 
 
 def _refuse_no_run(folder: Path) -> None:
-    """Raises UsageError, with the runs that lie where `folder` was looked for."""
-    there = [str(file.parent) for place in (folder.parent, folder) for file in sorted(place.glob("*/run.yaml"))]
-    raise UsageError(f"{folder}: no run's folder, which holds a run.yaml{nearest(str(folder), there) if there else ''}")
+    """Raises UsageError, with the runs that `folder` holds, or else the one beside it that has nearly its name."""
+    inside, beside = ([file.parent for file in sorted(place.glob("*/run.yaml"))] for place in (folder, folder.parent))
+    meant = get_close_matches(folder.name, [run.name for run in beside], n=1)
+    hint = f"; did you mean '{folder.parent / meant[0]}'?" if meant else ""
+    if inside:
+        hint = f"; it holds runs: {', '.join(map(str, inside[:MOST_NAMED]))}"
+    raise UsageError(f"{folder}: no run's folder, which holds a run.yaml{hint}")
 
 
 def _chosen(left: Run, run: Run) -> list[str]:

@@ -184,8 +184,8 @@ def test_json_list_names_the_line_where_it_breaks(tmp_path):
             b'{"a": [{"x": 1}], "b": [{"x": 1}]}',
             "one object with the lists 'a', 'b'; name the one with the rows: --set data.train_split=a",
         ),
-        ("a.jsonl", b"", "a.jsonl: no rows; give one JSON object a line"),
-        ("a.json", b"[]", "a.json: no rows; give one JSON object a line"),
+        ("a.jsonl", b"", "a.jsonl: no rows"),
+        ("a.json", b"[]", "a.json: no rows"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, expected):

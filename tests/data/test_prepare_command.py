@@ -90,6 +90,7 @@ def test_what_to_type_next_can_be_copied_whatever_the_names(fitune, tmp_path):
         (["--set", "max_length=99", "--set", "data.test_fraction=0.2"], ["max_length=99"]),
         (["--set", "data.prepared=data/new"], ["data.prepared=data/new"]),
         (["--set", "data.prepared=data/new", "--output", "data/newer"], ["data.prepared=data/newer"]),
+        (["--set", "max_length=80", "--max-length", "90"], ["max_length=90"]),
     ],
 )
 def test_what_to_type_next_trains_as_was_prepared(given, typed, fitune, tmp_path):
@@ -109,6 +110,9 @@ def test_a_length_that_no_training_would_take_is_refused_before_rows_are_read(fi
         line = refused(fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *flags))
         assert "max_length 65 is beyond the 64 positions of " in line
         assert not Path("data/theirs").exists()
+    other = ["--tokenizer", str(shutil.copytree("base", "other"))]
+    Path("base/config.json").write_text(json.dumps(config))
+    assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *flags, *other).exit_code == 0, "not the base's"
 
 
 def test_own_rows_are_prepared_as_the_recipe_says_and_trained_by_it(fitune, tmp_path):

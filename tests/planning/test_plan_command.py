@@ -138,6 +138,11 @@ def _first_total(lines: list[str]) -> int:
 
 def test_where_only_more_ram_would_do_it_is_said(cli):
     said = cli("llama3_70b_qlora", "--profile", "single_gpu").output
-    assert "nor does another profile; with more RAM than 32 GiB: --profile fsdp_offload_1x24gb" in said
+    assert "nor does another profile; with more RAM than 32 GiB --profile fsdp_offload_1x24gb would" in said
+    of_the_profile = ("llama3_70b_qlora", "--profile", "fsdp_offload_1x24gb", "--set")
+    for gib, fits in ((42, False), (43, True)):
+        said = cli(*of_the_profile, f"profile.host_memory_gib={gib}").output
+        assert ("fsdp_offload_1x24gb fits" in said) == fits
+        assert ("nor does another profile; 43 GiB of free RAM would do" in said) != fits
     more = ("--set", "profile.host_memory_gib=64")
     assert " fits\n" in cli("llama3_70b_qlora", "--profile", "fsdp_offload_1x24gb", *more).output

@@ -29,5 +29,5 @@ def test_an_answer_longer_than_the_model_has_positions_is_refused():
     config = {"max_position_embeddings": 8192}
     refuse_longer_than_the_model(8191, config)
     refuse_longer_than_the_model(8192, {})
-    with pytest.raises(UsageError, match="--max-new-tokens 8,192: the model has 8,192 positions in all"):
+    with pytest.raises(UsageError, match=r"--max-new-tokens 8,192: the model"):
         refuse_longer_than_the_model(8192, config)

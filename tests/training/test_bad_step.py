@@ -86,5 +86,6 @@ def test_where_no_row_has_a_finite_loss_from_the_first_step_on_the_base_is_named
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    [message] = run_ranks(refusal, 1, make_run(base, tmp_path / "run", "lora", training={"max_steps": 2}))
-    assert message.endswith("no row has a finite loss, so look at the base: its weights may not be finite")
+    run = make_run(base, tmp_path / "run", "lora", processes=3, batch=4, training={"max_steps": 2})  # 2 fillers
+    for message in run_ranks(refusal, 3, run):
+        assert message.endswith("no row has a finite loss, so look at the base: its weights may not be finite")
