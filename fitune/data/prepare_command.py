@@ -57,7 +57,8 @@ def prepare_command(
     if needs_base:
         _refuse_length_beyond_positions(resolved.model_copy(update={"max_length": length}), folder)
     output = Path(output or data.prepared)
-    _refuse_the_data_of_another(output, data, recipe, options["overwrite"])
+    again = _repeated(sets, {"data.chat_template": template_choice, "max_length": max_length})
+    _refuse_the_data_of_another(output, data, recipe, again, options["overwrite"])
     prepare(
         data,
         output,
@@ -69,10 +70,6 @@ def prepare_command(
         seed=resolved.seed,
         **options,
     )
-    typed = {"data.chat_template": template_choice, "max_length": max_length}
-    typed = {key: value for key, value in typed.items() if value}
-    again = [each for each in sets if each.partition("=")[0] not in typed]
-    again += [f"{key}={value}" for key, value in typed.items()]
     how = _how_to_train(recipe, again, None if output == Path(resolved.data.prepared) else output)
     options["console"].print(f"next: {how}", soft_wrap=True, highlight=False)
 
@@ -113,7 +110,7 @@ def _folder_of(tokenizer: str) -> Path:
     return Path(tokenizer) if Path(tokenizer).is_dir() else local_config(tokenizer)
 
 
-def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite: bool) -> None:
+def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, again: list[str], overwrite: bool) -> None:
     """Where rows of another dataset are in the folder, as after `prepare RECIPE`, says whose and how to have both."""
     try:
         there = json.loads((output / "report.json").read_text(encoding="utf-8"))["source"]["dataset"]
@@ -123,8 +120,14 @@ def _refuse_the_data_of_another(output: Path, data: Data, recipe: str, overwrite
         beside = output.parent / Path(data.dataset).name.partition(".")[0]
         raise UsageError(
             f"{output}: already exists, with rows of {there}; replace them with --overwrite, or keep both: --output "
-            f"{shlex.quote(str(beside))}, then {command('train', recipe, '--set', f'data.prepared={beside}')}"
+            f"{shlex.quote(str(beside))}, then {_how_to_train(recipe, again, beside)}"
         )
+
+
+def _repeated(sets: tuple[str, ...], typed: dict[str, object]) -> list[str]:
+    """`sets` with what other flags say in their place, as more of them."""
+    given = {key: value for key, value in typed.items() if value}
+    return [each for each in sets if each.partition("=")[0] not in given] + [f"{k}={v}" for k, v in given.items()]
 
 
 def _how_to_train(recipe: str, sets: list[str], elsewhere: Path | None) -> str:
