@@ -36,10 +36,14 @@ class UsageError(FituneError):
 def nearest(given: str, allowed, *, within: str = "") -> str:
     """`; did you mean 'x'?` for a likely typo, else the list of what is allowed. `within` is put before a key."""
     allowed = [str(name) for name in allowed]
-    match = get_close_matches(str(given), allowed, n=1, cutoff=0.6)
-    if match:
-        return f"; did you mean '{within}{match[0]}'?"
+    if match := closest(str(given), allowed):
+        return f"; did you mean '{within}{match}'?"
     return f"; allowed: {', '.join(sorted(allowed))}" if len(allowed) <= 20 else ""
+
+
+def closest(given: str, allowed: list[str]) -> str | None:
+    """What `given` is likely a typo of."""
+    return next(iter(get_close_matches(given, allowed, n=1, cutoff=0.6)), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fitune.errors import UsageError, nearest
+from fitune.errors import UsageError, closest, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 Where = Callable[[Sequence], str]
@@ -162,9 +162,9 @@ def _describe(error: ValidationError, model: type[BaseModel], data: dict, source
         return f"{source}: {key} is a block of keys, not {first['input']!r}; set one of {names}{more}"
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         allowed = re.findall(r"'([^']*)'", message)
-        hint = nearest(first["input"].lower(), allowed)
-        listed = f" (allowed: {', '.join(allowed)})" if len(allowed) <= FEW and "allowed" not in hint else ""
-        return f"{source}: {key}: unknown value '{first['input']}'{listed}{hint}{more}"
+        word = first["input"].lower()
+        listed = f" (allowed: {', '.join(allowed)})" if len(allowed) <= FEW and closest(word, allowed) else ""
+        return f"{source}: {key}: unknown value '{first['input']}'{listed}{nearest(word, allowed)}{more}"
     given = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
     words = "" if first["type"] == "literal_error" else "".join(f" or {word}" for word in _words(model, keys))
     return f"{source}: {key + ': ' if key else ''}{message}{words}{given if key else ''}{more}"

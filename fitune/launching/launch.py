@@ -78,7 +78,7 @@ def train_with_restarts(
             if code != CRASHED or signals or restart == max_restarts:
                 break
             resume = True
-            saved = any((run.folder / "checkpoints").glob("checkpoint-*"))
+            saved = checkpoints(run.folder / "checkpoints")
             start = "the newest checkpoint" if saved else "the beginning, there is no checkpoint yet"
             print(f"restart {restart + 1} of {max_restarts}, from {start}", file=sys.stderr)
         if code == CRASHED and run.accelerate.num_machines == 1 and checkpoints(run.folder / "checkpoints"):

@@ -188,10 +188,9 @@ def _sharding_bytes(s: Setup) -> float:
     several = s.shards > 1
     if not (several or s.reduced or s.cast):
         return 0.0
-    gathered = _gathered_bytes(s)
-    casts = s.cast * (s.trained / s.compute + 1)
-    copied = gathered * (casts + 2 + 2 * s.shards) / s.shards if several else gathered * (s.trained / s.compute + 1)
-    copied += s.trainable * (s.compute + s.reduce) * s.full
+    casting = s.trained / s.compute + 1
+    of_a_gathered_byte = (casting * s.cast + 2) / s.shards + 2 if several else casting
+    copied = _gathered_bytes(s) * of_a_gathered_byte + s.trainable * (s.compute + s.reduce) * s.full
     reduced = (s.reduce + s.trained) * (s.reduced and s.reduce != s.trained)
     added = (s.trained + 2 * s.trained * s.reduced) * (s.accumulation > 1)
     own = s.trainable / s.shards * (reduced + added) * s.full
@@ -254,9 +253,8 @@ def _replicas_seconds(s: Setup, model: GpuModel, between_machines: float) -> flo
 
 def _shards_bytes(s: Setup) -> float:
     """Into one rank per micro batch: each layer gathered for forward and backward, gradients reduced."""
-    gathered = _gathered_bytes(s)
     reduced = s.trainable * s.reduce / (s.accumulation if s.adapters_wait else 1)
-    return (gathered + reduced) * (s.shards - 1) / s.shards
+    return (_gathered_bytes(s) + reduced) * (s.shards - 1) / s.shards
 
 
 def _gathered_bytes(s: Setup) -> float:

@@ -46,9 +46,11 @@ class AdamWOnRows(torch.optim.AdamW):
             super().step()
             return
         for group in self.param_groups:
-            parts = self._parts(group)
-            self._step_alone(group, [part for part in parts if _has_the_kernel(part)])
-            step_together(group, [part for part in parts if not _has_the_kernel(part)], self._scale)
+            alone, together = [], []
+            for part in self._parts(group):
+                (alone if _has_the_kernel(part) else together).append(part)
+            self._step_alone(group, alone)
+            step_together(group, together, self._scale)
         self._scale = None
 
     def _step_alone(self, group: dict, parts: list[Part]) -> None:

@@ -25,6 +25,9 @@ class Answers:
     tokens: torch.Tensor
     "[answers]"
 
+    def to(self, device: torch.device) -> "Answers":
+        return Answers(self.places.to(device), self.tokens.to(device))
+
 
 def find_answers(labels: torch.Tensor) -> Answers:
     """Of labels [rows, length]; -100 is no answer. Waits for the GPU to send them, once, and looks on the CPU.
@@ -33,7 +36,7 @@ def find_answers(labels: torch.Tensor) -> Answers:
     """
     length, known = labels.shape[1], labels.cpu()
     row, column = (known[:, 1:] != -100).nonzero(as_tuple=True)
-    return Answers((row * length + column).to(labels.device), known[row, column + 1].to(labels.device))
+    return Answers(row * length + column, known[row, column + 1]).to(labels.device)
 
 
 def add_answer_loss(causal_lm: nn.Module) -> None:

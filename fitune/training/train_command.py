@@ -2,7 +2,6 @@
 
 import os
 from contextlib import ExitStack
-from difflib import get_close_matches
 from pathlib import Path
 
 import click
@@ -13,7 +12,7 @@ from fitune.config.base_of_run import base_of_run
 from fitune.config.command_name import command
 from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
-from fitune.errors import UsageError
+from fitune.errors import UsageError, closest
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
 from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
@@ -80,8 +79,8 @@ def train_command(
 def _refuse_no_run(folder: Path) -> None:
     """Raises UsageError, with the runs that `folder` holds, or else the one beside it that has nearly its name."""
     inside, beside = ([file.parent for file in sorted(place.glob("*/run.yaml"))] for place in (folder, folder.parent))
-    meant = get_close_matches(folder.name, [run.name for run in beside], n=1)
-    hint = f"; did you mean '{folder.parent / meant[0]}'?" if meant else ""
+    meant = closest(folder.name, [run.name for run in beside])
+    hint = f"; did you mean '{folder.parent / meant}'?" if meant else ""
     if inside:
         hint = f"; it holds runs: {', '.join(map(str, inside[:MOST_NAMED]))}"
     raise UsageError(f"{folder}: no run's folder, which holds a run.yaml{hint}")

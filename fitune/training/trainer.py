@@ -61,7 +61,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
     ):
         self.adapters_wait = adapters_wait
         self._step: list[tuple[dict, torch.Tensor]] = []  # this step's micro batches with their losses
-        self._uncounted_tokens: list[torch.Tensor] = []  # of these micro batches
+        self._uncounted_tokens: list[int] = []  # of these micro batches
         self._unlogged: list[torch.Tensor] = []  # (entropy, right answer tokens) by micro batch
         self._unlogged_tokens = 0
         self.read_ahead = ReadAhead(self._read_batches)
@@ -191,7 +191,9 @@ class ShardedSFTTrainer(SavingSFTTrainer):
     def _read_batches(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            batch[ANSWERS], batch[TOKENS] = find_answers(batch["labels"]), count_tokens(batch)
+            labels = batch["labels"].cpu()
+            batch[ANSWERS] = find_answers(labels).to(batch["labels"].device)
+            batch[TOKENS] = count_tokens(batch, labels)
             if self.host_embedding:
                 batch[IDS_IN_HOST_RAM] = batch["input_ids"].cpu()
         return batches, items
@@ -263,7 +265,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         self._read_next_batches()
         norm = self._clip_grad_norm(model, math.inf) if grad_norm is None else grad_norm
         bad = not (math.isfinite(norm) and torch.stack([loss for _, loss in self._step]).isfinite().all())
-        over_all_ranks = torch.tensor([bad, sum(map(int, self._uncounted_tokens))], dtype=torch.float64)
+        over_all_ranks = torch.tensor([bad, sum(self._uncounted_tokens)], dtype=torch.float64)
         dist.all_reduce(over_all_ranks)
         if over_all_ranks[0]:
             self.heartbeat.rest()  # all tokens are read

@@ -55,14 +55,14 @@ class WholeSteps(Sampler):
             self.rows.set_epoch(epoch)
 
 
-def count_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of all examples but filler rows, pads left out: a scalar where the batch lies, which is not waited for."""
-    is_answer = (batch["labels"] != IGNORED).long()
+def count_tokens(batch: dict[str, torch.Tensor], labels: torch.Tensor) -> int:
+    """Of all examples but filler rows, pads left out. On the CPU, where `labels` are: `find_answers` says why."""
+    is_answer = (labels != IGNORED).long()
     if "attention_mask" in batch:
-        lengths, answers = (numbers.sum(1) for numbers in (batch["attention_mask"], is_answer))
+        lengths, answers = batch["attention_mask"].cpu().sum(1), is_answer.sum(1)
     else:  # examples side by side in one row
-        bounds = batch["cu_seq_lens_q"].long()
+        bounds = batch["cu_seq_lens_q"].cpu().long()
         answers_before = torch.nn.functional.pad(is_answer.flatten().cumsum(0), (1, 0))
         lengths, answers = bounds.diff(), answers_before[bounds].diff()
     is_filler = (lengths == FILLER_TOKENS) & (answers == 0)
-    return lengths.masked_fill(is_filler, 0).sum()
+    return int(lengths.masked_fill(is_filler, 0).sum())
