@@ -57,6 +57,17 @@ def prepared(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """Runs a command line in an empty folder; returns click's result."""
+    from click.testing import CliRunner
+
+    from fitune.cli import cli as group
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(group, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch) -> Callable[..., None]:
     """Puts a program in PATH that answers as nvidia-smi would: `nvidia_smi(rows)`, as `put_in_path` has it."""
     from fake_nvidia_smi import put_in_path
