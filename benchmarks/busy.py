@@ -40,18 +40,12 @@ GAPS_MS = (0, 0.01, 0.1, 1, 1000)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("recipe")
-    parser.add_argument("--profile", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--commit", default="unknown")
+    parser = arguments(__doc__)
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
     rank, folder = os.environ.get("RANK"), options.work / "busy"
     if rank is None:
-        _write_run_file(folder, options)
+        write_run_file(folder, options, STEPS)
     run = runs.load(folder)
     if rank is None and run.accelerate.num_processes > 1:
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.accelerate.num_processes}"]
@@ -75,10 +69,22 @@ def _report(folder: Path, options: argparse.Namespace) -> None:
     print({key: report[key] for key in ("wall_s", "gpu_s", "busy", "kernels", "step_seconds_without_profiler")})
 
 
-def _write_run_file(folder: Path, options: argparse.Namespace) -> None:
+def arguments(text: str) -> argparse.ArgumentParser:
+    """Of a program that trains one run in its own process."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--commit", default="unknown")
+    return parser
+
+
+def write_run_file(folder: Path, options: argparse.Namespace, steps: int) -> None:
     """The run.yaml that `train` would write."""
     folder.mkdir(parents=True, exist_ok=True)
-    sets = [f"training.max_steps={STEPS}", "training.save_strategy='no'", "training.report_to=none", *options.set]
+    sets = [f"training.max_steps={steps}", "training.save_strategy='no'", "training.report_to=none", *options.set]
     flags = [part for value in sets for part in ("--set", value)]
     train = ["train", options.recipe, "--profile", options.profile, "--output", str(folder), *flags, "--dry-run"]
     done = subprocess.run([sys.executable, "cli.py", *train], cwd=ROOT, capture_output=True, text=True, check=False)
