@@ -16,9 +16,11 @@ from fitune.config.yaml_file import read_yaml
 from fitune.errors import UsageError
 
 KEYS_OF = {
-    "recipe": {"base", "extends"}, "profile": {"accelerate_config"}, "accelerate config": {"distributed_type"},
-}  # fmt: skip
-"What kind of file it is shows in keys that the others don't have."
+    "recipe": {"base", "extends", "method"},
+    "profile": {"accelerate_config", "num_gpus", "gpu_memory_gib"},
+    "accelerate config": {"distributed_type", "num_processes"},
+}
+"What kind of file it is shows in keys that the others don't have. One that it must have may be what is missing."
 
 
 @dataclass

@@ -45,6 +45,14 @@ def test_a_folder_of_ones_own_is_listed_with_what_goes_together(own):
     assert "cannot be read" in result.output and "'description'" in result.output
 
 
+@pytest.mark.parametrize(("left", "missing"), [("num_gpus: 2", "'accelerate_config'"), ("method: lora", "'base'")])
+def test_a_file_that_lacks_what_it_must_have_is_not_left_out(left, missing, own):
+    (own / "mine.yaml").write_text(f"{left}\n", encoding="utf-8")
+    (own / "compose.yaml").write_text("services: {}\n", encoding="utf-8")
+    output = CliRunner().invoke(cli, ["list", str(own)]).stdout
+    assert f"{own / 'mine.yaml'}: keys " in output and missing in output and "compose" not in output
+
+
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
 def test_a_folder_without_files_is_refused_in_one_line(folder, tmp_path):
     (tmp_path / "empty").mkdir()
