@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from busy import arguments, write_run_file
