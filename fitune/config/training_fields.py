@@ -11,7 +11,7 @@ _ROWS = "rows are conversations; see data.prepared"
 _KEPT_LAYERS = f"set kept_layers in {_PROFILE}"
 _LIGER = "Liger's kernels are used on GPUs by default"
 _PRECISION = f"set mixed_precision in {_ACCELERATE}"
-_UPLOAD = "merge the run, then `hf upload` the folder"
+_UPLOAD = "`push` uploads what a run trained"
 _COMMANDS = "the commands train, eval and generate say what is done"
 OWNED_ELSEWHERE = {
     "output_dir": "use --output",
