@@ -19,8 +19,8 @@ LAYERS, HIDDEN, TOKENS = 8, 1024, 4096
 LATE_CYCLES = 200_000_000
 "0.1 s of an H200."
 NOISE = 2**-7 * LAYERS**0.5
-"""Of gradients. Attention's kernels add up those of queries in any order. That rounds some values to bf16 the other way,
-at worst all of them: then they are as far apart as from float32's, of which they were 0.016 on the CPU."""
+"""Of gradients. Attention's kernels add up those of queries in any order. That rounds some values to bf16 the other
+way, at worst all of them: then they are as far apart as from float32's, of which they were 0.016 on the CPU."""
 
 
 def test_what_left_comes_back_however_late_the_gpu_is():
