@@ -19,7 +19,7 @@ from fitune.config.schema import Run
 from fitune.config.shipped import python_path
 from fitune.environment import HEARTBEATS, let_segments_grow
 from fitune.errors import CRASHED, ENDED_BY_A_SIGNAL, INTERRUPTED, FituneError, say_while_training
-from fitune.launching.run_folder import launch_config, settings_to_train
+from fitune.launching.run_folder import finished_at, launch_config, settings_to_train
 from fitune.launching.run_status import read_status
 from fitune.launching.signals import Killed, interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
@@ -99,7 +99,7 @@ def _train_once(
         show(f"starting {processes} process{'es' * (processes > 1)}", lambda: read_status(Path(folder)))
         watch = Watch(Path(folder), run.accelerate.num_machines)
         watch.start()
-        settings = settings_to_train(run.folder)
+        settings, finished = settings_to_train(run.folder), finished_at(run.folder)
         try:
             signals = passed_on_to_ranks(TRAINING, watch.has_begun_to_train)
             with signals as received, beside(watch.end_ranks):
@@ -112,6 +112,8 @@ def _train_once(
                     code = CRASHED  # for the reason that was told
             if code == TOLD and watch.has_begun_to_train():
                 code = INTERRUPTED  # rank 0 has said so; torch's launcher ended it on its way out, after another rank
+            if received and finished_at(run.folder) not in (None, finished):
+                code = 0  # they came when all was done
         finally:
             watch.stop()
     return watch.reason.exit_code if watch.reason else code, len(received)
@@ -219,6 +221,8 @@ def _first_failure(failures: dict, told: Collection[int], explained: Collection[
     rank, first = min(failures.items(), key=order)
     if told and first.exitcode == -signal.SIGTERM:
         return TOLD  # on a machine without rank 0
+    if len(told) > 1 and first.exitcode == -signal.SIGKILL:
+        return CRASHED  # by the second signal, which was told
     if first.exitcode < 0:
         if first.pid not in explained:
             name = signal.Signals(-first.exitcode).name

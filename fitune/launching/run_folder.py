@@ -4,7 +4,8 @@ run.yaml        the settings of what was trained here; until the first step, of 
 accelerate.yaml how its processes start: `accelerate launch --config_file` takes it
 resume.yaml     what a resume asks for; from its first step on that is run.yaml, and never if it is refused
 resume-accelerate.yaml  how that starts; likewise
-finished.json   the step and epoch of the result, the steps asked for; gone from the first step of a resume that goes on
+finished.json   the step and epoch of the result, the steps asked for, whether it stopped early; gone from the first
+                step of a resume that goes on, when eval.json and answers.json get the step that they tell of as a name
 """
 
 import json
@@ -26,6 +27,8 @@ from fitune.launching.run_lock import LOCK, RunLock
 from fitune.output_folder import checkpoints
 
 SETTINGS, ASKED, FINISHED = "run.yaml", "resume.yaml", "finished.json"
+OF_THE_RESULT = "eval", "answers"
+"What `eval` and `generate --test` write of a run's result, without `.json`."
 LAUNCH, ASKED_LAUNCH = FOUND, "resume-accelerate.yaml"
 FIXED = ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed")
 "Keys of a recipe that make a run the run it is: it may train longer or log differently, but not on something else."
@@ -125,13 +128,34 @@ def begin_to_train(run: Run) -> None:
         _write(run.folder / SETTINGS, runs.dump(accepted))
     if (run.folder / ASKED_LAUNCH).is_file():
         _write(run.folder / LAUNCH, (run.folder / ASKED_LAUNCH).read_text(encoding="utf-8"))
+    _rename_what_tells_of_the_result(run.folder)
     (run.folder / FINISHED).unlink(missing_ok=True)
 
 
-def finish(run: Run, step: int, epoch: float) -> None:
+def finish(run: Run, step: int, epoch: float, stopped_early: bool = False) -> None:
     """Called by the main process when the result of `step` is written, which early stopping may have made the last."""
-    content = {"step": step, "epoch": epoch, "asked": steps_asked(run.recipe.training, step, epoch)}
+    asked = steps_asked(run.recipe.training, step, epoch)
+    content = {"step": step, "epoch": epoch, "asked": asked, "stopped_early": stopped_early}
     _write(run.folder / FINISHED, json.dumps(content) + "\n")
+
+
+def _rename_what_tells_of_the_result(folder: Path) -> None:
+    """It is no longer the run's, but cost time to measure."""
+    try:
+        step = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in OF_THE_RESULT:
+        if (folder / f"{name}.json").is_file():
+            (folder / f"{name}.json").replace(folder / f"{name}-of-step-{step}.json")
+
+
+def finished_at(folder: Path) -> int | None:
+    """When a run's result was whole, as its file system counts; None before."""
+    try:
+        return (folder / FINISHED).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def steps_asked(training: dict, step: int, epoch: float) -> int:
@@ -159,10 +183,14 @@ def nothing_left(run: Run) -> str | None:
     training = run.recipe.training
     is_changed = (old.recipe.training, old.recipe.early_stopping) != (training, run.recipe.early_stopping)
     asked = steps_asked(training, step, epoch)
-    if asked > step and (is_changed or asked > result.get("asked", asked)):
+    stops_again = result.get("stopped_early") and old.recipe.early_stopping == run.recipe.early_stopping
+    if asked > step and not stops_again and (is_changed or asked > result.get("asked", asked)):
         return None
-    finished = f"{run.folder} is finished after step {step}: {run.result_folder}; to train longer, raise training."
-    finished += "max_steps" if training.get("max_steps", -1) > 0 else "num_train_epochs"
+    length = "training.max_steps" if training.get("max_steps", -1) > 0 else "training.num_train_epochs"
+    early, longer = (", where it stopped early", "early_stopping.patience") if stops_again else ("", length)
+    finished = (
+        f"{run.folder} is finished after step {step}{early}: {run.result_folder}; to train longer, raise {longer}"
+    )
     if is_changed:
         raise UsageError(f"{finished}; other changes would have no effect")
     return finished

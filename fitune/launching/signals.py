@@ -17,13 +17,19 @@ def passed_on_to_ranks(module: str, is_saving: Callable[[], bool] = lambda: Fals
     """SIGTERM, Ctrl-C, a closed terminal: processes that run `module` get SIGTERM, at the second signal SIGKILL.
 
     Before there are any, KeyboardInterrupt is raised. `is_saving`: whether they finish a step first, which may take
-    minutes and is said. What is ignored, as SIGHUP under nohup, stays ignored. Yields the signals received.
+    minutes and is said; those that were to do so have ended by themselves once there are none. What is ignored, as
+    SIGHUP under nohup, stays ignored. Yields the signals received.
     """
     received: list[int] = []
 
     def forward(number, frame) -> None:
         received.append(number)
-        for rank in _ranks_of(module):
+        ranks = _processes_of(module)
+        if not ranks:
+            if is_saving():
+                return
+            raise KeyboardInterrupt
+        for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
         if len(received) > 1:
@@ -43,7 +49,10 @@ def interrupts_passed_on(module: str) -> Iterator[None]:
     """Ctrl-C, each time: processes in a session of their own, as torch's launcher starts them, miss it otherwise."""
 
     def forward(number, frame) -> None:
-        for rank in _ranks_of(module):
+        ranks = _processes_of(module)
+        if not ranks:
+            raise KeyboardInterrupt
+        for rank in ranks:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 if os.getsid(rank.pid) != os.getsid(0):
                     rank.send_signal(number)
@@ -76,13 +85,6 @@ class Killed:
             self.pids.add(rank.pid)
             with suppress(psutil.NoSuchProcess):
                 rank.kill()
-
-
-def _ranks_of(module: str) -> list[psutil.Process]:
-    """The same as `_processes_of`. Raises KeyboardInterrupt for none."""
-    if not (found := _processes_of(module)):
-        raise KeyboardInterrupt
-    return found
 
 
 def _processes_of(module: str) -> list[psutil.Process]:

@@ -116,7 +116,7 @@ def data_rows(data: dict) -> list[tuple[str, str]]:
 
 def _state(run: RunFiles) -> str:
     if run.finished:
-        return f"finished after {run.step:,} steps"
+        return f"finished after {run.step:,} steps{', stopped early' * bool(run.finished.get('stopped_early'))}"
     asked = f" of {run.steps_asked:,}" if run.steps_asked else ""
     return f"unfinished: step {run.step:,}{asked}" if run.lines else "nothing logged yet"
 

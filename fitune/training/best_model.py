@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from fitune.config.evaluation import LARGER_IS_BETTER, best_metric, keeps_the_best
 from fitune.config.recipe import Recipe
+from fitune.errors import say_while_training
 from fitune.training.distributed import is_main_process
 
 
@@ -29,6 +30,10 @@ class BestModel(TrainerCallback):
             control.should_save = True
         if self.stops_early(state.log_history):
             control.should_save = control.should_training_stop = True
+            if is_main_process():
+                patience = self.early_stopping.patience
+                in_vain = "1 evaluation" if patience == 1 else f"{patience} evaluations in a row"
+                say_while_training(f"stopped early after step {state.global_step}: {in_vain} brought nothing better")
 
     def best_steps(self, log_history: list[dict]) -> list[int]:
         """Steps that were evaluated, the best first; of equals the earlier."""

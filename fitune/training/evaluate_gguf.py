@@ -27,7 +27,7 @@ LONGEST = 8192
 
 def evaluate_gguf(file: Path, data: Path) -> dict:
     """{"model": metrics, "rows": N}. UsageError for missing rows, and where llama.cpp is not installed."""
-    rows = rows_file(data).read_text(encoding="utf-8").splitlines()
+    rows = [line for line in rows_file(data).read_text(encoding="utf-8").split("\n") if line]
     if not is_installed():
         raise UsageError(f"eval of a GGUF uses llama.cpp: {INSTALL}")
     post = start_llama_cpp(file, LONGEST)

@@ -9,6 +9,8 @@ from fitune.config.command_name import command
 from fitune.config.results import missing_of_result
 from fitune.config.schema import Run
 from fitune.errors import UsageError
+from fitune.launching.run_folder import FINISHED
+from fitune.output_folder import checkpoints
 
 
 def finished_run(folder: Path, *, asked: bool = False) -> Run:
@@ -27,6 +29,11 @@ def finished_run(folder: Path, *, asked: bool = False) -> Run:
             raise UsageError(
                 f"{missing}: no such file, so the run's result is not whole: put it back, or make it again from the "
                 f"last checkpoint: {command('train', '--resume', folder)}"
+            )
+        if checkpoints(run.folder / "checkpoints") and not (run.folder / FINISHED).is_file():
+            raise UsageError(
+                f"{folder}: the run went on after {run.result_folder} was written and has not finished: "
+                f"{command('train', '--resume', folder)}, or give a checkpoint of it"
             )
         return run
     run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})

@@ -140,7 +140,8 @@ def train(run: Run) -> None:
         check_result(run.result_folder, run, model, share_of(run, mesh.get_rank()))
         wait_for_all(heartbeat.waiting)  # before the run counts as finished
     if is_main_process():
-        finish(run, trainer.state.global_step, trainer.state.epoch)
+        stopped_early = trainer.best_model.stops_early(trainer.state.log_history)
+        finish(run, trainer.state.global_step, trainer.state.epoch, stopped_early)
     leave()
     if lock:
         lock.release()

@@ -18,7 +18,7 @@ from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.meeting_point import meeting_point
 from fitune.launching.preflight import check_before_training, fetch_base, refuse_gpus_without_bf16
-from fitune.launching.run_folder import as_started, nothing_left, open_run_folder, refuse_another_resume
+from fitune.launching.run_folder import as_started, finished_at, nothing_left, open_run_folder, refuse_another_resume
 from fitune.planning.async_save import waits_for_the_disk
 from fitune.planning.fill import filled_here
 from fitune.report.origin import remember_what_was_typed
@@ -67,13 +67,28 @@ def train_command(
     if plan_chooses_saving and not quiet and (said := waits_for_the_disk(run)):
         click.echo(f"note: {said}", err=True)
     remember_what_was_typed()
-    code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)
+    finished = finished_at(run.folder)
+    try:
+        code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)
+    except KeyboardInterrupt:
+        if finished_at(run.folder) in (None, finished):
+            raise
+        code = 0  # it came when all was done
     if not code:
+        _tell_of_the_result(run, place)
+    return code
+
+
+def _tell_of_the_result(run: Run, place: Place) -> None:
+    try:
         click.echo(f"result: {short(str(run.result_folder))}")
         click.echo(f"curve:  {short(str(run.folder / 'loss.png'))}")
         show_page_after_a_command(run.folder, place)
-        click.echo(f"next:   {command('eval', short(str(run.folder)))}")
-    return code
+    except KeyboardInterrupt:
+        click.echo(
+            f"stopped: the run is finished, only its page may be missing: {command('report', run.folder)}", err=True
+        )
+    click.echo(f"next:   {command('eval', short(str(run.folder)))}")
 
 
 def _refuse_no_run(folder: Path) -> None:

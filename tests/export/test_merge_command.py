@@ -21,6 +21,7 @@ from fitune.data.chat_template import template_hash
 from fitune.data.dataset import load_tokenizer
 from fitune.export.chat_record import CHAT_RECORD, ChatRecord, read_chat_record, write_chat_record
 from fitune.export.merge_record import read_merge_record
+from fitune.launching.run_folder import finish
 from fitune.training.given_run import check_data, finished_run
 from fitune.training.manifest import identify, write_manifest
 from fitune.weights.base_identity import BASE_RECORD, identify_base, write_base_record
@@ -69,6 +70,7 @@ def run(tiny_base, make_run, tmp_path):
     state.parent.mkdir(parents=True)
     state.touch()  # nothing that merge reads
     write_manifest(checkpoint, 5, run, identify(run, base, load_tokenizer(run.recipe, tiny_base)), {})
+    finish(run, 5, 1.0)
     return run
 
 

@@ -13,6 +13,7 @@ from fitune.config.run import resolve, resolve_again
 from fitune.errors import UsageError
 from fitune.launching.run_folder import begin_to_train, finish, nothing_left, open_run_folder, settings_to_train
 from fitune.launching.run_folder import steps_asked as asked
+from fitune.training.given_run import finished_run
 
 
 @pytest.fixture
@@ -88,6 +89,44 @@ def test_a_resume_that_began_is_not_finished_by_the_result_before_it(make):
     assert nothing_left(longer) is None
     finish(longer, 8, 4.0)
     assert "is finished after step 8" in nothing_left(longer)
+
+
+def test_what_tells_of_a_result_is_not_taken_for_the_next_ones(make):
+    """From the first step on; it is kept, as it took its time."""
+    trained(make())
+    for name in ("eval.json", "answers.json"):
+        (make().folder / name).write_text("{}")
+    longer = make("training.max_steps=8")
+    with open_run_folder(longer, resume=True):
+        assert (longer.folder / "eval.json").is_file()
+        begin_to_train(longer)
+        begin_to_train(longer)  # after a crash
+    left = {path.name for path in longer.folder.glob("*.json")}
+    assert left == {"eval-of-step-4.json", "answers-of-step-4.json"}
+
+
+def test_a_result_before_the_steps_that_were_trained_since_is_not_given_out(make):
+    trained(make())
+    assert finished_run(make().folder) == runs.load(make().folder)
+    longer = make("training.max_steps=8")
+    with open_run_folder(longer, resume=True):
+        begin_to_train(longer)
+    with pytest.raises(UsageError, match=r"went on after .*adapter was written and has not finished: .*train --resume"):
+        finished_run(longer.folder)
+
+
+def test_a_run_that_stopped_early_goes_on_only_with_more_patience(make):
+    early = "training.eval_strategy=epoch", "early_stopping.patience=2"
+    run = make(*early)
+    with open_run_folder(run, resume=False):
+        begin_to_train(run)
+        saved(run, 2)
+    empty_adapter(run.result_folder)
+    finish(run, 2, 1.0, stopped_early=True)
+    assert "after step 2, where it stopped early: " in nothing_left(run)
+    with pytest.raises(UsageError, match=r"to train longer, raise early_stopping\.patience; other changes"):
+        nothing_left(make(*early, "training.max_steps=9"))
+    assert nothing_left(make(early[0], "early_stopping.patience=3")) is None
 
 
 def test_a_finished_run_goes_on_where_its_own_settings_were_given_more_steps(make):
@@ -215,4 +254,5 @@ def test_the_command_takes_a_runs_folder(make):
     assert code == 2 and "is a run's folder: add --resume to continue it" in said
     code, said = train("--resume", run.folder, "--output", "elsewhere")
     assert code == 2 and "is continued in place: remove --output elsewhere" in said
-    assert json.loads((run.folder / "finished.json").read_text()) == {"step": 4, "epoch": 2.0, "asked": 4}
+    finished = {"step": 4, "epoch": 2.0, "asked": 4, "stopped_early": False}
+    assert json.loads((run.folder / "finished.json").read_text()) == finished

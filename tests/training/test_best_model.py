@@ -1,6 +1,7 @@
 """Which evaluation is the best, and when there were enough: read from a log alone."""
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from fitune.config.recipe import EarlyStopping
 from fitune.training.best_model import BestModel
@@ -54,6 +55,15 @@ def test_the_model_before_the_first_step_is_not_among_them(best_model):
 def test_as_many_evaluations_in_vain_as_patience_says_end_it(best_model, scores, stops):
     assert best_model(patience=2).stops_early(log(*scores)) is stops
     assert not best_model().stops_early(log(*scores)), "nobody asked for it"
+
+
+def test_it_is_said_once_and_what_was_trained_is_saved(best_model, capsys):
+    model, control = best_model(patience=2), TrainerControl()
+    for scores in ((3,), (3, 4), (3, 4, 4)):
+        assert not control.should_training_stop and "stopped early" not in capsys.readouterr().err
+        model.on_evaluate(None, TrainerState(global_step=len(scores), log_history=log(*scores)), control)
+    assert control.should_training_stop and control.should_save
+    assert "stopped early after step 3: 2 evaluations in a row brought nothing better" in capsys.readouterr().err
 
 
 def test_better_is_what_is_better_by_more_than_the_threshold(best_model):
