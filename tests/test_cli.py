@@ -134,11 +134,13 @@ def test_completion_scripts(cli):
 def finished(tmp_path):
     """A run's folder with a result, and a checkpoint that nobody looks into."""
     from fitune.config import run as runs
+    from fitune.launching.run_folder import finish
 
     run = runs.resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path / "run"))
     for folder in (run.folder, run.folder / "checkpoints/checkpoint-1"):
         empty_adapter(folder / "adapter")
     (run.folder / "run.yaml").write_text(runs.dump(run))
+    finish(run, 1, 1.0)
     return run.folder
 
 

@@ -28,6 +28,7 @@ BAD = {
     "prompt beside a chat": (["generate", "nowhere", "--chat", "--prompt", "Hi"], "leave out --prompt, or --chat\n"),
     "answers of a chat": (["generate", "nowhere", "--chat", "--json", "a.json"], "/save FILE writes the conversation"),
     "prompt to a server": (["generate", "nowhere", "--serve", "80", "--text", "x"], "over its port: leave out --text"),
+    "bytes that are no text": (["generate", "x", "--prompt", "caf\udce9"], "--prompt 'caf\\udce9' is not UTF-8"),
     "temperature of a server": (["generate", "x", "--serve", "80", "--temperature", "1"], "leave out --temperature"),
     "weights of a server": (["generate", "x", "--serve", "80", "--load", "nf4"], "model by itself: leave out --load"),
     "seed where nothing is drawn": (["generate", "nowhere", "--prompt", "x", "--seed", "1"], "add --temperature T"),

@@ -7,6 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Method = Literal["full", "lora", "qlora"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[float, Field(gt=0)]
+"Infinite where it does not matter, as the RAM of a machine that is only asked about."
 YES_OR_NO = {"yes": True, "on": True, "no": False, "off": False}
 "Words that YAML files and `--set` keep as they are written (`fitune.config.yaml_file`)."
 Flag = Annotated[bool, BeforeValidator(lambda value: YES_OR_NO.get(str(value).lower(), value))]

@@ -138,7 +138,7 @@ class Recipe(Strict):
     "Tokens per row. `data.long_rows` says what becomes of longer rows, `packing` of shorter ones."
     packing: Flag = True
     "Fill each row with whole conversations (best fit decreasing) that do not see each other."
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[int, Field(gt=0, le=1_000_000)]
     "Rows per optimizer step over all processes."
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # numpy's generator, which draws too, takes no more
     "Decides the adapter's first weights, dropout, the order of rows and the rows held out."

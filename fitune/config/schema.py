@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fitune.config.fields import Flag, Method, PositiveFloat, PositiveInt, Strict
+from fitune.config.fields import Flag, Method, PositiveFloat, PositiveInt, Size, Strict
 from fitune.config.model_sizes import checked_size
 from fitune.config.optimizers import is_adamw
 from fitune.config.recipe import Recipe
@@ -43,9 +43,9 @@ class Profile(Strict):
     "Name of the file in accelerate_configs/ that starts the processes."
     num_gpus: Annotated[int, Field(ge=0)]
     "GPUs over all machines; 0 trains on the CPU."
-    gpu_memory_gib: PositiveFloat | None = None
+    gpu_memory_gib: Size | None = None
     "Memory of one GPU that a run may take."
-    host_memory_gib: PositiveFloat
+    host_memory_gib: Size
     "RAM of one machine."
     fits: dict[ModelSize, list[Method]] = {"any": list(get_args(Method))}
     """Methods by the model's size, which its config.json says: `{70b: [qlora]}`. A size is a number of parameters, or

@@ -12,12 +12,15 @@ from fitune.config.installed_names import sft_config_fields, training_enums
 from fitune.config.optimizers import ARGUMENTS as WORKING_OPTIMIZERS
 from fitune.config.optimizers import refuse_unfit_optimizer
 from fitune.config.recipe import Recipe
+from fitune.config.schedules import ARGUMENTS as WORKING_SCHEDULES
 from fitune.config.schedules import refuse_unfit_schedule
 from fitune.config.trackers import refuse_missing_trackers
 from fitune.config.training_fields import CHOICES, LIMITS, NEEDS_WORKERS, OWNED_ELSEWHERE, REFUSED
 from fitune.config.yaml_file import Where, place_of
 from fitune.errors import UsageError, nearest
 
+WORKING = {"optim": WORKING_OPTIMIZERS, "lr_scheduler_type": WORKING_SCHEDULES}
+"Of what transformers knows, what a run may have."
 PLAIN_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
 
 
@@ -68,7 +71,7 @@ def _convert(name: str, value: Any, annotation: str, source: str) -> Any:
     for allowed in (training_enums()[part] for part in parts if part in training_enums()):
         value = "no" if value is False and "no" in allowed else value  # what YAML reads in `save_strategy: no`
         if value not in allowed:
-            hint = nearest(str(value), WORKING_OPTIMIZERS if name == "optim" else allowed)
+            hint = nearest(str(value), WORKING.get(name, allowed))
             raise UsageError(f"{source}: training.{name}: unknown value {value!r}{hint}")
     if not all(part in plain_types for part in parts):
         return value  # containers: the checks of each field

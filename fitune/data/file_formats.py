@@ -129,7 +129,8 @@ def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UsageError(f"{name}:{line}: not valid CSV: {error}") from None
+            said = "a line ends with CR alone; end lines with LF" if "new-line character" in str(error) else error
+            raise UsageError(f"{name}:{line}: not valid CSV: {said}") from None
         if fields is None:
             break
         if not fields:

@@ -127,7 +127,7 @@ class _JsonWalker:
 
     def _value_text(self) -> str:
         """The JSON value that begins here."""
-        parse = json.JSONDecoder().raw_decode
+        parse = json.JSONDecoder(parse_int=len).raw_decode  # only its end counts here; Python limits an int's digits
         while True:
             try:
                 _, end = parse(self._buffer, self._position)

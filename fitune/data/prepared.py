@@ -24,8 +24,10 @@ REPORT_VERSION = 4
 SPLITS = ("train", "test")
 
 
-def check_prepared(recipe: Recipe, tokenizer) -> dict | None:
+def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False) -> dict | None:
     """The report of prepared data; None for files that were put there by hand, without a report.json.
+
+    `is_trained`: the recipe is that of a run that was trained, so its template can no longer be chosen.
 
     `tokenizer` is a transformers tokenizer after `apply_chat_template_choice`. Raises UsageError if the data was
     prepared by another version of fitune, or with another tokenizer, chat template, system message or `train_on` than
@@ -35,7 +37,7 @@ def check_prepared(recipe: Recipe, tokenizer) -> dict | None:
     report = read_report(folder)
     if report is None:
         return None
-    again = f"prepare the data again with --overwrite: {command()} prepare RECIPE --overwrite"
+    again = f"prepare the data again: {command('prepare', 'RECIPE', '--output', folder, '--overwrite')}"
     used_now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_hash(tokenizer)}
     for name, now in used_now.items():
         before = report[name]["sha256"]
@@ -44,7 +46,7 @@ def check_prepared(recipe: Recipe, tokenizer) -> dict | None:
                 raise UsageError(f"{folder}: prepared with another tokenizer; {again}")
             choice = report["template"]["choice"]
             typed = shlex.quote(f"data.chat_template={choice}")
-            as_prepared = "" if choice == data.chat_template else f"add --set {typed}, or "
+            as_prepared = "" if is_trained or choice == data.chat_template else f"add --set {typed}, or "
             raise UsageError(
                 f"{folder}: prepared with another chat template ({choice}, not {data.chat_template}); "
                 f"{as_prepared}{again}"

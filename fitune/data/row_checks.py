@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,7 +256,10 @@ def parse_record(record) -> dict:
             raise RowError(
                 "invalid_json", f"invalid JSON: {error.msg.removesuffix(' at')} (character {error.pos + 1})"
             ) from None
-        except (ValueError, RecursionError) as error:
+        except ValueError:
+            most = sys.get_int_max_str_digits()
+            raise RowError("invalid_json", f"invalid JSON: a whole number of more than {most:,} digits") from None
+        except RecursionError as error:
             raise RowError("invalid_json", f"invalid JSON: {error}") from None
     if not isinstance(record, dict):
         raise RowError("wrong_type", f"expected an object {{...}}, found {type(record).__name__}")

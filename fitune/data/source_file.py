@@ -188,7 +188,7 @@ def _what_else(members: dict[str, Member], name: str, is_one_line: bool) -> str 
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        json.loads(line, parse_int=len)  # however many digits it has
     except (ValueError, RecursionError):
         return False
     return True

@@ -3,11 +3,14 @@
 import sys
 from pathlib import Path
 
+from fitune.columns import short
+from fitune.config import run as runs
 from fitune.config.base_model import check_base_model
 from fitune.config.command_name import command
 from fitune.config.evaluation import is_evaluated
 from fitune.config.hub import local_config, local_folder
 from fitune.config.schema import Run
+from fitune.config.shipped import RECIPES, names
 from fitune.errors import UsageError
 from fitune.launching.disk_speed import slow_to_save
 from fitune.launching.shared_memory import short_of_shared_memory
@@ -18,7 +21,7 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
     for split in ("train", "test"):
         file = Path(run.recipe.data.prepared) / f"{split}.jsonl"
         if not file.is_file():
-            raise UsageError(f"{file}: no such file; run: {command('prepare', run.recipe_name)}")
+            raise UsageError(f"{file}: no such file; run: {_preparing(run)}")
     if is_evaluated(run.recipe.training) and not (Path(run.recipe.data.prepared) / "test.jsonl").stat().st_size:
         raise UsageError(
             f"{run.recipe.data.prepared}/test.jsonl has no rows, and training.eval_strategy asks for evaluations; "
@@ -32,6 +35,16 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
         check_fits(run)
     if slow := slow_to_save(run):
         print(f"note: {slow}", file=sys.stderr)
+
+
+def _preparing(run: Run) -> str:
+    """The command that puts rows where the run looks for them. A run keeps the name of its recipe, not a path to it."""
+    prepared, recipe = short(run.recipe.data.prepared), run.recipe_name
+    if recipe not in names(RECIPES):
+        recipe, own = "RECIPE", None
+    else:
+        own = short(runs.load_recipe(recipe).data.prepared)
+    return command("prepare", recipe, *(["--set", f"data.prepared={prepared}"] if prepared != own else []))
 
 
 def refuse_gpus_without_bf16(run: Run) -> None:

@@ -8,6 +8,7 @@ finished.json   the step and epoch of the result, the steps asked for, whether i
                 step of a resume that goes on, when eval.json and answers.json get the step that they tell of as a name
 """
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def open_run_folder(run: Run, resume: bool) -> Iterator[None]:
             lock.release()
             raise
     except OSError as error:
-        raise UsageError(f"{run.folder}: cannot be written: {error.strerror}; give another --output") from None
+        to_do = "make room there" if error.errno == errno.ENOSPC else "give another --output"
+        raise UsageError(f"{run.folder}: cannot be written: {error.strerror}; {to_do}") from None
     with lock:
         try:
             yield

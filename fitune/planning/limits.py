@@ -54,10 +54,18 @@ def machine_of(run: Run) -> Machine:
     return this_machine().shown_by(accelerate.gpu_ids).first(accelerate.num_processes // accelerate.num_machines)
 
 
+MOST_GPUS = 128
+"Of one machine; the largest have 72. What is fastest is searched for among all their numbers."
+
+
 def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
     """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
     if gpus < 1:
         raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
+    if gpus > MOST_GPUS:
+        raise UsageError(
+            f"--gpus {gpus} is more than {MOST_GPUS}, and those of one machine; say how many with --machines"
+        )
     if gpu_memory is None or gpu_memory <= 0:
         raise UsageError("--gpus needs --gpu-memory GIB, above 0: the memory of one GPU")
     host = host_memory if host_memory is not None else math.inf

@@ -8,6 +8,7 @@ The model is sharded as in training, so what could be trained can be asked.
 import argparse
 import contextlib
 import json
+import sys
 
 from fitune.config.hub import local_folder
 from fitune.config.json_file import read_json
@@ -76,7 +77,10 @@ def generate(run: Run, options: argparse.Namespace) -> None:
 def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
     """What --prompt and --text say, then the first N held-out conversations up to their last answer."""
     asked = questions(options, run.recipe.data.system_message)
-    for row in first_rows(run.recipe, "test", options.test):
+    rows = first_rows(run.recipe, "test", options.test)
+    if len(rows) < (options.test or 0) and is_main_process():
+        print(f"note: {run.recipe.data.prepared}/test.jsonl has {len(rows):,} rows, all are asked", file=sys.stderr)
+    for row in rows:
         if "text" in row:
             raise UsageError(f"{run.recipe.data.prepared}/test.jsonl: holds texts, not questions; ask with --text")
         messages, tools = for_template(row)

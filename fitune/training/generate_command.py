@@ -21,6 +21,7 @@ def generate_command(given: Path, *, serve: int | None, place: Place, **asked) -
     Raises UsageError where nothing can be asked.
     """
     _refuse_ignored_flags(serve, **asked)
+    _refuse_no_text(prompt=asked["prompt"], text=asked["text"])
     if serve:
         refuse_machine_flags(given, **place)
         return _serve(given, serve)
@@ -51,6 +52,16 @@ def _refuse_ignored_flags(
         raise UsageError(f"--chat is asked at its prompt: leave out {asks[0]}, or --chat{kept}")
     if seed is not None and not temperature:
         raise UsageError("--seed is for answers that are drawn: add --temperature T, above 0, or leave it out")
+
+
+def _refuse_no_text(**typed: tuple[str, ...]) -> None:
+    """UsageError for bytes of a shell that are no UTF-8, which no tokenizer takes."""
+    for name, values in typed.items():
+        for value in values:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"--{name} {value!a} is not UTF-8: set the terminal's encoding to UTF-8") from None
 
 
 def _serve(given: Path, port: int) -> int:

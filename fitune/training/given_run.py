@@ -92,7 +92,7 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
         refuse_another_chat(run, tokenizer)
     if reads_rows:
         refuse_no_rows(run.recipe, "test")
-        check_prepared(run.recipe, tokenizer)
+        check_prepared(run.recipe, tokenizer, is_trained=asked_as_trained)
         if asked_as_trained and not quiet:
             _say_if_other_rows_were_trained(run)
 

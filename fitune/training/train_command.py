@@ -1,6 +1,7 @@
 """What `fitune train` does: which run is meant, may it start, and this machine's ranks until they end."""
 
 import os
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -80,15 +81,15 @@ def train_command(
 
 
 def _tell_of_the_result(run: Run, place: Place) -> None:
+    """Ctrl-C has nothing to stop any more."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         click.echo(f"result: {short(str(run.result_folder))}")
         click.echo(f"curve:  {short(str(run.folder / 'loss.png'))}")
         show_page_after_a_command(run.folder, place)
-    except KeyboardInterrupt:
-        click.echo(
-            f"stopped: the run is finished, only its page may be missing: {command('report', run.folder)}", err=True
-        )
-    click.echo(f"next:   {command('eval', short(str(run.folder)))}")
+        click.echo(f"next:   {command('eval', short(str(run.folder)))}")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _refuse_no_run(folder: Path) -> None:

@@ -21,6 +21,7 @@ from fitune.errors import UsageError
 NASTY = [
     ("invalid_json", '{"messages": [', "invalid JSON"),
     ("invalid_json", "[" * 100_000, "invalid JSON"),
+    ("invalid_json", f'{{"messages": {"1" * 5000}}}', "invalid JSON: a whole number of more than"),
     ("wrong_type", "[1, 2]", "expected an object"),
     ("not_utf8", b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8: byte 0xff at byte 43 of the line"),
     ("not_utf8", {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}, "lone surrogate"),
@@ -165,6 +166,7 @@ def test_json_list_names_the_line_where_it_breaks(tmp_path):
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 9999, mtime=0)[:-20], "truncated or damaged gzip file"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("a.csv", b'instruction,output\n"never closed,x\n', "a.csv:2: not valid CSV"),
+        ("a.csv", b"instruction,output\ra,b\r", "a.csv:1: not valid CSV: a line ends with CR alone; end lines with LF"),
         ("a.xlsx", b"x", "a.xlsx: an Excel file; save it as CSV"),
         (
             "a.bin",

@@ -15,6 +15,7 @@ from fitune.config import run as runs
 from fitune.config.schema import Run
 from fitune.data.prepared import sha256_of_rows
 from fitune.export.chat_record import ChatRecord, write_chat_record
+from fitune.launching.run_folder import finish
 from fitune.training.manifest import Identity, write_manifest
 
 RECIPE = {
@@ -218,6 +219,7 @@ def test_eval_says_where_other_rows_were_trained(fitune, tmp_path):
     assert "note: " not in fitune("eval", "run").output, "it has no checkpoint that knows"
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
+    finish(run, 1, 1.0)
     known = {"base": "base", "revision": None, "base_fingerprint": {}, "template": "t", "tokenizer": "k", "seed": 42}
     identity = Identity(data=sha256_of_rows(tmp_path / "data/theirs", "train"), **known)
     write_manifest(checkpoint, 1, run, identity, {})

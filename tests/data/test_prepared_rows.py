@@ -92,9 +92,7 @@ def test_data_prepared_in_another_way_is_refused(tmp_path):
         check_prepared(recipe_for(out, max_length=longest - 1), tokenizer)
     with pytest.raises(UsageError, match=r"out: prepared with system_message none, not 'Be brief.'; prepare"):
         check_prepared(recipe_for(out, system_message="Be brief."), tokenizer)
-    with pytest.raises(
-        UsageError, match=r"out: prepared with train_on 'all', not 'last'; prepare the data again with "
-    ):
+    with pytest.raises(UsageError, match=r"out: prepared with train_on 'all', not 'last'; prepare the data again: "):
         check_prepared(recipe_for(out, train_on="last"), tokenizer)
     plain = tiny_tokenizer()
     apply_chat_template_choice(plain, "plain")

@@ -91,7 +91,17 @@ BAD = {
     "unknown model": (["--profile", "fsdp_4x24gb", "--set", "base.model=foo/bar"], "hf download foo/bar config.json"),
     "missing folder": (["--profile", "fsdp_4x24gb", "--set", "base.model=./nowhere"], "no such folder"),
     "zero GPUs": (["--gpus", "0", "--gpu-memory", "24"], "--gpus must be 1 or more"),
+    "too many GPUs": (["--gpus", "129", "--gpu", "H100"], "--gpus 129 is more than 128, and those of one machine"),
     "no GPU memory": (["--gpus", "1"], "--gpu-memory"),
+    "endless batch": (["--profile", "fsdp_4x24gb", "--set", "global_batch_size=1000001"], "or equal to 1000000"),
+    "no finite number": (
+        ["--profile", "fsdp_4x24gb", "--set", "lora.alpha=.inf"],
+        "lora.alpha: Input should be a finite",
+    ),
+    "schedule": (
+        ["--profile", "fsdp_4x24gb", "--set", "training.lr_scheduler_type=x"],
+        "linear, polynomial, reduce_lr",
+    ),
     "GPU memory alone": (["--gpu-memory", "24"], "--gpus N"),
     "profile of another method": (["--profile", "fsdp_full_16x80gb"], "is for full"),
     "too long": (["--profile", "fsdp_4x24gb", "--set", "max_length=9000"], "beyond the 8192 positions"),

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from fitune.cli import cli
 from fitune.data.chat_template import TEMPLATE_FOLDER
 from fitune.errors import FituneError, UsageError
+from fitune.training import evaluate_gguf
 from fitune.training.evaluate_folder import metrics
 from fitune.training.evaluate_gguf import score_rows
 
@@ -95,6 +96,16 @@ def test_a_row_that_the_template_refuses_is_named():
     llama_cpp.template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UsageError, match=r"row 1: .*no such role"):
         list(score_rows(ROWS, llama_cpp))
+
+
+def test_a_line_ends_where_json_lines_do(tmp_path, monkeypatch):
+    """Unicode has more ends of lines, which stand in a row's text as they are."""
+    answers = ["one\u2028two", "one\u2029two", "one\x85two"]
+    rows = [{"messages": [MESSAGES[0], {"role": "assistant", "content": answer}]} for answer in answers]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    monkeypatch.setattr(evaluate_gguf, "is_installed", lambda: True)
+    monkeypatch.setattr(evaluate_gguf, "start_llama_cpp", lambda *_: LlamaCpp())
+    assert evaluate_gguf.evaluate_gguf(tmp_path / "model.gguf", tmp_path)["rows"] == 3
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
