@@ -62,7 +62,7 @@ def draw(look: Look) -> None:
         words = f"{run['peak_gpu_gib']:.1f} GiB, {run['tokens_per_second_per_gpu']:,.0f} tokens/s"
         axes.text(size + 0.8, place, words, va="center", fontsize=LETTERS)
         axes.text(-0.8, place, label, va="center", ha="right", fontsize=LETTERS)
-    axes.set(xlim=(0, 96), yticks=[], xticks=range(0, 50, 10))
+    axes.set(xlim=(0, 100), yticks=[], xticks=range(0, 50, 10))
     axes.set_xlabel("GiB per GPU: taken, of what the card has (grey)", fontsize=LETTERS)
     figure.suptitle(
         "QLoRA of Llama 3: GiB and tokens/s per GPU\n"
