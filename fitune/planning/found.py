@@ -69,9 +69,16 @@ class Found:
 
     def why_idle(self) -> str | None:
         """Why GPUs stay idle, in one line; None if none does."""
-        if not self.idle:
+        left_out = [*why_left_out(self), self._why_not_more()] if self.idle else []
+        return "; ".join(filter(None, [*left_out, self._without_rows()])) or None
+
+    def _without_rows(self) -> str | None:
+        """Of machines that are given, each takes part, also where a step has no row for it."""
+        rows, copies = self.plan.run.recipe.global_batch_size, self.plan.setup.replicas
+        if copies <= rows or self.plan.setup.machines == 1:
             return None
-        return "; ".join([*why_left_out(self), *filter(None, [self._why_not_more()])])
+        some = f"{copies - rows} of {copies} copies of the model have no row: a step has {rows} (global_batch_size)"
+        return f"{some}; give fewer --machines, or --set global_batch_size={copies}"
 
     def _why_not_more(self) -> str | None:
         """Why not all of the GPUs are used among which the choice was made."""

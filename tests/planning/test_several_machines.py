@@ -141,6 +141,12 @@ def test_machines_that_are_not_needed_are_named():
     assert more_rows.idle == 0 and more_rows.why_idle() is None
 
 
+@pytest.mark.parametrize(("rows", "said"), [(3, "1 of 4 copies of the model have no row: a step has 3"), (4, None)])
+def test_machines_that_a_step_has_no_row_for_are_counted(rows, said):
+    found = find("llama3_8b_qlora", (f"global_batch_size={rows}",), given_machine(1, 80, 64), H100, machines=4)
+    assert (found.why_idle() or "").startswith(said or "") and bool(found.why_idle()) == bool(said)
+
+
 def test_plan_for_as_many_machines_as_are_given():
     flags = ["--gpus", "8", "--gpu", "H100", "--machines", "2", "--host-memory", "512", "--find", "--json"]
     done = CliRunner().invoke(cli, ["plan", "llama3_70b_qlora", *flags])
