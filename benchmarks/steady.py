@@ -41,7 +41,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
-    folder = options.work / "steady"
+    folder = options.work / f"steady-{time.time():.0f}"
     write_run_file(folder, options, options.steps)
     training.ShardedSFTTrainer.save_model = training.check_result = lambda *_: None
     training.Measurements = Steps
@@ -78,9 +78,11 @@ class Watched:
             self.samples.append((taken, [float(value) for value in values]))
 
     def between(self, start: float, end: float) -> dict[str, float]:
-        """Means between two times of the clock, in seconds."""
+        """Means between two times of the clock, in seconds; 0 where there was no sample."""
         within = [values for at, values in self.samples if start < at <= end]
-        return {name: round(mean(column), 1) for name, column in zip(FIELDS, zip(*within, strict=True), strict=False)}
+        return {
+            name: round(mean(values[n] for values in within), 1) if within else 0.0 for n, name in enumerate(FIELDS)
+        }
 
 
 class Steps(Measurements):
@@ -116,8 +118,8 @@ def summary(steps: list[dict]) -> dict:
     seconds, mhz = [step["gpu_s"] for step in counted], [step["mhz"] for step in counted]
     return {
         "seconds_apart": _apart(seconds),
-        "cycles_apart": _apart([step["gpu_s"] * step["mhz"] for step in counted]),
-        "seconds_with_clock": round(correlation(seconds, mhz), 2) if min(mhz) < max(mhz) else None,
+        "cycles_apart": _apart([step["gpu_s"] * step["mhz"] for step in counted]) if min(mhz) else None,
+        "seconds_with_clock": round(correlation(seconds, mhz), 2) if 0 < min(mhz) < max(mhz) else None,
         "most": {name: max(step[name] for step in counted) for name in ("retries", "mallocs", "watts")},
         "steps": steps,
     }

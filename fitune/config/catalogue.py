@@ -8,6 +8,7 @@ import click
 from fitune.columns import beside
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config
+from fitune.config.fields import Strict
 from fitune.config.model_shapes import find_shape
 from fitune.config.recipe import Recipe
 from fitune.config.schema import Profile
@@ -16,11 +17,9 @@ from fitune.config.yaml_file import read_yaml
 from fitune.errors import UsageError
 
 KEYS_OF = {
-    "recipe": {"base", "extends", "method"},
-    "profile": {"accelerate_config", "num_gpus", "gpu_memory_gib"},
-    "accelerate config": {"distributed_type", "num_processes"},
-}
-"What kind of file it is shows in keys that the others don't have. One that it must have may be what is missing."
+    "recipe": {"base", "extends"}, "profile": {"accelerate_config"}, "accelerate config": {"distributed_type"},
+}  # fmt: skip
+"What kind of file it is shows in keys that the others don't have."
 
 
 @dataclass
@@ -65,9 +64,9 @@ def own_files(folder: Path) -> Catalogue:
 def _add(found: Catalogue, path: Path) -> None:
     try:
         keys = read_yaml(path)
-        if KEYS_OF["recipe"] & keys.keys():
+        if KEYS_OF["recipe"] & keys.keys() or _has_only(keys, Recipe):
             found.recipes[str(path)] = runs.load_recipe(str(path))
-        elif KEYS_OF["profile"] & keys.keys():
+        elif KEYS_OF["profile"] & keys.keys() or _has_only(keys, Profile):
             profile = runs.load_profile(str(path))
             read_accelerate_config(find(profile.accelerate_config, ACCELERATE_CONFIGS, "accelerate config"))
             found.profiles[str(path)] = profile
@@ -76,6 +75,11 @@ def _add(found: Catalogue, path: Path) -> None:
             found.accelerate_configs[str(path)] = path
     except UsageError as error:
         found.broken[str(path)] = str(error)
+
+
+def _has_only(keys: dict, kind: type[Strict]) -> bool:
+    """Whether all keys are of one kind of file, which then lacks one that it must have."""
+    return bool(keys) and keys.keys() <= kind.model_fields.keys() and keys.keys() != {"description"}
 
 
 def completed(folder: Path, kind: str, incomplete: str) -> list[str]:

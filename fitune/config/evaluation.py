@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fitune.config.recipe import EarlyStopping
+from fitune.config.recipe import EarlyStopping, Recipe
 from fitune.errors import UsageError, nearest
 
 METRICS = ("loss", "perplexity", "token_accuracy")
@@ -21,6 +21,27 @@ def is_evaluated(training: dict[str, Any]) -> bool:
 def best_metric(training: dict[str, Any]) -> str:
     """The one of METRICS by which models are compared."""
     return str(training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+
+
+def scores(training: dict[str, Any], log_history: list[dict]) -> dict[int, float]:
+    """Of each step that was evaluated, by what a trainer logged: less is better.
+
+    The model before the first step is not among them: it has no checkpoint.
+    """
+    metric = best_metric(training)
+    key, sign = f"eval_{metric}", -1 if metric in LARGER_IS_BETTER else 1
+    return {entry["step"]: sign * entry[key] for entry in log_history if key in entry and entry["step"]}
+
+
+def stops_early(recipe: Recipe, log_history: list[dict]) -> bool:
+    """Whether `early_stopping.patience` evaluations in a row brought nothing better."""
+    if recipe.early_stopping is None:
+        return False
+    best, in_vain = float("inf"), 0
+    for _, score in sorted(scores(recipe.training, log_history).items()):
+        better = score < best - recipe.early_stopping.threshold
+        best, in_vain = (score, 0) if better else (best, in_vain + 1)
+    return in_vain >= recipe.early_stopping.patience
 
 
 def saves_the_best_only(training: dict[str, Any]) -> bool:

@@ -116,8 +116,17 @@ class Heartbeat(TrainerCallback):
             layer.register_forward_pre_hook(count)
             layer.register_forward_hook(count_output)
 
+    @property
+    def trains(self) -> bool:
+        """Whether a signal makes this rank finish and save what it does."""
+        return bool(self.numbers[TRAINS])
+
+    @trains.setter
+    def trains(self, value: bool) -> None:
+        self.numbers[TRAINS] = value
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.numbers[TRAINS] = True
+        self.trains = True
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begin_stage(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)

@@ -19,7 +19,8 @@ from fitune.config.schema import Run
 from fitune.config.shipped import python_path
 from fitune.environment import HEARTBEATS, let_segments_grow
 from fitune.errors import CRASHED, ENDED_BY_A_SIGNAL, INTERRUPTED, FituneError, say_while_training
-from fitune.launching.run_folder import finished_at, launch_config, settings_to_train
+from fitune.launching.finished import finished_at
+from fitune.launching.run_folder import launch_config, settings_to_train
 from fitune.launching.run_status import read_status
 from fitune.launching.signals import Killed, interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown

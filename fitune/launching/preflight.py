@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from fitune.columns import short
-from fitune.config import run as runs
 from fitune.config.base_model import check_base_model
 from fitune.config.command_name import command
 from fitune.config.evaluation import is_evaluated
@@ -39,12 +38,8 @@ def check_before_training(run: Run, *, force: bool = False) -> None:
 
 def _preparing(run: Run) -> str:
     """The command that puts rows where the run looks for them. A run keeps the name of its recipe, not a path to it."""
-    prepared, recipe = short(run.recipe.data.prepared), run.recipe_name
-    if recipe not in names(RECIPES):
-        recipe, own = "RECIPE", None
-    else:
-        own = short(runs.load_recipe(recipe).data.prepared)
-    return command("prepare", recipe, *(["--set", f"data.prepared={prepared}"] if prepared != own else []))
+    folder, recipe = run.recipe.data.prepared, run.recipe_name if run.recipe_name in names(RECIPES) else "RECIPE"
+    return command("prepare", recipe, "--output", short(folder), *(["--overwrite"] if Path(folder).exists() else []))
 
 
 def refuse_gpus_without_bf16(run: Run) -> None:

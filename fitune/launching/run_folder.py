@@ -4,33 +4,34 @@ run.yaml        the settings of what was trained here; until the first step, of 
 accelerate.yaml how its processes start: `accelerate launch --config_file` takes it
 resume.yaml     what a resume asks for; from its first step on that is run.yaml, and never if it is refused
 resume-accelerate.yaml  how that starts; likewise
-finished.json   the step and epoch of the result, the steps asked for, whether it stopped early; gone from the first
-                step of a resume that goes on, when eval.json and answers.json get the step that they tell of as a name
+finished.json   that it has a result, and of which step: see `fitune.launching.finished`
 """
 
 import errno
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config, written_out
 from fitune.config.command_name import command
+from fitune.config.evaluation import stops_early
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.results import missing_of_result
 from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, Run
 from fitune.config.shipped import name_of
 from fitune.errors import UsageError
+from fitune.launching.finished import go_on_from, read_finished, write_finished
 from fitune.launching.run_lock import LOCK, RunLock
 from fitune.output_folder import checkpoints
 
-SETTINGS, ASKED, FINISHED = "run.yaml", "resume.yaml", "finished.json"
-OF_THE_RESULT = "eval", "answers"
-"What `eval` and `generate --test` write of a run's result, without `.json`."
+SETTINGS, ASKED = "run.yaml", "resume.yaml"
 LAUNCH, ASKED_LAUNCH = FOUND, "resume-accelerate.yaml"
+TRAINER_STATE = "trainer_state.json"
+"transformers' TRAINER_STATE_NAME, which takes seconds to import."
 FIXED = ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed")
 "Keys of a recipe that make a run the run it is: it may train longer or log differently, but not on something else."
 KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -130,34 +131,14 @@ def begin_to_train(run: Run) -> None:
         _write(run.folder / SETTINGS, runs.dump(accepted))
     if (run.folder / ASKED_LAUNCH).is_file():
         _write(run.folder / LAUNCH, (run.folder / ASKED_LAUNCH).read_text(encoding="utf-8"))
-    _rename_what_tells_of_the_result(run.folder)
-    (run.folder / FINISHED).unlink(missing_ok=True)
+    go_on_from(run.folder)
 
 
 def finish(run: Run, step: int, epoch: float, stopped_early: bool = False) -> None:
     """Called by the main process when the result of `step` is written, which early stopping may have made the last."""
     asked = steps_asked(run.recipe.training, step, epoch)
-    content = {"step": step, "epoch": epoch, "asked": asked, "stopped_early": stopped_early}
-    _write(run.folder / FINISHED, json.dumps(content) + "\n")
-
-
-def _rename_what_tells_of_the_result(folder: Path) -> None:
-    """It is no longer the run's, but cost time to measure."""
-    try:
-        step = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in OF_THE_RESULT:
-        if (folder / f"{name}.json").is_file():
-            (folder / f"{name}.json").replace(folder / f"{name}-of-step-{step}.json")
-
-
-def finished_at(folder: Path) -> int | None:
-    """When a run's result was whole, as its file system counts; None before."""
-    try:
-        return (folder / FINISHED).stat().st_mtime_ns
-    except OSError:
-        return None
+    content = {"step": step, "epoch": epoch, "asked": asked, "stopped_early": stopped_early and step < asked}
+    write_finished(run.folder, content)
 
 
 def steps_asked(training: dict, step: int, epoch: float) -> int:
@@ -174,10 +155,10 @@ def nothing_left(run: Run) -> str | None:
     Raises UsageError if another run is asked for, or other settings, which could have no effect.
     """
     try:
-        result = json.loads((run.folder / FINISHED).read_text(encoding="utf-8"))
+        result = read_finished(run.folder)
         step, epoch = result["step"], result["epoch"]
         old = runs.load(run.folder / SETTINGS)
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
+    except (KeyError, UsageError):
         return None  # resuming says what is wrong
     if not run.result_folder.is_dir() or missing_of_result(run):
         return None
@@ -185,17 +166,26 @@ def nothing_left(run: Run) -> str | None:
     training = run.recipe.training
     is_changed = (old.recipe.training, old.recipe.early_stopping) != (training, run.recipe.early_stopping)
     asked = steps_asked(training, step, epoch)
-    stops_again = result.get("stopped_early") and old.recipe.early_stopping == run.recipe.early_stopping
+    stops_again = stops_early(run.recipe, _newest_log(run.folder))
     if asked > step and not stops_again and (is_changed or asked > result.get("asked", asked)):
         return None
-    length = "training.max_steps" if training.get("max_steps", -1) > 0 else "training.num_train_epochs"
-    early, longer = (", where it stopped early", "early_stopping.patience") if stops_again else ("", length)
-    finished = (
-        f"{run.folder} is finished after step {step}{early}: {run.result_folder}; to train longer, raise {longer}"
-    )
+    early = ", where it stopped early" if result.get("stopped_early") else ""
+    longer = ["early_stopping.patience"] if stops_again else []
+    if asked <= step or not stops_again:
+        longer += ["training.max_steps" if training.get("max_steps", -1) > 0 else "training.num_train_epochs"]
+    finished = f"{run.folder} is finished after step {step}{early}: {run.result_folder}; "
+    finished += f"to train longer, raise {' and '.join(longer)}"
     if is_changed:
         raise UsageError(f"{finished}; other changes would have no effect")
     return finished
+
+
+def _newest_log(folder: Path) -> list[dict]:
+    """What the newest checkpoint's trainer had logged."""
+    for checkpoint in reversed(checkpoints(folder / "checkpoints")):
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+    return []
 
 
 def refuse_another_resume(run: Run) -> None:

@@ -62,7 +62,14 @@ def interrupts_passed_on(module: str) -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Callable, numbers: list[int]) -> Iterator[None]:
+def ignored() -> Iterator[None]:
+    """SIGTERM, Ctrl-C and a closed terminal change nothing."""
+    with _handled_by(signal.SIG_IGN, list(PASSED_ON)):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable | signal.Handlers, numbers: list[int]) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

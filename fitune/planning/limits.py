@@ -64,7 +64,7 @@ def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None
         raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
     if gpus > MOST_GPUS:
         raise UsageError(
-            f"--gpus {gpus} is more than {MOST_GPUS}, and those of one machine; say how many with --machines"
+            f"--gpus counts those of one machine, at most {MOST_GPUS}, not {gpus}; for more give --machines N"
         )
     if gpu_memory is None or gpu_memory <= 0:
         raise UsageError("--gpus needs --gpu-memory GIB, above 0: the memory of one GPU")

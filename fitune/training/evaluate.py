@@ -19,6 +19,7 @@ from fitune.data.dataset import TokenisedRows, load_tokenizer
 from fitune.data.prepared import check_prepared
 from fitune.export.chat_record import refuse_another_chat
 from fitune.export.model_card import write_model_card
+from fitune.launching.finished import Measuring
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.asked_here import as_held
@@ -37,7 +38,7 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     For `run.checkpoint` it is eval-checkpoint-N.json, for a prepared folder `data` of other rows eval-NAME.json.
     `force` evaluates also on a base that may not be the adapter's own.
     """
-    run = on_other_rows(run, data) if data else run
+    run, measuring = on_other_rows(run, data) if data else run, Measuring(run.folder)
     mesh = join(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -55,8 +56,8 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     if is_main_process():
         report = {**results, "rows": len(rows.tokens)}
         names = ["eval", *([Path(run.checkpoint).name] if run.checkpoint else []), *([data.name] if data else [])]
-        (run.folder / f"{'-'.join(names)}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if not (run.checkpoint or data):  # a checkpoint's files are hashed
+        measuring.file("-".join(names)).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not (run.checkpoint or data) and measuring.is_the_results:  # a checkpoint's files are hashed
             write_model_card(run.result_folder, run, run.recipe.base.model, run.recipe.base.revision, base_folder)
         Console().print(evaluation_table(report))
     leave()

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 
 from fitune.config.hub import local_folder
 from fitune.config.json_file import read_json
@@ -19,7 +20,7 @@ from fitune.data.dataset import load_tokenizer
 from fitune.data.prepared import check_prepared, first_rows
 from fitune.errors import UsageError
 from fitune.export.chat_record import refuse_another_chat
-from fitune.report.run_files import ANSWERS
+from fitune.launching.finished import Measuring
 from fitune.training.answerer import Answerer, made_to_generate, refuse_longer_than_the_model
 from fitune.training.asked import Asked, parse_options, questions, report
 from fitune.training.asked_here import as_held
@@ -32,7 +33,7 @@ from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
 def generate(run: Run, options: argparse.Namespace) -> None:
     """Prints (and with --json writes) the answers of base and tuned model, or holds a conversation with the tuned."""
-    interrupts = Interrupts() if options.chat else None
+    interrupts, measuring = Interrupts() if options.chat else None, Measuring(run.folder)
     mesh = join(run)
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
@@ -70,7 +71,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
             answers = {"base": base_answers, "tuned": tuned_answers}
             report(conversations, answers, options.json)
             if options.test and not run.checkpoint:
-                _keep_held_out(run, options, conversations, answers)
+                _keep_held_out(measuring.file("answers"), run, options, conversations, answers)
     leave()
 
 
@@ -79,7 +80,10 @@ def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
     asked = questions(options, run.recipe.data.system_message)
     rows = first_rows(run.recipe, "test", options.test)
     if len(rows) < (options.test or 0) and is_main_process():
-        print(f"note: {run.recipe.data.prepared}/test.jsonl has {len(rows):,} rows, all are asked", file=sys.stderr)
+        print(
+            f"note: {run.recipe.data.prepared}/test.jsonl has no more than {len(rows):,}, all are asked",
+            file=sys.stderr,
+        )
     for row in rows:
         if "text" in row:
             raise UsageError(f"{run.recipe.data.prepared}/test.jsonl: holds texts, not questions; ask with --text")
@@ -89,7 +93,7 @@ def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:
 
 
 def _keep_held_out(
-    run: Run, options: argparse.Namespace, conversations: list[Asked], answers: dict[str, list[str]]
+    file: Path, run: Run, options: argparse.Namespace, conversations: list[Asked], answers: dict[str, list[str]]
 ) -> None:
     """answers.json in the run's folder, for its page: the held-out prompts, their answers, and those in the data."""
     rows = first_rows(run.recipe, "test", options.test)
@@ -101,7 +105,7 @@ def _keep_held_out(
         for i, row in enumerate(rows)
     ]
     content = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "rows": kept}
-    (run.folder / ANSWERS).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

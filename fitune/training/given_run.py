@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
+from fitune.columns import short
 from fitune.config import run as runs
 from fitune.config.command_name import command
 from fitune.config.results import missing_of_result
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.launching.run_folder import FINISHED
-from fitune.output_folder import checkpoints
+from fitune.launching.finished import passed_step
 
 
 def finished_run(folder: Path, *, asked: bool = False) -> Run:
@@ -30,10 +30,10 @@ def finished_run(folder: Path, *, asked: bool = False) -> Run:
                 f"{missing}: no such file, so the run's result is not whole: put it back, or make it again from the "
                 f"last checkpoint: {command('train', '--resume', folder)}"
             )
-        if checkpoints(run.folder / "checkpoints") and not (run.folder / FINISHED).is_file():
+        if step := passed_step(run.folder):
             raise UsageError(
-                f"{folder}: the run went on after {run.result_folder} was written and has not finished: "
-                f"{command('train', '--resume', folder)}, or give a checkpoint of it"
+                f"{folder}: training went on after its result, of step {step}, and has not finished: "
+                f"{command('train', '--resume', folder)}; the result as it was is {short(str(run.result_folder))}"
             )
         return run
     run = runs.load(folder.absolute().parents[1]).model_copy(update={"checkpoint": str(folder.absolute())})

@@ -6,12 +6,12 @@ from pathlib import Path
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from fitune.config.evaluation import stops_early
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.launching.run_folder import steps_asked
 from fitune.output_folder import checkpoints
-from fitune.training.best_model import BestModel
 from fitune.training.checkpoint import set_aside
 from fitune.training.distributed import from_rank_0, is_main_process
 from fitune.training.manifest import Identity, find_damage, refuse_another_identity
@@ -51,7 +51,7 @@ def steps_left_after(run: Run, checkpoint: Path | None) -> int | None:
             print(f"{run.folder}: no checkpoint was written: training begins at the first step", file=sys.stderr)
         return None
     state = state_of(checkpoint)
-    if BestModel(run.recipe).stops_early(state.log_history):
+    if stops_early(run.recipe, state.log_history):
         return 0
     asked = steps_asked(run.recipe.training, state.global_step, state.epoch)
     if asked < state.global_step:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from fitune import progress
 from fitune.config import run as runs
+from fitune.config.evaluation import stops_early
 from fitune.config.hub import local_folder
 from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
@@ -125,6 +126,7 @@ def train(run: Run) -> None:
         with heartbeat.using_files():
             load_trainable_weights(checkpoint, model, share_of(run, mesh.get_rank()))
         trainer.state = state_of(checkpoint)
+        interruption.training = heartbeat.trains = True  # a signal waits for the result
     else:
         wait_for_all(heartbeat.waiting)
         if is_main_process():
@@ -140,7 +142,7 @@ def train(run: Run) -> None:
         check_result(run.result_folder, run, model, share_of(run, mesh.get_rank()))
         wait_for_all(heartbeat.waiting)  # before the run counts as finished
     if is_main_process():
-        stopped_early = trainer.best_model.stops_early(trainer.state.log_history)
+        stopped_early = stops_early(run.recipe, trainer.state.log_history)
         finish(run, trainer.state.global_step, trainer.state.epoch, stopped_early)
     leave()
     if lock:

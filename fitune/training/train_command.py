@@ -1,7 +1,6 @@
 """What `fitune train` does: which run is meant, may it start, and this machine's ranks until they end."""
 
 import os
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError, closest
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
+from fitune.launching.finished import finished_at
 from fitune.launching.launch import TRAINING, Place, alone, dry_run_text, launch_line, train_with_restarts
 from fitune.launching.machines import Machines, check_machine_flags
 from fitune.launching.meeting_point import meeting_point
 from fitune.launching.preflight import check_before_training, fetch_base, refuse_gpus_without_bf16
-from fitune.launching.run_folder import as_started, finished_at, nothing_left, open_run_folder, refuse_another_resume
+from fitune.launching.run_folder import as_started, nothing_left, open_run_folder, refuse_another_resume
+from fitune.launching.signals import ignored
 from fitune.planning.async_save import waits_for_the_disk
 from fitune.planning.fill import filled_here
 from fitune.report.origin import remember_what_was_typed
@@ -81,15 +82,11 @@ def train_command(
 
 
 def _tell_of_the_result(run: Run, place: Place) -> None:
-    """Ctrl-C has nothing to stop any more."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with ignored():  # a signal has nothing to stop any more
         click.echo(f"result: {short(str(run.result_folder))}")
         click.echo(f"curve:  {short(str(run.folder / 'loss.png'))}")
         show_page_after_a_command(run.folder, place)
         click.echo(f"next:   {command('eval', short(str(run.folder)))}")
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _refuse_no_run(folder: Path) -> None:

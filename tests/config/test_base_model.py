@@ -179,7 +179,7 @@ def test_evaluations_of_no_rows_are_refused_before_processes_start(make_run, pre
     (data / "train.jsonl").write_bytes((prepared / "train.jsonl").read_bytes())
     save_file({}, base(tmp_path / "base") / "model.safetensors")
     with pytest.raises(
-        UsageError, match=rf"test\.jsonl: no such file; run: .* prepare RECIPE --set data.prepared={data}$"
+        UsageError, match=rf"test\.jsonl: no such file; run: .* prepare RECIPE --output {data} --overwrite$"
     ):
         check_before_training(_on(data, make_run(base(tmp_path / "base"), tmp_path / "run", "lora")), force=True)
     (data / "test.jsonl").touch()

@@ -48,9 +48,9 @@ def test_a_folder_of_ones_own_is_listed_with_what_goes_together(own):
 @pytest.mark.parametrize(("left", "missing"), [("num_gpus: 2", "'accelerate_config'"), ("method: lora", "'base'")])
 def test_a_file_that_lacks_what_it_must_have_is_not_left_out(left, missing, own):
     (own / "mine.yaml").write_text(f"{left}\n", encoding="utf-8")
-    (own / "compose.yaml").write_text("services: {}\n", encoding="utf-8")
+    (own / "others.yaml").write_text("program: sweep.py\nmethod: bayes\n", encoding="utf-8")
     output = CliRunner().invoke(cli, ["list", str(own)]).stdout
-    assert f"{own / 'mine.yaml'}: keys " in output and missing in output and "compose" not in output
+    assert f"{own / 'mine.yaml'}: keys " in output and missing in output and "others" not in output
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])

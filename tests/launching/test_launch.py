@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from fitune.config import run as runs
 from fitune.errors import INTERRUPTED, FituneError, Interrupted
 from fitune.launching import launch
 from fitune.launching.launch import TOLD, _first_failure
+from fitune.launching.run_folder import finish
 from fitune.planning.fill import resolve
 from fitune.training import train
 
@@ -261,3 +263,19 @@ def test_the_failure_that_ended_a_run_is_found(failures, told, expected, capsys)
     assert _first_failure(found, told, explained=()) == expected
     is_named = failures[1][0] == -9 and len(told) < 2
     assert ("rank 1 (pid 1) was ended by SIGKILL" in capsys.readouterr().err) == is_named
+
+
+@pytest.mark.parametrize(("is_done", "code"), [(True, 0), (False, INTERRUPTED)])
+def test_a_run_that_is_told_to_stop_when_all_is_done_is_finished(is_done, code, monkeypatch, tmp_path):
+    run = resolve("tiny_qlora", "cpu_2proc", ("training.max_steps=4",), str(tmp_path / "run"))
+    run.folder.mkdir()
+    finish(run, 2, 1.0)  # before
+
+    def told_to_stop(run, *_, told, **__) -> int:
+        told.append(signal.SIGTERM)
+        if is_done:
+            finish(run, 4, 2.0)
+        return TOLD
+
+    monkeypatch.setattr(launch, "launch", told_to_stop)
+    assert launch.train_with_restarts(run, resume=True, max_restarts=0, place={}, quiet=True) == code

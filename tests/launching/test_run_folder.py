@@ -11,6 +11,7 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.run import resolve, resolve_again
 from fitune.errors import UsageError
+from fitune.launching.finished import Measuring
 from fitune.launching.run_folder import begin_to_train, finish, nothing_left, open_run_folder, settings_to_train
 from fitune.launching.run_folder import steps_asked as asked
 from fitune.training.given_run import finished_run
@@ -94,15 +95,23 @@ def test_a_resume_that_began_is_not_finished_by_the_result_before_it(make):
 def test_what_tells_of_a_result_is_not_taken_for_the_next_ones(make):
     """From the first step on; it is kept, as it took its time."""
     trained(make())
-    for name in ("eval.json", "answers.json"):
+    for name in ("eval.json", "answers.json", "eval-theirs.json", "eval-checkpoint-2-theirs.json"):
         (make().folder / name).write_text("{}")
+    measuring = Measuring(make().folder)
+    assert measuring.file("eval") == make().folder / "eval.json" and measuring.is_the_results
     longer = make("training.max_steps=8")
     with open_run_folder(longer, resume=True):
         assert (longer.folder / "eval.json").is_file()
         begin_to_train(longer)
         begin_to_train(longer)  # after a crash
-    left = {path.name for path in longer.folder.glob("*.json")}
-    assert left == {"eval-of-step-4.json", "answers-of-step-4.json"}
+    measured = {path.name for path in longer.folder.glob("*.json")} - {"passed.json"}
+    of_step_4 = {f"{name}-of-step-4.json" for name in ("eval", "answers", "eval-theirs")}
+    assert measured == {*of_step_4, "eval-checkpoint-2-theirs.json"}
+    assert measuring.file("eval") == longer.folder / "eval-of-step-4.json", "measured while training went on"
+    assert measuring.file("eval-checkpoint-2") == longer.folder / "eval-checkpoint-2.json"
+    finish(longer, 8, 4.0)
+    assert measuring.file("eval").name == "eval-of-step-4.json" and not measuring.is_the_results
+    assert not (longer.folder / "passed.json").exists()
 
 
 def test_a_result_before_the_steps_that_were_trained_since_is_not_given_out(make):
@@ -111,22 +120,43 @@ def test_a_result_before_the_steps_that_were_trained_since_is_not_given_out(make
     longer = make("training.max_steps=8")
     with open_run_folder(longer, resume=True):
         begin_to_train(longer)
-    with pytest.raises(UsageError, match=r"went on after .*adapter was written and has not finished: .*train --resume"):
+    with pytest.raises(UsageError, match=r"went on after its result, of step 4, and has not finished: .*resume"):
         finished_run(longer.folder)
+    finish(longer, 8, 4.0)
+    assert finished_run(make().folder).recipe.training["max_steps"] == 8
+
+
+def test_a_result_that_nothing_is_said_of_is_the_runs(make):
+    """As of a run that was ended between its result and finished.json, or of an older version."""
+    trained(make())
+    (make().folder / "finished.json").unlink()
+    (make().folder / "eval.json").write_text("{}")
+    assert finished_run(make().folder) == runs.load(make().folder)
+    with open_run_folder(make("training.max_steps=8"), resume=True):
+        begin_to_train(make("training.max_steps=8"))
+    assert (make().folder / "eval-of-an-earlier-result.json").is_file()
 
 
 def test_a_run_that_stopped_early_goes_on_only_with_more_patience(make):
-    early = "training.eval_strategy=epoch", "early_stopping.patience=2"
-    run = make(*early)
+    evaluated, patience = "training.eval_strategy=epoch", "early_stopping.patience"
+    run = make(evaluated, f"{patience}=2", "training.max_steps=6")
     with open_run_folder(run, resume=False):
         begin_to_train(run)
-        saved(run, 2)
+        saved(run, 3)
+    losses = [{"step": step, "eval_loss": loss, "eval_token_accuracy": loss} for step, loss in ((1, 1), (2, 2), (3, 3))]
+    state = run.folder / "checkpoints/checkpoint-3/trainer_state.json"
+    state.write_text(json.dumps({"log_history": losses}))
     empty_adapter(run.result_folder)
-    finish(run, 2, 1.0, stopped_early=True)
-    assert "after step 2, where it stopped early: " in nothing_left(run)
-    with pytest.raises(UsageError, match=r"to train longer, raise early_stopping\.patience; other changes"):
-        nothing_left(make(*early, "training.max_steps=9"))
-    assert nothing_left(make(early[0], "early_stopping.patience=3")) is None
+    finish(run, 3, 1.5, stopped_early=True)
+    assert "after step 3, where it stopped early: " in nothing_left(run)
+    for changes in ((f"{patience}=2", "training.max_steps=9"), (f"{patience}=1",)):
+        with pytest.raises(UsageError, match=r"to train longer, raise early_stopping\.patience; other changes"):
+            nothing_left(make("training.max_steps=6", evaluated, *changes))
+    with pytest.raises(UsageError, match=r"raise early_stopping\.patience and training\.max_steps; other changes"):
+        nothing_left(make(evaluated, f"{patience}=2", "training.max_steps=3"))
+    assert nothing_left(make(evaluated, f"{patience}=3", "training.max_steps=6")) is None
+    better = "training.metric_for_best_model=token_accuracy"
+    assert nothing_left(make(evaluated, f"{patience}=2", "training.max_steps=6", better)) is None
 
 
 def test_a_finished_run_goes_on_where_its_own_settings_were_given_more_steps(make):

@@ -91,7 +91,10 @@ BAD = {
     "unknown model": (["--profile", "fsdp_4x24gb", "--set", "base.model=foo/bar"], "hf download foo/bar config.json"),
     "missing folder": (["--profile", "fsdp_4x24gb", "--set", "base.model=./nowhere"], "no such folder"),
     "zero GPUs": (["--gpus", "0", "--gpu-memory", "24"], "--gpus must be 1 or more"),
-    "too many GPUs": (["--gpus", "129", "--gpu", "H100"], "--gpus 129 is more than 128, and those of one machine"),
+    "too many GPUs": (
+        ["--gpus", "129", "--gpu", "H100"],
+        "one machine, at most 128, not 129; for more give --machines",
+    ),
     "no GPU memory": (["--gpus", "1"], "--gpu-memory"),
     "endless batch": (["--profile", "fsdp_4x24gb", "--set", "global_batch_size=1000001"], "or equal to 1000000"),
     "no finite number": (

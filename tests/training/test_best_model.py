@@ -3,6 +3,7 @@
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from fitune.config.evaluation import stops_early
 from fitune.config.recipe import EarlyStopping
 from fitune.training.best_model import BestModel
 
@@ -53,21 +54,24 @@ def test_the_model_before_the_first_step_is_not_among_them(best_model):
     ],
 )
 def test_as_many_evaluations_in_vain_as_patience_says_end_it(best_model, scores, stops):
-    assert best_model(patience=2).stops_early(log(*scores)) is stops
-    assert not best_model().stops_early(log(*scores)), "nobody asked for it"
+    assert stops_early(best_model(patience=2).recipe, log(*scores)) is stops
+    assert not stops_early(best_model().recipe, log(*scores)), "nobody asked for it"
 
 
 def test_it_is_said_once_and_what_was_trained_is_saved(best_model, capsys):
     model, control = best_model(patience=2), TrainerControl()
     for scores in ((3,), (3, 4), (3, 4, 4)):
         assert not control.should_training_stop and "stopped early" not in capsys.readouterr().err
-        model.on_evaluate(None, TrainerState(global_step=len(scores), log_history=log(*scores)), control)
+        state = TrainerState(global_step=len(scores), max_steps=9, log_history=log(*scores))
+        model.on_evaluate(None, state, control)
     assert control.should_training_stop and control.should_save
     assert "stopped early after step 3: 2 evaluations in a row brought nothing better" in capsys.readouterr().err
+    model.on_evaluate(None, TrainerState(global_step=3, max_steps=3, log_history=log(3, 4, 4)), control)
+    assert not capsys.readouterr().err, "it was the last step anyway"
 
 
 def test_better_is_what_is_better_by_more_than_the_threshold(best_model):
-    model = best_model(patience=2, threshold=0.5)
-    assert model.stops_early(log(3, 2.75, 2.5))
-    assert not model.stops_early(log(3, 2.75, 2.25))
-    assert model.stops_early(log(3, 2.25, 2, 1.875)), "than the best before it"
+    recipe = best_model(patience=2, threshold=0.5).recipe
+    assert stops_early(recipe, log(3, 2.75, 2.5))
+    assert not stops_early(recipe, log(3, 2.75, 2.25))
+    assert stops_early(recipe, log(3, 2.25, 2, 1.875)), "than the best before it"

@@ -1,0 +1,85 @@
+"""What a run's folder says of its result, and the files that tell of it, which no later result may inherit.
+
+finished.json   the step and epoch of the result, the steps asked for, whether it stopped early
+passed.json     the same of a result that training has gone on from; gone when the run is finished again
+eval.json, eval-ROWS.json, answers.json   what was measured of the result; when training goes on its step joins the name
+"""
+
+import json
+import re
+from pathlib import Path
+
+FINISHED, PASSED = "finished.json", "passed.json"
+KEPT = re.compile(r"eval-checkpoint-\d+|.*-of-(step-\d+|an-earlier-result)$")
+"What tells of a checkpoint, or of an earlier result, by its name without `.json`."
+
+
+def read_finished(folder: Path) -> dict:
+    """{} without a result, and for a damaged file."""
+    return _read(folder / FINISHED)
+
+
+def write_finished(folder: Path, content: dict) -> None:
+    _write(folder / FINISHED, content)
+    (folder / PASSED).unlink(missing_ok=True)
+
+
+def finished_at(folder: Path) -> int | None:
+    """When the result was whole, as its file system counts; None before."""
+    try:
+        return (folder / FINISHED).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def go_on_from(folder: Path) -> None:
+    """The result is no longer the run's: training goes on. What was measured of it took time, and is kept."""
+    for file in [*folder.glob("eval*.json"), *folder.glob("answers*.json")]:
+        if not KEPT.match(file.stem):
+            file.replace(_earlier(file, _step(folder)))
+    if (folder / FINISHED).is_file():
+        (folder / FINISHED).replace(folder / PASSED)
+
+
+def passed_step(folder: Path) -> int | None:
+    """The step of a result that training has gone on from and not finished since; None for any other."""
+    return None if (folder / FINISHED).is_file() else _read(folder / PASSED).get("step")
+
+
+class Measuring:
+    """Of a run's result, made before the result is read: training may go on while it is measured."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.at, self.step = folder, finished_at(folder), _step(folder)
+
+    @property
+    def is_the_results(self) -> bool:
+        """Whether what was measured is still that of the run's result."""
+        return finished_at(self.folder) == self.at
+
+    def file(self, name: str) -> Path:
+        """Where it is written, by its name without `.json`."""
+        file = self.folder / f"{name}.json"
+        return file if self.is_the_results or KEPT.match(name) else _earlier(file, self.step)
+
+
+def _step(folder: Path) -> int | None:
+    return read_finished(folder).get("step", _read(folder / PASSED).get("step"))
+
+
+def _earlier(file: Path, step: int | None) -> Path:
+    return file.with_name(f"{file.stem}-of-{f'step-{step}' if step else 'an-earlier-result'}.json")
+
+
+def _read(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(file: Path, content: dict) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(file)
