@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fitune.planning.fill import fits, with_room_for_error
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.outlook import shortfall
 from fitune.planning.plan import Plan
@@ -11,6 +12,12 @@ from fitune.planning.words import described, numbers, rounded, timed
 
 NO_GAIN = 0.02
 "Of a step's seconds: for less, no further GPU is taken."
+LESS_ROOM = "less memory would be left than the prediction may be off"
+
+
+def has_room_for_error(plan: Plan) -> bool:
+    """Whether it fits and leaves as much memory as the prediction may be off."""
+    return fits(plan.setup, with_room_for_error(plan.limits))
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Found:
         if seconds_of(other) >= (1 - NO_GAIN) * seconds_of(self.plan):
             return words
         rounds = other.setup.small_states and not self.plan.setup.small_states
-        return f"{words} ({'small states round more' if rounds else 'too little faster for the RAM it takes'})"
+        why = "small states round more" if rounds else "too little faster for the RAM it takes"
+        return f"{words} ({why if has_room_for_error(other) else LESS_ROOM})"
 
     @property
     def names_gpus(self) -> bool:
@@ -102,6 +110,8 @@ class Found:
         ratio = other.time.parts["total"] / self.plan.time.parts["total"]
         if ratio > 1 + NO_GAIN:
             return f"{is_idle}: with {described(other)} it is slower, {timed(other)}"
+        if not has_room_for_error(other):
+            return f"{is_idle}: with {described(other)} it takes {timed(other)}, but {LESS_ROOM}"
         if ratio < 1 - NO_GAIN:
             return f"{is_idle}: {described(other)} are faster by less than the prediction may be off, {timed(other)}"
         as_long = f"a step of {rows} rows (global_batch_size) takes as long with {other.setup.ranks}"

@@ -11,7 +11,7 @@ from fitune.planning.compute import has_fp8
 from fitune.planning.fill import filled, fits, largest
 from fitune.planning.gpu_models import look_up
 from fitune.planning.hardware import VISIBLE
-from fitune.planning.limits import Limits
+from fitune.planning.limits import Limits, limits_of
 from fitune.planning.memory import host_peak
 from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import as_typed, preset_runs
@@ -129,10 +129,18 @@ def _profiles_that_fit(plan: Plan, own: Sequence[str]) -> list[str]:
     found = []
     for run in preset_runs(plan.run.recipe_name, plan.run.recipe, own=own):
         if run.profile_name != plan.run.profile_name and run.accelerate.num_machines == 1:
-            other = make_plan(filled(run, plan.limits), plan.limits)
+            stated = limits_of(run)  # its file's, which count when it is typed
+            limits = replace(
+                plan.limits, gpu=_least(plan.limits.gpu, stated.gpu), host=min(plan.limits.host, stated.host)
+            )
+            other = make_plan(filled(run, limits), limits)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
                 found.append((*_preference(other), f"--profile {as_typed(other.run)}"))
     return [flags for *_, flags in sorted(found, reverse=True)]
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((gib for gib in (one, other) if gib is not None), default=None)
 
 
 def _preference(plan: Plan) -> tuple[bool, float]:

@@ -23,7 +23,7 @@ from fitune.config.shipped import name_of
 from fitune.config.yaml_file import parse
 from fitune.errors import UsageError
 from fitune.planning.fill import filled, fits, gain_by_moving, with_room_for_error
-from fitune.planning.found import NO_GAIN, Found, seconds_of
+from fitune.planning.found import NO_GAIN, Found, has_room_for_error, seconds_of
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.instead import what_fits
 from fitune.planning.limits import limits_here
@@ -62,7 +62,7 @@ def find(
         machine.refuse_missing_bf16()
     plans = _tried(recipe_name, sets, machine, gpu, output=output, machines=machines)
     if not plans:
-        raise UsageError(f"{stem}: {no_gpu()}")
+        raise UsageError(f"{stem}: {_why_none(stem, recipe_name, sets, machine, machines)}")
     best = _fewest_ranks(plans)
     if not best.fits:
         raise UsageError(f"{stem} {_why_not(best, recipe_name, sets, machine, output=output, machines=machines)}")
@@ -93,6 +93,16 @@ def _tried(
         candidates = _candidates(stem, recipe, profile_overrides, part, counts, machines, output)
         plans += _plans(candidates, part, gpu, names_gpus=part.gpus != machine.gpus)
     return sorted(plans, key=_rank)
+
+
+def _why_none(stem: str, recipe_name: str, sets: tuple[str, ...], machine: Machine, machines: int) -> str:
+    """Why nothing can be tried: no GPU, or what is set. Raises UsageError where that is refused by itself."""
+    if not machine.gpus:
+        return no_gpu()
+    recipe_overrides, overrides = runs.parse_sets(sets)
+    placed = {"embedding_offload": False, "optimizer_state": "fp32", "optimizer_offload": False} | overrides
+    _run(stem, runs.load_recipe(recipe_name, recipe_overrides), placed, machine, machines, machines, PLACES[0], None)
+    return f"no way to train has all that is set: {', '.join(f'profile.{key}' for key in overrides)}; leave one out"
 
 
 def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Machine, **options) -> str:
@@ -241,7 +251,7 @@ def _rank(plan: Plan) -> tuple:
     """What fits with room for the prediction's error comes first, then what fits, then what comes closest to it."""
     if not plan.fits:
         return (2, *_distance(plan))
-    return not fits(plan.setup, with_room_for_error(plan.limits)), _cautious_seconds(plan)
+    return not has_room_for_error(plan), _cautious_seconds(plan)
 
 
 def _cautious_seconds(plan: Plan) -> float:

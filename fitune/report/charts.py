@@ -46,12 +46,11 @@ def line_chart(title: str, unit: str, curves: list[Curve]) -> Chart | None:
     most = POINTS_A_CHART // len(curves)
 
     def draw(axes) -> None:
-        for curve in curves:
-            _draw_curve(axes, curve, most)
+        lines = [_draw_curve(axes, curve, most) for curve in curves]
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
-        if len(curves) > 1:
-            axes.legend(**ABOVE)
+        if len(curves) > 1:  # told, as matplotlib leaves out names that begin with _
+            axes.legend(lines, [curve.label for curve in curves], **ABOVE)
 
     shown = ", ".join(
         f"{curve.label or title}: {curve.points[-1][1]:.4g} at step {curve.points[-1][0]:g}" for curve in curves
@@ -61,16 +60,16 @@ def line_chart(title: str, unit: str, curves: list[Curve]) -> Chart | None:
     )
 
 
-def _draw_curve(axes, curve: Curve, most: int) -> None:
+def _draw_curve(axes, curve: Curve, most: int):
+    """The line that stands for the curve in the legend."""
     style = {"color": COLOURS[curve.colour % len(COLOURS)], "linestyle": "--" if curve.dashed else "-"}
     steps, values = zip(*thinned(curve.points, most), strict=True)
     if len(curve.points) < MANY or not curve.noisy:
         few = {"marker": "o", "markersize": 3} if len(curve.points) < (60 if curve.dashed else 8) else {}
-        axes.plot(steps, values, linewidth=1.3, label=curve.label, **style, **few)
-        return
+        return axes.plot(steps, values, linewidth=1.3, **style, **few)[0]
     axes.plot(steps, values, linewidth=0.6, alpha=0.35, **style)
     means = thinned(running_means(curve.points, len(curve.points) // 40), most)
-    axes.plot(*zip(*means, strict=True), linewidth=1.5, label=curve.label, **style)
+    return axes.plot(*zip(*means, strict=True), linewidth=1.5, **style)[0]
 
 
 def phase_chart(title: str, planned: dict[str, float], measured: dict[str, float]) -> Chart:
@@ -130,6 +129,7 @@ def _chart(title: str, description: str, draw, height: float = SIZE_INCHES[1]) -
     style = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.spines.top": False,
         "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.15,
+        "text.parse_math": False,  # a run's name may hold any sign
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
                          "grid.color"), TEXT),
     }  # fmt: skip

@@ -17,6 +17,14 @@ from fitune.report.origin import ORIGIN
 
 ANSWERS = "answers.json"
 "What `generate --test` leaves in a run's folder."
+SHAPES = {
+    "measurements.json": {"ranks": [{"loading": dict}], "step_seconds": [float | int], "step_tokens": [float | int]},
+    "finished.json": {"step": int},
+    "origin.json": {"versions": dict, "hardware": dict, "identity": dict, "starts": [dict]},
+    "answers.json": {"rows": [{"messages": [dict]}]},
+    "report.json": {"tokens": dict, "source": dict, "mixed_in": [dict], "files": dict, "dropped": dict, "notes": list},
+}
+"Of what the page looks into."
 Points = list[tuple[float, float]]
 "(optimizer step, value), ascending."
 
@@ -90,12 +98,17 @@ def read_run_files(path: Path) -> RunFiles:
             content = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             content = None
-        if isinstance(content, dict):
-            return content
-        notes.append(f"{file.name} cannot be read, so what it holds is missing here")
-        return {}
+        if not isinstance(content, dict):
+            notes.append(f"{file.name} cannot be read, so what it holds is missing here")
+            return {}
+        shapes = SHAPES.get(file.name, {})
+        damaged = [
+            key for key, shape in shapes.items() if content.get(key) is not None and not _is(content[key], shape)
+        ]
+        notes.extend(f"{file.name}: {key} is damaged, so what it holds is missing here" for key in damaged)
+        return {key: value for key, value in content.items() if value is not None and key not in damaged}
 
     evaluations = {file.stem: read(file) for file in sorted(folder.glob("eval*.json"))}
     return RunFiles(
@@ -110,6 +123,15 @@ def read_run_files(path: Path) -> RunFiles:
         data=read(Path(run.recipe.data.prepared) / "report.json"),
         notes=notes,
     )
+
+
+def _is(value, shape) -> bool:
+    """`shape`: a type; a list with that of its members; a dict with those of some of its values."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_is(member, shape[0]) for member in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_is(value[key], of) for key, of in shape.items() if key in value)
+    return isinstance(value, shape)
 
 
 def _lines(file: Path) -> list[dict]:

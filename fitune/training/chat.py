@@ -153,10 +153,12 @@ def _read(interrupts: Interrupts) -> str | None:
             _say("\n(stopped; Ctrl-C again ends the chat)")
         try:
             interrupts.state = "reading"
-            return input("you> ").strip()
+            line = input("you> ").strip()
+            line.encode()  # in some locales Python reads any byte
+            return line
         except KeyboardInterrupt:
             continue
-        except UnicodeDecodeError:
+        except UnicodeError:
             _say("this line is not UTF-8, as the terminal should write it")
         finally:
             interrupts.state = "waiting"

@@ -91,6 +91,10 @@ BAD = {
     "unknown model": (["--profile", "fsdp_4x24gb", "--set", "base.model=foo/bar"], "hf download foo/bar config.json"),
     "missing folder": (["--profile", "fsdp_4x24gb", "--set", "base.model=./nowhere"], "no such folder"),
     "zero GPUs": (["--gpus", "0", "--gpu-memory", "24"], "--gpus must be 1 or more"),
+    "states of another method": (
+        ["--gpu", "H100", "--set", "profile.optimizer_state=bf16_8bit"],
+        "bf16_8bit is for method full",
+    ),
     "too many GPUs": (
         ["--gpus", "129", "--gpu", "H100"],
         "one machine, at most 128, not 129; for more give --machines",

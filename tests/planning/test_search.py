@@ -14,6 +14,7 @@ from fitune.planning.fill import filled, fits
 from fitune.planning.gpu_models import gpu_model
 from fitune.planning.limits import given_machine, limits_of
 from fitune.planning.machine import Gpu, Machine
+from fitune.planning.outlook import nearest_changes
 from fitune.planning.plan import Verdict, make_plan
 from fitune.planning.presets import as_typed, preset_runs
 from fitune.planning.search import find
@@ -221,3 +222,30 @@ def test_the_gpu_that_is_there_decides_what_is_fastest():
         for name in ("H200", "RTX 4090")
     )
     assert fast.plan.setup.micro_batch > slow.plan.setup.micro_batch  # a fast one waits for Python
+
+
+def test_what_is_set_and_cannot_be_together_is_named():
+    machine = given_machine(8, 80, 512)
+    with pytest.raises(
+        UsageError, match=r"no way to train has all that is set: profile\.embedding_offload; leave one out"
+    ):
+        find("llama3_8b_full", ("profile.embedding_offload=true",), machine)
+    with pytest.raises(UsageError, match="bf16_8bit is for method full, recipe llama3_8b_qlora is qlora"):
+        find("llama3_8b_qlora", ("profile.optimizer_state=bf16_8bit",), machine)
+
+
+def test_more_gpus_that_leave_too_little_memory_stay_idle_for_that():
+    found = find("llama3_70b_qlora", ("profile.micro_batch=4",), given_machine(2, 24, 64), gpu_model("RTX 4090"))
+    less_room = "less memory would be left than the prediction may be off"
+    assert found.idle == 1 and less_room in found.why_idle() and less_room in found.next_best
+
+
+def test_a_profile_that_is_proposed_fits_as_its_file_says():
+    """Its own file states less memory than the one that was asked about has."""
+    run = runs.resolve("llama3_70b_qlora", "fsdp_offload_1x24gb", ("profile.kept_layers=80",))
+    plan = make_plan(filled(run, limits_of(run)), limits_of(run))
+    [proposed] = [flags for flags in nearest_changes(plan) if "--profile" in flags]
+    assert "kept_layers" not in proposed, "what fits in 24 GB"
+    name = proposed.split()[1]
+    other = runs.resolve("llama3_70b_qlora", name)
+    assert make_plan(filled(other, limits_of(other)), limits_of(other)).fits

@@ -173,6 +173,31 @@ def test_damaged_files_are_named_and_cost_only_their_part(tmp_path):
     assert "finished after 40 steps" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("measurements.json", {"ranks": 3}, "measurements.json: ranks is damaged"),
+        ("measurements.json", {"ranks": None}, ""),
+        ("origin.json", {"hardware": 7, "versions": [], "starts": {"a": 1}}, "origin.json: hardware is damaged"),
+        ("answers.json", {"rows": ["x"]}, "answers.json: rows is damaged"),
+        ("answers.json", {"rows": [{"messages": "hi"}]}, "answers.json: rows is damaged"),
+        ("finished.json", {"step": "x"}, "finished.json: step is damaged"),
+    ],
+)
+def test_json_of_another_shape_costs_only_its_part(tmp_path, name, content, said):
+    run = finished_run(tmp_path / "first")
+    (run / name).write_text(json.dumps(content))
+    assert said in Page(write_page(run)).text()
+
+
+@pytest.mark.parametrize("names", [("r$_$1", "plain"), ("_a", "_b"), ("lr$1$x", "b")])
+def test_a_curve_is_told_by_its_runs_name_whatever_signs_it_has(tmp_path, names):
+    first, second = (finished_run(tmp_path / name) for name in names)
+    html = write_page(first, (second,)).read_text(encoding="utf-8")
+    for name in names:
+        assert re.search(rf">\s*{re.escape(name)}, training\s*</text>", html), "in the legend"
+
+
 def test_runs_beside_each_other(tmp_path):
     first = finished_run(tmp_path / "first")
     second = finished_run(tmp_path / "second", metrics(loss=5.0), ("training.learning_rate=1e-4",))

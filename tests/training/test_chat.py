@@ -165,16 +165,16 @@ def test_what_the_chat_template_refuses_is_said_and_forgotten(typed, capsys, tin
 
 
 def test_a_line_that_is_no_utf8_is_told_and_the_next_one_read(monkeypatch, capsys):
-    lines = [b"caf\xe9", b"Hi", None]
+    lines = [b"caf\xe9", "caf\udce9", b"Hi", None]  # the second as Python reads it where the locale is C
 
     def read(prompt):
         if (line := lines.pop(0)) is None:
             raise EOFError
-        return line.decode()
+        return line if isinstance(line, str) else line.decode()
 
     monkeypatch.setattr(builtins, "input", read)
     assert talk(Told()) == [["Hi"]]
-    assert "not UTF-8" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("not UTF-8") == 2
 
 
 def test_draws_differ_and_a_seed_repeats_them(tiny_base):
