@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fitune.columns import columns
 from fitune.config import run as runs
+from fitune.config.schema import Run
 from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder, is_asked_as_folder
@@ -35,6 +36,9 @@ from fitune.planning.sizes import GIB
 from fitune.planning.tiers import matrix
 from fitune.planning.words import described
 
+HARDLY_MORE = 1.05
+"A card of 80 GB reports 79.6 GiB."
+
 
 def plan_command(
     recipe: str, profile: str | None, sets: tuple[str, ...], *, gpus: int | None, machines: int,
@@ -45,15 +49,18 @@ def plan_command(
     _refuse_combinations(profile, gpus, machines, gpu, gpu_memory, host_memory, find, all_tiers)
     console = Console(soft_wrap=True, highlight=False, width=columns())
     if is_asked_as_folder(recipe):
-        if profile or sets or find or all_tiers:
-            raise UsageError(
-                f"{recipe} is a model's folder, or an adapter's: leave out --profile, --set, --find and --all"
-            )
+        of_runs = {"--profile": profile, "--set": sets, "--find": find, "--all": all_tiers, "--details": details}
+        of_runs |= {"--gpu-tflops": gpu_tflops, "--machines": machines > 1, "--profiles": profiles, **_told(options)}
+        if ignored := [flag for flag, value in of_runs.items() if value]:
+            raise UsageError(f"{recipe} is a model's folder, or an adapter's: leave out {', '.join(ignored)}")
         machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or this_machine()
         _plan_asking(recipe, machine, console, in_json=in_json)
         return
     own = own_profiles(recipe, profiles)
     if all_tiers:
+        one_plans = {"--details": details, "--gpu": gpu, "--gpu-tflops": gpu_tflops, **_told(options)}
+        if ignored := [flag for flag, value in one_plans.items() if value]:
+            raise UsageError(f"--all shows every shipped profile on its own hardware: leave out {', '.join(ignored)}")
         rows = matrix(recipe, sets, own)
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
         return
@@ -88,6 +95,7 @@ def _with_profile(
     """The plan on the hardware that a profile states, and the model of --gpu."""
     run = resolve(recipe, profile, sets, gpu=named)
     refuse_missing_fp8(run, named)
+    _refuse_a_smaller_card(run, named)
     return make_plan(run, limits_of(run), named, **options), named, None
 
 
@@ -100,6 +108,22 @@ def _searched(
     model = named or chosen.model
     refuse_missing_fp8(found.plan.run, named or chosen.known_model)
     return make_plan(found.plan.run, found.plan.limits, model, **options), model, found
+
+
+def _told(options: dict) -> dict:
+    """The flags of what a plan tells beside memory and time."""
+    return {"--price-per-hour": options["price"], "--network": options["network"]}
+
+
+def _refuse_a_smaller_card(run: Run, named: GpuModel | None) -> None:
+    """Raises UsageError where --gpu names a card with less memory than the profile states."""
+    stated = run.profile.gpu_memory_gib or 0
+    if named and not named.source.startswith("stated") and stated > HARDLY_MORE * max(named.memory_gib):
+        most = f"{max(named.memory_gib):g}"
+        raise UsageError(
+            f"--gpu {named.name} has {most} GiB, profile {run.profile_name} states {stated:g}: leave out --profile, or "
+            f"add --set profile.gpu_memory_gib={most}"
+        )
 
 
 def _plan_asking(folder: str, machine: Machine, console: Console, *, in_json: bool) -> None:

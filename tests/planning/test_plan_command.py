@@ -95,6 +95,12 @@ BAD = {
         ["--gpu", "H100", "--set", "profile.optimizer_state=bf16_8bit"],
         "bf16_8bit is for method full",
     ),
+    "a smaller card": (
+        ["--profile", "fsdp_1x48gb", "--gpu", "RTX 3060"],
+        "--gpu RTX 3060 has 12 GiB, profile fsdp_1x48gb states 48",
+    ),
+    "price of all": (["--all", "--price-per-hour", "3"], "its own hardware: leave out --price-per-hour"),
+    "details of all": (["--all", "--details", "--gpu", "H100"], "its own hardware: leave out --details, --gpu"),
     "too many GPUs": (
         ["--gpus", "129", "--gpu", "H100"],
         "one machine, at most 128, not 129; for more give --machines",
