@@ -93,6 +93,10 @@ def submit(
             raise UsageError(f"--on {scheduler} needs --{flag}: {meaning}")
     if job.gpu:
         _refuse_gpu(job)
+    if scheduler == "kubernetes" and Path(job.output).is_absolute():
+        raise UsageError(
+            f"--output {job.output}: a pod keeps what lies on its volume, /data; give a path below it, as runs/first"
+        )
     if not dry_run and shutil.which(engine.command[0]) is None:
         raise UsageError(f"{engine.command[0]}: no such command here; --dry-run writes the job file only")
     written = engine.write(job)

@@ -257,6 +257,11 @@ def test_a_profile_says_how_many_gpus_each_node_has(submit):
         ("skypilot", ("--gpus", "1"), "--on skypilot needs --gpu: the GPU model"),
         ("skypilot", ("--gpus", "1", "--gpu", "L4"), "--on skypilot needs --bucket: storage for checkpoints"),
         ("kubernetes", ("--gpus", "1"), "--on kubernetes needs --image: a container image with fitune"),
+        (
+            "kubernetes",
+            ("--gpus", "1", "--image", "x", "--output", "/tmp/run"),
+            "--output /tmp/run: a pod keeps what lies",
+        ),
         ("slurm", ("--gpus", "1", "--set", "sede=1"), "did you mean 'seed'?"),
         ("slurm", ("--profile", "fsdp_2x40gb", "--gpus", "4"), "--gpus 4: the profile takes 2 on each node; leave out"),
         ("slurm", ("--profile", "cpu_2proc", "--gpus", "4"), "--gpus 4: the profile takes 0 on each node; leave out"),
