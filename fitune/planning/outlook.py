@@ -104,7 +104,9 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
         changes.append(("--set profile.embedding_offload=true", {"embedding_offload": True}))
     if not setup.activation_offload and setup.on_gpu:
         changes.append(("--set profile.activation_offload=true", {"activation_offload": True}))
-    if setup.full and not setup.small_states and setup.optimizer_state == ADAM_STATE:
+    is_searched = run.profile.accelerate_config == runs.FOUND  # which never has small states beside weights in RAM
+    may_be_small = not (is_searched and setup.offload)
+    if setup.full and may_be_small and not setup.small_states and setup.optimizer_state == ADAM_STATE:
         small = {"small_states": True, "optimizer_state": EIGHT_BIT_STATE}
         changes.append(("--set profile.optimizer_state=bf16_8bit", small))
         in_ram = "--set profile.optimizer_state=bf16_8bit --set profile.optimizer_offload=true"

@@ -16,7 +16,7 @@ from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder, is_asked_as_folder
 from fitune.planning.asking import as_rows
-from fitune.planning.compute import refuse_missing_fp8
+from fitune.planning.compute import has_fp8, lack_of_fp8, refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.found import Found
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, refuse_several, stated_model
@@ -103,6 +103,8 @@ def _searched(
     recipe: str, machine: Machine, machines: int, named: GpuModel | None, options: dict, sets: tuple[str, ...]
 ) -> tuple[Plan, GpuModel | None, Found]:
     """The fastest plan on `machine`, the model whose speed counts, and what the search came to."""
+    if runs.parse_sets(sets)[1].get("compute") == "fp8" and named and not has_fp8(named):
+        raise UsageError(f"{lack_of_fp8(named)}; use --set profile.compute=bf16")
     found = find_fastest(recipe, sets, machine, named, machines=machines)
     chosen = replace(machine, gpus=found.plan.cards)
     model = named or chosen.model

@@ -101,6 +101,10 @@ BAD = {
     ),
     "price of all": (["--all", "--price-per-hour", "3"], "its own hardware: leave out --price-per-hour"),
     "details of all": (["--all", "--details", "--gpu", "H100"], "its own hardware: leave out --details, --gpu"),
+    "fp8 that a card lacks, before a search": (
+        ["--gpu", "RTX A6000", "--host-memory", "8", "--set", "profile.compute=fp8"],
+        "A6000 has 8.6; use --set profile",
+    ),
     "too many GPUs": (
         ["--gpus", "129", "--gpu", "H100"],
         "one machine, at most 128, not 129; for more give --machines",

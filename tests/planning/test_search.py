@@ -224,6 +224,13 @@ def test_the_gpu_that_is_there_decides_what_is_fastest():
     assert fast.plan.setup.micro_batch > slow.plan.setup.micro_batch  # a fast one waits for Python
 
 
+def test_small_states_are_not_proposed_beside_weights_in_ram():
+    """No search tries them there."""
+    with pytest.raises(UsageError) as refused:
+        find("llama3_70b_full", (), given_machine(1, 24, 1024))
+    assert "weights in RAM" in str(refused.value) and "bf16_8bit" not in str(refused.value)
+
+
 def test_what_is_set_and_cannot_be_together_is_named():
     machine = given_machine(8, 80, 512)
     with pytest.raises(
