@@ -64,9 +64,14 @@ def _report(folder: Path, options: argparse.Namespace) -> None:
     report = about(options.commit) | {"command": " ".join(sys.argv), "set": options.set, **Busy.found}
     report["python_recorded"] = _recorded() is None
     report["step_seconds_without_profiler"] = measured["step_seconds"]
-    before = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else []
-    options.result.write_text(json.dumps([*before, report], indent=1) + "\n", encoding="utf-8")
+    add_to(options.result, report)
     print({key: report[key] for key in ("wall_s", "gpu_s", "busy", "kernels", "step_seconds_without_profiler")})
+
+
+def add_to(result: Path, report: dict) -> None:
+    """A list of runs, which is made with the first."""
+    before = json.loads(result.read_text(encoding="utf-8")) if result.exists() else []
+    result.write_text(json.dumps([*before, report], indent=1) + "\n", encoding="utf-8")
 
 
 def arguments(text: str) -> argparse.ArgumentParser:

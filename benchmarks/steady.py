@@ -7,7 +7,6 @@ the limit of power sets the pace. Where the clock is the same, or higher, the GP
 back and asked for again, which is counted, or else for Python. RESULT.json holds a list of runs; this one is added.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from busy import arguments, write_run_file
+from busy import add_to, arguments, write_run_file
 from tier_run import about, visible_gpus
 
 from fitune.config import run as runs
@@ -48,8 +47,7 @@ def main() -> None:
     with Watched(visible_gpus()[0]) as Steps.gpu:
         training.train(runs.load(folder))
     report = about(options.commit) | {"command": " ".join(sys.argv), "set": options.set, **summary(Steps.told())}
-    before = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else []
-    options.result.write_text(json.dumps([*before, report], indent=1) + "\n", encoding="utf-8")
+    add_to(options.result, report)
     print({key: value for key, value in report.items() if key not in ("set", "versions", "steps", "command")})
 
 

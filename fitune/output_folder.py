@@ -48,6 +48,13 @@ def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """A small file in place of one that may be there: whoever reads it finds the old text or the new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def refuse_existing(output: Path) -> None:
     if os.path.lexists(output):
         raise UsageError(f"{output}: exists already; give a new folder, nothing is overwritten")

@@ -1,4 +1,4 @@
-"""JSON files of a model's or an adapter's folder."""
+"""JSON files of a model's, an adapter's or a run's folder."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,15 @@ def read_json(file: Path, hint: str) -> dict:
     if not isinstance(data, dict):
         raise UsageError(f"{file}: holds a {type(data).__name__}, not an object; {hint}")
     return data
+
+
+def json_or_nothing(file: Path) -> dict:
+    """The object in a file; {} without the file, and for one that holds no object."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def write_json(file: Path, data: dict) -> None:

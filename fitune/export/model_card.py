@@ -9,6 +9,7 @@ import yaml
 
 from fitune import __version__
 from fitune.config.adapter_folder import ADAPTER_WEIGHTS
+from fitune.config.json_file import json_or_nothing
 from fitune.config.schema import Run
 from fitune.export.adapter import AdapterFile
 from fitune.export.adapter_servers import (
@@ -56,7 +57,7 @@ def write_model_card(
         f"# {_title(run, base, is_adapter)}",
         _base(base, revision, run, licence),
         _merged(onto, run),
-        OLDER_LOADERS if is_adapter and is_misread_by_older(_json(base_folder / "config.json")) else "",
+        OLDER_LOADERS if is_adapter and is_misread_by_older(json_or_nothing(base_folder / "config.json")) else "",
         *((_data(run), _settings(run), _losses(run)) if run else ()),
         _template(folder),
         _serving(folder, ServedBase(_name(base), revision), base_folder) if is_adapter else "",
@@ -118,7 +119,7 @@ def _licence(folder: Path) -> str:
 
 def _data_report(run: Run | None) -> dict:
     """What `prepare` wrote of the rows that were trained on, which may be others than the recipe's."""
-    return _json(Path(run.recipe.data.prepared) / "report.json") if run else {}
+    return json_or_nothing(Path(run.recipe.data.prepared) / "report.json") if run else {}
 
 
 def _sources(report: dict) -> list[dict]:
@@ -154,7 +155,7 @@ def _settings(run: Run) -> str:
 def _losses(run: Run) -> str:
     """Of the whole run: `eval`'s table where it was run, else the last evaluation while training."""
     lines, name = [], f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
-    if report := _json(run.folder / name):
+    if report := json_or_nothing(run.folder / name):
         lines += ["| held-out rows | loss | perplexity | token accuracy |", "|---|---|---|---|"]
         for label in ("base", "tuned"):
             m = report[label]
@@ -186,7 +187,7 @@ def _serving(folder: Path, base: ServedBase, base_folder: Path) -> str:
                 commands.append(sglang_command("ADAPTER", base))
     lines = "\n".join(map(shlex.join, commands))
     parts = [f"ADAPTER is this folder.\n\n```\n{lines}\n```" if commands else "", *refused]
-    if commands and is_beside_other_weights(folder, _json(base_folder / "config.json")):
+    if commands and is_beside_other_weights(folder, json_or_nothing(base_folder / "config.json")):
         parts.append("It was trained and measured beside weights in NF4; here it is added to the base's own weights.")
     return "\n\n".join(["## Serving", *filter(None, parts)])
 
@@ -197,11 +198,3 @@ def _logged(run: Run) -> list[dict]:
     limit = int(match.group(1)) if run.checkpoint and (match := re.search(r"-(\d+)$", run.checkpoint)) else None
     logged = [json.loads(line) for line in lines if line.endswith("}")]
     return [line for line in logged if limit is None or line.get("step", 0) <= limit]
-
-
-def _json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -9,6 +9,9 @@ import json
 import re
 from pathlib import Path
 
+from fitune.config.json_file import json_or_nothing
+from fitune.output_folder import write_whole
+
 FINISHED, PASSED = "finished.json", "passed.json"
 KEPT = re.compile(r"eval-checkpoint-\d+|.*-of-(step-\d+|an-earlier-result)$")
 "What tells of a checkpoint, or of an earlier result, by its name without `.json`."
@@ -16,11 +19,11 @@ KEPT = re.compile(r"eval-checkpoint-\d+|.*-of-(step-\d+|an-earlier-result)$")
 
 def read_finished(folder: Path) -> dict:
     """{} without a result, and for a damaged file."""
-    return _read(folder / FINISHED)
+    return json_or_nothing(folder / FINISHED)
 
 
 def write_finished(folder: Path, content: dict) -> None:
-    _write(folder / FINISHED, content)
+    write_whole(folder / FINISHED, json.dumps(content) + "\n")
     (folder / PASSED).unlink(missing_ok=True)
 
 
@@ -43,7 +46,7 @@ def go_on_from(folder: Path) -> None:
 
 def passed_step(folder: Path) -> int | None:
     """The step of a result that training has gone on from and not finished since; None for any other."""
-    return None if (folder / FINISHED).is_file() else _read(folder / PASSED).get("step")
+    return None if (folder / FINISHED).is_file() else json_or_nothing(folder / PASSED).get("step")
 
 
 class Measuring:
@@ -64,22 +67,8 @@ class Measuring:
 
 
 def _step(folder: Path) -> int | None:
-    return read_finished(folder).get("step", _read(folder / PASSED).get("step"))
+    return read_finished(folder).get("step", json_or_nothing(folder / PASSED).get("step"))
 
 
 def _earlier(file: Path, step: int | None) -> Path:
     return file.with_name(f"{file.stem}-of-{f'step-{step}' if step else 'an-earlier-result'}.json")
-
-
-def _read(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(file: Path, content: dict) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(file)

@@ -116,17 +116,11 @@ class Heartbeat(TrainerCallback):
             layer.register_forward_pre_hook(count)
             layer.register_forward_hook(count_output)
 
-    @property
-    def trains(self) -> bool:
-        """Whether a signal makes this rank finish and save what it does."""
-        return bool(self.numbers[TRAINS])
+    def will_save(self, *_, **__) -> None:
+        """From now on a signal makes this rank finish and save what it does."""
+        self.numbers[TRAINS] = True
 
-    @trains.setter
-    def trains(self, value: bool) -> None:
-        self.numbers[TRAINS] = value
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trains = True
+    on_train_begin = will_save
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._begin_stage(PATIENCE_SECONDS if self.steps else STARTING_SECONDS)

@@ -26,7 +26,7 @@ from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.launching.finished import go_on_from, read_finished, write_finished
 from fitune.launching.run_lock import LOCK, RunLock
-from fitune.output_folder import checkpoints
+from fitune.output_folder import checkpoints, write_whole
 
 SETTINGS, ASKED = "run.yaml", "resume.yaml"
 LAUNCH, ASKED_LAUNCH = FOUND, "resume-accelerate.yaml"
@@ -128,9 +128,9 @@ def begin_to_train(run: Run) -> None:
     """Called by the main process before the first step: what was asked for is accepted, and the result outdated."""
     accepted = run.model_copy(update={"resume": False})
     if not _holds(run.folder / SETTINGS, accepted):
-        _write(run.folder / SETTINGS, runs.dump(accepted))
+        write_whole(run.folder / SETTINGS, runs.dump(accepted))
     if (run.folder / ASKED_LAUNCH).is_file():
-        _write(run.folder / LAUNCH, (run.folder / ASKED_LAUNCH).read_text(encoding="utf-8"))
+        write_whole(run.folder / LAUNCH, (run.folder / ASKED_LAUNCH).read_text(encoding="utf-8"))
     go_on_from(run.folder)
 
 
@@ -221,12 +221,12 @@ def _write_settings(run: Run, resume: bool) -> None:
     """As run.yaml, where nothing can be of another run yet; else they stand beside it until they are accepted."""
     _withdraw(run.folder)
     if not (resume and checkpoints(run.folder / "checkpoints")):
-        _write(run.folder / SETTINGS, runs.dump(run))
-        _write(run.folder / LAUNCH, _launch_text(run))
+        write_whole(run.folder / SETTINGS, runs.dump(run))
+        write_whole(run.folder / LAUNCH, _launch_text(run))
         return
     refuse_another_resume(run)
-    _write(run.folder / ASKED, runs.dump(run))
-    _write(run.folder / ASKED_LAUNCH, _launch_text(run))
+    write_whole(run.folder / ASKED, runs.dump(run))
+    write_whole(run.folder / ASKED_LAUNCH, _launch_text(run))
 
 
 def _withdraw(folder: Path) -> None:
@@ -248,12 +248,6 @@ def _holds(file: Path, run: Run) -> bool:
         return runs.load(file) == run
     except UsageError:
         return False
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _refuse_another_run(old: Run, new: Run) -> None:

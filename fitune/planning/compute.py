@@ -27,12 +27,17 @@ def refuse_missing_fp8(run: Run, gpu: GpuModel | None) -> None:
     """Raises UsageError if the run asks for fp8 of a GPU without it. None: the one that is typical for the profile."""
     if run.profile.compute != "fp8" or run.accelerate.use_cpu:
         return
-    found = gpu or likely_model(run.profile.gpu_memory_gib or 0)
-    if has_fp8(found):
+    if gpu:
+        refuse_fp8_on(gpu)
         return
-    assumed = "" if gpu else f", taken for a card of {run.profile.gpu_memory_gib:g} GiB,"
-    instead = "use" if gpu else "name yours with --gpu, or use"
-    raise UsageError(f"{lack_of_fp8(found, assumed)}; {instead} --set profile.compute=bf16")
+    assumed = f", taken for a card of {run.profile.gpu_memory_gib or 0:g} GiB,"
+    refuse_fp8_on(likely_model(run.profile.gpu_memory_gib or 0), assumed, "name yours with --gpu, or use")
+
+
+def refuse_fp8_on(gpu: GpuModel, assumed: str = "", instead: str = "use") -> None:
+    """Raises UsageError for a GPU without fp8."""
+    if not has_fp8(gpu):
+        raise UsageError(f"{lack_of_fp8(gpu, assumed)}; {instead} --set profile.compute=bf16")
 
 
 def lack_of_fp8(gpu: GpuModel, assumed: str = "") -> str:

@@ -11,6 +11,9 @@ from fitune.planning.hardware import free_disk_gib, this_machine
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.sizes import GIB
 
+MOST_GPUS = 128
+"Of one machine; the largest have 72. What is fastest is searched for among all their numbers."
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,6 +30,11 @@ class Limits:
     "For the Hub's cache."
     unified: bool = False
     "GPU and host share what `host` says."
+
+    def no_more_than(self, other: "Limits") -> "Limits":
+        """The same with the memory of a GPU and of the host that `other` has, where that is less."""
+        checked = [gib for gib in (self.gpu, other.gpu) if gib is not None]
+        return replace(self, gpu=min(checked, default=None), host=min(self.host, other.host))
 
 
 def limits_of(run: Run) -> Limits:
@@ -45,17 +53,13 @@ def limits_to_fill(run: Run) -> Limits:
     stated, here = limits_of(run), limits_for_training(run)
     if stated.gpu is None or here.gpu is None or not here.gpus:
         return stated
-    return replace(stated, gpu=min(stated.gpu, here.gpu), host=min(stated.host, here.host), unified=here.unified)
+    return replace(stated.no_more_than(here), unified=here.unified)
 
 
 def machine_of(run: Run) -> Machine:
     """This machine with the GPUs that the run's ranks take, and no others."""
     accelerate = run.accelerate
     return this_machine().shown_by(accelerate.gpu_ids).first(accelerate.num_processes // accelerate.num_machines)
-
-
-MOST_GPUS = 128
-"Of one machine; the largest have 72. What is fastest is searched for among all their numbers."
 
 
 def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:

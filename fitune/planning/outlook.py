@@ -131,18 +131,11 @@ def _profiles_that_fit(plan: Plan, own: Sequence[str]) -> list[str]:
     found = []
     for run in preset_runs(plan.run.recipe_name, plan.run.recipe, own=own):
         if run.profile_name != plan.run.profile_name and run.accelerate.num_machines == 1:
-            stated = limits_of(run)  # its file's, which count when it is typed
-            limits = replace(
-                plan.limits, gpu=_least(plan.limits.gpu, stated.gpu), host=min(plan.limits.host, stated.host)
-            )
+            limits = plan.limits.no_more_than(limits_of(run))  # its file's, which count when it is typed
             other = make_plan(filled(run, limits), limits)
             if other.fits and other.setup.on_gpu == plan.setup.on_gpu:
                 found.append((*_preference(other), f"--profile {as_typed(other.run)}"))
     return [flags for *_, flags in sorted(found, reverse=True)]
-
-
-def _least(one: float | None, other: float | None) -> float | None:
-    return min((gib for gib in (one, other) if gib is not None), default=None)
 
 
 def _preference(plan: Plan) -> tuple[bool, float]:

@@ -16,7 +16,7 @@ from fitune.config.shipped import name_of
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import asked_folder, is_asked_as_folder
 from fitune.planning.asking import as_rows
-from fitune.planning.compute import has_fp8, lack_of_fp8, refuse_missing_fp8
+from fitune.planning.compute import refuse_fp8_on, refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.found import Found
 from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, refuse_several, stated_model
@@ -51,16 +51,14 @@ def plan_command(
     if is_asked_as_folder(recipe):
         of_runs = {"--profile": profile, "--set": sets, "--find": find, "--all": all_tiers, "--details": details}
         of_runs |= {"--gpu-tflops": gpu_tflops, "--machines": machines > 1, "--profiles": profiles, **_told(options)}
-        if ignored := [flag for flag, value in of_runs.items() if value]:
-            raise UsageError(f"{recipe} is a model's folder, or an adapter's: leave out {', '.join(ignored)}")
+        _refuse_given(of_runs, f"{recipe} is a model's folder, or an adapter's")
         machine = _given_machine(gpus, gpu_memory, host_memory, gpu) or this_machine()
         _plan_asking(recipe, machine, console, in_json=in_json)
         return
     own = own_profiles(recipe, profiles)
     if all_tiers:
         one_plans = {"--details": details, "--gpu": gpu, "--gpu-tflops": gpu_tflops, **_told(options)}
-        if ignored := [flag for flag, value in one_plans.items() if value]:
-            raise UsageError(f"--all shows every shipped profile on its own hardware: leave out {', '.join(ignored)}")
+        _refuse_given(one_plans, "--all shows every shipped profile on its own hardware")
         rows = matrix(recipe, sets, own)
         print(json.dumps(rows, indent=2)) if in_json else print_matrix(recipe, rows, console)
         return
@@ -103,13 +101,19 @@ def _searched(
     recipe: str, machine: Machine, machines: int, named: GpuModel | None, options: dict, sets: tuple[str, ...]
 ) -> tuple[Plan, GpuModel | None, Found]:
     """The fastest plan on `machine`, the model whose speed counts, and what the search came to."""
-    if runs.parse_sets(sets)[1].get("compute") == "fp8" and named and not has_fp8(named):
-        raise UsageError(f"{lack_of_fp8(named)}; use --set profile.compute=bf16")
+    if named and runs.parse_sets(sets)[1].get("compute") == "fp8":
+        refuse_fp8_on(named)
     found = find_fastest(recipe, sets, machine, named, machines=machines)
     chosen = replace(machine, gpus=found.plan.cards)
     model = named or chosen.model
     refuse_missing_fp8(found.plan.run, named or chosen.known_model)
     return make_plan(found.plan.run, found.plan.limits, model, **options), model, found
+
+
+def _refuse_given(flags: dict, why: str) -> None:
+    """UsageError for those that were given, by their values."""
+    if given := [flag for flag, value in flags.items() if value]:
+        raise UsageError(f"{why}: leave out {', '.join(given)}")
 
 
 def _told(options: dict) -> dict:

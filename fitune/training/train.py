@@ -126,7 +126,8 @@ def train(run: Run) -> None:
         with heartbeat.using_files():
             load_trainable_weights(checkpoint, model, share_of(run, mesh.get_rank()))
         trainer.state = state_of(checkpoint)
-        interruption.training = heartbeat.trains = True  # a signal waits for the result
+        interruption.training = True  # a signal waits for the result
+        heartbeat.will_save()
     else:
         wait_for_all(heartbeat.waiting)
         if is_main_process():
