@@ -120,7 +120,6 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
         pytest.param("tiny_qlora", "fsdp_2x40gb", ["profile.replicas=2"], id="qlora-a-whole-copy-on-each-of-two-ranks"),
         pytest.param("tiny_lora", "fsdp_1x48gb", [], id="lora"),
         pytest.param("tiny_lora", "fsdp_1x48gb", ["profile.compute=fp8"], id="lora-in-fp8", marks=needs_fp8),
-        pytest.param("tiny_qlora", "fsdp_2x40gb", ["profile.replicas=2"], id="two-whole-copies"),
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", ["profile.replicas=2"], id="two-copies-in-host-ram"),

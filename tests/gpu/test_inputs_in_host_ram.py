@@ -79,8 +79,13 @@ def one_order(monkeypatch):
             attended = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scaling, enable_gqa=True)
         return attended.transpose(0, 1)
 
+    def as_kernels_give_them(*args, backward=attention.backward):
+        gradients, places = backward(*args)
+        return [x.contiguous() for x in gradients], places
+
     monkeypatch.setattr(attention, "kernel_of", lambda *_: "examples")
     monkeypatch.setattr(attention, "_by_example", by_formula)
+    monkeypatch.setattr(attention, "backward", as_kernels_give_them)
 
 
 def _passes(models):
