@@ -29,9 +29,10 @@ class Measured:
     1.55 to 1.60 of a rank among several, each on a GPU of its own (`benchmarks/results/tiers-h200x4-2026-11-27.json`).
     Their holes are fewer than `freed_layers` says: what each such run needed lies 0.75 GiB or more below the sum.
     """
-    nccl: float = 0.25 * GIB
-    """What 1.55 to 1.60 is above one rank's, of ranks that gather nothing: they have no holes of `freed_layers` to make
-    up for it. An estimate."""
+    nccl: float = 0.85 * GIB
+    """On top, of ranks that each have a whole copy and add up gradients: 2.12 in two runs on two GPUs, one rank's 1.27.
+
+    0.38 where two such ranks share each GPU (`benchmarks/results/tiers-h200-2026-11-29.json`)."""
     loading: float = 2.25 * GIB
     "Host RAM of one process until training starts: Python, libraries, CUDA's host side, buffers. 2.1 to 2.35."
     training: float = 2.2 * GIB

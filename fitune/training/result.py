@@ -94,17 +94,19 @@ def as_on_disk(parameter: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
     float32 weights become bf16 up or down by chance, right on average: to the nearest, a change of less than half of
     bf16's last digit would be lost, which most changes of fine-tuning are. What is drawn follows from the tensor's name
-    and the element's place, whatever the ranks.
+    and the element's place, whatever the ranks, and whatever draws: a GPU also for weights in host RAM, where 8B would
+    take minutes.
     """
     local = local_part(parameter.detach())
     if (local.dtype, spec.dtype) != (torch.float32, torch.bfloat16):
         return local.cpu().to(spec.dtype).contiguous()
     key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little")
     flat, first = local.reshape(-1), first_element(parameter)
+    device = torch.device("cuda") if torch.cuda.is_initialized() else flat.device
     rows = torch.empty(flat.shape, dtype=torch.bfloat16)
     for start in range(0, flat.numel(), ROUNDED_AT_ONCE):
-        piece = flat[start : start + ROUNDED_AT_ONCE].clone()
-        rows[start : start + ROUNDED_AT_ONCE] = rounded(piece, key, first + start).cpu()
+        piece = flat[start : start + ROUNDED_AT_ONCE].to(device, copy=True)
+        rows[start : start + ROUNDED_AT_ONCE] = rounded(piece, key, first + start)
     return rows.view(local.shape)
 
 
