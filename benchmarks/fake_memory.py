@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,18 +31,21 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.random_checkpoint import config
+from fitune.config.model_shapes import find_shape
 from fitune.config.run import with_resharding
 from fitune.model import attention, elementwise, fp8, head_loss, products, trained_fp8
 from fitune.model.activations import keep_activations
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.e4m3 import E4M3
 from fitune.model.fp8_linear import FP8Linear
+from fitune.model.gradient_dtype import keep_gradients_as_computed
 from fitune.model.lora_linears import LoraLinears
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.one_rank import OneRankParamGroup
 from fitune.model.sharding import shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.fill import resolve
+from fitune.planning.plan import setup_of
 from fitune.training import adamw_8bit
 from fitune.training.loss import ANSWERS, Answers, add_answer_loss
 
@@ -87,6 +91,8 @@ def measure(
     _follow_phases(tracker, layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
         statistics = _allocate(model)
+        if replace(setup_of(run, find_shape(run.recipe.base.model)), accumulation=1).uncast_gradients:
+            keep_gradients_as_computed(model)
         optimizer = _optimizer(run, [parameter for parameter in model.parameters() if parameter.requires_grad])
         # the first step makes the optimizer's state; it is short since fake tensors keep its hidden states alive
         batches = [_batch(64), _batch(run.profile.micro_batch * run.recipe.max_length)]

@@ -153,7 +153,7 @@ def described(folder: Path) -> dict:
         "median_tokens_per_second": round(report["tokens_per_second"]),
         "median_tokens_per_second_per_gpu": round(per_gpu),
         **{key: report[key] for key in ("step_seconds", "step_tokens", "load_seconds")},
-        **{key: report[key] for key in ("optimizer", "optimizer_seconds")},
+        **{key: report[key] for key in ("optimizer", "gradients", "optimizer_seconds")},
         **{key: round(report[key], 2) for key in ("peak_allocated_gib", "peak_reserved_gib")},
         "peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in report["ranks"]), 2),
         "losses": [line["loss"] for line in lines if "loss" in line],

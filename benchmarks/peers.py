@@ -148,7 +148,15 @@ def _fitune(entry: dict, options):
 
     def result(printed: str) -> dict:
         measured = json.loads((folder / "measurements.json").read_text(encoding="utf-8"))
-        keys = "step_seconds", "step_tokens", "peak_allocated_gib", "peak_reserved_gib", "load_seconds", "optimizer"
+        keys = (
+            "step_seconds",
+            "step_tokens",
+            "peak_allocated_gib",
+            "peak_reserved_gib",
+            "load_seconds",
+            "optimizer",
+            "gradients",
+        )
         run = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
         profile, found = run["profile"], {key: measured[key] for key in keys}
         found["reshard_after_forward"] = run["accelerate"]["reshard_after_forward"]

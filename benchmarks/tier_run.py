@@ -261,6 +261,7 @@ def _described(output: Path, plan: dict, watcher: Watcher) -> dict:
         "load_peak_host_rss_sum_gib": round(sum(rank["peak_host_rss_gib"] for rank in loading), 2),
         "step_seconds": measured["step_seconds"],
         "optimizer": measured["optimizer"],
+        "gradients": measured["gradients"],
         "optimizer_seconds": measured["optimizer_seconds"],
         "tokens_per_second_per_gpu": round(measured["tokens_per_second_per_gpu"], 1),
         **_curves(_metrics(output)),

@@ -54,8 +54,8 @@ rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 (folder / "metrics.jsonl").write_text('{"loss": 2.5, "grad_norm": 1.0}\\n{"eval_loss": 3.0}\\n')
 (folder / "measurements.json").write_text(json.dumps({
     "tokens_per_second": 200.4, "tokens_per_second_per_gpu": 100.2, "step_seconds": [1.5], "step_tokens": [300],
-    "optimizer": "AdamWOnRows", "optimizer_seconds": [0.1], "load_seconds": 2, "peak_allocated_gib": 1.234,
-    "peak_reserved_gib": 2.345,
+    "optimizer": "AdamWOnRows", "gradients": "bfloat16", "optimizer_seconds": [0.1], "load_seconds": 2,
+    "peak_allocated_gib": 1.234, "peak_reserved_gib": 2.345,
     "ranks": [{"peak_host_rss_gib": 1.5}, {"peak_host_rss_gib": 2.5}],
 }))
 time.sleep(600)

@@ -44,6 +44,11 @@ def is_adamw(training: dict[str, Any]) -> bool:
     return training.get("optim", DEFAULT).startswith("adamw")
 
 
+def takes_bf16_gradients(training: dict[str, Any]) -> bool:
+    """Whether its step is fitune's own, which takes them for float32 weights; torch's take one dtype for both."""
+    return training.get("optim", DEFAULT) == "adamw_torch_fused"
+
+
 def optimizer_arguments(training: dict[str, Any], source: str = "") -> dict[str, str]:
     """`optim_args`, which is written `key=value,key=value`, taken apart."""
     pairs = [pair.partition("=") for pair in str(training.get("optim_args") or "").replace(" ", "").split(",") if pair]

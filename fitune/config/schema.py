@@ -70,8 +70,9 @@ class Profile(Strict):
     and emulate fp8.
     """
     optimizer_state: Literal["fp32", "bf16_8bit"] = "fp32"
-    """What method full keeps for each weight. `fp32`: weight, gradient and the optimizer's moments in float32, 16
-    bytes. `bf16_8bit`: weight and gradient in bf16, AdamW's moments in 8 bits, 6 bytes.
+    """What method full keeps for each weight. `fp32`: weight and the optimizer's moments in float32, 12 bytes, and the
+    gradient: 4 bytes, or 2 where a step is one pass. `bf16_8bit`: weight and gradient in bf16, AdamW's moments in 8
+    bits, 6 bytes.
     """
     optimizer_offload: Flag = False
     """Keep gradients and the optimizer's moments in host RAM, weights on the GPU: 4 of 6 bytes. They visit the GPU

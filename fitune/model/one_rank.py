@@ -79,11 +79,16 @@ def _take_gradient(parameter: FSDPParam) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _add_gradients(taken: list[tuple[FSDPParam, torch.Tensor]]) -> None:
-    """To those of earlier passes. Also calls the hooks of stored parameters, which autograd does not know."""
+    """To those of earlier passes, or as they are where any dtype will do (`fitune.model.gradient_dtype`).
+
+    Also calls the hooks of stored parameters, which autograd does not know.
+    """
     kept, added = [], []
     for parameter, gradient in taken:
         stored = parameter.sharded_param
-        if stored.grad is None:
+        if stored.grad_dtype is None:
+            stored.grad = parameter.to_sharded_dtensor(gradient.contiguous())
+        elif stored.grad is None:
             room = torch.empty_like(gradient, dtype=parameter.orig_dtype)
             stored.grad = parameter.to_sharded_dtensor(room)
             kept.append((room, gradient))

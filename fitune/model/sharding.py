@@ -94,7 +94,7 @@ def shard(
     if not is_tied(causal_lm):
         model.register_forward_hook(lambda *_: _count_head_as_run(causal_lm.model.norm))
     if shard_mesh(mesh).size() == 1:
-        use_weights_in_place(_parameter_groups(model))
+        use_weights_in_place(parameter_groups(model))
         _prefetch_in_order([model, *causal_lm.model.layers])
     elif keep_gathered and not is_tied(causal_lm):
         _prefetch_in_order([causal_lm.model.embed_tokens, *causal_lm.model.layers, causal_lm.model.norm])
@@ -178,7 +178,7 @@ def reshard_whole_weights(model: nn.Module) -> None:
     does nothing for the unit of norm and head, which it takes to be in its forward pass still. FSDP forgets the order
     of the units, too: the next backward pass would else end by gathering the head, which came last before it.
     """
-    for group in _parameter_groups(model):
+    for group in parameter_groups(model):
         group._to_sharded()
         group._post_forward_indices.clear()
         group.comm_ctx.post_forward_order.clear()
@@ -225,7 +225,7 @@ def group_parameters(unit: nn.Module) -> list[DTensor]:
     return [p for p in unit.parameters() if id(p) not in nested]
 
 
-def _parameter_groups(model: nn.Module) -> list[FSDPParamGroup]:
+def parameter_groups(model: nn.Module) -> list[FSDPParamGroup]:
     """Of all FSDP's units that have one."""
     units = (module for module in model.modules() if isinstance(module, FSDPModule))
     return [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
@@ -233,7 +233,7 @@ def _parameter_groups(model: nn.Module) -> list[FSDPParamGroup]:
 
 def fsdp_parameters(model: nn.Module) -> dict[tuple[nn.Module, str], FSDPParam]:
     """What FSDP keeps beside each parameter, by module and name."""
-    places = [(kept._module_info, kept) for group in _parameter_groups(model) for kept in group.fsdp_params]
+    places = [(kept._module_info, kept) for group in parameter_groups(model) for kept in group.fsdp_params]
     return {(place.module, place.param_name): kept for place, kept in places}
 
 

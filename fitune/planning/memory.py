@@ -63,7 +63,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
     stay_gathered = all_layers * s.stay_gathered
     head_reduction = s.shape.embedding_weights * s.reduce * s.reduced
-    own_sum = head_reduction / s.shards * (s.reduce < s.trained)  # the last one, until it is there in float32
+    own_sum = head_reduction / s.shards * (s.reduce < s.gradient)  # the last one, until it is there in float32
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
@@ -106,9 +106,9 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
             "hidden states": s.hidden_state, "one layer's backward": second_layer,
             "gradient reduction": layer_reduction, **one_embedding},
         "backward, embedding": {
-            **after, "unsharded layers": stay_gathered or first_layer, "hidden states": s.hidden_state,
-            "gradient of the embedding": head_gradient, "gradient reduction": head_reduction + own_sum,
-            "leaving gradients": s.leaving_head_gradient, **one_embedding},
+            **after, "unsharded layers": stay_gathered or first_layer, "hidden states": s.hidden_state, **one_embedding,
+            "gradient of the embedding": head_gradient * (not s.gradients_in_place),
+            "gradient reduction": head_reduction + own_sum, "leaving gradients": s.leaving_head_gradient},
         "optimizer step": stepping,
         "save": always,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from fitune.config.adapted_linears import adapted_linears
 from fitune.config.base_model import refuse_length_beyond
 from fitune.config.evaluation import keeps_the_best
 from fitune.config.model_shapes import ModelShape, find_shape, has_weights
-from fitune.config.optimizers import numbers_per_weight
+from fitune.config.optimizers import numbers_per_weight, takes_bf16_gradients
 from fitune.config.recipe import Recipe
 from fitune.config.schema import Run
 from fitune.planning.gpu_models import GpuModel, likely_model
@@ -168,6 +168,7 @@ def setup_of(run: Run, shape: ModelShape) -> Setup:
         **_lora(recipe, shape.layers),
         offload=accelerate.offload_params,
         streams_adamw=run.streams_adamw,
+        takes_bf16_gradients=not small_states and takes_bf16_gradients(recipe.training),
         embedding_offload=profile.embedding_offload,
         kept_layers=min(profile.kept_layers, shape.layers),
         kept_attention=profile.keeps_attention,

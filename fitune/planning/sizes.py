@@ -66,6 +66,8 @@ class Setup:
     "Writes checkpoints on the way."
     async_save: bool = False
     "Copies each to host RAM first and trains on."
+    takes_bf16_gradients: bool = False
+    "The optimizer's step takes them for float32 weights."
     reduce_in_bf16: bool = False
     "What method full's gradients are added up in between the ranks of a copy, if it is the only one."
 
@@ -106,8 +108,25 @@ class Setup:
 
     @property
     def trained(self) -> int:
-        """Bytes of one trained weight as stored, and of its gradient: float32 but for small states."""
+        """Bytes of one trained weight as stored: float32 but for small states."""
         return BF16 if self.small_states else FP32
+
+    @property
+    def uncast_gradients(self) -> bool:
+        """Whether method full's gradients stay as they were computed or added up: no other pass adds to them."""
+        stay = not (self.offload or self.optimizer_offload) and self.replicas == 1
+        arrive_so = self.shards == 1 or self.reduce == self.compute
+        return self.takes_bf16_gradients and self.cast and self.accumulation == 1 and stay and arrive_so
+
+    @property
+    def gradients_in_place(self) -> bool:
+        """Whether what one rank computes is what its optimizer reads."""
+        return self.uncast_gradients and not self.reduced
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of one as it is kept for the optimizer."""
+        return self.compute if self.uncast_gradients else self.trained
 
     @property
     def weight(self) -> float:
@@ -218,7 +237,7 @@ class Setup:
     @property
     def gradients(self) -> float:
         """This rank's, bytes."""
-        return self.trainable / self.shards * self.trained
+        return self.trainable / self.shards * self.gradient
 
     @property
     def waiting_gradients(self) -> float:
@@ -236,7 +255,7 @@ class Setup:
     def new_head_gradient(self) -> float:
         """Bytes of the head's, as method full keeps it, where it stays and no earlier pass has made room for it."""
         stays = self.full and not (self.accumulated_on_gpu or self.offload or self.optimizer_offload)
-        return self.shape.embedding_weights / self.shards * self.trained * stays
+        return self.shape.embedding_weights / self.shards * self.gradient * stays
 
     @property
     def last_gradients(self) -> float:
@@ -248,7 +267,7 @@ class Setup:
             )
         else:
             layer, embedding = self.lora_per_layer, self.trained_tokens * self.shape.hidden
-        return (min(2, self.shape.layers) * layer + embedding) / self.shards * self.trained
+        return (min(2, self.shape.layers) * layer + embedding) / self.shards * self.gradient
 
     @property
     def accumulated_on_gpu(self) -> bool:

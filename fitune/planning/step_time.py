@@ -183,15 +183,17 @@ def _sharding_bytes(s: Setup) -> float:
 
     A rank casts its share of the weights and copies it into a buffer; gathered weights are copied out of another. One
     rank casts alone. Gradients are copied into a buffer, reduced, cast to what they are kept in, and added to those of
-    earlier passes; one rank copies or adds.
+    earlier passes; one rank copies or adds. Those of a step's only pass are not cast.
     """
     several = s.shards > 1
     if not (several or s.reduced or s.cast):
         return 0.0
     casting = s.trained / s.compute + 1
     of_a_gathered_byte = (casting * s.cast + 2) / s.shards + 2 if several else casting
-    copied = _gathered_bytes(s) * of_a_gathered_byte + s.trainable * (s.compute + s.reduce) * s.full
-    reduced = (s.reduce + s.trained) * (s.reduced and s.reduce != s.trained)
+    copied = _gathered_bytes(s) * of_a_gathered_byte + s.trainable * (s.compute + s.reduce) * (
+        s.full and not s.gradients_in_place
+    )
+    reduced = (s.reduce + s.gradient) * (s.reduced and s.reduce != s.gradient)
     added = (s.trained + 2 * s.trained * s.reduced) * (s.accumulation > 1)
     own = s.trainable / s.shards * (reduced + added) * s.full
     return copied + own + COLLECTIVE_TRAFFIC * _shards_bytes(s) * several
@@ -224,7 +226,7 @@ def _optimizer_gb_s(s: Setup, model: GpuModel) -> float:
 
 def _optimizer_bytes(s: Setup) -> float:
     """Of one rank and step: clipping reads gradients; the step reads them, and reads and writes weight and moments."""
-    return s.trainable / s.shards * (2 * (s.trained + s.optimizer_state) + 2 * s.trained)
+    return s.trainable / s.shards * (2 * (s.trained + s.optimizer_state) + 2 * s.gradient)
 
 
 def _streamed_bytes(s: Setup) -> float:

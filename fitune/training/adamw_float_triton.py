@@ -1,7 +1,8 @@
 """The Triton kernel of `fitune.training.adamw_rows`: one step of AdamW on a float32 tensor. Imported on GPUs alone.
 
-It reads gradient, weight and moments once and writes weight and moments once, 28 bytes an element. torch's fused step
-writes the gradient, too, where it is to be scaled. The moments' corrections are float64, of logarithms in float32.
+It reads gradient, weight and moments once and writes weight and moments once: 28 bytes an element, 26 where gradients
+are bf16. torch's fused step writes the gradient, too, where it is to be scaled. The moments' corrections are float64,
+of logarithms in float32.
 """
 
 import math
@@ -25,7 +26,7 @@ def _adamw_kernel(weight, gradient, mean, square, steps, scale, count, rate, dec
     number = tl.load(steps).to(tl.float64)
     correction1 = (1.0 - tl.exp(number * log1)).to(tl.float32)
     correction2 = tl.sqrt((1.0 - tl.exp(number * log2)).to(tl.float32))
-    g = tl.load(gradient + elements, mask=inside) * tl.load(scale)
+    g = tl.load(gradient + elements, mask=inside).to(tl.float32) * tl.load(scale)
     m = tl.load(mean + elements, mask=inside)
     m += (g - m) * new1
     v = tl.load(square + elements, mask=inside)
@@ -42,7 +43,7 @@ def update(
     weight: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, steps: torch.Tensor,
     group: dict, scale: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Changes weight and moments in place: contiguous, float32, of the gradient's shape.
+    """Changes weight and moments in place: contiguous, float32, of the gradient's shape, which may be bf16.
 
     `steps` and `scale` are scalars on the same GPU, float32: this step's number, counted from 1, and what the gradient
     is multiplied by.

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import get_total_norm
 
 from fitune.model.sharding import local_part, shard_group
 
@@ -40,8 +39,13 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 def norm_of_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """Over all ranks, float32; 0 without gradients. Call on all ranks."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norms = [get_total_norm(gradients) for gradients in _by_device(trained).values()]
+    norms = [_norm(gradients) for gradients in _by_device(trained).values()]
     return norm_over_ranks(norms, next(map(shard_group, trained), None))
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of all of them, on one device. In float32 even of bf16 gradients, whose own norms torch would round to bf16."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
 
 
 def scale_to(max_norm: float, norm: torch.Tensor) -> torch.Tensor:

@@ -41,10 +41,14 @@ class Measurements(TrainerCallback):
         self.steps: list[tuple[float, float]] = []  # (seconds, tokens) of each optimizer step but the first
         self.mark: tuple[float, float] | None = None  # (time, tokens so far) from where the next step counts
         self.optimizer_seconds: list[float] = []  # of the CPU: all they take where weights are offloaded
+        self.gradients: set[torch.dtype] = set()
         self.tokens_so_far = lambda: 0.0
         self.logged = 0  # of `steps`
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.optimizer_seconds:
+            gradients = [parameter.grad for parameter in kwargs["model"].parameters()]
+            self.gradients = {gradient.dtype for gradient in gradients if gradient is not None}
         self.optimizer_seconds.append(-time.perf_counter())
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -89,6 +93,7 @@ class Measurements(TrainerCallback):
                 "step_seconds": [round(seconds, 3) for seconds, _ in self.steps],
                 "step_tokens": [tokens for _, tokens in self.steps],
                 "optimizer": type(kwargs["optimizer"].optimizer).__name__,  # inside accelerate's wrapper
+                "gradients": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.gradients)),
                 "optimizer_seconds": [round(seconds, 3) for seconds in self.optimizer_seconds],
                 "peak_allocated_gib": max(rank["peak_allocated_gib"] for rank in ranks),
                 "peak_reserved_gib": max(rank["peak_reserved_gib"] for rank in ranks),

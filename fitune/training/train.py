@@ -110,6 +110,7 @@ def train(run: Run) -> None:
         identity=identity,
         heartbeat=heartbeat,
         adapters_wait=setup is not None and setup.adapters_wait,
+        uncast_gradients=setup is not None and setup.uncast_gradients,
         arguments=arguments,
         model=model,
         processing_class=tokenizer,

@@ -16,6 +16,7 @@ from fitune.config.schema import Run
 from fitune.data.dataset import TokenisedRows
 from fitune.launching.heartbeat import Heartbeat
 from fitune.model.dropout_keys import DROPOUT_KEYS, dropout_keys
+from fitune.model.gradient_dtype import keep_gradients_as_computed
 from fitune.model.host_embedding import host_embedding
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
@@ -42,8 +43,9 @@ TOKENS = "tokens"
 class ShardedSFTTrainer(SavingSFTTrainer):
     """SFTTrainer that trains a sharded model, and saves it as `SavingSFTTrainer` does.
 
-    `adapters_wait`: each rank adds up its own gradients of the adapters until a step's last micro batch. `arguments`
-    are those of `training_arguments(run)`, where they were made before the model was loaded.
+    `adapters_wait`: each rank adds up its own gradients of the adapters until a step's last micro batch.
+    `uncast_gradients`: method full's stay in the dtype that they were computed or added up in. `arguments` are those of
+    `training_arguments(run)`, where they were made before the model was loaded.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         arguments: SFTConfig | None = None,
         *,
         adapters_wait: bool = False,
+        uncast_gradients: bool = False,
         train_dataset: TokenisedRows,
         eval_dataset: TokenisedRows | None = None,
         **kwargs,
@@ -83,6 +86,8 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
         add_answer_loss(decoder(self.model))
+        if uncast_gradients:
+            keep_gradients_as_computed(self.model)
         if run.profile.optimizer_offload:
             decoder(self.model).model.register_forward_hook(self._before_the_loss)
         self.host_embedding = host_embedding(self.model)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 FSDP = "torch.distributed.fsdp._fully_shard"
 PARAM, GROUP = f"{FSDP}._fsdp_param:FSDPParam", f"{FSDP}._fsdp_param_group:FSDPParamGroup"
 UNIT, HF = f"{FSDP}._fully_shard:FSDPModule", "transformers:Trainer"
+GRADIENTS = "model/gradient_dtype.py"
 SHARDING, ONE_RANK, SKELETON = "model/sharding.py", "model/one_rank.py", "model/skeleton.py"
 TRAINER, SAVING, ATTENTION = "training/trainer.py", "training/saving_trainer.py", "model/attention.py"
 NEVER = "Trainer has a public way to write and read checkpoints of one's own"
@@ -17,6 +18,7 @@ PADDING = "FSDP2 has a public way to load a shard that is shorter than the other
 ORDER = "FSDP2 does not keep the order of a forward pass that nothing is to follow"
 IN_RAM = "DTensor.from_local leaves rows where they lie"
 FLASH = "torch.nn.attention.varlen gives out what its backward pass needs"
+CAST = "FSDP2 lets reduced gradients stay in the dtype that they were reduced in"
 COPIES = "FSDP2 does for one rank what it does for several: no copies of what is on the GPU, prefetching of the rest"
 
 
@@ -46,7 +48,7 @@ class PrivateName:
 PRIVATE_NAMES = (
     # torch: FSDP2's parameter groups
     PrivateName(PARAM, (SHARDING, ONE_RANK), "to fill and pad the shards that FSDP keeps", PADDING),
-    PrivateName(GROUP, (SHARDING, ONE_RANK), "the parameters that are gathered together", PADDING),
+    PrivateName(GROUP, (SHARDING, ONE_RANK, GRADIENTS), "the parameters that are gathered together", PADDING),
     PrivateName(f"{UNIT}._get_fsdp_state", (SHARDING,), "from a unit to its group", PADDING,
                 parameters=()),
     PrivateName(f"{FSDP}._fsdp_state:FSDPState._fsdp_param_group", (SHARDING,), "from a unit to its group",
@@ -54,7 +56,7 @@ PRIVATE_NAMES = (
     PrivateName(f"{FSDP}._fsdp_state:FSDPState._modules_to_run_forward", (SHARDING,),
                 "torch 2.11 warns that the head did not run, which the loss never calls",
                 "torch below 2.13 is no longer supported"),
-    PrivateName(f"{GROUP}.fsdp_params", (SHARDING, ONE_RANK), "from a group to its parameters", PADDING),
+    PrivateName(f"{GROUP}.fsdp_params", (SHARDING, ONE_RANK, GRADIENTS), "from a group to its parameters", PADDING),
     PrivateName(f"{PARAM}._module_info", (SHARDING, ONE_RANK), "which module's parameter it is", PADDING),
     PrivateName(f"{PARAM}.padded_sharded_param_size", (SHARDING,), "the size that is gathered", PADDING),
     PrivateName(f"{PARAM}._sharded_param_data", (SHARDING, ONE_RANK), "what is gathered",
@@ -68,7 +70,11 @@ PRIVATE_NAMES = (
     PrivateName(f"{UNIT}._set_unshard_async_op", (SHARDING,),
                 "embedding and head are gathered on the stream that computes, whose memory it can use again",
                 "FSDP2 lets a unit choose its stream in public", parameters=("async_op",)),
-    PrivateName(f"{GROUP}.__class__", (ONE_RANK,), "swapped for OneRankParamGroup", COPIES),
+    PrivateName(f"{GROUP}.__class__", (ONE_RANK, GRADIENTS), "swapped for a class of ours", COPIES),
+    PrivateName(f"{GROUP}._init_mp_dtypes", (GRADIENTS,), "overridden", CAST, parameters=(),
+                called_as="self._init_mp_dtypes()"),
+    PrivateName(f"{GROUP}._orig_dtype", (GRADIENTS,), "what reduced gradients are cast to; None: nothing", CAST,
+                called_as="self._orig_dtype,"),
     PrivateName(f"{GROUP}.unshard", (ONE_RANK,), "overridden", COPIES, parameters=("async_op",),
                 called_as="self.unshard("),
     PrivateName(f"{GROUP}.wait_for_unshard", (ONE_RANK,), "overridden", COPIES, parameters=(),
@@ -144,6 +150,8 @@ PRIVATE_NAMES = (
                 "torch has it in public, for plain tensors"),
     PrivateName("torch:_foreach_add_", (ONE_RANK,), "a layer's gradients to earlier ones by one call of Python's",
                 "torch has it in public, for plain tensors"),
+    PrivateName("torch:_foreach_norm", ("training/gradient_norm.py",), "norms in another dtype by few kernels",
+                "torch.nn.utils.get_total_norm takes a dtype"),
     PrivateName("torch:_foreach_mul_", ("training/gradient_norm.py",), "scales all gradients by one kernel",
                 "torch has it in public, for plain tensors"),
     # transformers

@@ -27,16 +27,18 @@ def _optimizer(kind, weights, betas) -> torch.optim.Optimizer:
     return kind(groups, lr=0.01, betas=betas, fused=True)
 
 
+@pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95)])
-def test_the_step_is_that_of_torchs_adamw(betas):
+def test_the_step_is_that_of_torchs_adamw(betas, gradients):
     """The third step is not clipped; before it the state goes through a checkpoint."""
     mine, theirs = _weights("cuda"), _weights("cpu")
     found, expected = _optimizer(AdamWOnRows, mine, betas), _optimizer(torch.optim.AdamW, theirs, betas)
     for step, max_norm in enumerate((1.0, 1e6, math.inf, 1.0)):
         generator = torch.Generator().manual_seed(step)
         for on_gpu, on_cpu in zip(mine, theirs, strict=True):
-            on_cpu.grad = torch.randn(on_cpu.shape, generator=generator)
-            on_gpu.grad = on_cpu.grad.cuda()
+            gradient = torch.randn(on_cpu.shape, generator=generator).to(gradients)
+            on_gpu.grad_dtype = None
+            on_cpu.grad, on_gpu.grad = gradient.float(), gradient.cuda()
         if step == 2:
             found.load_state_dict(copy.deepcopy(found.state_dict()))
         before = [weight.grad.clone() for weight in mine]
@@ -64,5 +66,7 @@ def test_large_contiguous_float32_tensors_alone_have_the_kernel():
     one = torch.zeros(LARGE, device="cuda")
     steps = torch.zeros((), device="cuda")
     assert adamw_rows._has_the_kernel((one, one, one, one, steps))
+    assert adamw_rows._has_the_kernel((one, one.bfloat16(), one, one, steps))
     for other in (one[1:], one.double(), one.cpu(), torch.zeros(LARGE, 2, device="cuda")[:, 0]):
         assert not adamw_rows._has_the_kernel((other, one, one, one, steps))
+    assert not adamw_rows._has_the_kernel((one, one.half(), one, one, steps))

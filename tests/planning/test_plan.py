@@ -128,11 +128,22 @@ def test_weights_are_shared_among_ranks_and_statistics_are_not():
     assert resident["quantisation statistics"] == pytest.approx(80 * 855_638_016 / 64 * (1 + 4 / 256))
 
 
-def test_full_fine_tuning_takes_16_bytes_a_parameter():
-    full = setup("llama3_70b_full", "fsdp_full_16x80gb")
+@pytest.mark.parametrize(
+    ("bytes_a_parameter", "changed", "sets"),
+    [
+        (14, {}, ()),
+        (16, {"accumulation": 2}, ()),
+        (16, {"replicas": 2}, ()),
+        (16, {}, ("profile.reduce_dtype=fp32",)),
+        (12, {}, ("training.optim=rmsprop",)),
+    ],
+)
+def test_what_full_fine_tuning_takes(bytes_a_parameter, changed, sets):
+    """Gradients are bf16 where AdamW takes them as ranks have added them up, and no other pass adds to them."""
+    full = replace(setup("llama3_70b_full", "fsdp_full_16x80gb", *sets), **changed)
     step = gpu_moments(full)["optimizer step"]
     states = sum(step[name] for name in ("sharded weights", "embedding and head", "optimizer state", "gradients"))
-    assert states * 16 == pytest.approx(16 * full.shape.parameters, rel=1e-4)
+    assert states * full.shards == pytest.approx(bytes_a_parameter * full.shape.parameters, rel=1e-4)
 
 
 def test_adamw_of_what_is_offloaded_takes_its_pieces_and_page_locks_its_moments():

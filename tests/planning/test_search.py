@@ -124,7 +124,6 @@ WHY_NOT = {
     ("llama3_70b_qlora", "fsdp_1x48gb"): "as good: layers' inputs in RAM in place of the embedding, steps 1 % shorter",
     ("llama3_8b_lora", "fsdp_offload_4gpu"): "likewise: less than the prediction may be off",
     ("llama3_70b_qlora", "fsdp_offload_1x80gb"): "for full and lora; QLoRA fits the card without the RAM",
-    ("llama3_70b_full", "fsdp_full_16x80gb"): "float32 states: they leave less room than the prediction may be off",
     ("llama3_8b_full", "fsdp_offload_1x80gb"): "float32 states; small ones fit the card without the RAM",
     ("llama3_8b_qlora", "single_gpu_8gb"): "leaves 11 of 16 GiB of RAM to others, for steps 13 % longer",
     ("llama3_8b_lora", "fsdp_1x48gb"): "embedding_offload is for 70B, and 8B gets it along",

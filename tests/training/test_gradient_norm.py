@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fitune.training.adamw_rows import AdamWOnRows
-from fitune.training.gradient_norm import clip_gradients
+from fitune.training.gradient_norm import clip_gradients, norm_of_gradients
 
 SIZES = [(5, 3), (1, 4), (7,), (6, 2)]
 "Of weights: the second has no row for a second rank."
@@ -48,6 +48,17 @@ def test_gradients_in_host_ram_that_are_small_enough_are_not_written_again(max_n
     before = [parameter.grad._version for parameter in model[:-1]]
     clip_gradients(model.parameters(), max_norm)
     assert [parameter.grad._version - was for parameter, was in zip(model[:-1], before, strict=True)] == [writes] * 3
+
+
+def test_the_norm_of_bf16_gradients_is_float32():
+    """As that of the same numbers in float32, where bf16 would leave 8 bits of it."""
+    model = _model()
+    for parameter in model[:-1]:
+        gradient, parameter.grad_dtype = parameter.grad.bfloat16(), None
+        parameter.grad = gradient
+    exact = torch.cat([parameter.grad.double().flatten() for parameter in model[:-1]]).norm()
+    norm = norm_of_gradients(model.parameters())
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_a_gradient_that_is_no_number_makes_the_norm_none():

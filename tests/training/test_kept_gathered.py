@@ -8,7 +8,7 @@ from ranks import run_ranks, train_here
 from safetensors.torch import load_file
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
-from fitune.model.sharding import _parameter_groups, decoder
+from fitune.model.sharding import decoder, parameter_groups
 from fitune.training import evaluate as evaluate_module
 from fitune.training.evaluate import evaluate
 from fitune.training.trainer import ShardedSFTTrainer
@@ -34,7 +34,7 @@ CASES = {
 def _gathered(model) -> int:
     """Layers whose weights are whole."""
     layers = {id(layer) for layer in decoder(model).model.layers}
-    return sum(group.is_unsharded and id(group.modules[0]) in layers for group in _parameter_groups(model))
+    return sum(group.is_unsharded and id(group.modules[0]) in layers for group in parameter_groups(model))
 
 
 def _train_watched(run) -> dict[str, list[int]]:
