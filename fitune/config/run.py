@@ -130,11 +130,6 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     accelerate = read_accelerate_config(accelerate_file)
     if accelerate == old.accelerate.model_copy(update={"reshard_after_forward": AUTO}):
         accelerate = old.accelerate  # with what `plan` chose
-    if profile.optimizer_state != old.profile.optimizer_state:
-        raise UsageError(
-            f"{folder} was trained with profile.optimizer_state {old.profile.optimizer_state}, which its checkpoints "
-            f"hold; use --set profile.optimizer_state={old.profile.optimizer_state}, or train into another --output"
-        )
     profile_stem = name_of(profile_name or old.profile_name)
     _check_pair(old.recipe_name, recipe, profile_stem, profile, accelerate)
     return run_of(old.recipe_name, recipe, profile_stem, profile, accelerate, old.output_dir)

@@ -1,5 +1,6 @@
 """The arguments of transformers' learning rate schedules: what `lr_scheduler_kwargs` may hold, and what it must."""
 
+import math
 from typing import Any
 
 from fitune.errors import UsageError, nearest
@@ -45,6 +46,8 @@ def refuse_unfit_schedule(training: dict[str, Any], source: str) -> None:
         if key not in ARGUMENTS[name]:
             hint = nearest(key, ARGUMENTS[name]) if ARGUMENTS[name] else "; it takes none"
             raise UsageError(f"{where}: schedule {name} has no argument '{key}'{hint}")
+        if isinstance(given[key], float) and not math.isfinite(given[key]):
+            raise UsageError(f"{where}.{key}: {given[key]} is not a finite number")
     needed = NEEDED.get(name, ())
     if needed and not any(key in given for key in needed):
         raise UsageError(

@@ -80,7 +80,7 @@ def _convert(name: str, value: Any, annotation: str, source: str) -> Any:
     kinds = [plain_types[part] for part in parts]
     if type(value) in kinds or (value is None and type(None) in kinds):
         return value
-    for kind in kinds:
+    for kind in kinds if type(value) is not bool else []:  # which is 0 or 1 to Python
         try:
             return TypeAdapter(kind).validate_python(value)
         except ValidationError:

@@ -122,7 +122,7 @@ LIMITS: dict[str, Limit] = {
     "num_train_epochs": _ABOVE_0,
     "max_steps": (lambda value: value >= 1 or value == -1, "a number of steps; -1: as num_train_epochs says"),
     "learning_rate": _ABOVE_0,
-    "warmup_steps": _NOT_BELOW_0,
+    "warmup_steps": (lambda value: value == 0 or _STEPS[0](value), _STEPS[1]),
     "weight_decay": _NOT_BELOW_0,
     "adam_beta1": _BELOW_1,
     "adam_beta2": _BELOW_1,

@@ -18,6 +18,7 @@ from fitune.config import run as runs
 from fitune.config.accelerate_config import read_accelerate_config, written_out
 from fitune.config.command_name import command
 from fitune.config.evaluation import stops_early
+from fitune.config.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from fitune.config.recipe_paths import absolute_paths
 from fitune.config.results import missing_of_result
 from fitune.config.run import FOUND
@@ -34,11 +35,17 @@ TRAINER_STATE = "trainer_state.json"
 "transformers' TRAINER_STATE_NAME, which takes seconds to import."
 FIXED = ("base", "data", "method", "lora", "max_length", "packing", "global_batch_size", "seed")
 "Keys of a recipe that make a run the run it is: it may train longer or log differently, but not on something else."
-KEPT_WITH_THE_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-"Fields of `training:` that a checkpoint holds beside the optimizer's state; changed, they would not take effect."
+KEPT_WITH_THE_OPTIMIZER = {
+    "optim": DEFAULT_OPTIMIZER, "optim_args": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+}  # fmt: skip
+"""Fields of `training:` that a checkpoint holds beside the optimizer's state, with what they are by default; changed,
+they would not take effect."""
 
 FOLLOWS_EVALUATIONS = "reduce_lr_on_plateau"
 "A schedule whose state is what it has seen; any other is known from the step, and may be exchanged on the way."
+KEPT_WITH_THE_SCHEDULE = dict.fromkeys(("learning_rate", "lr_scheduler_kwargs", "metric_for_best_model"))
+"Likewise of such a schedule."
 
 
 def as_started(run: Run) -> Run:
@@ -125,7 +132,7 @@ def refuse_to_begin_again(run: Run) -> None:
 
 
 def begin_to_train(run: Run) -> None:
-    """Called by the main process before the first step: what was asked for is accepted, and the result outdated."""
+    """Called by the main process after the first step: what was asked for is accepted, and the result outdated."""
     accepted = run.model_copy(update={"resume": False})
     if not _holds(run.folder / SETTINGS, accepted):
         write_whole(run.folder / SETTINGS, runs.dump(accepted))
@@ -254,13 +261,16 @@ def _refuse_another_run(old: Run, new: Run) -> None:
     """Raises UsageError for the first field that may not change and did, old and new named."""
     before, now = (absolute_paths(run.recipe.model_dump()) for run in (old, new))
     pairs = [(key, before[key], now[key]) for key in FIXED]
-    pairs += [
-        (f"training.{key}", *(recipe["training"].get(key) for recipe in (before, now)))
-        for key in KEPT_WITH_THE_OPTIMIZER
-    ]
+    kept = KEPT_WITH_THE_OPTIMIZER
     schedules = [recipe["training"].get("lr_scheduler_type", "linear") for recipe in (before, now)]
     if FOLLOWS_EVALUATIONS in schedules:
         pairs.append(("training.lr_scheduler_type", *schedules))
+        kept = kept | KEPT_WITH_THE_SCHEDULE
+    pairs += [
+        (f"training.{key}", *(recipe["training"].get(key, default) for recipe in (before, now)))
+        for key, default in kept.items()
+    ]
+    pairs.append(("profile.optimizer_state", old.profile.optimizer_state, new.profile.optimizer_state))
     for pair in pairs:
         key, was, is_now = _down_to_the_field(*pair)
         if was != is_now:

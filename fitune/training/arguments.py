@@ -1,8 +1,12 @@
 """The SFTConfig of a run, made before anything is loaded: what transformers and TRL refuse, they refuse at once."""
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from fitune.config.evaluation import best_model_fields
@@ -11,6 +15,9 @@ from fitune.errors import UsageError
 from fitune.training.adamw_8bit import AdamW8bit
 from fitune.training.adamw_rows import AdamWOnRows
 from fitune.training.adamw_streamed import AdamWStreamed
+
+STEPS_TO_TRY = 1000
+"Of a schedule, where the number of steps follows from the rows."
 
 
 def training_arguments(run: Run) -> SFTConfig:
@@ -42,11 +49,35 @@ def training_arguments(run: Run) -> SFTConfig:
         # Trainer's own way to save optimizers does not know this sharding; see ShardedSFTTrainer._save_checkpoint
         "save_only_model": True,
     }
+    with _refused_by("training", "TRL's SFTConfig", run):
+        arguments = SFTConfig(**values)
+    _try_out(arguments, run)
+    return arguments
+
+
+@contextmanager
+def _refused_by(key: str, whom: str, run: Run) -> Iterator[None]:
     try:
-        return SFTConfig(**values)
-    except (ValueError, TypeError, ImportError) as error:
+        yield
+    except (ValueError, TypeError, ImportError, ArithmeticError, LookupError) as error:
         said = " ".join(str(error).split())
-        raise UsageError(f"{run.folder / 'run.yaml'}: training: refused by TRL's SFTConfig: {said}") from error
+        raise UsageError(f"{run.folder / 'run.yaml'}: {key}: refused by {whom}: {said}") from error
+
+
+def _try_out(arguments: SFTConfig, run: Run) -> None:
+    """Makes torch's optimizer for one weight, and the schedule of its rate. Raises UsageError for what they refuse."""
+    steps = arguments.max_steps if arguments.max_steps > 0 else STEPS_TO_TRY
+    with _refused_by("training.optim_args", f"optimizer {arguments.optim.value}", run):
+        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    with _refused_by("training.lr_scheduler_kwargs", f"schedule {arguments.lr_scheduler_type.value}", run):
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(steps), steps,
+            arguments.lr_scheduler_kwargs,
+        )  # fmt: skip
+        for share in getattr(schedule, "lr_lambdas", ()):
+            if not all(math.isfinite(share(step)) for step in (0, 1, steps // 2, steps)):
+                raise ValueError(f"a learning rate that is not finite, of {arguments.lr_scheduler_kwargs}")
 
 
 def own_optimizer(run: Run, arguments: SFTConfig) -> tuple[type[torch.optim.Optimizer], dict]:

@@ -45,7 +45,8 @@ def norm_of_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """Of all of them, on one device. In float32 even of bf16 gradients, whose own norms torch would round to bf16."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)))
 
 
 def scale_to(max_norm: float, norm: torch.Tensor) -> torch.Tensor:

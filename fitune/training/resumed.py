@@ -1,5 +1,7 @@
 """A resumed run does what it is told now, where transformers would do what the checkpoint remembers."""
 
+from collections.abc import Callable
+
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
@@ -12,6 +14,18 @@ class AsOftenAsAskedNow(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
+
+
+class FirstStep(TrainerCallback):
+    """Calls `when_trained` once, after the first step of this process, before it is saved."""
+
+    def __init__(self, when_trained: Callable[[], None]):
+        self.when_trained: Callable[[], None] | None = when_trained
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.when_trained:
+            self.when_trained()
+            self.when_trained = None
 
 
 def follow_this_runs_schedule(scheduler: LambdaLR, rate: float) -> None:

@@ -61,6 +61,7 @@ from fitune.training.metrics_file import MetricsFile
 from fitune.training.out_of_memory import explain_out_of_memory
 from fitune.training.result_check import check_result
 from fitune.training.resume_point import checkpoint_to_resume, state_of, steps_left_after
+from fitune.training.resumed import FirstStep
 from fitune.training.run_report import RunReport
 from fitune.training.same_on_all import is_first_of_its_machine, refuse_differences
 from fitune.training.state import load_trainable_weights
@@ -95,6 +96,7 @@ def train(run: Run) -> None:
     with heartbeat.using_files():
         base_record, identity = _identify(run, base_folder, tokenizer, heartbeat)
         checkpoint = checkpoint_to_resume(run, identity, heartbeat)
+        arguments.eval_on_start = arguments.eval_on_start and checkpoint is None
         steps_left = steps_left_after(run, checkpoint)
         with Loading() as loading:
             as_trained = {"fp8": run.profile.compute == "fp8", "keep_gathered": run.accelerate.keeps_gathered}
@@ -119,6 +121,7 @@ def train(run: Run) -> None:
         callbacks=[MetricsFile(run.folder), measurements, interruption],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(FirstStep(partial(_accept, run, identity)))
     trainer.add_callback(report)  # after all that decide whether a step is saved
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     report.last_checkpoint = lambda: trainer.saver.newest
@@ -131,9 +134,6 @@ def train(run: Run) -> None:
         heartbeat.will_save()
     else:
         wait_for_all(heartbeat.waiting)
-        if is_main_process():
-            begin_to_train(run)
-            write_origin(run.folder, identity.model_dump(), resumed=bool(run.resume))
         with trainer.saver.finished():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interruption.leave_if_told(trainer.state)
@@ -149,6 +149,13 @@ def train(run: Run) -> None:
     leave()
     if lock:
         lock.release()
+
+
+def _accept(run: Run, identity: Identity) -> None:
+    """A step is trained as `run` says. A resume that fails before leaves the run's settings and result as they are."""
+    if is_main_process():
+        begin_to_train(run)
+        write_origin(run.folder, identity.model_dump(), resumed=bool(run.resume))
 
 
 def load_sharded_model(

@@ -23,8 +23,9 @@ from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
 from fitune.training.arguments import own_optimizer, training_arguments
 from fitune.training.bad_rows import refuse_step
+from fitune.training.epoch_ends import EpochEnds
 from fitune.training.gradient_norm import ClipsInItsStep, clip_gradients
-from fitune.training.loss import ANSWERS, add_answer_loss, find_answers
+from fitune.training.loss import ANSWERS, Answers, add_answer_loss, find_answers
 from fitune.training.manifest import Identity
 from fitune.training.read_ahead import ReadAhead
 from fitune.training.replicas import average_gradients
@@ -85,6 +86,7 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         )
         self.add_callback(self.heartbeat)
         self.add_callback(AsOftenAsAskedNow())
+        self.add_callback(EpochEnds())
         add_answer_loss(decoder(self.model))
         if uncast_gradients:
             keep_gradients_as_computed(self.model)
@@ -217,14 +219,32 @@ class ShardedSFTTrainer(SavingSFTTrainer):
         counted = inputs.pop(TOKENS, None)
         plain = self.label_smoother is None and self.compute_loss_func is None and self.args.loss_type == "nll"
         if not plain or ANSWERS not in inputs or return_outputs or num_items_in_batch is None:
-            inputs.pop(ANSWERS, None)
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+            return self._trls_loss(model, inputs, inputs.pop(ANSWERS, None), counted, **options)
         sums = model(**inputs, use_cache=False)
         self._unlogged.append(torch.stack([sums.entropy, sums.right.to(sums.entropy)]))
         self._unlogged_tokens += len(inputs[ANSWERS].tokens)
         self._uncounted_tokens.append(counted)
         loss = sums.loss / num_items_in_batch.clamp(min=1)
         return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+    def _trls_loss(self, model, inputs, answers: Answers | None, tokens: int | None, **options):
+        """TRL's own. What it would log counts rows that fill up a step, and not all ranks of an epoch's last pass."""
+        counted_before = self._total_train_tokens
+
+        def watched(**kwargs):
+            outputs = model(**kwargs)
+            if answers and (entropy := getattr(outputs, "entropy", None)) is not None:
+                sums = entropy.detach().sum(), outputs.is_top1.sum()
+                self._unlogged.append(torch.stack([number.double() for number in sums]))
+            return outputs
+
+        loss = super().compute_loss(watched, inputs, **options)
+        if answers:
+            self._total_train_tokens = counted_before
+            self._unlogged_tokens += len(answers.tokens)
+            self._uncounted_tokens.append(tokens)
+        return loss
 
     def floating_point_ops(self, inputs: dict) -> int:
         """As transformers estimates them, whose count of the parameters goes through all modules: here once."""

@@ -74,6 +74,13 @@ PAIRS = {
         ("training.lr_scheduler_kwargs.min_lr=1e-6",),
         ["schedule linear has no argument 'min_lr'"],
     ),
+    "an argument that is no number": (
+        ("training.lr_scheduler_type=cosine", "training.lr_scheduler_kwargs={num_cycles: .nan}"),
+        ["training.lr_scheduler_kwargs.num_cycles: nan is not a finite number"],
+    ),
+    "half a step to warm up": (("training.warmup_steps=1.5",), ["warmup_steps: 1.5 is not a whole number of steps"]),
+    "yes as a number": (("training.learning_rate=true",), ["training.learning_rate: True is not a number"]),
+    "no as a number of steps": (("training.max_steps=false",), ["training.max_steps: False is not a whole number"]),
     "no epoch": (("training.num_train_epochs=0",), ["training.num_train_epochs: 0.0 is not above 0"]),
     "a seed that numpy refuses": (("seed=4294967296",), ["seed: Input should be less than 4294967296"]),
     "a step and a half": (("training.save_steps=1.5",), ["training.save_steps: 1.5 is not a whole number of steps"]),

@@ -39,10 +39,18 @@ def steps_saved(run) -> list[int]:
     return sorted(int(path.name.rpartition("-")[2]) for path in (run.folder / "checkpoints").iterdir())
 
 
-def _killed_in_its_first_step(run) -> None:
+def _killed_in_its_second_step(run) -> None:
     from fitune.training.trainer import ShardedSFTTrainer
 
-    ShardedSFTTrainer.training_step = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    train, done = ShardedSFTTrainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        if done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(1)
+        return train(*args, **kwargs)
+
+    ShardedSFTTrainer.training_step = training_step
     train_here(run)
 
 
@@ -59,7 +67,7 @@ def test_a_longer_run_that_was_killed_is_trained_to_its_end(finished, tmp_path):
     """The checkpoint and the result of the shorter one stand in the folder; neither says what is asked now."""
     run = resumed(finished, tmp_path / "run", max_steps=STEPS + 2)
     with pytest.raises(RuntimeError, match="exit code -9"):
-        run_ranks(_killed_in_its_first_step, 1, run)
+        run_ranks(_killed_in_its_second_step, 1, run)
     assert not (run.folder / "finished.json").exists()
     said = run_ranks(_what_it_says, 1, run)[0]
     assert f"{run.folder}: goes on after step {STEPS} of {STEPS + 2}: checkpoint-{STEPS}\n" in said

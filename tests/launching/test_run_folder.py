@@ -180,9 +180,9 @@ def test_a_run_that_stopped_early_is_finished(make):
     ("changed", "named"),
     [
         ("lora.r=5", r"started with lora\.r 64, not 5: not the same run"),
-        ("training.optim=sgd", r"started with training\.optim None, not sgd"),
+        ("training.optim=sgd", r"started with training\.optim adamw_torch_fused, not sgd"),
         ("seed=3", "started with seed 42, not 3"),
-        ("training.weight_decay=0.3", r"started with training\.weight_decay None, not 0\.3"),
+        ("training.weight_decay=0.3", r"started with training\.weight_decay 0\.0, not 0\.3"),
         ("training.learning_rate=1", "raise training.max_steps; other changes would have no effect"),
         ("training.max_steps=3", "other changes would have no effect"),
         ("training.max_steps=-1", "raise training.num_train_epochs; other changes"),  # 3 epochs are 6 steps
@@ -225,6 +225,34 @@ def test_a_schedule_that_follows_evaluations_is_not_exchanged_on_the_way(make):
     with pytest.raises(UsageError, match=r"lr_scheduler_type cosine, not reduce_lr_on_plateau: not the same run"):
         nothing_left(make(evaluated, longer, follows))
     assert nothing_left(make(evaluated, longer, "training.lr_scheduler_type=linear")) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["learning_rate=1e-5", "lr_scheduler_kwargs={factor: 0.2}", "metric_for_best_model=token_accuracy"],
+)
+def test_what_such_a_schedule_remembers_is_not_changed_on_the_way(changed, make):
+    sets = ["training.eval_strategy=epoch", "training.lr_scheduler_type=reduce_lr_on_plateau"]
+    trained(make(*sets))
+    assert nothing_left(make(*sets, "training.max_steps=8")) is None
+    with pytest.raises(UsageError, match=rf"started with training\.{changed.split('=')[0]} .*: not the same run"):
+        nothing_left(make(*sets, "training.max_steps=8", f"training.{changed}"))
+
+
+def test_states_are_those_that_checkpoints_hold(tmp_path):
+    """However the run is resumed: by its recipe, or by its folder, before anything is written there."""
+    small = ("training.max_steps=8", "profile.optimizer_state=bf16_8bit")
+    trained(resolve("tiny_full", "cpu_2proc", ("training.max_steps=4",), str(tmp_path / "run")))
+    by_recipe = resolve("tiny_full", "cpu_2proc", small, str(tmp_path / "run"))
+    for run in (by_recipe, resolve_again(tmp_path / "run", None, small)):
+        with pytest.raises(UsageError, match=r"profile\.optimizer_state fp32, not bf16_8bit: not the same run"):
+            open_run_folder(run, resume=True).__enter__()
+
+
+def test_a_default_may_be_given_on_the_way(make):
+    trained(make())
+    same = ("training.optim=adamw_torch_fused", "training.weight_decay=0", "training.adam_beta2=0.999")
+    assert nothing_left(make("training.max_steps=8", *same)) is None
 
 
 def test_steps_asked_are_those_that_trainer_will_make():
