@@ -11,7 +11,8 @@ TOOL_CALL = "tool_call"
 def unpacked(turn: dict, where: str, *, is_answer: bool) -> dict:
     """The same turn with its parts where a turn without parts has them: content as text, thinking, `tool_calls`.
 
-    Raises RowError for a part that is neither, such as an image, and for thinking or a call outside of an answer.
+    Raises RowError for a part that is neither, such as an image, for thinking or a call outside of an answer, and for
+    either in a turn that has some beside its parts.
     """
     key = next((key for key in ("content", "value") if isinstance(turn.get(key), list)), None)
     if key is None:
@@ -28,10 +29,11 @@ def unpacked(turn: dict, where: str, *, is_answer: bool) -> dict:
         else:
             found = f"found a part of type {quote(str(kind))}"
             raise RowError("wrong_type", f"{where}: only text can be trained on, {found}")
-    turn = turn | {key: "".join(texts)}
-    if thoughts:
-        turn = turn | {REASONING[0]: "".join(thoughts)}
-    return turn | {"tool_calls": calls} if calls else turn
+    found = {REASONING[0]: "".join(thoughts), "tool_calls": calls}
+    for name, others in ((REASONING[0], REASONING), ("tool_calls", ("tool_calls", "function_call"))):
+        if found[name] and (twice := next((other for other in others if turn.get(other)), None)):
+            raise RowError("wrong_type", f"{where}: '{twice}' stands beside parts of the content that say it, too")
+    return turn | {key: "".join(texts)} | {name: value for name, value in found.items() if value}
 
 
 def _text(part: dict, kind: str, where: str) -> str:
@@ -42,4 +44,5 @@ def _text(part: dict, kind: str, where: str) -> str:
 
 
 def _held(part: dict, kind: str):
-    return next((part[key] for key in ("text", "value", kind) if key in part), None)
+    """The first that is not null: a table fills in what a row does not have."""
+    return next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)

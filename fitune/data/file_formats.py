@@ -63,14 +63,27 @@ class Table:
     table: Any
     counts_lines = False
 
-    def records(self) -> Iterator[tuple[int, dict]]:
-        rows = self.table.to_pylist()
+    def records(self) -> Iterator[tuple[int, dict | RowError]]:
+        rows = self._rows()
         if any(f"{key}:" in str(self.table.schema) for key in _FREE_OBJECTS):
             rows = [_as_before_the_table(row) for row in rows]
         yield from enumerate(rows, start=self.first_row)
 
+    def _rows(self) -> list[dict | RowError]:
+        try:
+            return self.table.to_pylist()
+        except UnicodeDecodeError:
+            return [_row_of(self.table.slice(number, 1)) for number in range(self.table.num_rows)]
 
-_FREE_OBJECTS = ("tool_calls", "function_call", "tools", "functions")
+
+def _row_of(one) -> dict | RowError:
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RowError("not_utf8", f"not UTF-8: byte 0x{error.object[error.start]:02x} of a text")
+
+
+_FREE_OBJECTS = ("tool_calls", "tool_call", "function_call", "tools", "functions")
 "Keys of what has other keys in every row. A table has one set of keys for all rows, and fills in null."
 
 
@@ -122,7 +135,8 @@ def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]
         delimiter = ";"
     csv.field_size_limit(MAX_ROW_BYTES)
     bad_lines: list[int] = []
-    reader = csv.reader(_csv_lines(stream, bad_lines), delimiter=delimiter, strict=True)
+    oversized: list[int] = []
+    reader = csv.reader(_csv_lines(stream, bad_lines, oversized), delimiter=delimiter, strict=True)
     header, numbers, rows, size = None, [], [], 0
     while True:
         line = reader.line_num + 1
@@ -136,12 +150,14 @@ def chunks_of_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Rows]
         if not fields:
             continue
         if header is None:
+            if oversized:
+                raise UsageError(f"{name}:{line}: the header has more than {MAX_ROW_BYTES >> 20} MiB")
             if bad_lines:
                 raise UsageError(f"{name}:{line}: the header is not UTF-8: byte offset {bad_lines[0]} of the file")
             header = _csv_header(fields, name)
             continue
         numbers.append(line)
-        rows.append(_csv_row(header, fields, bad_lines))
+        rows.append(_csv_row(header, fields, bad_lines, oversized))
         size += sum(map(len, fields))
         if size >= CHUNK_BYTES:
             yield Rows(numbers, rows)
@@ -172,8 +188,15 @@ def _byte_ranges(path: Path) -> Iterator[Lines]:
             start = end
 
 
-def _limited_lines(stream, size: int | None = None) -> Iterator[tuple[int, bytes | int]]:
-    """`(offset, line)` of each line; in place of a line over MAX_ROW_BYTES its length, none of it kept."""
+class _Length(int):
+    """Bytes of a line over MAX_ROW_BYTES, of which nothing is kept."""
+
+    odd_quotes = False
+    "Whether it begins or ends a quoted field of several lines."
+
+
+def _limited_lines(stream, size: int | None = None) -> Iterator[tuple[int, bytes | _Length]]:
+    """`(offset, line)` of each line; in place of a line over MAX_ROW_BYTES its length."""
     offset = 0
     while size is None or offset < size:
         line = stream.readline(MAX_ROW_BYTES + 1)
@@ -181,20 +204,23 @@ def _limited_lines(stream, size: int | None = None) -> Iterator[tuple[int, bytes
             return
         length = len(line)
         if length > MAX_ROW_BYTES and not line.endswith(b"\n"):
-            line = None
+            quotes = line.count(b'"')
             while more := stream.readline(1 << 20):
                 length += len(more)
+                quotes += more.count(b'"')
                 if more.endswith(b"\n"):
                     break
-        yield offset, length if line is None else line
+            line = _Length(length)
+            line.odd_quotes = quotes % 2 == 1
+        yield offset, line
         offset += length
 
 
-def _length(line: bytes | int) -> int:
+def _length(line: bytes | _Length) -> int:
     return line if isinstance(line, int) else len(line)
 
 
-def _decoded(line: bytes | int, offset: int) -> str | RowError:
+def _decoded(line: bytes | _Length, offset: int) -> str | RowError:
     """The line's text; `offset` is its place in the file, in bytes."""
     if isinstance(line, int) or line == _OVERSIZED_LINE:
         return too_large(line if isinstance(line, int) else None)
@@ -212,12 +238,17 @@ def too_large(size: int | None) -> RowError:
     return RowError("too_large", f"{given} is more than the {MAX_ROW_BYTES >> 20} MiB a row may have")
 
 
-def _csv_lines(stream: BinaryIO, bad_lines: list[int]) -> Iterator[str]:
-    """Text lines for csv.reader; bytes that are not UTF-8 become lone surrogates, their offsets go to `bad_lines`."""
+def _csv_lines(stream: BinaryIO, bad_lines: list[int], oversized: list[int]) -> Iterator[str]:
+    """Text lines for csv.reader; bytes that are not UTF-8 become lone surrogates, their offsets go to `bad_lines`.
+
+    A line over the limit becomes a short one that begins or ends a quoted field as it would; its offset goes to
+    `oversized`.
+    """
     for offset, line in _limited_lines(stream):
         text = line.removeprefix(BOM) if offset == 0 and isinstance(line, bytes) else line
-        if isinstance(text, int):
-            text = b"\x00\n"
+        if isinstance(text, _Length):
+            oversized.append(offset)
+            text = b'"\n' if text.odd_quotes else b"x\n"
         try:
             yield text.decode()
         except UnicodeDecodeError as error:
@@ -232,13 +263,15 @@ def _csv_header(fields: list[str], name: str) -> list[str]:
     return fields
 
 
-def _csv_row(header: list[str], fields: list[str], bad_lines: list[int]) -> dict | RowError:
+def _csv_row(header: list[str], fields: list[str], bad_lines: list[int], oversized: list[int]) -> dict | RowError:
+    if oversized:
+        oversized.clear()
+        bad_lines.clear()
+        return too_large(None)
     if bad_lines:
         offset = bad_lines[0]
         bad_lines.clear()
         return RowError("not_utf8", f"not UTF-8: byte offset {offset} of the file")
-    if fields == ["\x00"]:
-        return too_large(None)
     if len(fields) != len(header):
         return RowError("wrong_type", f"{len(fields)} fields where the header has {len(header)}")
     return dict(zip(header, fields, strict=True))

@@ -77,6 +77,7 @@ def prepare(
     """
     output = Path(output)
     _refuse_existing(output, overwrite)
+    _refuse_own_source(output, [data.dataset, *(source.dataset for source in data.mix)])
     choice = template_choice or data.chat_template
     tokenizer = _load_tokenizer(tokenizer, choice)
     if preview and tokenizer is None:
@@ -129,6 +130,14 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output}: exists and was not written by prepare (no report.json); choose another folder")
     if strangers := sorted(path.name for path in output.iterdir() if path.name not in WRITTEN):
         raise UsageError(f"{output}: holds {strangers[0]}, which prepare did not write; choose another folder")
+
+
+def _refuse_own_source(output: Path, sources: list[str]) -> None:
+    """Raises UsageError where rows would be read from the folder that they replace."""
+    for source in sources:
+        place = Path(source).resolve()
+        if output.exists() and output.resolve() in (place, *place.parents):
+            raise UsageError(f"{source} lies in {output}, which would be replaced; choose another --output")
 
 
 def _load_tokenizer(tokenizer, choice: str):

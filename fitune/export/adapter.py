@@ -48,6 +48,8 @@ MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 TRAINED_BIASES = ("all", "lora_only")
 "`bias` of adapter_config.json: those of all modules, or of those with LoRA, are trained and saved, if there are any."
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+SAVED_MODULE, BEFORE_TRAINING = ".modules_to_save.", ".original_module."
+"PEFT's two copies of such a module. The first is trained, and stands there under the weight's own name as well."
 RESIZED_WITH_THE_VOCABULARY = ("embed_tokens", "lm_head")
 "PEFT saves them unasked where tokens were added."
 
@@ -147,11 +149,25 @@ def _read_change(file: AdapterFile, name: str, lora: Lora) -> set[str]:
         module = _module(name.removesuffix(TOKEN_ROWS))
         lora.tokens[f"{module}.weight"] = (name, _token_rows(file, module, name))
         return {name}
-    weight = _without_prefix(name).replace(".base_layer.", ".")
-    if _is_whole(file, weight):
-        lora.replaced[weight] = name
+    if BEFORE_TRAINING in name and name.replace(BEFORE_TRAINING, SAVED_MODULE) in file:
         return {name}
-    return set()
+    weight = _weight(name)
+    if not _is_whole(file, weight):
+        return set()
+    other = lora.replaced.setdefault(weight, name)
+    if file[other].shape != file[name].shape or (file.read(other) != file.read(name)).any():
+        raise UsageError(f"{file[name].file}: {other} and {name} stand for one weight, and differ")
+    return {name}
+
+
+def _weight(name: str) -> str:
+    """The base's name of a weight that stands in the adapter whole.
+
+    Where tokens were added, PEFT saves embedding and head as they are, with the wrappers that it has put around them.
+    """
+    for wrapper in (".base_layer.", ".token_adapter.", SAVED_MODULE):
+        name = name.replace(wrapper, ".")
+    return _without_prefix(name)
 
 
 def _ending(name: str, endings: tuple[str, ...]) -> str | None:

@@ -118,12 +118,13 @@ class TunedWeights:
         elif pair := lora.embeddings.get(name):
             given = (shape(pair.a)[1], shape(pair.b)[0])
             fits = given == needed
-        elif name in lora.tokens:
-            given, rows = shape(lora.tokens[name][0]), lora.tokens[name][1]
-            fits = given[1:] == needed[1:] and max(rows) < needed[0]
         if name in lora.replaced:
             given = shape(lora.replaced[name])
             fits = given == needed or (name in (EMBEDDING, HEAD) and given[1:] == needed[1:])
+            needed = given
+        if fits is not False and name in lora.tokens:
+            given, rows = shape(lora.tokens[name][0]), lora.tokens[name][1]
+            fits = given[1:] == needed[1:] and max(rows) < needed[0]
         if not fits:
             raise UsageError(
                 f"{self.file.folder / ADAPTER_WEIGHTS}: {name}: the adapter is for shape {given}, "

@@ -236,7 +236,7 @@ def kubernetes_jobset(job: Job) -> dict:
     again = {
         "name": "interrupted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
-        "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureReasons": ["PodFailurePolicy", "DeadlineExceeded"],
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

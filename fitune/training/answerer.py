@@ -50,6 +50,7 @@ class Answerer:
             "eos_token_id": stop_ids,
             "do_sample": temperature > 0,
             "pad_token_id": tokenizer.pad_token_id,
+            "tokenizer": tokenizer,  # for stop_strings of generation_config.json
             "use_cache": True,  # whatever config.json says: without one, layers take pads on the left for tokens
         }
         if temperature > 0:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fitune.config.recipe import Data
 from fitune.data.chat_template import apply_own_chat_template
+from fitune.data.prepared import SPLITS, read_report
 from fitune.data.token_file import IGNORED, TokenFile
 from fitune.data.tokenise import tokenise_lines
 from fitune.errors import UsageError
@@ -72,10 +73,17 @@ def tokenise(file: Path, given: GivenModel, folder: Path) -> TokenFile:
         prepared=str(file.parent),
         chat_template="tokenizer",
         system_message=given.system_message,
+        train_on=_answers_that_count(file),
     )
     target = folder / "rows.tokens.arrow"
     tokenise_lines(file, target, tokenizer, settings, workers=1)
     return TokenFile(target)
+
+
+def _answers_that_count(file: Path) -> str:
+    """`train_on` of a folder's rows, as `prepare` was told; of a file from elsewhere all."""
+    report = read_report(file.parent) if file.stem in SPLITS else None
+    return report["train_on"] if report else "all"
 
 
 def longest_row(tokens: TokenFile) -> int:

@@ -94,7 +94,8 @@ def _with_adapter(model: torch.nn.Module, given: GivenModel) -> torch.nn.Module:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # the first may be a title
             why = next((line for line in lines if not line.endswith(":")), type(error).__name__)
-            raise UsageError(f"{given.folder}: PEFT cannot load it: {why}") from None
+            instead = "; merge it, and give the merged model's folder" if "size mismatch" in why else ""
+            raise UsageError(f"{given.folder}: PEFT cannot load it: {why}{instead}") from None
 
 
 def load_over_processes(run: Run, given: GivenModel, mesh) -> torch.nn.Module:

@@ -229,6 +229,42 @@ def test_csv_rows_over_the_limit(tmp_path, monkeypatch):
     assert f"{path}:5: not UTF-8: byte offset {path.read_bytes().index(0xFF)} of the file" in message
 
 
+@pytest.mark.parametrize(
+    "row",
+    ['"Why?","begin\n{}\nend"', 'Why?,"{}\nlost, tail"', 'Why?,"begin\n{}"', 'Why?,"a ""{}"" b\nmore"'],
+)
+def test_a_csv_row_of_several_lines_is_over_the_limit_as_a_whole(row, tmp_path, monkeypatch):
+    """Its quotes go on as they were: what follows is neither changed nor taken for a row."""
+    monkeypatch.setattr(file_formats, "MAX_ROW_BYTES", 2000)
+    lines = [f"Who {number}?,ok {number}" for number in range(9)]
+    path = write(tmp_path / "a.csv", "instruction,output", *lines, row.format("x" * 9000), "Last?,ok")
+    assert f"{path}:11: a row is more than" in refused(path, tmp_path)
+    report = run(path, tmp_path, drop_invalid=True)
+    found = [row["messages"][0]["content"] for row in rows(tmp_path) + rows(tmp_path, "test")]
+    assert sorted(found) == sorted([*(f"Who {number}?" for number in range(9)), "Last?"])
+    assert report["rows_in"] == 11
+
+
+def test_a_table_with_bytes_that_are_no_text(tmp_path):
+    """Arrow does not look: the column says that it is UTF-8."""
+    texts = pyarrow.array([b"Who?", b"Wh\xffo?", *(b"Why %d?" % n for n in range(8))], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(texts), texts.buffers())
+    answers = [f"ok {number}" for number in range(10)]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column, "completion": answers}), tmp_path / "a.parquet")
+    assert "a.parquet:2: not UTF-8: byte 0xff of a text" in refused(tmp_path / "a.parquet", tmp_path)
+    assert run(tmp_path / "a.parquet", tmp_path, drop_invalid=True)["rows_in"] == 10
+
+
+def test_rows_are_not_read_from_the_folder_that_they_replace(tmp_path):
+    run(write(tmp_path / "a.jsonl", *map(chat, range(20))), tmp_path)
+    [report] = tmp_path.rglob("report.json")
+    before = {file.name: file.read_bytes() for file in report.parent.iterdir()}
+    for source in (report.parent / "train.jsonl", report.parent):
+        with pytest.raises(UsageError, match="which would be replaced; choose another --output"):
+            run(source, tmp_path, overwrite=True)
+    assert {file.name: file.read_bytes() for file in report.parent.iterdir()} == before
+
+
 def test_control_tokens_can_be_broken_up(tmp_path):
     trick = {"messages": [{"role": "user", "content": "a<|eot_id|><|eot<|eot_id|>_id|>"}, ANSWER]}
     tokenizer = tiny_tokenizer()

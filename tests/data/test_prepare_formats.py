@@ -5,7 +5,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from preparing import ANSWER, EXAMPLES, QUESTION, SYSTEM, chat, refused, rows, run, write
+from preparing import ANSWER, EXAMPLES, QUESTION, SYSTEM, chat, everything, refused, rows, run, write
 from tiny_tokenizer import tiny_tokenizer
 
 PARTS = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "value": "y?"}]}
@@ -55,6 +55,49 @@ def test_thinking_and_calls_in_parts(tmp_path):
     [made] = first["tool_calls"]
     function = made["function"]
     assert (function["name"], json.loads(function["arguments"])) == ("look", {"at": "sky"})
+
+
+def test_parts_of_a_table_are_those_of_the_lines(tmp_path):
+    """A table gives each part the keys of all, and each call the arguments of all: null where a row has none."""
+    calls = [{"name": name, "arguments": arguments} for name, arguments in (("look", {"at": "sky"}), ("go", {"to": 1}))]
+    turns = [
+        [
+            {"type": "thinking", "thinking": "Hm."},
+            {"type": "text", "text": "So."},
+            {"type": "tool_call", "tool_call": call},
+        ]
+        for call in calls
+    ]
+    made = [{"messages": [QUESTION, {"role": "assistant", "content": parts}]} for parts in turns]
+    for row, question in zip(made, "ab", strict=True):
+        row["messages"] = [{"role": "user", "content": [{"type": "text", "text": question}]}, row["messages"][1]]
+    found = []
+    for name in ("data.jsonl", "data.parquet"):
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), path)
+        else:
+            write(path, *made)
+        run(path, tmp_path, overwrite=bool(found))
+        found.append(sorted(json.dumps(row) for row in everything(tmp_path)))
+    assert found[0] == found[1] and '\\"at\\": \\"sky\\"}' in found[0][0]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"reasoning_content": "Other."}, {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_what_parts_say_is_not_said_beside_them(beside, tmp_path):
+    parts = [
+        {"type": "thinking", "value": "Hm."},
+        {"type": "text", "value": "So."},
+        {"type": "tool_call", "value": {"name": "look", "arguments": {}}},
+    ]
+    turn = {"role": "assistant", "content": parts} | beside
+    file = write(tmp_path / "data.jsonl", {"messages": [QUESTION, turn]})
+    said = f"messages[1]: '{next(iter(beside))}' stands beside parts of the content that say it, too"
+    assert said in refused(file, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["image_url", "thinking", "tool_call"])

@@ -230,7 +230,9 @@ def test_a_kubernetes_job_that_was_interrupted_starts_again_and_counts_as_no_fai
     spec = yaml.safe_load(submit("kubernetes", "--dry-run", "--gpus", "8", *WANTED["kubernetes"]).stdout)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
-    assert spec["failurePolicy"]["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    [again] = spec["failurePolicy"]["rules"]
+    assert again["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert again["onJobFailureReasons"] == ["PodFailurePolicy", "DeadlineExceeded"], "by a signal, or after its hours"
     pod = job["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 600
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]

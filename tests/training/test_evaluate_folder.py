@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from fitune.cli import cli
 from fitune.config import run as runs
+from fitune.config.recipe import Data
+from fitune.data.prepare import prepare
 from fitune.errors import UsageError
 from fitune.export.merge import merge_run
 from fitune.training.evaluate import evaluate
@@ -82,6 +84,22 @@ def test_other_rows_that_cannot_be_measured_are_refused_before_processes_start(r
             (tmp_path / "test.jsonl").write_text(lines)
         outcome = CliRunner().invoke(cli, ["eval", str(run.folder), "--data", str(tmp_path)])
         assert outcome.exit_code == 2 and f"{tmp_path / 'test.jsonl'}: {said}" in outcome.stderr, outcome.output
+
+
+def test_of_prepared_rows_the_answers_count_that_were_chosen(run, tmp_path):
+    """`train_on`, which the folder's report says; of a file by itself all."""
+    turns = [{"role": role, "content": text} for text in "abcdefghijklmnop" for role in ("user", "assistant")]
+    rows = [{"messages": turns[start : start + 4]} for start in range(0, 32, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {}
+    for train_on in ("all", "last"):
+        data = Data(dataset=str(tmp_path / "rows.jsonl"), prepared="unused", train_on=train_on, test_fraction=0.5)
+        tokenizer = given_model(run.result_folder).tokenizer()
+        prepare(data, tmp_path / train_on, tokenizer=tokenizer, template_choice="tokenizer")
+        counts[train_on] = evaluate_folder(given_model(run.result_folder), tmp_path / train_on)["model"]["tokens"]
+    assert counts["all"] == 2 * counts["last"] > 0
+    alone = Path(shutil.copy(tmp_path / "last" / "test.jsonl", tmp_path / "test.jsonl"))
+    assert evaluate_folder(given_model(run.result_folder), alone)["model"]["tokens"] == counts["all"]
 
 
 def test_evaluation_renews_the_card(run):

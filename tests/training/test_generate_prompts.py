@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from fitune.cli import cli
 from fitune.config.recipe import Data, Recipe
@@ -55,6 +56,16 @@ def test_a_held_out_row_is_asked_with_its_tools(tmp_path):
 
 def test_an_answer_ends_at_any_of_the_tokens_that_end_one():
     assert Answerer(Echo(), tiny_tokenizer(), [7, 3], "cpu", 4, 0.0).options["eos_token_id"] == [7, 3]
+
+
+def test_an_answer_ends_with_a_text_that_ends_one(tiny_base):
+    """`stop_strings` of a model's generation_config.json."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), tiny_tokenizer()
+    whole = Answerer(model, tokenizer, [0], "cpu", 12, 0.0).answer("a")
+    end = whole[len(whole) // 2]
+    model.generation_config.stop_strings = [end]
+    answer = Answerer(model, tokenizer, [0], "cpu", 12, 0.0).answer("a")
+    assert end in answer and len(answer) < len(whole) and whole.startswith(answer)
 
 
 def test_prompts_of_a_batch_have_no_more_tokens_than_the_conversation_that_plan_counts(monkeypatch):
