@@ -259,6 +259,7 @@ def _holds(file: Path, run: Run) -> bool:
 
 def _refuse_another_run(old: Run, new: Run) -> None:
     """Raises UsageError for the first field that may not change and did, old and new named."""
+    _refuse_other_states(old, new)
     before, now = (absolute_paths(run.recipe.model_dump()) for run in (old, new))
     pairs = [(key, before[key], now[key]) for key in FIXED]
     kept = KEPT_WITH_THE_OPTIMIZER
@@ -270,7 +271,6 @@ def _refuse_another_run(old: Run, new: Run) -> None:
         (f"training.{key}", *(recipe["training"].get(key, default) for recipe in (before, now)))
         for key, default in kept.items()
     ]
-    pairs.append(("profile.optimizer_state", old.profile.optimizer_state, new.profile.optimizer_state))
     for pair in pairs:
         key, was, is_now = _down_to_the_field(*pair)
         if was != is_now:
@@ -279,6 +279,16 @@ def _refuse_another_run(old: Run, new: Run) -> None:
                 f"{old.folder} was started with {key} {was}, not {is_now}: not the same run; "
                 f"give it as it was (`{resume}` does), or another --output"
             )
+
+
+def _refuse_other_states(old: Run, new: Run) -> None:
+    """Likewise for what checkpoints hold of the optimizer, which a profile says."""
+    states = old.profile.optimizer_state
+    if states != new.profile.optimizer_state:
+        raise UsageError(
+            f"{old.folder} was trained with profile.optimizer_state {states}, which its checkpoints hold; use --set "
+            f"profile.optimizer_state={states}, or train into another --output"
+        )
 
 
 def _down_to_the_field(key: str, before, now) -> tuple:

@@ -230,7 +230,7 @@ def test_a_resumed_run_takes_a_lower_learning_rate(finished, tmp_path):
     assert rates == {rate: pytest.approx(rate, rel=1e-6) for rate in rates}
     changed = _copy(finished, tmp_path / "sgd", optim="sgd")
     (changed.folder / "run.yaml").write_text(runs.dump(finished))
-    with pytest.raises(UsageError, match=r"started with training\.optim None, not sgd"):
+    with pytest.raises(UsageError, match=r"started with training\.optim adamw_torch_fused, not sgd"):
         open_run_folder(changed, resume=True).__enter__()
 
 

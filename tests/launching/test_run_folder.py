@@ -245,7 +245,9 @@ def test_states_are_those_that_checkpoints_hold(tmp_path):
     trained(resolve("tiny_full", "cpu_2proc", ("training.max_steps=4",), str(tmp_path / "run")))
     by_recipe = resolve("tiny_full", "cpu_2proc", small, str(tmp_path / "run"))
     for run in (by_recipe, resolve_again(tmp_path / "run", None, small)):
-        with pytest.raises(UsageError, match=r"profile\.optimizer_state fp32, not bf16_8bit: not the same run"):
+        with pytest.raises(
+            UsageError, match=r"fp32, which its checkpoints hold; use --set profile\.optimizer_state=fp32, or"
+        ):
             open_run_folder(run, resume=True).__enter__()
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fitune.config import run as runs
 from fitune.errors import FituneError, UsageError
+from fitune.launching.run_folder import refuse_another_resume
 from fitune.model.head_loss import head_loss
 from fitune.model.sharding import local_part
 from fitune.training import adamw_8bit, host_states, loss
@@ -251,6 +252,7 @@ def test_states_in_host_ram_are_refused_where_they_would_not_act(sets, said, tmp
 def test_a_run_goes_on_with_the_states_its_checkpoints_hold(tmp_path):
     run = runs.resolve("tiny_full", "cpu_2proc", ("profile.optimizer_state=bf16_8bit",), str(tmp_path))
     (tmp_path / "run.yaml").write_text(runs.dump(run), encoding="utf-8")
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     assert runs.resolve_again(tmp_path).profile.optimizer_state == "bf16_8bit"
     with pytest.raises(UsageError, match=r"use --set profile\.optimizer_state=bf16_8bit"):
-        runs.resolve_again(tmp_path, "cpu_2proc")
+        refuse_another_resume(runs.resolve_again(tmp_path, "cpu_2proc"))
