@@ -1,7 +1,7 @@
 """Merges an adapter into its base: one standard Hugging Face checkpoint, whatever the size of the model.
 
 Tensors stream from the base's safetensors to the output's, one at a time, the arithmetic in fp32 on a few rows at a
-time; memory holds the largest tensor plus less than a GiB. They are rounded at random, each tensor by its name: the
+time; memory holds the largest tensor and less than 2 GiB. They are rounded at random, each tensor by its name: the
 same merge writes the same bytes. The output appears under its name only when it is whole.
 """
 
@@ -167,7 +167,7 @@ def _onto(onto: Onto | None, record: BaseRecord | None, checkpoint: Checkpoint, 
 def _check(unfinished: Path, tuned: TunedWeights, dtype: torch.dtype, run: Run | None) -> Comparison:
     vocabulary = tuned.shapes["model.embed_tokens.weight"][0]
     compared = check_written(unfinished, tuned, dtype, prompts_for(unfinished, run, vocabulary))
-    print(compared, file=sys.stderr)
+    print(compared if tuned.file else compared.said("the run's result"), file=sys.stderr)
     return compared
 
 

@@ -20,7 +20,7 @@ from fitune.config.shipped import python_path
 from fitune.environment import HEARTBEATS, let_segments_grow
 from fitune.errors import CRASHED, ENDED_BY_A_SIGNAL, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.finished import finished_at
-from fitune.launching.run_folder import launch_config, settings_to_train
+from fitune.launching.run_folder import ASKED, launch_config, settings_to_train
 from fitune.launching.run_status import read_status
 from fitune.launching.signals import Killed, interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
@@ -49,9 +49,11 @@ TOLD = -signal.SIGTERM
 
 
 def launch_line(run: Run, module: str, *arguments: str) -> str:
-    """The command that starts `module` on a run's folder, as typed in a shell."""
-    config = ["accelerate", "launch", "--config_file", short(run.accelerate.path)]
-    return shlex.join([*config, "-m", module, short(str(run.folder / "run.yaml")), *arguments])
+    """The command that starts `module` on a run's folder, as typed in a shell. Of a resume by what it asks for."""
+    settings = settings_to_train(run.folder)
+    config = launch_config(run, settings) if settings.name == ASKED else run.accelerate.path
+    config = ["accelerate", "launch", "--config_file", short(str(config))]
+    return shlex.join([*config, "-m", module, short(str(settings)), *arguments])
 
 
 def dry_run_text(run: Run) -> str:

@@ -1,9 +1,9 @@
 """Several machines that share a run's folder: they find each other there, get ready, and start together.
 
-Machine 0 chooses the settings; the others take them from run.yaml. Each machine downloads and checks on its own, for as
-long as it takes; only when all are ready are ranks started, so no timeout runs meanwhile. A machine shows that it lives
-by RUN/machines/N.json, and leaves N.failed if it ends with an error: nobody waits for it then, and a scheduler can tell
-a failed run from one that was only interrupted, which leaves N.stopped.
+Machine 0 chooses the settings; the others take them from run.yaml, of a resume from resume.yaml. Each machine downloads
+and checks on its own, for as long as it takes; only when all are ready are ranks started, so no timeout runs meanwhile.
+A machine shows that it lives by RUN/machines/N.json, and leaves N.failed if it ends with an error: nobody waits for it
+then, and a scheduler can tell a failed run from one that was only interrupted, which leaves N.stopped.
 """
 
 import json

@@ -131,13 +131,18 @@ def refuse_to_begin_again(run: Run) -> None:
         raise UsageError(f"{run.folder} exists; add --resume to continue it, or choose another --output")
 
 
-def begin_to_train(run: Run) -> None:
-    """Called by the main process after the first step: what was asked for is accepted, and the result outdated."""
+def accept_settings(run: Run) -> None:
+    """What was asked for is the run's from now on. Called by the main process."""
     accepted = run.model_copy(update={"resume": False})
     if not _holds(run.folder / SETTINGS, accepted):
         write_whole(run.folder / SETTINGS, runs.dump(accepted))
     if (run.folder / ASKED_LAUNCH).is_file():
         write_whole(run.folder / LAUNCH, (run.folder / ASKED_LAUNCH).read_text(encoding="utf-8"))
+
+
+def begin_to_train(run: Run) -> None:
+    """Called by the main process after the first step: what was asked for is accepted, and the result outdated."""
+    accept_settings(run)
     go_on_from(run.folder)
 
 

@@ -38,7 +38,7 @@ def build_skeleton(
     Without `adapter` the frozen model alone, to be asked. With `fp8` its layers train with fp8 products.
 
     Frozen weights have `compute_dtype` (or are packed NF4, or e4m3 with `fp8`), an adapter float32: its optimizer needs
-    the precision, and `_LoraLinear` casts it for the computation. Method full's have `trained_dtype`, which FSDP casts.
+    the precision; layers cast it for the computation. Method full's have `trained_dtype`, which FSDP casts.
     A frozen head has a parameter of its own, even where it is the embedding; method full trains both as the one tensor
     that they are.
     Raises UsageError for a base that the recipe cannot be trained on, or whose sizes forbid fp8.
@@ -85,7 +85,7 @@ def is_tied(causal_lm: nn.Module) -> bool:
 
 
 def _use_liger_kernels(model: PreTrainedModel) -> None:
-    """Fused RMSNorm, SwiGLU and RoPE. The loss is TRL's own fused one."""
+    """Fused RMSNorm, SwiGLU and RoPE, for what the written-out layer does not compute, such as answers."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of each accelerator that is not here
     try:
         from liger_kernel import transformers as liger

@@ -19,8 +19,6 @@ from fitune.planning.sizes import BF16, FP32, GIB, NF4, NF4_STATISTICS, Setup
 from fitune.planning.words import numbers
 
 STORED, NF4_BITS = "stored", "nf4"
-LOADS = ("auto", STORED, NF4_BITS)
-"What `--load` takes."
 METHOD = {STORED: "lora", NF4_BITS: "qlora"}
 "The method that computes with frozen weights as they are held."
 

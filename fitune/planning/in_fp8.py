@@ -12,7 +12,7 @@ from fitune.planning.words import held, timed
 
 MEASURED_ON, MEASURED_GPUS = "H200", {"full": 2, "lora": 1, "qlora": 1}
 """That many GPUs at most, which held all weights: 8B QLoRA and LoRA, 70B QLoRA (benchmarks/results/
-peers-h200-2026-11-27*.json), 8B in full (peers-h200x2-2026-11-29c.json)."""
+peers-h200-2026-11-27*.json), 8B in full (peers-h200x2-2026-11-29d.json)."""
 FP8 = "profile.compute=fp8"
 
 

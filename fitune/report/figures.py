@@ -1,6 +1,6 @@
 """The numbers of runs as rows of a table: a name, and one text for each run."""
 
-from fitune.planning.memory import MEASURED
+from fitune.planning.memory import outside_allocator
 from fitune.planning.sizes import GIB
 from fitune.report.run_files import RunFiles, is_number
 
@@ -46,7 +46,7 @@ def memory_table(run: RunFiles) -> list[Row]:
     if plan.gpu:
         loading = _over_ranks(run, max, "peak_allocated_gib")
         total = plan.gpu.total / GIB
-        reserved = total - MEASURED.outside_allocator / GIB
+        reserved = total - outside_allocator(plan.setup) / GIB
         rows += [
             ("one GPU: allocated by torch while loading", plan.gpu.phases["load"] / GIB, loading),
             ("one GPU: allocated by torch, peak", plan.gpu.allocated / GIB, measured.get("peak_allocated_gib")),

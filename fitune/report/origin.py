@@ -22,7 +22,7 @@ def remember_what_was_typed(arguments: list[str] | None = None) -> None:
 
 
 def write_origin(folder: Path, identity: dict, *, resumed: bool) -> None:
-    """Called by the main process before the first step. A run that goes on keeps its first start and adds this one."""
+    """Called by the main process after its first step. A run that goes on keeps its first start and adds this one."""
     file, starts = folder / ORIGIN, []
     if resumed and file.is_file():
         try:

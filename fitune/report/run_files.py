@@ -40,7 +40,7 @@ class RunFiles:
     measurements: dict
     finished: dict
     origin: dict
-    "Versions, hardware, hashes and the command, as they were when training began."
+    "Versions, hardware and hashes at the last start that trained; the command of each."
     evaluations: dict[str, dict]
     "By file name without `.json`: metrics by what was measured, and the number of rows."
     answers: dict

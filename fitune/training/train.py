@@ -30,7 +30,7 @@ from fitune.data.prepared import check_prepared, folder_with_tokens, map_rows, r
 from fitune.environment import let_segments_grow
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, UsageError, is_out_of_memory, say_while_training
 from fitune.launching.heartbeat import Heartbeat
-from fitune.launching.run_folder import begin_to_train, finish, refuse_to_begin_again
+from fitune.launching.run_folder import accept_settings, begin_to_train, finish, refuse_to_begin_again
 from fitune.launching.run_lock import RunLock, is_held_by_launcher
 from fitune.model.activations import keep_activations
 from fitune.model.compute_capability import compute_capability
@@ -126,12 +126,13 @@ def train(run: Run) -> None:
     measurements.tokens_so_far = lambda: trainer._total_train_tokens
     report.last_checkpoint = lambda: trainer.saver.newest
     trainer.also_logged = measurements.since_last_log
-    if steps_left == 0:  # interrupted while it saved the result
+    if steps_left == 0:  # interrupted while it saved the result, or no more is asked for now
         with heartbeat.using_files():
             load_trainable_weights(checkpoint, model, share_of(run, mesh.get_rank()))
         trainer.state = state_of(checkpoint)
         interruption.training = True  # a signal waits for the result
         heartbeat.will_save()
+        _accept(run, identity, trained=False)
     else:
         wait_for_all(heartbeat.waiting)
         with trainer.saver.finished():
@@ -151,10 +152,10 @@ def train(run: Run) -> None:
         lock.release()
 
 
-def _accept(run: Run, identity: Identity) -> None:
-    """A step is trained as `run` says. A resume that fails before leaves the run's settings and result as they are."""
+def _accept(run: Run, identity: Identity, *, trained: bool = True) -> None:
+    """A step is trained as `run` says, or none is left. A resume that fails before leaves settings and result alone."""
     if is_main_process():
-        begin_to_train(run)
+        (begin_to_train if trained else accept_settings)(run)
         write_origin(run.folder, identity.model_dump(), resumed=bool(run.resume))
 
 

@@ -8,7 +8,9 @@ import signal
 import pytest
 from ranks import run_ranks, train_here
 
+from fitune.config.run import load
 from fitune.errors import UsageError
+from fitune.launching.run_folder import nothing_left
 
 STEPS = 4
 TRAINING = {
@@ -73,6 +75,20 @@ def test_a_longer_run_that_was_killed_is_trained_to_its_end(finished, tmp_path):
     assert f"{run.folder}: goes on after step {STEPS} of {STEPS + 2}: checkpoint-{STEPS}\n" in said
     assert steps_with(run, "loss") == list(range(1, STEPS + 3))
     assert json.loads((run.folder / "finished.json").read_text())["step"] == STEPS + 2
+
+
+def test_a_run_that_is_told_to_make_no_more_steps_has_those_settings(finished, tmp_path):
+    """Interrupted after a checkpoint, it needs nothing but its result."""
+    run = resumed(finished, tmp_path / "run", max_steps=2)
+    for name in ("finished.json", "checkpoints/checkpoint-4"):
+        path = run.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(run.result_folder)
+    assert steps_saved(run) == [2]
+    run_ranks(train_here, 1, run)
+    assert load(run.folder).recipe.training["max_steps"] == 2
+    assert json.loads((run.folder / "finished.json").read_text())["step"] == 2
+    assert "is finished after step 2" in nothing_left(load(run.folder))
 
 
 def test_how_often_to_log_evaluate_and_save_is_what_is_asked_now(finished, tmp_path):

@@ -12,6 +12,7 @@ from fitune.config import run as runs
 from fitune.config.run import resolve, resolve_again
 from fitune.errors import UsageError
 from fitune.launching.finished import Measuring
+from fitune.launching.launch import launch_line
 from fitune.launching.run_folder import begin_to_train, finish, nothing_left, open_run_folder, settings_to_train
 from fitune.launching.run_folder import steps_asked as asked
 from fitune.training.given_run import finished_run
@@ -157,6 +158,15 @@ def test_a_run_that_stopped_early_goes_on_only_with_more_patience(make):
     assert nothing_left(make(evaluated, f"{patience}=3", "training.max_steps=6")) is None
     better = "training.metric_for_best_model=token_accuracy"
     assert nothing_left(make(evaluated, f"{patience}=2", "training.max_steps=6", better)) is None
+
+
+def test_the_line_that_starts_a_resume_names_what_it_asks_for(make):
+    trained(make())
+    assert shlex.split(launch_line(make(), "m"))[-2:] == ["m", str(make().folder / "run.yaml")]
+    longer = make("training.max_steps=8")
+    with open_run_folder(longer, resume=True):
+        *_, config, _, _, settings = shlex.split(launch_line(longer, "m"))
+        assert (config, settings) == tuple(str(make().folder / f"resume{name}.yaml") for name in ("-accelerate", ""))
 
 
 def test_a_finished_run_goes_on_where_its_own_settings_were_given_more_steps(make):

@@ -12,9 +12,13 @@ from click.testing import CliRunner
 from run_folders import EVIL, STEPS, finished_run, metrics, unfinished_run, write_json
 
 from fitune.cli import cli
+from fitune.planning.fill import resolve
+from fitune.planning.sizes import GIB
 from fitune.report.charts import running_means, thinned
 from fitune.report.differences import marked
+from fitune.report.figures import memory_table
 from fitune.report.page import MOST_BYTES, write_page, write_page_again
+from fitune.report.run_files import RunFiles
 
 WITHOUT_END = {"meta", "link", "br", "img", "input"}
 
@@ -80,6 +84,17 @@ def test_a_finished_run_shows_all_its_parts(tmp_path):
         assert shown in text, shown
     assert text.count("the red house") == 3
     assert page.text("del").endswith("red red red") and page.text("ins").endswith("blue blue blue")
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_what_torch_reserves_is_planned_without_what_lies_outside(copies):
+    """CUDA's context, and what NCCL takes where each GPU has a whole copy."""
+    sets = ("profile.micro_batch=1", "profile.kept_layers=0", f"profile.replicas={copies}")
+    files = RunFiles(resolve("llama3_8b_qlora", "fsdp_2x40gb", sets), "run", [], {}, {}, {}, {}, {}, {})
+    planned, plan = {name: planned for name, (planned, _) in memory_table(files)}, files.plan
+    inside = plan.gpu.allocated + plan.gpu.components["allocator slack"]
+    assert planned["one GPU: reserved by torch, peak"] == f"{inside / GIB:.2f}"
+    assert planned["one GPU: all, with CUDA's context and kernels"] == f"{plan.gpu.total / GIB:.2f}"
 
 
 def test_gpu_memory_is_shown_beside_the_plan(tmp_path):
