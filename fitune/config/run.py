@@ -46,7 +46,10 @@ def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise UsageError(f"--set {item}: '{parent}' already has a value")
-        target[last] = value
+        before = target.get(last)
+        if isinstance(before, dict) and not isinstance(value, dict):
+            raise UsageError(f"--set {item}: keys of '{key}' are set before; give it once")
+        target[last] = joined(before, value) if isinstance(before, dict) else value
     profile = overrides.pop("profile", {})
     if not isinstance(profile, dict):
         raise UsageError(f"--set profile={profile}: name a key of the profile, as in profile.micro_batch=2")

@@ -161,7 +161,7 @@ def skypilot_task(job: Job) -> dict:
     output = f"{MOUNT}/{Path(job.output).name}"
     head = '$(echo "$SKYPILOT_NODE_IPS" | head -n 1)'
     place = job.place("$SKYPILOT_NODE_RANK", head)
-    lines = ["set -e", job.prepare, *job.arguments(output), f'fitune train "$@"{place}']
+    lines = ["set -e", *job.set_up, job.prepare, *job.arguments(output), f'fitune train "$@"{place}']
     resources = {
         **({"accelerators": f"{name_in_catalogue(job.gpu)}:{job.gpus}"} if job.gpus else {}),
         **({"cpus": f"{job.cpus}+"} if job.cpus else {}),

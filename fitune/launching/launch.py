@@ -56,10 +56,11 @@ def launch_line(run: Run, module: str, *arguments: str) -> str:
     return shlex.join([*config, "-m", module, short(str(settings)), *arguments])
 
 
-def dry_run_text(run: Run) -> str:
+def dry_run_text(run: Run, *, resume: bool = False) -> str:
     """run.yaml, in lines as wide as the terminal, and the line that starts its training. All of it is YAML."""
     file, settings = short(str(run.folder / "run.yaml")), runs.in_yaml(run, columns() - LONG_WORD)
-    return f"# {file}\n{settings}\n# It is started with:\n# {launch_line(run, TRAINING)}"
+    line = launch_line(run, TRAINING, *(["--resume"] if resume else []))
+    return f"# {file}\n{settings}\n# It is started with:\n# {line}"
 
 
 def train_with_restarts(

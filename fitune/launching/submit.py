@@ -13,10 +13,13 @@ from pathlib import Path
 import yaml
 
 from fitune.config import run as runs
+from fitune.config.recipe import Recipe
+from fitune.config.recipe_paths import absolute_paths
 from fitune.config.schema import AccelerateConfig
 from fitune.config.shipped import name_of
 from fitune.errors import FituneError, UsageError
 from fitune.launching.job import TOKEN, Job, kubernetes_jobset, sbatch_script, skypilot_task
+from fitune.launching.run_folder import SETTINGS
 from fitune.planning.compute import has_fp8, lack_of_fp8
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import look_up, refuse_several
@@ -132,7 +135,19 @@ def _job(
     options |= {"hours": options["hours"] or HOURS}
     options |= {"memory": options["memory"] or _needed_memory(recipe, profile, sets)}
     folder = output or f"runs/{stem}-{hardware}"
+    _refuse_a_folder_of_other_settings(Path(folder), loaded)
     return Job(_name(folder), recipe, profile, sets, nodes, gpus, folder, loaded.data.prepared, **options)
+
+
+def _refuse_a_folder_of_other_settings(folder: Path, recipe: Recipe) -> None:
+    """UsageError where the job would go on with a run that is there, as that was begun."""
+    if (folder / SETTINGS).is_file():
+        old, new = (absolute_paths(one.model_dump()) for one in (runs.load(folder).recipe, recipe))
+        if changed := [key for key in new if old.get(key) != new[key]]:
+            raise UsageError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}), and the job would go on with that: "
+                f"give another --output"
+            )
 
 
 def _refuse_gpu(job: Job) -> None:

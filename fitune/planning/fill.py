@@ -10,7 +10,6 @@ copies, then what frees gathered weights, then what keeps no attention, then the
 must be faster than all that stays.
 """
 
-import math
 from dataclasses import replace
 from itertools import product
 
@@ -120,6 +119,7 @@ def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
         is_settled = len(moved) == 1 or fits(setup, limits)
         moves = moved[0] if is_settled else _comes_closer_with_ram(setup, limits)
         run = runs.with_activations(run, kept_attention=attention[0], activation_offload=moves)
+        run = runs.with_numbers(run, micro_batch=_rows_that_take_least(run, setup))
         return run.model_copy(update={"left_to_plan": ()})
     best = _best(choices, gpu)
     activations = {"kept_attention": best.kept_attention, "activation_offload": best.activation_offload}
@@ -195,10 +195,15 @@ def _rows(run: Run) -> list[int]:
     return runs.micro_batches(run.recipe, run.accelerate)
 
 
+def _rows_that_take_least(run: Run, setup: Setup) -> int:
+    """Of a GPU: mostly one, but gradients of a step's only pass may take half of those that passes add up."""
+    batch = run.recipe.global_batch_size
+    return min(_rows(run), key=lambda rows: (gpu_peak(setup.of_rows(rows, batch)).total, rows))
+
+
 def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | None:
     """A micro batch with as many kept layers as fit, or as are given; None if it doesn't fit."""
-    passes = math.ceil(run.recipe.global_batch_size / (rows * setup.ranks))
-    with_rows = replace(setup, micro_batch=rows, accumulation=passes)
+    with_rows = setup.of_rows(rows, run.recipe.global_batch_size)
 
     if not fits(with_rows, limits):
         return None

@@ -31,6 +31,8 @@ class GpuModel:
     source: str
     memory_gib: tuple[float, ...] = ()
     "What it is sold with."
+    unified: bool = False
+    "Its memory is the machine's RAM."
     is_known: bool = True
     "False: another model's rates stand in to choose by, but no time is told."
 
@@ -54,9 +56,10 @@ _RTX_LAPTOP = "NVIDIA RTX laptop specifications: cores x boost clock at the high
 _TURING = "NVIDIA Turing architecture paper: no bf16"
 
 
-def _card(name, capability, tflops, memory_gb_s, memory_gib, source, link=32, peer=None) -> GpuModel:
+def _card(name, capability, tflops, memory_gb_s, memory_gib, source, link=32, peer=None, **more) -> GpuModel:
     memory = memory_gib if isinstance(memory_gib, tuple) else (memory_gib,)
-    return GpuModel(name, capability, tflops, memory_gb_s, link, link / 2 if peer is None else peer, source, memory)
+    peer = link / 2 if peer is None else peer
+    return GpuModel(name, capability, tflops, memory_gb_s, link, peer, source, memory, **more)
 
 
 GPU_MODELS = [
@@ -88,7 +91,7 @@ GPU_MODELS = [
     _card("A40", 8.6, 150, 696, 44.98, "NVIDIA A40 data sheet"),
     _card("A10", 8.6, 125, 600, 22.5, "NVIDIA A10 data sheet"),
     _card("A2", 8.6, 18, 200, 15, "NVIDIA A2 data sheet", 16),
-    _card("GB10", 12.1, 125, 273, 119, "NVIDIA DGX Spark data sheet: FP4 with sparsity / 8", 273, 12.5),
+    _card("GB10", 12.1, 125, 273, 119, "NVIDIA DGX Spark data sheet: FP4 with sparsity / 8", 273, 12.5, unified=True),
     # workstations
     _card("RTX PRO 6000 Blackwell Max-Q", 12.0, 439, 1792, 95.6, "NVIDIA RTX PRO 6000 data sheet: AI TOPS / 8", 64),
     _card("RTX PRO 6000", 12.0, 500, 1792, 95.6, "NVIDIA RTX PRO 6000 data sheet", 64),

@@ -99,7 +99,8 @@ def _limits(plan: Plan, outlook: Outlook) -> list[Line]:
     rows = f"{rows} row{'s' * (rows > 1)} of {plan.setup.max_length:,} tokens a pass"
     least = "no layer kept" + ", inputs in RAM" * outlook.inputs_in_ram
     least += ", one copy of the model" * (plan.setup.replicas > 1)
-    return [Line("at most", f"{rows}, or one of {outlook.longest_sequence:,} ({least})")]
+    one = f", or one of {outlook.longest_sequence:,}" if outlook.longest_sequence else ""
+    return [Line("at most", f"{rows}{one} ({least})")]
 
 
 def _run(plan: Plan) -> Iterator[Line]:

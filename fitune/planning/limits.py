@@ -62,8 +62,11 @@ def machine_of(run: Run) -> Machine:
     return this_machine().shown_by(accelerate.gpu_ids).first(accelerate.num_processes // accelerate.num_machines)
 
 
-def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None) -> Machine:
-    """A machine described on the command line; without --host-memory its RAM is not what stops a run."""
+def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None, *, unified: bool = False) -> Machine:
+    """A machine described on the command line; without --host-memory its RAM is not what stops a run.
+
+    `unified`: the GPU's memory is all the RAM there is.
+    """
     if gpus < 1:
         raise UsageError("--gpus must be 1 or more; for a run without GPUs use --profile cpu_2proc")
     if gpus > MOST_GPUS:
@@ -73,7 +76,8 @@ def given_machine(gpus: int, gpu_memory: float | None, host_memory: float | None
     if gpu_memory is None or gpu_memory <= 0:
         raise UsageError("--gpus needs --gpu-memory GIB, above 0: the memory of one GPU")
     host = host_memory if host_memory is not None else math.inf
-    return Machine((Gpu("", gpu_memory, gpu_memory),) * gpus, host, host)
+    host = min(host, gpu_memory) if unified else host
+    return Machine((Gpu("", gpu_memory, gpu_memory, unified=unified),) * gpus, host, host)
 
 
 def limits_for_training(run: Run) -> Limits:

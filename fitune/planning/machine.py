@@ -1,5 +1,6 @@
 """A machine that trains: its GPUs, what each can do here, its RAM; and what of uneven GPUs counts."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -131,6 +132,12 @@ class Machine:
     def emptiest(self, count: int) -> "Machine":
         """The `count` GPUs with most free memory; of equal ones the first."""
         return replace(self, gpus=tuple(sorted(self.gpus, key=lambda gpu: -gpu.free_gib)[:count]))
+
+    def at_most(self, gpu_gib: float | None, host_gib: float | None) -> "Machine":
+        """With no more free memory on a GPU, or RAM, than given; None, or what is no number above 0, leaves it."""
+        gpu, host = (gib if type(gib) in (int, float) and gib > 0 else math.inf for gib in (gpu_gib, host_gib))
+        gpus = tuple(replace(one, free_gib=min(one.free_gib, gpu)) for one in self.gpus)
+        return replace(self, gpus=gpus, host_available_gib=min(self.host_available_gib, host))
 
     def shown_by(self, gpu_ids: str | None) -> "Machine":
         """What ranks see that are started with an accelerate config's `gpu_ids`; None: all.

@@ -44,8 +44,9 @@ def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
     smallest = replace(plan.setup, kept_layers=0, kept_attention=False, reshard=True, replicas=1)
     on_gpu, in_ram = (replace(smallest, activation_offload=moved) for moved in (False, True))
     ways = [on_gpu, in_ram] if smallest.on_gpu and not plan.limits.unified else [on_gpu]
-    rows = [largest_micro_batch(setup, plan.limits) for setup in ways]
-    lengths = [longest_sequence(setup, plan.limits) for setup in ways]
+    batch = plan.run.recipe.global_batch_size
+    rows = [largest_micro_batch(setup, plan.limits, batch) for setup in ways]
+    lengths = [longest_sequence(setup.of_rows(1, batch), plan.limits) for setup in ways]
     return Outlook(
         [] if plan.fits else nearest_changes(plan, own),
         max(rows),
@@ -54,18 +55,26 @@ def look_around(plan: Plan, own: Sequence[str] = ()) -> Outlook:
     )
 
 
-def largest_micro_batch(setup: Setup, limits: Limits) -> int:
-    """Rows per pass that fit; 0 if not even one does."""
-    return largest(MAX_MICRO_BATCH, lambda count: fits(replace(setup, micro_batch=count), limits))
+def largest_micro_batch(setup: Setup, limits: Limits, batch: int) -> int:
+    """Rows per pass that fit, of a global batch of so many; 0 if not even one does.
+
+    A step's only pass may take less than one of several with fewer rows: gradients that add up may be larger.
+    """
+    one_pass = math.ceil(batch / setup.ranks)
+
+    def does_fit(rows: int) -> bool:
+        return fits(setup.of_rows(rows, batch), limits)
+
+    more = largest(MAX_MICRO_BATCH - one_pass + 1, lambda more: does_fit(one_pass - 1 + more))
+    return one_pass - 1 + more if more else largest(one_pass - 1, does_fit)
 
 
 def longest_sequence(setup: Setup, limits: Limits) -> int:
-    """max_length that fits with one row per pass, within the model's positions; 0 if none does."""
+    """max_length that fits, within the model's positions; 0 if none does."""
     most = setup.shape.max_positions // SEQUENCE_STEP
-    with_one_row = replace(setup, micro_batch=1)
 
     def does_fit(steps: int) -> bool:
-        return fits(replace(with_one_row, max_length=steps * SEQUENCE_STEP), limits)
+        return fits(replace(setup, max_length=steps * SEQUENCE_STEP), limits)
 
     return SEQUENCE_STEP * largest(most, does_fit)
 
@@ -87,8 +96,8 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     setup, run = plan.setup, plan.run
     changes = []
     for rows in reversed(runs.micro_batches(run.recipe, run.accelerate)):
-        if rows < setup.micro_batch:
-            passes = math.ceil(run.recipe.global_batch_size / (rows * setup.ranks))
+        if rows != setup.micro_batch:
+            passes = setup.of_rows(rows, run.recipe.global_batch_size).accumulation
             changes.append((f"--set profile.micro_batch={rows}", {"micro_batch": rows, "accumulation": passes}))
     if setup.kept_attention:
         changes.append(("--set profile.kept_attention=false", {"kept_attention": False}))
@@ -109,13 +118,14 @@ def _settings(plan: Plan) -> list[tuple[str, dict]]:
     if setup.full and may_be_small and not setup.small_states and setup.optimizer_state == ADAM_STATE:
         small = {"small_states": True, "optimizer_state": EIGHT_BIT_STATE}
         changes.append(("--set profile.optimizer_state=bf16_8bit", small))
-        in_ram = "--set profile.optimizer_state=bf16_8bit --set profile.optimizer_offload=true"
-        changes.append((in_ram, small | {"optimizer_offload": True}))
+        if not setup.offload:
+            in_ram = "--set profile.optimizer_state=bf16_8bit --set profile.optimizer_offload=true"
+            changes.append((in_ram, small | {"optimizer_offload": True}))
     if setup.small_states and not (setup.offload or setup.optimizer_offload):
         changes.append(("--set profile.optimizer_offload=true", {"optimizer_offload": True}))
     if setup.method == "lora" and not setup.fp8 and plan.time and _has_fp8(plan.time.gpu):
         changes.append(("--set profile.compute=fp8", {"fp8": True}))
-    shorter = longest_sequence(setup, plan.limits)
+    shorter = longest_sequence(setup.of_rows(1, run.recipe.global_batch_size), plan.limits)
     if SHORTEST <= shorter < setup.max_length:
         changes.append((f"--set max_length={shorter}", {"max_length": shorter}))
     return changes

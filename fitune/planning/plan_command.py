@@ -19,7 +19,7 @@ from fitune.planning.asking import as_rows
 from fitune.planning.compute import refuse_fp8_on, refuse_missing_fp8
 from fitune.planning.fill import filled, resolve
 from fitune.planning.found import Found
-from fitune.planning.gpu_models import GpuModel, gpu_model, memory_of, refuse_several, stated_model
+from fitune.planning.gpu_models import GpuModel, gpu_model, look_up, memory_of, refuse_several, stated_model
 from fitune.planning.hardware import this_machine
 from fitune.planning.head import head_lines
 from fitune.planning.in_fp8 import better_in_fp8
@@ -145,7 +145,10 @@ def _given_machine(
         return None
     if gpu and gpu_memory is None:
         gpu_memory = memory_of(gpu)
-    return given_machine(1 if gpus is None else gpus, gpu_memory, host_memory)
+    model = look_up(gpu) if gpu else None
+    return given_machine(
+        1 if gpus is None else gpus, gpu_memory, host_memory, unified=model is not None and model.unified
+    )
 
 
 def _named_model(gpu: str | None, tflops: float | None, memory_gib: float | None) -> GpuModel | None:

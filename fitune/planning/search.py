@@ -79,6 +79,7 @@ def _tried(
     """
     recipe_overrides, profile_overrides = runs.parse_sets(sets)
     recipe, stem = runs.load_recipe(recipe_name, recipe_overrides), name_of(recipe_name)
+    machine = machine.at_most(profile_overrides.get("gpu_memory_gib"), profile_overrides.get("host_memory_gib"))
     if "accelerate_config" in profile_overrides:
         raise UsageError("--set profile.accelerate_config: give --profile too; without one, plan finds both")
     if not machine.gpus:

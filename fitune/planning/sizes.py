@@ -3,7 +3,8 @@
 h = hidden size, i = intermediate size, T = tokens of one forward pass (micro batch x max_length)
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fitune.config.model_shapes import ModelShape
@@ -74,6 +75,10 @@ class Setup:
     @cached_property
     def tokens(self) -> int:
         return self.micro_batch * self.max_length
+
+    def of_rows(self, rows: int, batch: int) -> "Setup":
+        """The same with so many rows a pass, in as many passes as a batch then takes."""
+        return replace(self, micro_batch=rows, accumulation=math.ceil(batch / (rows * self.ranks)))
 
     @property
     def full(self) -> bool:

@@ -62,7 +62,7 @@ def train_command(
     if dry_run:
         if resume:
             refuse_another_resume(run)
-        click.echo(dry_run_text(run))
+        click.echo(dry_run_text(run, resume=resume))
         return 0
     if (chosen := _chosen(left, run)) and not quiet:
         click.echo(f"plan chose: {', '.join(chosen)}")

@@ -16,6 +16,10 @@ PAIRS = {
     "unknown accelerate config": (("profile.accelerate_config=fsdp_2x40bg",), ["'fsdp_2x40bg'", "accelerate config"]),
     "set without a value": (("seed",), ["--set seed", "key=value"]),
     "set without a key": (("=3",), ["--set =3", "key=value"]),
+    "set a block whose keys are set": (
+        ("lora.alpha=3", "lora=null"),
+        ["--set lora=null: keys of 'lora' are set before"],
+    ),
     "set a part of a value": (("seed=1", "seed.x=2"), ["--set seed.x=2", "'seed' already has a value"]),
     "set broken YAML": (("seed=[1",), ["--set seed=[1", "not valid YAML"]),
     "set an unknown key": (("sede=1",), ["with --set", "'sede'", "did you mean 'seed'?"]),

@@ -7,6 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from fitune.cli import cli
+from fitune.config import run as runs
 
 WANTED = {
     "slurm": [],
@@ -236,6 +237,24 @@ def test_a_kubernetes_job_that_was_interrupted_starts_again_and_counts_as_no_fai
     pod = job["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 600
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+
+
+def test_a_folder_with_another_run_is_refused(submit):
+    """The job would go on with that run, whatever is asked; with its own settings it may go on."""
+    flags = ("--dry-run", "--gpus", "1")
+    submit("slurm", *flags)
+    run = runs.resolve("llama3_8b_qlora", "single_gpu", ("training.max_steps=9",), "runs/job")
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.yaml").write_text(runs.dump(run))
+    assert "runs/job holds a run with other settings (training)" in submit("slurm", *flags, code=2).stderr
+    submit("slurm", *flags, "--set", "training.max_steps=9")
+
+
+def test_what_sets_up_a_job_does_so_where_it_trains(submit):
+    """SkyPilot's set-up is another shell."""
+    said = submit("skypilot", "--dry-run", "--gpus", "8", *WANTED["skypilot"], "--setup", "source env/bin/activate")
+    run = yaml.safe_load(said.stdout)["run"]
+    assert run.index("source env/bin/activate") < run.index("command -v fitune") < run.index("fitune prepare")
 
 
 def test_a_profile_says_how_many_gpus_each_node_has(submit):

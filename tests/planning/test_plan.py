@@ -7,14 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.model_shapes import LLAMA_3_FAMILY, find_shape
 from fitune.config.shipped import PROFILES, RECIPES, names
 from fitune.errors import UsageError
 from fitune.launching.preflight import check_fits
 from fitune.planning.fill import fits, resolve
+from fitune.planning.head import head_lines
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import MEASURED, disk, gpu_moments, gpu_peak, host_moments
@@ -282,14 +285,43 @@ def test_gpus_that_are_missing_cannot_be_forced(monkeypatch):
 
 def test_largest_batch_and_longest_sequence_are_the_largest():
     planned, limits = setup(profile="fsdp_offload_2x24gb"), Limits(24, 64, 2)
-    rows, tokens = largest_micro_batch(planned, limits), longest_sequence(planned, limits)
-    assert rows >= 1 and fits(replace(planned, micro_batch=rows), limits)
-    assert not fits(replace(planned, micro_batch=rows + 1), limits)
+    rows, tokens = largest_micro_batch(planned, limits, 16), longest_sequence(planned.of_rows(1, 16), limits)
+    assert rows >= 1 and fits(planned.of_rows(rows, 16), limits)
+    assert not fits(planned.of_rows(rows + 1, 16), limits)
     assert tokens % 64 == 0 and tokens <= planned.shape.max_positions
     small = Limits(10, 64, 2)
-    tokens = longest_sequence(planned, small)
+    one_row = planned.of_rows(1, 16)
+    tokens = longest_sequence(one_row, small)
     assert 0 < tokens < planned.shape.max_positions
-    assert not fits(replace(planned, micro_batch=1, max_length=tokens + 64), small)
+    assert not fits(replace(one_row, max_length=tokens + 64), small)
+
+
+def test_a_pass_of_more_rows_may_take_less_than_several_of_one():
+    """Of method full, whose passes add up float32 gradients: what fits is found, and what is said of it holds."""
+    sets = ("global_batch_size=64", "profile.gpu_memory_gib=75")
+    run = resolve("llama3_70b_full", "fsdp_full_16x80gb", sets)
+    plan = make_plan(run, limits_of(run))
+    assert plan.fits and (plan.setup.micro_batch, plan.setup.accumulation) == (4, 1)
+    one_row = resolve("llama3_70b_full", "fsdp_full_16x80gb", (*sets, "profile.micro_batch=1"))
+    refused = make_plan(one_row, limits_of(one_row))
+    assert not refused.fits and "--set profile.micro_batch=4" in nearest_changes(refused)
+    outlook = look_around(plan)
+    assert outlook.largest_micro_batch >= 4 and outlook.longest_sequence == 0
+    [said] = [line.text for line in head_lines(plan, outlook, [], None) if line.label == "at most"]
+    assert "rows of 3,072 tokens a pass (no layer kept" in said and "or one of" not in said
+
+
+def test_states_beside_weights_in_ram_are_not_proposed_in_ram_once_more():
+    run = resolve("llama3_8b_full", "fsdp_offload_1x80gb", ("profile.host_memory_gib=100",))
+    changes = nearest_changes(make_plan(run, limits_of(run)))
+    assert changes and not any("optimizer_offload" in change for change in changes)
+
+
+def test_a_named_gpu_that_has_the_machines_ram_for_its_memory_has_it_once():
+    said = CliRunner().invoke(cli, ["plan", "llama3_8b_full", "--gpu", "GB10"]).output
+    assert "memory of CPU and GPU  fits: needs" in said and "of 119.0" in said and "host RAM  " not in said
+    refused = CliRunner().invoke(cli, ["plan", "llama3_70b_lora", "--gpu", "GB10"])
+    assert refused.exit_code == 2 and "memory of CPU and GPU: needs" in refused.stderr
 
 
 def test_profiles_for_such_a_card_are_named_before_those_for_larger_ones():

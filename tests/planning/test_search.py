@@ -145,6 +145,17 @@ def test_each_preset_is_what_the_search_finds_for_its_hardware_or_says_why_not(r
         assert is_found != ((recipe, run.profile_name) in WHY_NOT), (run.profile_name, found.in_one_line())
 
 
+@pytest.mark.parametrize(("key", "gib"), [("gpu_memory_gib", 10), ("host_memory_gib", 20)])
+def test_memory_that_is_set_is_all_that_is_taken(key, gib):
+    """Without a profile, too: of what there is no more."""
+    machine = given_machine(1, 24, 64)
+    free, held = (find("llama3_8b_qlora", sets, machine).plan for sets in ((), (f"profile.{key}={gib}",)))
+    limits = held.limits
+    assert (limits.gpu if key.startswith("gpu") else limits.host) == gib and held.fits
+    more = find("llama3_8b_qlora", (f"profile.{key}=500",), machine).plan
+    assert chosen(more) == chosen(free) and more.limits == free.limits
+
+
 def test_small_optimizer_states_are_for_full_fine_tuning_that_would_not_fit_or_be_far_slower():
     assert find("llama3_70b_full", (), given_machine(8, 80, 256)).plan.setup.small_states
     assert find("llama3_8b_full", (), given_machine(1, 80, 256)).plan.setup.small_states
