@@ -10,6 +10,7 @@ copies, then what frees gathered weights, then what keeps no attention, then the
 must be faster than all that stays.
 """
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -204,13 +205,12 @@ def _rows_that_take_least(run: Run, setup: Setup) -> int:
 def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | None:
     """A micro batch with as many kept layers as fit, or as are given; None if it doesn't fit."""
     with_rows = setup.of_rows(rows, run.recipe.global_batch_size)
-
-    if not fits(with_rows, limits):
-        return None
-    if "kept_layers" not in run.left_to_plan:
-        return with_rows
-    kept = largest(setup.shape.layers, lambda layers: fits(replace(with_rows, kept_layers=layers), limits))
-    return replace(with_rows, kept_layers=kept)
+    if "kept_layers" in run.left_to_plan:
+        # a kept layer takes GPU memory, and no host RAM for its input: the most that the GPUs hold
+        there = replace(limits, host=math.inf) if setup.activation_offload else limits
+        kept = largest(setup.shape.layers, lambda layers: fits(replace(with_rows, kept_layers=layers), there))
+        with_rows = replace(with_rows, kept_layers=kept)
+    return with_rows if fits(with_rows, limits) else None
 
 
 def fits(setup: Setup, limits: Limits) -> bool:

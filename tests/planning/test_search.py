@@ -1,6 +1,7 @@
 """What `train` and `plan --find` choose: the GPUs, what lies in RAM, rows and kept layers with the shortest step."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,17 @@ def test_memory_that_is_set_is_all_that_is_taken(key, gib):
     assert (limits.gpu if key.startswith("gpu") else limits.host) == gib and held.fits
     more = find("llama3_8b_qlora", (f"profile.{key}=500",), machine).plan
     assert chosen(more) == chosen(free) and more.limits == free.limits
+
+
+def test_layers_are_kept_where_ram_for_their_inputs_is_short():
+    """And what is said of the RAM that would do holds: with a GiB less nothing fits."""
+    sets, short = ("profile.activation_offload=true",), given_machine(1, 8, 16)
+    with pytest.raises(UsageError, match=r"what fits: .*?(\d+) GiB of free RAM") as refused:
+        find("llama3_8b_lora", sets, short)
+    enough = int(re.search(r"(\d+) GiB of free RAM", str(refused.value)).group(1))
+    assert find("llama3_8b_lora", sets, given_machine(1, 8, enough)).plan.setup.kept_layers > 0
+    with pytest.raises(UsageError, match="does not fit"):
+        find("llama3_8b_lora", sets, given_machine(1, 8, enough - 1))
 
 
 def test_small_optimizer_states_are_for_full_fine_tuning_that_would_not_fit_or_be_far_slower():
