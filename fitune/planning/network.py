@@ -1,5 +1,6 @@
 """What the network between several machines costs a step, as planned and otherwise: `plan` says it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.optimizers import is_adamw
 from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, SMALLEST, Run
+from fitune.errors import UsageError
 from fitune.planning.fill import filled
 from fitune.planning.gpu_models import GpuModel
 from fitune.planning.outlook import shortfall
@@ -44,12 +46,13 @@ class Way:
         }  # fmt: skip
 
 
-def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
-    """The plan, then what its machines could do instead; rows and kept layers are chosen anew. [] for one machine.
+def ways_to_spread(
+    plan: Plan, gpu: GpuModel | None, planned: Callable[[tuple[str, ...]], Plan], **options
+) -> list[Way]:
+    """The plan, then what its machines could do instead. [] for one machine.
 
-    So is whether gathered weights stay, unless the accelerate config says it.
-
-    `options` are those of `make_plan`.
+    `planned` is what the same command finds with further `--set`. Where it finds nothing that fits, the same placement
+    stands in, to say what it lacks; `options` are those of `make_plan`.
     """
     if plan.setup.machines == 1 or plan.time is None or not plan.time.is_known:
         return []
@@ -57,8 +60,14 @@ def ways_to_spread(plan: Plan, gpu: GpuModel | None, **options) -> list[Way]:
     others = [{REPLICAS: "1"} if plan.setup.replicas > 1 else by_machine]
     if plan.setup.full and not plan.setup.small_states and is_adamw(plan.run.recipe.training):
         others.append({"profile.optimizer_state": "bf16_8bit", **by_machine})
-    planned = [make_plan(_changed(plan.run, changes, plan, gpu), plan.limits, gpu, **options) for changes in others]
-    return [Way({}, plan), *(Way(changes, other) for changes, other in zip(others, planned, strict=True))]
+    ways = [Way({}, plan)]
+    for changes in others:
+        try:
+            other = planned(tuple(f"{key}={value}" for key, value in changes.items()))
+        except UsageError:
+            other = make_plan(_changed(plan.run, changes, plan, gpu), plan.limits, gpu, **options)
+        ways.append(Way(changes, other))
+    return ways
 
 
 def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None) -> Run:

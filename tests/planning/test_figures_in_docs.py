@@ -86,7 +86,12 @@ def test_how_tight_the_largest_profile_is():
 )
 def test_what_the_network_costs(row, recipe, sets):
     sets = (*sets, "profile.num_gpus=16")
-    ways = ways_to_spread(find(recipe, sets, given_machine(8, 79.6, 512), machines=2).plan, None)
+    machine = given_machine(8, 79.6, 512)
+
+    def planned(changed=()):
+        return find(recipe, (*sets, *changed), machine, machines=2).plan
+
+    ways = ways_to_spread(planned(), None, planned)
     by_kind = {way.plan.setup.replicas > 1: way.plan for way in ways[:2]}
     seconds = {
         kind: f"{rounded(plan.time.parts['network'])} s" if plan.fits else "does not fit"

@@ -160,7 +160,7 @@ def test_memory_that_is_set_is_all_that_is_taken(key, gib):
 def test_layers_are_kept_where_ram_for_their_inputs_is_short():
     """And what is said of the RAM that would do holds: with a GiB less nothing fits."""
     sets, short = ("profile.activation_offload=true",), given_machine(1, 8, 16)
-    with pytest.raises(UsageError, match="what fits: .* GiB of free RAM") as refused:
+    with pytest.raises(UsageError, match=r"what fits: .* GiB of free RAM") as refused:
         find("llama3_8b_lora", sets, short)
     enough = int(re.search(r"what fits: .*?(\d+) GiB of free RAM", str(refused.value)).group(1))
     assert find("llama3_8b_lora", sets, given_machine(1, 8, enough)).plan.setup.kept_layers > 0

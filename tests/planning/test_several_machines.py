@@ -176,10 +176,24 @@ def test_the_comparison_keeps_what_the_accelerate_config_says(said, tmp_path):
     text = "distributed_type: FSDP\nmixed_precision: bf16\nnum_processes: 16\nnum_machines: 2\nfsdp_config:\n"
     file.write_text(f"{text}  fsdp_version: 2\n{line}")
     sets = (f"profile.accelerate_config={file}", "profile.replicas=1", "global_batch_size=32")
-    run = resolve("llama3_70b_qlora", "fsdp_full_16x80gb", (*sets, "profile.fits={70b: [qlora]}"))
-    plan = make_plan(run, limits_of(run), H100)
-    chosen = [way.plan.setup.reshard for way in ways_to_spread(plan, H100)]
+    sets += ("profile.fits={70b: [qlora]}",)
+
+    def planned(changed=()):
+        run = resolve("llama3_70b_qlora", "fsdp_full_16x80gb", (*sets, *changed), gpu=H100)
+        return make_plan(run, limits_of(run), H100)
+
+    chosen = [way.plan.setup.reshard for way in ways_to_spread(planned(), H100, planned)]
     assert chosen == [said, said]
+
+
+def test_what_is_said_of_another_number_of_copies_is_what_typing_it_finds():
+    """Also where weights then lie elsewhere: on two machines of two cards each copy of 70B has its own in RAM."""
+    words = ["plan", "llama3_70b_qlora", "--gpu", "RTX 4090", "--gpus", "2", "--machines", "2", "--host-memory", "512"]
+    words += ["--json"]
+    _, other = json.loads(CliRunner().invoke(cli, words).stdout)["network"]
+    [(key, value)] = other["set"].items()
+    typed = json.loads(CliRunner().invoke(cli, [*words, "--set", f"{key}={value}"]).stdout)["network"][0]
+    assert other["fits"] and {**typed, "set": None} == {**other, "set": None}
 
 
 def test_machines_that_would_have_unequal_ranks_are_refused(tmp_path):
