@@ -83,8 +83,7 @@ def test_a_checkpoint_of_an_epochs_last_step_holds_its_evaluation(new_run):
         assert _curves(killed) == curves
 
 
-@pytest.mark.parametrize("step", [4, 5])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "step"), [(1, 4), (2, 5)])
 def test_a_signal_within_an_epoch_brings_no_evaluation(processes, step, new_run):
     """At 5 the step that is finished is the epoch's last."""
     run, calm = new_run("run", processes), new_run("calm", processes)

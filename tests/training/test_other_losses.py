@@ -19,8 +19,9 @@ def _logged(make_run, base, folder, processes: int, **training) -> list[dict[str
     return [{key: line[key] for key in LOGGED} for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("loss", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "processes"), [({"label_smoothing_factor": 0.1}, 3), ({"loss_type": "dft"}, 1)], ids=str
+)
 def test_what_is_logged_beside_the_loss_is_that_of_the_usual_one(loss, processes, make_run, tiny_base, tmp_path):
     expected = _logged(make_run, tiny_base, tmp_path / "nll", 1)
     found = _logged(make_run, tiny_base, tmp_path / "other", processes, **loss)
