@@ -155,7 +155,7 @@ def _read_change(file: AdapterFile, name: str, lora: Lora) -> set[str]:
     if not _is_whole(file, weight):
         return set()
     other = lora.replaced.setdefault(weight, name)
-    if file[other].shape != file[name].shape or (file.read(other) != file.read(name)).any():
+    if other != name and (file[other].shape != file[name].shape or (file.read(other) != file.read(name)).any()):
         raise UsageError(f"{file[name].file}: {other} and {name} stand for one weight, and differ")
     return {name}
 

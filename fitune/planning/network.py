@@ -2,12 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from fitune.config import run as runs
-from fitune.config.accelerate_config import read_accelerate_config
 from fitune.config.optimizers import is_adamw
-from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, SMALLEST, Run
 from fitune.errors import UsageError
 from fitune.planning.fill import filled
@@ -71,12 +68,11 @@ def ways_to_spread(
 
 
 def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None) -> Run:
+    """A run that was searched for, where it lies; rows and kept layers are chosen anew."""
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
     values |= {"replicas": int(values["replicas"])}
     profile = run.profile.model_copy(update=dict.fromkeys((*SMALLEST, "kept_attention", "async_save"), AUTO) | values)
-    file, is_found = Path(run.accelerate.path), profile.accelerate_config == FOUND
-    said = AUTO if is_found else read_accelerate_config(file).reshard_after_forward
-    accelerate = run.accelerate.model_copy(update={"reshard_after_forward": said})
+    accelerate = run.accelerate.model_copy(update={"reshard_after_forward": AUTO})
     other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
     return filled(other, plan.limits, gpu)
 

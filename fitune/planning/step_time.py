@@ -190,9 +190,8 @@ def _sharding_bytes(s: Setup) -> float:
         return 0.0
     casting = s.trained / s.compute + 1
     of_a_gathered_byte = (casting * s.cast + 2) / s.shards + 2 if several else casting
-    copied = _gathered_bytes(s) * of_a_gathered_byte + s.trainable * (s.compute + s.reduce) * (
-        s.full and not s.gradients_in_place
-    )
+    arriving = s.trainable * (s.compute + s.reduce) * (s.full and not s.gradients_in_place)
+    copied = _gathered_bytes(s) * of_a_gathered_byte + arriving
     reduced = (s.reduce + s.gradient) * (s.reduced and s.reduce != s.gradient)
     added = (s.trained + 2 * s.trained * s.reduced) * (s.accumulation > 1)
     own = s.trainable / s.shards * (reduced + added) * s.full
