@@ -49,7 +49,7 @@ class Cli(Command, click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (FituneError, click.UsageError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+        except (FituneError, click.UsageError, KeyboardInterrupt, RuntimeError, MemoryError, OSError) as error:
             line, code = in_one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params.get("debug"):
                 raise
@@ -71,6 +71,8 @@ def in_one_line(error: BaseException, command_name: str | None) -> tuple[str | N
         from fitune.training.out_of_memory import explain_in_one_process
 
         return f"error: {explain_in_one_process(error)}", FituneError.exit_code
+    if isinstance(error, OSError) and error.filename and error.strerror:  # a folder in a file's place, for one
+        return f"error: {error.filename}: {error.strerror}", FituneError.exit_code
     return None, 1
 
 

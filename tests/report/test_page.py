@@ -62,6 +62,13 @@ def call(*arguments) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+def test_a_folder_in_a_files_place_is_one_line(tmp_path):
+    run = finished_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert call(run) == (1, f"error: {run}/metrics.jsonl: Is a directory\n")
+
+
 def test_a_finished_run_shows_all_its_parts(tmp_path):
     page = Page(write_page(finished_run(tmp_path / "first"), price_per_hour=4.0))
     charts, text = page.charts(), page.text()
