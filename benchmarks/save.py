@@ -71,11 +71,10 @@ def saved(folder: Path, model: Adapter, optimizer: torch.optim.Optimizer) -> dic
     (partial / "adapter").mkdir(parents=True)
     weights = dict(model.named_parameters())
     specs = [TensorSpec(n, p.dtype, tuple(p.shape)) for n, p in weights.items()]
-    writer = CheckpointWriter(partial / "adapter", specs, hashed=True)
+    writer = CheckpointWriter(partial / "adapter", specs, one_file="adapter_model.safetensors", hashed=True)
     for name, parameter in weights.items():
         writer.write(name, parameter.to_local())
     writer.close()
-    (partial / "adapter" / "model.safetensors").rename(partial / "adapter" / "adapter_model.safetensors")
     mark()
     write_training_state(partial, training_state(model, optimizer, 1, weights=False), 0)
     mark()

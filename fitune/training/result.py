@@ -78,14 +78,13 @@ def write_result(
 ) -> dict[str, str]:
     """Writes what `gathered_result` gave, and what belongs beside it. Returns the weights' SHA-256 by file name."""
     specs = [spec for _, spec in named_for_saving(model, run)]
+    adapter_file = ADAPTER_WEIGHTS if isinstance(model, PeftModel) else None
     with new_folder(folder, replace=True) as unfinished:
-        writer = CheckpointWriter(unfinished, specs, hashed=True)
+        writer = CheckpointWriter(unfinished, specs, one_file=adapter_file, hashed=True)
         for spec, tensor in zip(specs, tensors, strict=True):
             writer.write(spec.name, tensor)
         writer.close()
         _write_companions(unfinished, run, model, tokenizer, base_record)
-    if isinstance(model, PeftModel):  # named so by _write_companions
-        return {name.replace("model", "adapter_model", 1): sha256 for name, sha256 in writer.hashes.items()}
     return writer.hashes
 
 
@@ -149,7 +148,6 @@ def _write_companions(folder: Path, run: Run, model: nn.Module, tokenizer, base_
     generation = generation_config(base, stop_ids=stop_ids, default_stop=base_config.get("eos_token_id"))
     write_json(folder / GENERATION_CONFIG, generation)
     if isinstance(model, PeftModel):
-        (folder / "model.safetensors").rename(folder / ADAPTER_WEIGHTS)
         config = copy.deepcopy(model.peft_config["default"])
         config.base_model_name_or_path, config.revision = run.recipe.base.model, base_record.revision
         config.inference_mode = True

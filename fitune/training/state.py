@@ -69,7 +69,7 @@ def write_training_state(folder: Path, state: TrainingState, shard: int) -> dict
     part = folder / "state" / f"rank-{shard:05d}-of-{state.layout['world_size']:05d}"
     part.mkdir(parents=True)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.tensors.items()]
-    writer = CheckpointWriter(part, specs, max_shard_bytes=2**62, hashed=True)
+    writer = CheckpointWriter(part, specs, one_file="model.safetensors", hashed=True)
     for spec in specs:
         writer.write(spec.name, state.tensors.pop(spec.name))
     writer.close()

@@ -201,20 +201,27 @@ class TensorSpec:
 class CheckpointWriter:
     """Writes `specs`, in their order, as model*.safetensors under `folder`, one tensor in memory at a time.
 
-    Shards hold at most `max_shard_bytes` unless one tensor is larger. File modes follow the umask. `write` must be
-    called once per spec in the given order; `close` checks that and writes the index. `durable` waits for the disk.
-    With `hashed`, `hashes` gets the SHA-256 of each file of tensors: of the bytes as they were in memory, by another
-    thread while they are written.
+    Shards hold at most `max_shard_bytes` unless one tensor is larger; `one_file` names a file that holds all, however
+    large. File modes follow the umask. `write` must be called once per spec in the given order; `close` checks that and
+    writes the index. `durable` waits for the disk. With `hashed`, `hashes` gets the SHA-256 of each file of tensors: of
+    the bytes as they were in memory, by another thread while they are written.
     """
 
     def __init__(
-        self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int = 5 * 10**9, *, durable=True, hashed=False
+        self,
+        folder: Path,
+        specs: Iterable[TensorSpec],
+        max_shard_bytes: int = 5 * 10**9,
+        *,
+        one_file: str | None = None,
+        durable=True,
+        hashed=False,
     ):
         self.folder = folder
         self.hashes: dict[str, str] = {}
         self._durable, self._hashed = durable, hashed
         self._hasher = ThreadPoolExecutor(1) if hashed else None
-        self._shards = self._split(list(specs), max_shard_bytes)
+        self._shards = {one_file: list(specs)} if one_file else self._split(list(specs), max_shard_bytes)
         self._pending = [(shard, spec) for shard, specs in self._shards.items() for spec in specs]
         self._stream = None
         self._open_shard: str | None = None

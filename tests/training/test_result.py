@@ -8,13 +8,15 @@ import torch.distributed as dist
 from ranks import run_ranks, sharded_model, train_here
 from transformers import AutoConfig
 
+from fitune.config.adapter_folder import ADAPTER_WEIGHTS
 from fitune.errors import FituneError
+from fitune.export.adapter import AdapterFile
 from fitune.model.sharding import share_of
 from fitune.training import train
 from fitune.training.result import save_result
 from fitune.training.result_check import check_result
 from fitune.weights.base_identity import BaseRecord
-from fitune.weights.safetensors_files import Checkpoint
+from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter
 
 
 def _saved(run) -> None:
@@ -33,6 +35,25 @@ def test_a_whole_model_is_saved_in_the_bases_dtype_bit_for_bit(processes, uneven
             assert saved[name].dtype == info.dtype == torch.bfloat16, name
             assert torch.equal(saved.read(name), base.read(name)), name
     assert AutoConfig.from_pretrained(run.result_folder).dtype == torch.bfloat16
+
+
+def _saved_beyond_a_shards_size(run) -> None:
+    split = CheckpointWriter._split
+    CheckpointWriter._split = staticmethod(lambda specs, _: split(specs, 1000))
+    model, tokenizer = sharded_model(run)
+    save_result(run.result_folder, run, model, tokenizer, BaseRecord("tiny/base", None, {}))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_adapter_of_any_size_is_one_file(method, tiny_base, make_run, tmp_path):
+    """PEFT reads one. A model is split: beyond 5 GB, which LoRA of rank 128 on 70B is, too."""
+    run = make_run(tiny_base, Path(tmp_path), method)
+    run_ranks(_saved_beyond_a_shards_size, 1, run)
+    files = [file.name for file in run.result_folder.glob("*.safetensors")]
+    assert len(files) > 1 if method == "full" else files == [ADAPTER_WEIGHTS]
+    reader = Checkpoint if method == "full" else AdapterFile
+    with reader(run.result_folder) as written:
+        assert all(written.read(name).isfinite().all() for name in written.tensors)
 
 
 def _checked(run) -> str | None:
