@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fitune.data.token_file import IGNORED, TokenFile
 from fitune.errors import FituneError
+from fitune.training.distributed import from_all_ranks
 
 MOST = 8
 "Rows that are named."
@@ -23,9 +23,8 @@ def refuse_step(
     """
     bad = [inputs for inputs, loss in batches if not math.isfinite(loss)]
     rows = name_rows(bad or [inputs for inputs, _ in batches], tokens, train_file)
-    ranks = [None] * dist.get_world_size()
     finite = [inputs for inputs, loss in batches if math.isfinite(loss) and (inputs["labels"] != IGNORED).any()]
-    dist.all_gather_object(ranks, (bool(bad), rows, not finite))
+    ranks = from_all_ranks((bool(bad), rows, not finite))
     if any(is_bad for is_bad, _, _ in ranks):
         named = [f"loss is not finite on rank {rank}: {rows}" for rank, (is_bad, rows, _) in enumerate(ranks) if is_bad]
         where = "; ".join(named)

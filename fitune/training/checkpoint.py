@@ -29,7 +29,7 @@ from fitune.config.schema import Run
 from fitune.errors import FituneError
 from fitune.launching.heartbeat import Heartbeat
 from fitune.output_folder import checkpoints, remove, rename_when_whole
-from fitune.training.distributed import is_main_process
+from fitune.training.distributed import from_all_ranks, is_main_process
 from fitune.training.manifest import Identity, SavedFile, describe, write_manifest
 
 LONGEST_SAVE = timedelta(days=1)
@@ -157,9 +157,7 @@ class CheckpointSaver(TrainerCallback):
             own, error = work(), None
         except (OSError, FituneError) as caught:
             own, error = None, str(caught)
-        found = [None] * dist.get_world_size()
-        with self._waiting(group):
-            dist.all_gather_object(found, (own, error), group=group)
+        found = from_all_ranks((own, error), lambda: self._waiting(group), group)
         if error := next((error for _, error in found if error), None):
             raise FituneError(
                 f"step {self._step} was not saved in {self.folder}: {error}; the checkpoints before it are whole: "

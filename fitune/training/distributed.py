@@ -167,6 +167,21 @@ def from_rank_0(value):
     return values[0]
 
 
+def from_all_ranks(own, waiting=nullcontext, group: dist.ProcessGroup | None = None) -> list:
+    """What each rank gives, on all of them, however long one takes to come here. Call on all ranks.
+
+    `waiting` is entered meanwhile. A `group` of a background thread waits as long as it was made for.
+    """
+    if not dist.is_initialized():
+        return [own]
+    if group is None:
+        wait_for_all(waiting)
+    found = [None] * dist.get_world_size()
+    with waiting():
+        dist.all_gather_object(found, own, group=group)
+    return found
+
+
 def wait_for_rank_0(event: str, waiting=nullcontext) -> None:
     """Until rank 0 has come to `event`, however long it prepares: no collective's timeout runs. Call on all ranks.
 

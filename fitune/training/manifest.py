@@ -18,7 +18,7 @@ from fitune.config.schema import Run
 from fitune.data.chat_template import template_hash, tokenizer_hash
 from fitune.data.prepared import sha256_of_rows
 from fitune.errors import UsageError
-from fitune.training.distributed import from_rank_0, wait_for_all
+from fitune.training.distributed import from_all_ranks, from_rank_0
 from fitune.weights.base_identity import BaseRecord
 
 MANIFEST = "manifest.json"
@@ -136,8 +136,9 @@ def find_damage(folder: Path, waiting=nullcontext) -> str | None:
         state = f"state/rank-{shard:05d}-of-{shards:05d}/model.safetensors"
         if state not in manifest.files:
             return f"{state} is not in {MANIFEST}"
-    parts = _on_all_ranks(_compare, folder, list(manifest.files.items()), waiting)
-    found = [damage for part in parts for damage in part]
+    files = list(manifest.files.items())
+    own = files[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else files
+    found = [damage for part in from_all_ranks(_compare(folder, own), waiting) for damage in part]
     return min(found, default=None)
 
 
@@ -165,23 +166,6 @@ def describe(path: Path, sha256: str | None = None) -> SavedFile:
         with path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return SavedFile(bytes=path.stat().st_size, sha256=sha256)
-
-
-def _on_all_ranks(work, folder: Path, items: list, waiting) -> list:
-    """`work(folder, share)` of every rank, where rank r's share is every world_size-th item from r on."""
-    if not dist.is_initialized():
-        return [work(folder, items)]
-    return _from_all_ranks(work(folder, items[dist.get_rank() :: dist.get_world_size()]), waiting)
-
-
-def _from_all_ranks(own, waiting) -> list:
-    if not dist.is_initialized():
-        return [own]
-    wait_for_all(waiting)  # one may have hashed what lies on a slow disk
-    results = [None] * dist.get_world_size()
-    with waiting():
-        dist.all_gather_object(results, own)
-    return results
 
 
 def _compare(folder: Path, files: list[tuple[str, SavedFile]]) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
+
+from fitune.training.distributed import from_all_ranks
 
 GIB = 2**30
 
@@ -83,8 +84,7 @@ class Measurements(TrainerCallback):
         return values
 
     def on_train_end(self, args, state, control, **kwargs):
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, {"pid": os.getpid(), **process_peaks(), "loading": self.loading})
+        ranks = from_all_ranks({"pid": os.getpid(), **process_peaks(), "loading": self.loading})
         if state.is_world_process_zero:
             report = {
                 "load_seconds": max(rank["loading"]["seconds"] for rank in ranks),

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fitune.errors import FituneError
 from fitune.model.sharding import Share, local_part
+from fitune.training.distributed import from_all_ranks
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 "By bytes of an element."
@@ -63,9 +64,7 @@ def refuse_replicas_apart(model: nn.Module, share: Share, step: int, waiting=nul
     """
     if dist.get_world_size() == share.shards:
         return
-    found = [None] * dist.get_world_size()
-    with waiting():
-        dist.all_gather_object(found, _sum_of_bits(model))
+    found = from_all_ranks(_sum_of_bits(model), waiting)
     apart = [rank for rank, number in enumerate(found) if number != found[rank % share.shards]]
     if apart:
         raise FituneError(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from fitune import __version__
 from fitune.errors import UsageError
-from fitune.training.distributed import wait_for_all
+from fitune.training.distributed import from_all_ranks
 from fitune.training.manifest import PACKAGES, Identity
 
 SHOWN = 12
@@ -34,11 +34,7 @@ def refuse_differences(identity: Identity | None, waiting) -> None:
     if not dist.is_initialized():
         return
     mine = None if identity is None else (socket.gethostname(), _facts(identity))
-    wait_for_all(waiting)  # a machine may read its rows from a slow disk
-    found = [None] * dist.get_world_size()
-    with waiting():
-        dist.all_gather_object(found, mine)
-    if difference := first_difference(found):
+    if difference := first_difference(from_all_ranks(mine, waiting)):
         raise UsageError(difference)
 
 

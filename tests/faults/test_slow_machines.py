@@ -1,4 +1,4 @@
-"""A machine that reads the base for far longer than another one is waited for; one that dies meanwhile is noticed."""
+"""A machine that reads or writes far longer than another one is waited for; one that dies meanwhile is noticed."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import psutil
 import pytest
 from commands import Running, changed, losses, start_on_two_machines, train_command
 
-READS_SLOWLY = """
+IS_SLOW = """
 def change(rank):
     from pathlib import Path
     import torch.distributed as dist
@@ -28,16 +28,29 @@ def change(rank):
         return found
     loading.load_weights = slow_load
 
+    from fitune.training import state
+
+    write = state.write_training_state
+    def slow_write(*args):
+        found = write(*args)
+        while rank and not (folder / "has-written-0").exists():
+            time.sleep(0.01)
+        time.sleep(2 * rank)
+        (folder / f"has-written-{{rank}}").touch()
+        return found
+    state.write_training_state = slow_write
+
     def checked(collective):
         def call(*args, **kwargs):
-            if rank == 0 and (folder / "goes-on-0").exists() and not (folder / "goes-on-1").exists():
-                (folder / "under-a-timeout").touch()
+            for before in ("goes-on", "has-written"):
+                if rank == 0 and (folder / f"{{before}}-0").exists() and not (folder / f"{{before}}-1").exists():
+                    (folder / "under-a-timeout").touch()
             return collective(*args, **kwargs)
         return call
     for name in ("barrier", "broadcast_object_list", "all_gather_object", "all_reduce"):
         setattr(dist, name, checked(getattr(dist, name)))
 """
-"""Machine 1 has read its base some time after machine 0, which leaves a file if it waits in a collective."""
+"""Machine 1 reads its base and writes its part of a checkpoint more slowly; machine 0 notes waiting in a collective."""
 QUICKLY = """
 import os, sys
 sys.path.insert(0, os.getcwd())
@@ -51,19 +64,20 @@ NOTICED_WITHIN_SECONDS = 180
 "Many times what it takes."
 
 
-def test_a_machine_that_reads_slowly_meets_no_timeout_of_a_collective(tiny_base, prepared, tmp_path):
-    environment = changed(READS_SLOWLY.format(folder=str(tmp_path)), tmp_path)
+def test_a_machine_that_reads_or_writes_slowly_meets_no_timeout_of_a_collective(tiny_base, prepared, tmp_path):
+    environment = changed(IS_SLOW.format(folder=str(tmp_path)), tmp_path)
     command = train_command(tiny_base, prepared, tmp_path / "run", 1)
     for machine in start_on_two_machines(command, tmp_path, **environment):
         assert machine.wait() == 0, machine.log.read_text()[-3000:]
-    assert (tmp_path / "goes-on-1").exists() and not (tmp_path / "under-a-timeout").exists()
+    assert (tmp_path / "goes-on-1").exists() and (tmp_path / "has-written-1").exists()
+    assert not (tmp_path / "under-a-timeout").exists()
     assert [step for step, *_ in losses(tmp_path / "run")] == [1]
 
 
 def test_a_machine_that_dies_while_it_reads_is_noticed_and_the_others_end(tiny_base, prepared, tmp_path):
     """Its power was cut, as far as the launcher of machine 0 sees: no word, and no sign of life."""
     (tmp_path / "hold").touch()
-    environment = changed(READS_SLOWLY.format(folder=str(tmp_path)), tmp_path)
+    environment = changed(IS_SLOW.format(folder=str(tmp_path)), tmp_path)
     quickly = tmp_path / "quickly.py"
     quickly.write_text(QUICKLY)
     python, _, *words = train_command(tiny_base, prepared, tmp_path / "run", 1)
@@ -93,7 +107,7 @@ def trained(tiny_base, prepared, tmp_path_factory) -> Path:
 def _eval_on_two_machines(run: Path, folder: Path, *program: str) -> list[Running]:
     """Machine 1, then machine 0."""
     command = [sys.executable, *(program or ["cli.py"]), "eval", str(run), "--main-process-ip", "127.0.0.1"]
-    environment = changed(READS_SLOWLY.format(folder=str(folder)), folder)
+    environment = changed(IS_SLOW.format(folder=str(folder)), folder)
     return [Running([*command, "--machine-rank", str(n)], folder / f"log-{n}", **environment) for n in (1, 0)]
 
 
