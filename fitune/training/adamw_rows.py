@@ -1,6 +1,7 @@
 """torch's AdamW on each rank's own rows as plain tensors. For large ones on a GPU a kernel reads and writes less."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch.optim.adamw import adamw
@@ -47,12 +48,17 @@ class AdamWOnRows(torch.optim.AdamW):
             super().step()
             return
         for group in self.param_groups:
-            alone, together = [], []
+            alone, together = [], defaultdict(list)
             for part in self._parts(group):
-                (alone if _has_the_kernel(part) else together).append(part)
+                (alone if _has_the_kernel(part) else together[part[0].device]).append(part)
             self._step_alone(group, alone)
-            step_together(group, together, self._scale)
+            for device, parts in together.items():
+                step_together(group, parts, self._scale_on(device))
         self._scale = None
+
+    def _scale_on(self, device: torch.device) -> torch.Tensor | None:
+        """torch's step would have a copy on its way to host RAM, and read what is there before it."""
+        return None if self._scale is None else self._scale.to(device)
 
     def _step_alone(self, group: dict, parts: list[Part]) -> None:
         if not parts:
@@ -60,7 +66,7 @@ class AdamWOnRows(torch.optim.AdamW):
         from fitune.training import adamw_float_triton
 
         device = parts[0][0].device
-        scale = torch.ones((), device=device) if self._scale is None else self._scale.to(device)
+        scale = torch.ones((), device=device) if self._scale is None else self._scale_on(device)
         torch._foreach_add_([steps for *_, steps in parts], 1)
         for part in parts:
             adamw_float_triton.update(*part, group, scale)

@@ -70,3 +70,20 @@ def test_large_contiguous_float32_tensors_alone_have_the_kernel():
     for other in (one[1:], one.double(), one.cpu(), torch.zeros(LARGE, 2, device="cuda")[:, 0]):
         assert not adamw_rows._has_the_kernel((other, one, one, one, steps))
     assert not adamw_rows._has_the_kernel((one, one.half(), one, one, steps))
+
+
+def test_what_lies_in_host_ram_is_clipped_as_well_while_the_gpu_is_busy():
+    """By the number of this step: its copy waits behind all that the GPU has to do."""
+    weights = [torch.nn.Parameter(torch.zeros(4, device=device)) for device in ("cuda", "cpu")]
+    optimizer = AdamWOnRows(weights, lr=1.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0, fused=True)
+    for largest in (8.0, 4.0):
+        for weight in weights:
+            weight.data.zero_()
+            weight.grad = torch.full_like(weight, largest)
+        torch.cuda._sleep(2 * 10**8)
+        optimizer.clip(1.0)
+        torch.cuda._sleep(2 * 10**9)
+        optimizer.step()
+        clipped = 1.0 / 8**0.5
+        for weight in weights:
+            torch.testing.assert_close(weight.detach().cpu(), torch.full((4,), -clipped / (clipped + 1)))

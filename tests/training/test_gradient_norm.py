@@ -9,6 +9,7 @@ from ranks import run_ranks, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from fitune.training import adamw_rows
 from fitune.training.adamw_rows import AdamWOnRows
 from fitune.training.gradient_norm import clip_gradients, norm_of_gradients
 
@@ -116,3 +117,17 @@ def test_a_step_takes_gradients_as_if_they_were_clipped(fused, ranks):
     for found in run_ranks(_clipped_in_the_step, ranks, fused):
         for ours, theirs in zip(found, exact, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_of_two_devices_scales_each_one_by_a_number_that_lies_there(monkeypatch):
+    """torch's step would begin in host RAM before the number has come there from a GPU."""
+    calls = []
+    monkeypatch.setattr(adamw_rows, "adamw", lambda weights, *_, grad_scale, **__: calls.append((weights, grad_scale)))
+    optimizer = AdamWOnRows(_model().parameters(), lr=0.1, fused=True)
+    devices = ["cpu", "meta", "cpu"]
+    parts = [tuple(torch.zeros(2, device=device) for _ in range(5)) for device in devices]
+    monkeypatch.setattr(optimizer, "_parts", lambda group: parts)
+    optimizer._scale = torch.tensor(0.5)
+    optimizer.step()
+    assert sorted((len(weights), scale.device.type) for weights, scale in calls) == [(1, "meta"), (2, "cpu")]
+    assert all(weight.device == scale.device for weights, scale in calls for weight in weights)
