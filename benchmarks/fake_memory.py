@@ -24,7 +24,6 @@ from bitsandbytes.functional import QuantState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,6 +34,7 @@ from fitune.config.model_shapes import find_shape
 from fitune.config.run import with_resharding
 from fitune.model import attention, elementwise, fp8, head_loss, products, trained_fp8
 from fitune.model.activations import keep_activations
+from fitune.model.copies import CopiesParamGroup
 from fitune.model.dropout_keys import DROPOUT_KEYS
 from fitune.model.e4m3 import E4M3
 from fitune.model.fp8_linear import FP8Linear
@@ -42,7 +42,7 @@ from fitune.model.gradient_dtype import keep_gradients_as_computed
 from fitune.model.lora_linears import LoraLinears
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.one_rank import OneRankParamGroup
-from fitune.model.sharding import shard, trained_dtype
+from fitune.model.sharding import new_mesh, shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
 from fitune.planning.fill import resolve
 from fitune.planning.plan import setup_of
@@ -86,7 +86,7 @@ def measure(
     layers = layers or config(size, None)["num_hidden_layers"]
     ranks = run.accelerate.num_processes
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    model = _sharded_skeleton(run, config(size, layers), init_device_mesh("cpu", (ranks,)))
+    model = _sharded_skeleton(run, config(size, layers), new_mesh("cpu", run))
     tracker = Tracker()
     _follow_phases(tracker, layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -206,7 +206,7 @@ def _follow_phases(tracker: Tracker, layers: int) -> None:
         return hook
 
     for name in HOOKS:
-        for kind in (FSDPParamGroup, OneRankParamGroup):
+        for kind in (FSDPParamGroup, CopiesParamGroup, OneRankParamGroup):
             if name in vars(kind):
                 setattr(kind, name, followed(kind, name))
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, TrainingState
 
+from fitune.model.copies import let_go_of_sums_before
 from fitune.model.host_embedding import HostEmbedding
 
 
@@ -58,6 +59,7 @@ class OneRankParamGroup(FSDPParamGroup):
         """Adds the pass's gradients to those of earlier ones, if they go to no other copy of the model or host RAM."""
         travel = isinstance(self.mesh_info, HSDPMeshInfo) or any(p.offload_to_cpu for p in self.fsdp_params)
         if travel or not self.reduce_grads:
+            let_go_of_sums_before(self)
             super().post_backward(*unused)
             return
         self._training_state = TrainingState.POST_BACKWARD

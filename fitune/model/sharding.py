@@ -21,6 +21,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fitune.config.schema import Run
 from fitune.errors import FituneError
+from fitune.model.copies import hold_few_sums
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.host_embedding import leave_in_host_ram
 from fitune.model.nf4 import NF4Linear
@@ -98,6 +99,8 @@ def shard(
         _prefetch_in_order([model, *causal_lm.model.layers])
     elif keep_gathered and not is_tied(causal_lm):
         _prefetch_in_order([causal_lm.model.embed_tokens, *causal_lm.model.layers, causal_lm.model.norm])
+    if run.replicas > 1 and shard_mesh(mesh).size() > 1:
+        hold_few_sums(parameter_groups(model))
     _check_gathered_as_bytes(model)
 
 

@@ -63,7 +63,9 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     layers_in_forward = {} if s.reshard else {"unsharded layers": all_layers}
     stay_gathered = all_layers * s.stay_gathered
     head_reduction = s.shape.embedding_weights * s.reduce * s.reduced
-    own_sum = head_reduction / s.shards * (s.reduce < s.gradient)  # the last one, until it is there in float32
+    own_sum = head_reduction / s.shards * s.sums_apart  # the last one, until it is where it is kept
+    head_sums = s.shape.embedding_weights / s.shards * s.held_sums
+    layer_sums = s.gathered_layer / s.compute / s.shards * s.held_sums
     head_gradient = s.shape.embedding_weights * s.compute if s.full else 0.0
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
@@ -97,17 +99,17 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else all_layers,
             "gather buffers": prefetched_layer, "kept activations": kept + s.inputs_back * (not s.kept_layers),
-            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction,
+            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction + head_sums,
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "backward, second layer": {
             **after, "gradients": after["gradients"] - not_yet,
             "unsharded layers": stay_gathered or s.unsharded_layer * (1 if s.reshard else 2),  # this one, and the first
             "gather buffers": prefetched_layer, "kept activations": _of_first_two_layers(s),
             "hidden states": s.hidden_state, "one layer's backward": second_layer,
-            "gradient reduction": layer_reduction, **one_embedding},
+            "gradient reduction": layer_reduction + layer_sums, **one_embedding},
         "backward, embedding": {
             **after, "unsharded layers": stay_gathered or first_layer, "hidden states": s.hidden_state, **one_embedding,
-            "gradient of the embedding": head_gradient * (not s.gradients_in_place),
+            "gradient of the embedding": head_gradient * (not (s.gradients_in_place or (s.reduced and not several))),
             "gradient reduction": head_reduction + own_sum, "leaving gradients": s.leaving_head_gradient},
         "optimizer step": stepping,
         "save": always,

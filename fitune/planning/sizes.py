@@ -230,6 +230,16 @@ class Setup:
         return BF16 if in_bf16 else FP32
 
     @property
+    def sums_apart(self) -> bool:
+        """Whether what ranks have added up goes elsewhere: to another dtype, or to host RAM."""
+        return self.reduced and (self.reduce != self.gradient or self.offload or self.optimizer_offload)
+
+    @property
+    def held_sums(self) -> int:
+        """Bytes of each gradient of the last unit, which copies are still adding up while the next one computes."""
+        return self.reduce * (self.sums_apart and self.replicas > 1)
+
+    @property
     def stay_gathered(self) -> bool:
         """Whether gathered layers stay to the end of a step of several passes: method full's change only then."""
         return self.full and not self.reshard and self.accumulation > 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 FSDP = "torch.distributed.fsdp._fully_shard"
 PARAM, GROUP = f"{FSDP}._fsdp_param:FSDPParam", f"{FSDP}._fsdp_param_group:FSDPParamGroup"
 UNIT, HF = f"{FSDP}._fully_shard:FSDPModule", "transformers:Trainer"
-GRADIENTS = "model/gradient_dtype.py"
+GRADIENTS, SUMS = "model/gradient_dtype.py", "model/copies.py"
 SHARDING, ONE_RANK, SKELETON = "model/sharding.py", "model/one_rank.py", "model/skeleton.py"
 TRAINER, SAVING, ATTENTION = "training/trainer.py", "training/saving_trainer.py", "model/attention.py"
 NEVER = "Trainer has a public way to write and read checkpoints of one's own"
@@ -19,6 +19,7 @@ ORDER = "FSDP2 does not keep the order of a forward pass that nothing is to foll
 IN_RAM = "DTensor.from_local leaves rows where they lie"
 FLASH = "torch.nn.attention.varlen gives out what its backward pass needs"
 CAST = "FSDP2 lets reduced gradients stay in the dtype that they were reduced in"
+FEW_SUMS = "FSDP2 lets go of what copies of the model have added up before the backward pass ends"
 COPIES = "FSDP2 does for one rank what it does for several: no copies of what is on the GPU, prefetching of the rest"
 
 
@@ -48,7 +49,7 @@ class PrivateName:
 PRIVATE_NAMES = (
     # torch: FSDP2's parameter groups
     PrivateName(PARAM, (SHARDING, ONE_RANK), "to fill and pad the shards that FSDP keeps", PADDING),
-    PrivateName(GROUP, (SHARDING, ONE_RANK, GRADIENTS), "the parameters that are gathered together", PADDING),
+    PrivateName(GROUP, (SHARDING, ONE_RANK, GRADIENTS, SUMS), "the parameters that are gathered together", PADDING),
     PrivateName(f"{UNIT}._get_fsdp_state", (SHARDING,), "from a unit to its group", PADDING,
                 parameters=()),
     PrivateName(f"{FSDP}._fsdp_state:FSDPState._fsdp_param_group", (SHARDING,), "from a unit to its group",
@@ -70,7 +71,7 @@ PRIVATE_NAMES = (
     PrivateName(f"{UNIT}._set_unshard_async_op", (SHARDING,),
                 "embedding and head are gathered on the stream that computes, whose memory it can use again",
                 "FSDP2 lets a unit choose its stream in public", parameters=("async_op",)),
-    PrivateName(f"{GROUP}.__class__", (ONE_RANK, GRADIENTS), "swapped for a class of ours", COPIES),
+    PrivateName(f"{GROUP}.__class__", (ONE_RANK, GRADIENTS, SUMS), "swapped for a class of ours", COPIES),
     PrivateName(f"{GROUP}._init_mp_dtypes", (GRADIENTS,), "overridden", CAST, parameters=(),
                 called_as="self._init_mp_dtypes()"),
     PrivateName(f"{GROUP}._orig_dtype", (GRADIENTS,), "what reduced gradients are cast to; None: nothing", CAST,
@@ -79,7 +80,13 @@ PRIVATE_NAMES = (
                 called_as="self.unshard("),
     PrivateName(f"{GROUP}.wait_for_unshard", (ONE_RANK,), "overridden", COPIES, parameters=(),
                 called_as="self.wait_for_unshard("),
-    PrivateName(f"{GROUP}.post_backward", (ONE_RANK,), "overridden", COPIES, parameters=("unused",),
+    PrivateName(f"{GROUP}._all_reduce_state", (SUMS,), "what holds the sums", FEW_SUMS,
+                called_as="self._all_reduce_state = None"),
+    PrivateName(f"{GROUP}._post_reduce_event", (SUMS,), "when they have arrived", FEW_SUMS,
+                called_as="wait_event(self._post_reduce_event)"),
+    PrivateName(f"{FSDP}._fsdp_param_group:FSDPCommContext.reduce_scatter_stream", (SUMS,), "whose memory they are",
+                FEW_SUMS),
+    PrivateName(f"{GROUP}.post_backward", (ONE_RANK, SUMS), "overridden", COPIES, parameters=("unused",),
                 called_as=".post_backward()"),
     PrivateName(f"{GROUP}.mesh_info", (ONE_RANK,), "whether there are other copies of the model", COPIES),
     PrivateName(f"{FSDP}._fsdp_common:HSDPMeshInfo", (ONE_RANK,), "see mesh_info", COPIES),
@@ -101,7 +108,7 @@ PRIVATE_NAMES = (
     PrivateName(f"{GROUP}._to_unsharded", (ONE_RANK,), "that they have arrived", COPIES, parameters=()),
     PrivateName(f"{GROUP}.is_unsharded", (ONE_RANK,), "that nothing is to be copied", COPIES),
     PrivateName(f"{GROUP}.unshard_in_backward", (ONE_RANK,), "the embedding is not needed there", COPIES),
-    PrivateName(f"{GROUP}.comm_ctx", (ONE_RANK,), "its stream for copies", COPIES),
+    PrivateName(f"{GROUP}.comm_ctx", (ONE_RANK, SUMS), "its streams", COPIES),
     PrivateName(f"{FSDP}._fsdp_param_group:FSDPCommContext.all_gather_copy_in_stream", (ONE_RANK,),
                 "the stream for copies", COPIES),
     PrivateName(f"{GROUP}.device", (ONE_RANK,), "where it computes", COPIES),

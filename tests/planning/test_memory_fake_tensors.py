@@ -72,6 +72,17 @@ def test_one_rank_of_full_fine_tuning_in_float32_is_there(tmp_path):
     assert agree(entry, 0.02)
 
 
+@pytest.mark.parametrize("copies", [2, 16])
+def test_what_copies_still_add_up_is_there(copies, tmp_path):
+    """Sums in float32 of gradients that are kept in bf16: of the last unit, beside what computes."""
+    sets = ("optimizer_state=bf16_8bit", "micro_batch=1", "kept_layers=0", f"replicas={copies}")
+    asked = ["llama3_70b_full", "fsdp_full_16x80gb", "--layers", "3"]
+    [entry] = measured(tmp_path, [*asked, *(part for value in sets for part in ("--set", f"profile.{value}"))])
+    predicted = predicted_phases(entry)
+    for phase in ("backward, last layer", "backward, second layer", "backward, embedding"):
+        assert entry["phases"][phase] == pytest.approx(predicted[phase], rel=0.01), phase
+
+
 def test_what_kept_gathered_weights_add_is_there(tmp_path):
     """All layers' until the backward pass is through with them, less the next layer's, which is not gathered again."""
     asked = ["llama3_8b_full", "fsdp_2x80gb", "--layers", "4"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -215,6 +216,30 @@ def test_gradients_cross_the_network_once_a_step(tiny_base, make_run, tmp_path):
     often = make_run(tiny_base, tmp_path / "often", "full", **TWO_BY_TWO, **ONE_STEP | {"offload_params": True})
     for crossed in run_ranks(_train_and_count, 4, often):
         assert all(crossed), "gradients that live in host RAM don't wait on the GPU"
+
+
+def _train_and_count_sums(run) -> list[int]:
+    """How many earlier sums of copies' gradients are held where each reduction begins."""
+    reduce, sums, held = param_group.foreach_reduce, [], []
+
+    def counted(*args, **kwargs):
+        held.append(sum(one() is not None for one in sums))
+        found = reduce(*args, **kwargs)
+        sums.append(weakref.ref(found[4]))  # all_reduce_input
+        return found
+
+    param_group.foreach_reduce = counted
+    train_here(run)
+    return held
+
+
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_sums_of_copies_are_let_go_of_unit_by_unit(ranks, uneven_base, make_run, tmp_path):
+    """With bf16 weights they are no gradients, only what those are cast from."""
+    one_pass = ONE_STEP | SMALL | {"training": ONE_STEP["training"], "batch": ranks}
+    run = make_run(uneven_base, tmp_path, "full", processes=ranks, replicas=2, **one_pass)
+    for held in run_ranks(_train_and_count_sums, ranks, run):
+        assert len(held) > 3 and not any(held)
 
 
 @pytest.mark.parametrize("options", [TWO_BY_TWO, {"processes": 2}, {"processes": 2, "offload_params": True}], ids=str)
