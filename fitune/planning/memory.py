@@ -70,7 +70,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
     # one tensor for both stays gathered to the end of the backward pass, which adds up its gradient
     one_embedding = {"unsharded head": s.unsharded_head, "gradient of the embedding": head_gradient}
     one_embedding = one_embedding if s.one_embedding else {}
-    last_reduction = (head_reduction + s.new_head_gradient) * (not s.one_embedding)
+    last_reduction = (head_reduction + s.new_head_gradient + head_sums) * (not s.one_embedding)
     layer_reduction = s.gathered_layer / s.compute * s.reduce * s.reduced
     last_layer, second_layer = (_one_layers_backward(s, is_kept) for is_kept in _last_and_first(s))
     fixed = {"cuBLAS workspace": MEASURED.cublas_workspace}
@@ -99,7 +99,7 @@ def gpu_moments(s: Setup) -> dict[str, dict[str, float]]:
         "backward, last layer": {
             **before, "unsharded layers": s.unsharded_layer if s.reshard else all_layers,
             "gather buffers": prefetched_layer, "kept activations": kept + s.inputs_back * (not s.kept_layers),
-            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction + head_sums,
+            "hidden states": s.hidden_state, "one layer's backward": last_layer, "gradient reduction": last_reduction,
             "leaving gradients": s.leaving_head_gradient, **one_embedding},
         "backward, second layer": {
             **after, "gradients": after["gradients"] - not_yet,
