@@ -272,3 +272,12 @@ def local_rows(total: int, shard: int, shards: int) -> tuple[int, int]:
     """Rows [start, stop) of dimension 0 that FSDP2 keeps as one of the shards: equal, the last ones short or empty."""
     chunk = -(-total // shards)
     return min(shard * chunk, total), min((shard + 1) * chunk, total)
+
+
+def first_element(parameter: torch.Tensor) -> int:
+    """The place in the whole weight of the first element that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    mesh = shard_mesh(parameter.device_mesh)
+    start, _ = local_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
+    return start * parameter.shape[1:].numel()

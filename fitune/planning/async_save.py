@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-from fitune.config.model_shapes import find_shape
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
 from fitune.planning.limits import Limits
@@ -20,7 +19,7 @@ def with_async_save(run: Run, limits: Limits) -> Run:
     if run.profile.async_save != AUTO:
         return run
     try:
-        setup = _setup(run)
+        setup = setup_of(run)
     except UsageError:
         return run
     is_known = setup.saves and not math.isinf(limits.host)
@@ -32,19 +31,15 @@ def _has_room(setup: Setup, limits: Limits) -> bool:
     return all(verdict.fits for verdict in verdicts(replace(setup, async_save=True), limits))
 
 
-def _setup(run: Run) -> Setup:
-    return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
-
-
 def checkpoint_bytes(run: Run) -> float:
     """Of one checkpoint on disk; 0 of a run that saves none."""
-    setup = _setup(run)
+    setup = setup_of(run)
     return one_checkpoint(setup) if setup.saves else 0.0
 
 
 def waits_for_the_disk(run: Run) -> str | None:
     """What to say of a run that saves and has no room for a copy."""
-    setup = _setup(run)
+    setup = setup_of(run)
     return None if setup.async_save or not setup.saves else how_it_saves(setup)
 
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from itertools import product
 
 from fitune.config import run as runs
-from fitune.config.model_shapes import find_shape
 from fitune.config.schema import AUTO, Run
 from fitune.errors import UsageError
 from fitune.planning.async_save import with_async_save
@@ -71,11 +70,11 @@ def _spread(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     if counts == [1]:
         return one_copy
     try:
-        _setup(run)
+        setup_of(run)
     except UsageError:
         return run
     choices = [one_copy, *(_with_replicas(run, count, limits, gpu) for count in counts[1:])]
-    setups = [setup for choice in choices if fits(setup := _setup(choice), with_room_for_error(limits))]
+    setups = [setup for choice in choices if fits(setup := setup_of(choice), with_room_for_error(limits))]
     if run.recipe.method != "full":  # weights cross the network between machines only where they must
         setups = [setup for setup in setups if setup.replicas >= setup.machines] or setups
     if not setups:
@@ -99,17 +98,13 @@ def _with_replicas(run: Run, count: int, limits: Limits, gpu: GpuModel) -> Run:
     return _with_rows_and_layers(run.model_copy(update={"profile": profile}), limits, gpu)
 
 
-def _setup(run: Run) -> Setup:
-    return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
-
-
 def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
     ways = _resharding(run)
     run = runs.with_resharding(run, ways[0])
     attention, moved = _kept_attention(run), _moved_activations(run, limits)
     if not run.left_to_plan and len(ways) == len(attention) == len(moved) == 1:
         return runs.with_activations(run, kept_attention=attention[0], activation_offload=moved[0])
-    setup = _setup(run)
+    setup = setup_of(run)
     tried = [
         (rows, replace(setup, reshard=way, kept_attention=kept, activation_offload=in_ram))
         for rows, way, kept, in_ram in product(_rows(run), ways, attention, moved)

@@ -119,7 +119,7 @@ class Plan:
 
 def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) -> Plan:
     """Needs, verdicts and time of one run; what else would fit is for `fitune.planning.search` to find."""
-    setup = setup_to_train(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
+    setup = setup_to_train(run)
     space = disk(setup, kept_checkpoints(run))
     if has_weights(run.recipe.base.model, run.recipe.base.revision):
         space["download"] = 0.0
@@ -135,7 +135,7 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) 
     )
 
 
-def setup_to_train(run: Run, shape: ModelShape) -> Setup:
+def setup_to_train(run: Run, shape: ModelShape | None = None) -> Setup:
     """The same as `setup_of` with gradients of adapters that wait for a step's last micro batch, where there is room.
 
     Several ranks then reduce them once a step. A profile that states no GPU memory, as for CPUs, has room.
@@ -148,9 +148,13 @@ def setup_to_train(run: Run, shape: ModelShape) -> Setup:
     return waiting if has_room else setup
 
 
-def setup_of(run: Run, shape: ModelShape) -> Setup:
-    """The numbers that decide about memory, from a resolved run. Raises UsageError for what the model cannot do."""
+def setup_of(run: Run, shape: ModelShape | None = None) -> Setup:
+    """The numbers that decide about memory, from a resolved run; `shape` is by default its base's.
+
+    Raises UsageError for what the model cannot do.
+    """
     recipe, profile, accelerate = run.recipe, run.profile, run.accelerate
+    shape = shape or find_shape(recipe.base.model, recipe.base.revision)
     refuse_length_beyond(shape.max_positions, recipe, recipe.base.model)
     small_states = profile.optimizer_state == "bf16_8bit"
     return Setup(

@@ -14,13 +14,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from fitune.model.elementwise import GOLDEN, WORD, mix
 from fitune.model.host_ram import host_zeros
-from fitune.model.sharding import local_part, local_rows, shard_group, shard_mesh
+from fitune.model.sharding import first_element, local_part, shard_group
 from fitune.training.adamw_step import update_rows
-from fitune.training.gradient_norm import norm_over_ranks
+from fitune.training.gradient_norm import norm_over_ranks, scale_to
 from fitune.training.host_states import HostGradients, stream_rows
 from fitune.training.moment import Moment, Step
 
@@ -71,7 +70,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._host.arrive()
         norms = [norm for _, parameter in self._parameters() if (norm := self._norm_of(parameter)) is not None]
         norm = norm_over_ranks(norms, next((shard_group(parameter) for _, parameter in self._parameters()), None))
-        self._gradient_scale = min(1.0, max_norm / (float(norm) + 1e-6))
+        self._gradient_scale = float(scale_to(max_norm, norm))
         return norm
 
     @torch.no_grad()
@@ -160,12 +159,3 @@ def block_of(parameter: torch.Tensor) -> int | None:
     """How many elements of a weight's rows share a scale; None where its moments are float32."""
     columns = parameter.shape[1:].numel() if parameter.ndim > 1 else 0
     return next((block for block in BLOCKS if columns and columns % block == 0), None)
-
-
-def first_element(parameter: torch.Tensor) -> int:
-    """The place in the whole weight of the first element that this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    mesh = shard_mesh(parameter.device_mesh)
-    start, _ = local_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
-    return start * parameter.shape[1:].numel()

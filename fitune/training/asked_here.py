@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fitune.config.accelerate_config import read_accelerate_config
-from fitune.config.model_shapes import find_shape
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.planning.asked_folder import AskedFolder
@@ -95,7 +94,7 @@ def _setup(run: Run) -> Setup | None:
     if run.accelerate.use_cpu or run.accelerate.num_machines > 1:
         return None
     try:
-        return setup_of(run, find_shape(run.recipe.base.model, run.recipe.base.revision))
+        return setup_of(run)
     except UsageError:
         return None
 

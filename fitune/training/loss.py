@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from fitune.data.token_file import IGNORED
 from fitune.model.head_loss import head_loss
 
 ANSWERS = "answers"
@@ -30,12 +31,12 @@ class Answers:
 
 
 def find_answers(labels: torch.Tensor) -> Answers:
-    """Of labels [rows, length]; -100 is no answer. Waits for the GPU to send them, once, and looks on the CPU.
+    """Of labels [rows, length]; IGNORED is no answer. Waits for the GPU to send them, once, and looks on the CPU.
 
     The GPU computes meanwhile, and kernels that looked there would each wait for their turn.
     """
     length, known = labels.shape[1], labels.cpu()
-    row, column = (known[:, 1:] != -100).nonzero(as_tuple=True)
+    row, column = (known[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return Answers(row * length + column, known[row, column + 1]).to(labels.device)
 
 

@@ -23,11 +23,10 @@ from fitune.export.chat_record import ChatRecord, write_chat_record
 from fitune.export.configs import GENERATION_CONFIG, config_for_loaders, generation_config
 from fitune.export.model_card import write_model_card
 from fitune.export.tokenizer_files import copy_tokenizer
-from fitune.model.sharding import local_part, shard_group, share_of
+from fitune.model.sharding import first_element, local_part, shard_group, share_of
 from fitune.model.skeleton import decoder
+from fitune.model.stochastic_rounding import rounded
 from fitune.output_folder import new_folder
-from fitune.training.adamw_8bit import first_element
-from fitune.training.adamw_step import rounded
 from fitune.weights.base_identity import BaseRecord, write_base_record
 from fitune.weights.model_files import LICENCE_FILES, copy_file, matching
 from fitune.weights.safetensors_files import CheckpointWriter, TensorSpec

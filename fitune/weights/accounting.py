@@ -15,10 +15,11 @@ from fitune.config.stored_weights import EMBEDDING, HEAD
 from fitune.errors import FituneError
 from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.skeleton import decoder, is_tied
+from fitune.weights.base_weights import PACKED_PARTS
 from fitune.weights.safetensors_files import Checkpoint
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
-STATISTICS = (QUANT_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STATISTICS = (QUANT_STATE, *PACKED_PARTS)
 "Parts of a packed weight; the nested ones only where the absmax vector is itself quantised."
 
 

@@ -15,7 +15,7 @@ from fitune.weights.safetensors_files import Checkpoint
 CHUNK_WEIGHTS = 2**24  # 64 MiB in fp32
 
 _QUANT_STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
-_PACKED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+PACKED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def read_base_config(base: Path) -> dict:
@@ -127,5 +127,5 @@ def unpacked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         if (math.prod(shapes[name]) + 1) // 2 != checkpoint[name].nbytes:
             info = checkpoint[name]
             raise FituneError(f"{info.file}: tensor {name}: {info.nbytes} bytes cannot hold {shapes[name]} in 4 bits")
-    companions = {f"{name}.{part}" for name in shapes for part in _PACKED_PARTS} | set(described)
+    companions = {f"{name}.{part}" for name in shapes for part in PACKED_PARTS} | set(described)
     return {n: shapes.get(n, info.shape) for n, info in checkpoint.tensors.items() if n not in companions}

@@ -51,7 +51,7 @@ def load_weights(
     checkpoint: Checkpoint,
     placement: Placement,
     seed: int,
-    on_tensor: Callable[[int], None] = id,
+    on_tensor: Callable[[int], None] = lambda _: None,
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Allocates the sharded `model` (on meta until now) and fills it, module by module.
