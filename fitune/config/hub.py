@@ -8,6 +8,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from fitune.config.adapter_folder import is_adapter
+from fitune.config.command_name import command
 from fitune.errors import FituneError, UsageError
 
 CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "USE_POLICY*", "NOTICE*"]
@@ -55,10 +57,21 @@ def _checked_folder(path: Path, revision: str | None, patterns: list[str]) -> Pa
     if revision is not None:
         raise UsageError(f"{path}: a local folder has no revision '{revision}'; remove the revision")
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path}: config.json is missing; give a folder with config.json and *.safetensors")
+        raise UsageError(f"{path}: config.json is missing; {what_to_give(path)}")
     if patterns is not CONFIG_FILES and not any(path.glob("*.safetensors")):
         raise UsageError(f"{path}: *.safetensors are missing; give a folder with config.json and *.safetensors")
     return path
+
+
+def what_to_give(folder: Path) -> str:
+    """In place of a folder that is no model's."""
+    if (folder / "model" / "config.json").is_file():  # of a run with method full
+        return f"give {folder / 'model'}"
+    kind = "a run's" if (folder / "run.yaml").is_file() else "an adapter's" if is_adapter(folder) else None
+    if kind:
+        merged = command("merge", folder, "--output", "models/merged")
+        return f"it is {kind} folder: merge it first, {merged}, and give models/merged"
+    return "give a folder with config.json and *.safetensors"
 
 
 def _looks_like_hub_id(model: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fitune.config.adapted_linears import ATTENTION, MLP
 from fitune.config.base_model import check_config, in_four_bits
 from fitune.config.config_types import heads_of
+from fitune.config.hub import what_to_give
 from fitune.config.json_file import read_json
 from fitune.errors import UsageError
 
@@ -144,7 +145,7 @@ def has_weights(model: str, revision: str | None = None) -> bool:
 
 def read_config(file: Path) -> ModelShape:
     """The sizes in a model's config.json."""
-    config = read_json(file, "give a folder with config.json")
+    config = read_json(file, what_to_give(file.parent))
     check_config(config, file)
     try:
         heads = heads_of(config)

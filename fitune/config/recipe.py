@@ -141,7 +141,7 @@ class Recipe(Strict):
     global_batch_size: Annotated[int, Field(gt=0, le=1_000_000)]
     "Rows per optimizer step over all processes."
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # numpy's generator, which draws too, takes no more
-    "Decides the adapter's first weights, dropout, the order of rows and the rows held out."
+    "Decides the adapter's first weights, dropout and the order of rows; in `prepare` the rows that are held out."
     early_stopping: EarlyStopping | None = None
     "By `training.metric_for_best_model`; null trains to the end."
     training: dict[str, Any] = {}

@@ -160,6 +160,11 @@ def run_of(
     )
 
 
+def in_folder(run: Run, output: str) -> Run:
+    """The same run, to be written to another folder."""
+    return run.model_copy(update={"output_dir": output, "working_folder": os.path.relpath(Path.cwd(), output)})
+
+
 def _refuse_replicas_across_machines(profile: Profile, accelerate: AccelerateConfig) -> None:
     """Raises UsageError if copies of the model would not be equal parts of machines, or whole machines."""
     allowed = possible_replicas(accelerate.num_processes, accelerate.num_machines)

@@ -14,7 +14,7 @@ from fitune.data.chat_renderer import ChatRenderer
 from fitune.data.data_report import describe, print_report
 from fitune.data.file_formats import jsonl_to_parquet
 from fitune.data.packing import Pieces, lay_out, write_layout
-from fitune.data.prepared import REPORT, SPLITS, describe_files
+from fitune.data.prepared import REPORT, SPLITS, chosen_by, describe_files
 from fitune.data.reading import Tally, read_all, refuse_problems
 from fitune.data.rendering import render_row
 from fitune.data.row_filter import check_filter
@@ -101,6 +101,7 @@ def prepare(
         report = describe(sources, tally, store, selection, rules, packing, pieces, global_batch_size) | {
             "test_fraction": data.test_fraction if any(fractions) else None,
             "seed": seed,
+            "chosen_by": chosen_by(data),
             "template": {"choice": choice, "sha256": _template_sha256(choice, tokenizer)},
             "tokenizer": {"sha256": chat_template.tokenizer_hash(tokenizer) if tokenizer else None},
             "system_message": data.system_message,

@@ -1,6 +1,7 @@
 """`fitune prepare` on the command line: a recipe's data, one's own for a recipe, or rows without a recipe."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fitune.config.json_file import read_json
 from fitune.config.recipe import Data, Recipe
 from fitune.config.yaml_file import parse
 from fitune.data.prepare import prepare
+from fitune.data.prepared import dataset_in
 from fitune.data.sources import refuse_missing_file
 from fitune.errors import UsageError
 
@@ -20,6 +22,8 @@ OF_ITS_DATASET = (
     *("keep", "ignored_keys", "weight", "mix", "invalid_rows"),
 )
 "Keys of a recipe's `data:` that speak of its own dataset; the others say how rows are trained, of whatever data."
+OF_TRAINING = ("profile", "training", "lora", "method", "early_stopping")
+"What `--set` changes without a meaning for `prepare`."
 
 
 def prepare_command(
@@ -58,6 +62,7 @@ def prepare_command(
         _refuse_length_beyond_positions(resolved.model_copy(update={"max_length": length}), folder)
     output = Path(output or data.prepared)
     again = _repeated(sets, {"data.chat_template": template_choice, "max_length": max_length})
+    again = _not_of_the_dataset(again) if dataset else again
     _refuse_the_data_of_another(output, data, recipe, again, options["overwrite"])
     prepare(
         data,
@@ -72,6 +77,14 @@ def prepare_command(
     )
     how = _how_to_train(recipe, again, None if output == Path(resolved.data.prepared) else output)
     options["console"].print(f"next: {how}", soft_wrap=True, highlight=False)
+
+
+def how_to_prepare(recipe: str, sets: tuple[str, ...], data: Data) -> str:
+    """The command that prepares a recipe's rows anew, as `sets` have it: of the dataset that they are of now."""
+    there = dataset_in(Path(data.prepared), data)
+    kept = [each for each in sets if re.split("[.=]", each)[0] not in OF_TRAINING]
+    words = [*(["--dataset", there] if there else []), *(word for each in kept for word in ("--set", each))]
+    return command("prepare", recipe, *words, "--overwrite")
 
 
 def with_own_dataset(data: Data, dataset: str, sets: tuple[str, ...] = ()) -> Data:
@@ -130,9 +143,13 @@ def _repeated(sets: tuple[str, ...], typed: dict[str, object]) -> list[str]:
     return [each for each in sets if each.partition("=")[0] not in given] + [f"{k}={v}" for k, v in given.items()]
 
 
+def _not_of_the_dataset(sets: list[str]) -> list[str]:
+    """Those that training checks, or goes by, whatever the rows came from."""
+    of_the_dataset = {f"data.{key}" for key in ("dataset", *OF_ITS_DATASET)}
+    return [each for each in sets if each.partition("=")[0] not in of_the_dataset]
+
+
 def _how_to_train(recipe: str, sets: list[str], elsewhere: Path | None) -> str:
-    """With all of `sets` that say more than where the rows came from: training checks them, or goes by them."""
-    of_the_source = {f"data.{key}" for key in ("dataset", *OF_ITS_DATASET, *(["prepared"] if elsewhere else []))}
-    kept = [each for each in sets if each.partition("=")[0] not in of_the_source]
+    kept = [each for each in sets if not (elsewhere and each.startswith("data.prepared="))]
     kept += [f"data.prepared={elsewhere}"] if elsewhere else []
     return command("train", recipe, *(word for each in kept for word in ("--set", each)))

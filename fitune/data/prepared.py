@@ -22,12 +22,17 @@ REPORT = "report.json"
 REPORT_VERSION = 4
 "Of prepared data, raised when the same rows would be prepared in another way."
 SPLITS = ("train", "test")
+CHOOSE_ROWS = {
+    *("revision", "train_split", "test_split", "test_fraction", "columns", "keep", "ignored_keys", "weight", "mix")
+}
+"Keys of a recipe's `data:` that say which rows are taken."
 
 
-def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False) -> dict | None:
+def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False, again: str | None = None) -> dict | None:
     """The report of prepared data; None for files that were put there by hand, without a report.json.
 
-    `is_trained`: the recipe is that of a run that was trained, so its template can no longer be chosen.
+    `is_trained`: the recipe is that of a run that was trained, so its template can no longer be chosen. `again` is the
+    command that prepares the data anew.
 
     `tokenizer` is a transformers tokenizer after `apply_chat_template_choice`. Raises UsageError if the data was
     prepared by another version of fitune, or with another tokenizer, chat template, system message or `train_on` than
@@ -37,7 +42,8 @@ def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False) -> di
     report = read_report(folder)
     if report is None:
         return None
-    again = f"prepare the data again: {command('prepare', 'RECIPE', '--output', folder, '--overwrite')}"
+    elsewhere = ("--output", "FOLDER") if is_trained else ("--output", folder, "--overwrite")  # others' rows stay
+    again = f"prepare the data again: {again or command('prepare', 'RECIPE', *elsewhere)}"
     used_now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_hash(tokenizer)}
     for name, now in used_now.items():
         before = report[name]["sha256"]
@@ -57,10 +63,54 @@ def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False) -> di
     longest = report["longest_conversation"] or 0
     if longest > recipe.max_length:
         raise UsageError(
-            f"{folder}: its longest conversation has {longest:,} tokens, max_length is {recipe.max_length:,}; prepare "
-            f"the data again with --overwrite --max-length {recipe.max_length} and --long-rows drop or cut"
+            f"{folder}: its longest conversation has {longest:,} tokens, max_length is {recipe.max_length:,}; {again} "
+            f"--max-length {recipe.max_length} --long-rows drop, or cut"
         )
     return report
+
+
+def chosen_by(data: Data) -> dict:
+    """What a recipe says of which rows are taken, in JSON's types; what flags of `prepare` stand in for is left out."""
+    return data.model_dump(mode="json", include=CHOOSE_ROWS)
+
+
+def refuse_rows_chosen_otherwise(data: Data, again: str) -> None:
+    """Raises UsageError where rows of the recipe's dataset were prepared by other settings than `data` has now.
+
+    Rows of another dataset, and those of earlier versions, do not say by which.
+    """
+    folder = Path(data.prepared)
+    report = read_report(folder)
+    if not report or "chosen_by" not in report or dataset_in(folder, data):
+        return
+    before, now = (_by_place(settings) for settings in (report["chosen_by"], chosen_by(data)))
+    for place in before | now:
+        if before.get(place) != now.get(place):
+            was, wanted = (_shown(settings.get(place)) for settings in (before, now))
+            raise UsageError(f"{folder}: prepared with {place} {was}, not {wanted}; prepare the data again: {again}")
+
+
+def _by_place(value, place: str = "data") -> dict[str, object]:
+    """Values by where they stand: data.weight, data.mix[0].keep."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        parts = [(f"{place}[{number}]", part) for number, part in enumerate(value)]
+    elif isinstance(value, dict) and (place == "data" or place.endswith("]")):
+        parts = [(f"{place}.{key}", part) for key, part in value.items()]
+    else:
+        return {place: value}
+    return {name: found for each, part in parts for name, found in _by_place(part, each).items()}
+
+
+def changed_sources(folder: Path) -> list[str]:
+    """The local files that rows of a prepared folder were read from, and that have other contents since."""
+    report = read_report(folder)
+    if not report:
+        return []
+    made = (folder / REPORT).stat().st_mtime_ns
+    files = {Path(name): sha256 for source in (report["source"], *report["mixed_in"])
+             for name, sha256 in source["files"].items()}  # fmt: skip
+    touched = [file for file in files if file.is_file() and file.stat().st_mtime_ns > made]
+    return [str(file) for file in touched if _sha256(file) != files[file]]
 
 
 def read_report(folder: Path) -> dict | None:
@@ -216,4 +266,6 @@ def _sha256(file: Path) -> str:
 
 
 def _shown(value) -> str:
-    return "none" if value is None else quote(str(value))
+    if value is None:
+        return "none"
+    return quote(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -244,8 +244,7 @@ def _on_the_cpu(stem: str, recipe: Recipe, overrides: dict, output: str | None) 
     """The shipped profiles without GPUs, where the recipe's model is one for them."""
     for run in preset_runs(stem, recipe, overrides):
         if run.accelerate.use_cpu:
-            folder = str(Path(output or f"runs/{stem}-{run.profile_name}").absolute())
-            yield run.model_copy(update={"output_dir": folder})
+            yield runs.in_folder(run, str(Path(output or f"runs/{stem}-{run.profile_name}").absolute()))
 
 
 def _rank(plan: Plan) -> tuple:

@@ -43,7 +43,7 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
     base_folder = local_folder(run.recipe.base.model, run.recipe.base.revision)
     tokenizer = load_tokenizer(run.recipe, base_folder)
     refuse_another_chat(run, tokenizer)
-    check_prepared(run.recipe, tokenizer)
+    check_prepared(run.recipe, tokenizer, is_trained=True)
     rows = rows_on_all_ranks(run, "test", tokenizer, Heartbeat())
     measured = partial(_measured, run, tokenizer=tokenizer, mesh=mesh, rows=rows)
     tuned_folder = tuned_base_folder(run, base_folder, force)

@@ -39,7 +39,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(run.recipe, base_folder)
     refuse_another_chat(run, tokenizer)
     if options.test:
-        check_prepared(run.recipe, tokenizer)
+        check_prepared(run.recipe, tokenizer, is_trained=True)
     refuse_longer_than_the_model(options.max_new_tokens, read_json(base_folder / "config.json", "get the model again"))
     stop_ids = end_of_turn_ids(tokenizer)
     tuned_folder = tuned_base_folder(run, base_folder, options.force)

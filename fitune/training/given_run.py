@@ -72,16 +72,19 @@ def on_other_rows(run: Run, data: Path) -> Run:
     return run.model_copy(update={"recipe": run.recipe.model_copy(update={"data": prepared})})
 
 
-def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = True, quiet: bool = False) -> None:
+def check_data(
+    run: Run, *, asked_as_trained: bool = False, reads_rows: bool = True, quiet: bool = False, again: str | None = None
+) -> None:
     """Raises UsageError for rows that were prepared otherwise than the run's recipe says; unless `quiet` says whose
     they are.
 
-    With `asked_as_trained` also for a template or system message that the run's result was not trained with.
+    With `asked_as_trained` also for a template or system message that the run's result was not trained with. With
+    `again`, the command that prepares them, also for rows that were chosen otherwise.
     """
     from fitune.config.base_of_run import base_of_run  # not at the top: what needs no tokenizer is refused before
     from fitune.config.hub import local_config
     from fitune.data.dataset import load_tokenizer
-    from fitune.data.prepared import check_prepared, dataset_in, refuse_no_rows
+    from fitune.data.prepared import check_prepared, dataset_in, refuse_no_rows, refuse_rows_chosen_otherwise
     from fitune.export.chat_record import refuse_another_chat
 
     data = run.recipe.data
@@ -92,9 +95,22 @@ def check_data(run: Run, *, asked_as_trained: bool = False, reads_rows: bool = T
         refuse_another_chat(run, tokenizer)
     if reads_rows:
         refuse_no_rows(run.recipe, "test")
-        check_prepared(run.recipe, tokenizer, is_trained=asked_as_trained)
+        check_prepared(run.recipe, tokenizer, is_trained=asked_as_trained, again=again)
+        if again:
+            refuse_rows_chosen_otherwise(data, again)
+            _say_if_sources_changed(Path(data.prepared), again)
         if asked_as_trained and not quiet:
             _say_if_other_rows_were_trained(run)
+
+
+def _say_if_sources_changed(folder: Path, again: str) -> None:
+    from fitune.data.prepared import changed_sources
+
+    if changed := changed_sources(folder):
+        names = ", ".join(changed)
+        click.echo(
+            f"note: {folder} was prepared before {names} changed; to train on it as it is now: {again}", err=True
+        )
 
 
 def _say_if_other_rows_were_trained(run: Run) -> None:

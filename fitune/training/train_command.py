@@ -12,6 +12,7 @@ from fitune.config.base_of_run import base_of_run
 from fitune.config.command_name import command
 from fitune.config.hub import local_config
 from fitune.config.schema import AUTO, Run
+from fitune.data.prepare_command import how_to_prepare
 from fitune.errors import UsageError, closest
 from fitune.launching.fastest_here import faster_gpus, fastest_here, on_gpus_here
 from fitune.launching.finished import finished_at
@@ -71,7 +72,9 @@ def train_command(
     remember_what_was_typed()
     finished = finished_at(run.folder)
     try:
-        code = _train(run, resume=resume, max_restarts=max_restarts, force=force, quiet=quiet, place=place)
+        again = None if goes_on else how_to_prepare(recipe, sets, run.recipe.data)
+        options = {"resume": resume, "max_restarts": max_restarts, "force": force, "quiet": quiet, "place": place}
+        code = _train(run, again, **options)
     except KeyboardInterrupt:
         if finished_at(run.folder) in (None, finished):
             raise
@@ -127,15 +130,20 @@ def _run_to_train(
     return runs.resolve_again(Path(recipe), profile, sets)
 
 
-def _train(run: Run, *, resume: bool, max_restarts: int, force: bool, quiet: bool, place: Place) -> int:
-    """Checks, then starts this machine's ranks, with those of other machines if there are some; the exit code."""
+def _train(
+    run: Run, again: str | None, *, resume: bool, max_restarts: int, force: bool, quiet: bool, place: Place
+) -> int:
+    """Checks, then starts this machine's ranks, with those of other machines if there are some; the exit code.
+
+    `again` prepares the rows of a recipe anew; those of a run that goes on are what they were.
+    """
     several, rank = run.accelerate.num_machines > 1, place["machine_rank"] or 0
     if not quiet:
         click.echo(f"checking {run.recipe_name} on {run.profile_name}: memory, base, rows", err=True)
     with ExitStack() as stack:
         if not rank:
             check_before_training(run, force=force)
-            check_data(run, quiet=quiet)
+            check_data(run, quiet=quiet, again=again)
             stack.enter_context(open_run_folder(run, resume))
         if several:
             machines = stack.enter_context(Machines(run, rank, resume, meeting_point(run, place)))

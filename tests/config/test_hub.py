@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from fitune.config import hub
+from fitune.config.model_shapes import find_shape
 from fitune.errors import FituneError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,6 +47,24 @@ def _http(kind, status):
 def test_a_local_folder_is_taken_as_it_is(model):
     assert hub.local_folder(str(model)) == model
     assert hub.local_config(str(model)) == model
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("run.yaml", "it is a run's folder: merge it first, python cli.py merge {0} --output models/merged, and give"),
+        ("adapter_config.json", "it is an adapter's folder: merge it first, python cli.py merge {0} --output models/"),
+        ("model/config.json", "give {0}/model"),
+        ("other.json", "give a folder with config.json and *.safetensors"),
+    ],
+)
+def test_what_training_left_is_no_base_and_the_way_to_one_is_said(file, said, tmp_path):
+    """As a base: of `plan`, which wants its sizes, and of `train`."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    for find in (hub.local_folder, find_shape):
+        with pytest.raises(UsageError, match=re.escape(said.format(tmp_path))):
+            find(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,53 @@ def test_what_differs_is_found_before_a_process_starts(prepared_with, trained_wi
     assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *prepared_with).exit_code == 0
     line = refused(train(fitune, *(part for value in trained_with for part in ("--set", value))))
     assert line.startswith("error: data/theirs: ") and expected in line
-    assert "prepare the data again with --overwrite" in line or "prepare the data again" in line
     assert not fitune.started and not Path("runs").exists()
+    again = line.partition("prepare the data again: ")[2]
+    if "max_length" in expected:
+        assert again.endswith(" --overwrite --max-length 20 --long-rows drop, or cut")
+        return
+    assert fitune(*shlex.split(again)[2:]).exit_code == 0, again
+    assert train(fitune, *(part for value in trained_with for part in ("--set", value))).exit_code == 0
+
+
+OF_A_MIXTURE = {"dataset": "mine.jsonl", "prepared": "data/mixed", "mix": [{"dataset": "more.jsonl", "weight": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "expected"),
+    [
+        ("data.weight=3", "data.weight 1.0, not 3.0"),
+        ("data.mix=[{dataset: more.jsonl, weight: 9}]", "data.mix[0].weight 2.0, not 9.0"),
+        ("data.mix=[{dataset: other.jsonl, weight: 2}]", "data.mix[0].dataset 'more.jsonl', not 'other.jsonl'"),
+        ("data.mix=[]", "data.mix[0].dataset 'more.jsonl', not none"),
+        ("data.test_fraction=0.5", "data.test_fraction 0.05, not 0.5"),
+        ("data.ignored_keys=[score]", 'data.ignored_keys [], not ["score"]'),
+    ],
+)
+def test_a_setting_that_chooses_rows_is_followed_or_refused(trained_with, expected, fitune, tmp_path):
+    for name, first in (("mine", 0), ("more", 8), ("other", 16)):
+        write(tmp_path / f"{name}.jsonl", *map(chat, range(first, first + 8)))
+    recipe = {"base": {"model": "./base"}} | RECIPE
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"data": OF_A_MIXTURE}))
+    assert fitune("prepare", "recipe.yaml").exit_code == 0
+    assert train(fitune).exit_code == 0
+    line = refused(train(fitune, "--set", trained_with, "--output", "runs/other"))
+    assert line.startswith(f"error: data/mixed: prepared with {expected}; prepare the data again: ")
+    assert fitune(*shlex.split(line.partition("again: ")[2])[2:]).exit_code == 0, line
+    assert train(fitune, "--set", trained_with, "--output", "runs/other").exit_code == 0
+
+
+def test_rows_that_changed_since_are_said(fitune, tmp_path):
+    rows = write(tmp_path / "mine.jsonl", *map(chat, range(8)))
+    recipe = {"base": {"model": "./base"}} | RECIPE | {"data": {"dataset": "mine.jsonl", "prepared": "data/mine"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert fitune("prepare", "recipe.yaml").exit_code == 0
+    rows.touch()
+    assert "changed" not in train(fitune).output, "its contents are the same"
+    write(rows, *map(chat, range(9)))
+    again = "python cli.py prepare recipe.yaml --overwrite"
+    said = f"note: data/mine was prepared before mine.jsonl changed; to train on it as it is now: {again}"
+    assert said in train(fitune, "--output", "runs/second").output.splitlines()
 
 
 def prepare_and_write_a_run(fitune, tmp_path) -> Run:

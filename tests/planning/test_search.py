@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -115,6 +116,7 @@ def test_without_gpus_a_tiny_model_gets_the_profile_of_the_cpu(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     run = find("tiny_qlora", (f"base.model={tmp_path}",), Machine((), 64, 60), output=str(tmp_path / "run")).plan.run
     assert run.profile_name == "cpu_2proc" and run.accelerate.use_cpu and run.folder == tmp_path / "run"
+    assert (run.folder / run.working_folder).resolve() == Path.cwd(), "run.yaml is read from other folders, too"
 
 
 WHY_NOT = {
