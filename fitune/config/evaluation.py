@@ -73,8 +73,13 @@ def best_model_fields(training: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def refuse_unfit_evaluation(training: dict[str, Any], early_stopping: EarlyStopping | None, source: str) -> None:
-    """Raises UsageError for settings about evaluations that could have no effect or that cannot be followed."""
+def refuse_unfit_evaluation(
+    training: dict[str, Any], early_stopping: EarlyStopping | None, source: str, stopping_source: str
+) -> None:
+    """Raises UsageError for settings about evaluations that could have no effect or that cannot be followed.
+
+    The last two are where `training` and `early_stopping` stand.
+    """
     metric = best_metric(training)
     if metric not in METRICS:
         raise UsageError(
@@ -86,8 +91,9 @@ def refuse_unfit_evaluation(training: dict[str, Any], early_stopping: EarlyStopp
         wanting += ["training.save_strategy=best"] if saves_the_best_only(training) else []
         wanting += ["early_stopping"] if early_stopping else []
         if wanting:
+            place = stopping_source if wanting == ["early_stopping"] else source
             raise UsageError(
-                f"{source}: {wanting[0]} needs evaluations; set training.eval_strategy to steps or epoch as well"
+                f"{place}: {wanting[0]} needs evaluations; set training.eval_strategy to steps or epoch as well"
             )
         return
     if training.get("metric_for_best_model") and not (early_stopping or keeps_the_best(training) or _looks(training)):

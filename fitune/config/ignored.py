@@ -50,7 +50,7 @@ def refuse_ignored(training: dict[str, Any], layers: Sequence[dict[str, Any]], s
     for rule in RULES:
         other, layer = training.get(rule.other, rule.default), layer_of(rule.field)
         is_asked_for = layer < len(layers) and layer <= layer_of(rule.other)
-        if is_asked_for and training[rule.field] and rule.ignores(other):
+        if is_asked_for and training.get(rule.field) and rule.ignores(other):
             raise UsageError(
                 f"{place_of(source, ['training', rule.field])}: training.{rule.field} would be ignored beside "
                 f"training.{rule.other}={other}; set {rule.instead}, or remove one of them"

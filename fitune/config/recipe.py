@@ -150,7 +150,9 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _method_and_lora_agree(self):
         if self.method == "full" and self.lora is not None:
-            raise ValueError("method 'full' trains every weight: remove the 'lora:' block or set method: lora")
+            raise ValueError(
+                "method 'full' trains every weight: take the 'lora:' block away (--set lora=null), or set method: lora"
+            )
         if self.method != "full" and self.lora is None:
             raise ValueError(f"method '{self.method}' needs a 'lora:' block")
         return self

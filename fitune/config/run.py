@@ -21,7 +21,7 @@ from fitune.config.recipe_paths import found_beside, path_from_here
 from fitune.config.results import refuse_what_runs_leave
 from fitune.config.schema import AUTO, SMALLEST, AccelerateConfig, Profile, Run
 from fitune.config.shipped import ACCELERATE_CONFIGS, PROFILES, find, is_path, name_of, names
-from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu
+from fitune.config.training_block import check_training_block, refuse_what_needs_a_gpu, taken_away
 from fitune.config.yaml_file import Where, parse, parse_yaml, read_yaml
 from fitune.errors import UsageError
 
@@ -36,6 +36,8 @@ def parse_sets(sets: tuple[str, ...]) -> tuple[dict, dict]:
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")):
             raise UsageError(f"--set {item}: expected key=value, for example --set training.learning_rate=1e-4")
+        if not text.strip():
+            raise UsageError(f"--set {item}: {key} has no value; give one, or null to take away what a recipe has")
         try:
             value = parse_yaml(text)
         except yaml.YAMLError:
@@ -64,13 +66,16 @@ def load_recipe(name: str, overrides: dict | None = None) -> Recipe:
     """
     files, overrides = read_recipe_files(name), overrides or {}
     where = where_written(files, overrides)
-    recipe = _checked(joined(values_of(files), overrides), where)
     layers = [values.get("training") or {} for values in (overrides, *(file.values for file in files))]
+    recipe = _checked(joined(values_of(files), overrides), layers, where)
     refuse_ignored(recipe.training, layers, where)
     return recipe
 
 
-def _checked(values: dict, source: str | Where) -> Recipe:
+def _checked(values: dict, layers: list, source: str | Where) -> Recipe:
+    """`layers`: the `training:` blocks that `values` were made of."""
+    if isinstance(values.get("training"), dict):
+        values |= {"training": taken_away(values["training"], [block for block in layers if isinstance(block, dict)])}
     recipe = parse(Recipe, values, source, meant_by)
     return recipe.model_copy(update={"training": check_training_block(recipe, source)})
 
@@ -120,8 +125,9 @@ def resolve_again(folder: Path, profile_name: str | None = None, sets: tuple[str
     """The run of a folder as it was, but for another profile and what `--set` flags change. Raises UsageError."""
     old, (recipe_overrides, profile_overrides) = load(folder), parse_sets(sets)
     source = f"{folder / 'run.yaml'}{' with --set' if sets else ''}"
-    recipe = _checked(joined(old.recipe.model_dump(), recipe_overrides), source)
-    refuse_ignored(recipe.training, [recipe_overrides.get("training") or {}], source)
+    changed = recipe_overrides.get("training") or {}
+    recipe = _checked(joined(old.recipe.model_dump(), recipe_overrides), [changed, old.recipe.training], source)
+    refuse_ignored(recipe.training, [changed], source)
     if profile_name:
         profile = load_profile(profile_name, profile_overrides)
     else:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,15 +33,30 @@ def check_training_block(recipe: Recipe, source: str | Where) -> dict[str, Any]:
     training = {
         name: _checked(name, value, place_of(source, ["training", name])) for name, value in recipe.training.items()
     }
+    stopping = place_of(source, ["early_stopping"])
     source = place_of(source, ["training"])
     refuse_unfit_optimizer(training, source)
     refuse_unfit_schedule(training, source)
     refuse_missing_trackers(training, source)
-    refuse_unfit_evaluation(training, recipe.early_stopping, source)
+    refuse_unfit_evaluation(training, recipe.early_stopping, source, stopping)
     for name in NEEDS_WORKERS:
         if training.get(name) and not training.get("dataloader_num_workers"):
             raise UsageError(f"{source}: training.{name} needs training.dataloader_num_workers=1 or more")
     return training
+
+
+def taken_away(training: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`training` without what null takes away of what one of the `blocks` gives that it is made of.
+
+    Where null is a value of the field it stays; null without a value to take away is left, and refused.
+    """
+    fields = sft_config_fields()
+
+    def stays(name: str, value: Any) -> bool:
+        takes_null = re.search(r"\bNone\b", fields.get(name, ""))
+        return value is not None or takes_null or all(block.get(name) is None for block in blocks)
+
+    return {name: value for name, value in training.items() if stays(name, value)}
 
 
 def refuse_what_needs_a_gpu(training: dict[str, Any], *, use_cpu: bool) -> None:

@@ -21,7 +21,7 @@ from fitune.environment import HEARTBEATS, let_segments_grow
 from fitune.errors import CRASHED, ENDED_BY_A_SIGNAL, INTERRUPTED, FituneError, say_while_training
 from fitune.launching.finished import finished_at
 from fitune.launching.run_folder import ASKED, launch_config, settings_to_train
-from fitune.launching.run_status import read_status
+from fitune.launching.run_status import read_status, stopped_before_a_step
 from fitune.launching.signals import Killed, interrupts_passed_on, passed_on_to_ranks
 from fitune.launching.terminal import Show, run_shown
 from fitune.output_folder import checkpoints
@@ -76,7 +76,7 @@ def train_with_restarts(
             join_seconds = None if restart else JOIN_SECONDS
             code, signals = _train_once(run, resume, place, show, beside, join_seconds)
             if code == TOLD:
-                say_while_training("stopped: before the first step, with nothing to save")
+                say_while_training(stopped_before_a_step(run.folder))
             if signals == 1 and code in (TOLD, CRASHED):  # while the ranks were starting
                 return INTERRUPTED
             if code != CRASHED or signals or restart == max_restarts:

@@ -6,7 +6,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fitune.columns import short
+from fitune.config.command_name import command
 from fitune.environment import HEARTBEATS
+from fitune.output_folder import checkpoints
 
 FILE = "status.json"
 "In the folder of the heartbeats."
@@ -63,3 +66,11 @@ def loss_trend(losses: list[float], most: int = 5) -> float | None:
     if not half:
         return None
     return (sum(losses[-half:]) - sum(losses[-2 * half : -half])) / half
+
+
+def stopped_before_a_step(folder: Path) -> str:
+    """What to say of a run that a signal ends before it has trained a step since it was started."""
+    if not checkpoints(folder / "checkpoints"):
+        return "stopped: before the first step, with nothing to save"
+    go_on = command("train", "--resume", short(str(folder)))
+    return f"stopped: before another step, with nothing new to save; go on with: {go_on}"

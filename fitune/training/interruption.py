@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from fitune.config.command_name import command
 from fitune.errors import INTERRUPTED, Interrupted
+from fitune.launching.run_status import stopped_before_a_step
 from fitune.training.distributed import is_main_process
 
 
@@ -34,7 +35,7 @@ class Interruption(TrainerCallback):
     def _note(self, number, frame) -> None:
         if not self.training:
             if is_main_process():
-                print("stopped: before the first step, with nothing to save", file=sys.stderr)
+                print(stopped_before_a_step(self.folder), file=sys.stderr)
             raise SystemExit(INTERRUPTED)
         self.told = True
 

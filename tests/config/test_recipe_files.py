@@ -58,6 +58,18 @@ def test_a_chain_of_recipes_a_block_taken_away_and_a_list_replaced(write):
     assert load_recipe(write(full="extends: first.yaml\nmethod: full\nlora: null\n")).lora is None
 
 
+def test_null_takes_a_field_of_training_away(write):
+    """But for one that may be null; where nothing is inherited there is nothing to take away."""
+    name = write(mine="extends: tiny_lora\ntraining: {max_steps: null, num_train_epochs: 2, save_total_limit: null}\n")
+    training = load_recipe(name).training
+    assert "max_steps" not in training and training["num_train_epochs"] == 2
+    assert training["save_total_limit"] is None
+    sets = {"training": {"num_train_epochs": None}}
+    assert "num_train_epochs" not in load_recipe(name, sets).training
+    own = "extends: tiny_lora\ntraining: {weight_decay: null}\n"
+    refused(write(own=own), "own.yaml:2: training.weight_decay has no value; give one, or remove it")
+
+
 def test_a_parent_is_looked_for_beside_the_recipe_then_in_the_working_folder(write, tmp_path):
     (tmp_path / "sub").mkdir()
     write(parent="extends: tiny_lora\nseed: 1\n")
@@ -108,6 +120,11 @@ def test_errors_name_the_file_and_the_line_that_a_value_comes_from(write):
     refused(write(mine="extends: tiny_lora\n\nmax_length: 0\n"), "mine.yaml:3: max_length: ", "not 0")
     refused(write(mine="extends: tiny_lora\ntraining:\n  max_step: 3\n"), "mine.yaml:3: training.max_step", "max_steps")
     refused(write(mine="extends: tiny_lora\n"), "mine.yaml with --set: unknown key 'sede'", sets={"sede": 1})
+    early = {"early_stopping": {"patience": 2}}
+    refused(write(mine="extends: tiny_lora\n"), "mine.yaml with --set: early_stopping needs evaluations", sets=early)
+    refused(
+        write(mine="extends: tiny_lora\n"), "take the 'lora:' block away (--set lora=null)", sets={"method": "full"}
+    )
     mix = "extends: tiny_lora\ndata:\n  mix:\n    - dataset: a\n    - dataset: b\n      weigth: 2\n"
     refused(write(mine=mix), "mine.yaml:6: unknown key 'data.mix.1.weigth'")
 

@@ -10,7 +10,7 @@ SLIPS = {
     "LEARNING_RATE=1e-4": "did you mean 'training.learning_rate'?",
     "training.learning-rate=1e-4": "did you mean 'training.learning_rate'?",
     "training.learning_rate": "expected key=value, for example --set training.learning_rate=1e-4",
-    "training.learning_rate=": "training.learning_rate has no value; give one, or remove it",
+    "training.learning_rate=": "training.learning_rate has no value; give one, or null to take away what a recipe has",
     "training.learning_rate=2e-4x": "training.learning_rate: '2e-4x' is not a number",
     "training.learning_rate=1,5": "training.learning_rate: '1,5' is not a number",
     "lr=1e-4": "did you mean 'training.learning_rate'?",

@@ -11,6 +11,7 @@ from fitune.environment import HEARTBEATS
 from fitune.errors import CRASHED, INTERRUPTED, FituneError, Interrupted
 from fitune.launching import launch
 from fitune.launching.heartbeat import Watch
+from fitune.launching.run_status import stopped_before_a_step
 from fitune.planning.fill import resolve
 
 SIGNALLED = 1
@@ -51,6 +52,13 @@ def test_rank_0_that_is_ended_on_its_way_out_was_interrupted(has_begun, code, mo
     monkeypatch.setattr(Watch, "has_begun_to_train", lambda self: has_begun)
     run = resolve("tiny_qlora", "cpu_2proc", (), str(tmp_path))
     assert launch._train_once(run, False, {}, lambda *_: None, launch.alone, None) == (code, 0)
+
+
+def test_a_run_that_goes_on_and_is_stopped_before_a_step_says_how_it_goes_on(tmp_path):
+    assert stopped_before_a_step(tmp_path) == "stopped: before the first step, with nothing to save"
+    (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    said = "stopped: before another step, with nothing new to save; go on with: "
+    assert stopped_before_a_step(tmp_path) == f"{said}python cli.py train --resume {tmp_path}"
 
 
 @pytest.mark.parametrize(("reason", "code"), [(FituneError("gone"), 1), (Interrupted("told to stop"), INTERRUPTED)])
