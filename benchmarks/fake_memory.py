@@ -44,9 +44,9 @@ from fitune.model.nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from fitune.model.one_rank import OneRankParamGroup
 from fitune.model.sharding import new_mesh, shard, trained_dtype
 from fitune.model.skeleton import build_skeleton, decoder
+from fitune.optimizers import adamw_8bit
 from fitune.planning.fill import resolve
 from fitune.planning.plan import setup_of
-from fitune.training import adamw_8bit
 from fitune.training.loss import ANSWERS, Answers, add_answer_loss
 
 GIB = 2**30

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tier_run import about
 
-from fitune.training import adamw_8bit
-from fitune.training.adamw_8bit import AdamW8bit
+from fitune.optimizers import adamw_8bit
+from fitune.optimizers.adamw_8bit import AdamW8bit
 
 RATE, WEIGHT_DECAY, CLIP = 1e-5, 0.0, 1.0
 ROWS, LENGTH = 2, 128

@@ -94,7 +94,7 @@ def _train(folder: Path, *, nearest: bool) -> None:
     """The training process of a run, which may round its weights to the nearest bf16 number."""
     from dataclasses import replace
 
-    from fitune.training.adamw_8bit import AdamW8bit
+    from fitune.optimizers.adamw_8bit import AdamW8bit
     from fitune.training.train import run_stage, train
 
     if nearest:

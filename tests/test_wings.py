@@ -16,10 +16,22 @@ MAY_IMPORT = {
     "report": {"config", "planning"},
     "model": {"config"},
     "weights": {"model", "config"},
+    "optimizers": {"model", "config"},
     "export": {"config", "data", "model", "weights"},
     "launching": {"planning", "config"},
-    "training": {"config", "data", "planning", "model", "weights", "export", "launching", "report"},
-    "demo": {"config", "data", "planning", "model", "weights", "export", "launching", "training", "report"},
+    "training": {"config", "data", "planning", "model", "optimizers", "weights", "export", "launching", "report"},
+    "demo": {
+        "config",
+        "data",
+        "planning",
+        "model",
+        "optimizers",
+        "weights",
+        "export",
+        "launching",
+        "training",
+        "report",
+    },
 }
 "Each wing may also import itself and the leaves."
 LEAVES = {"columns", "environment", "errors", "output_folder", "progress"}

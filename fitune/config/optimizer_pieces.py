@@ -1,7 +1,7 @@
 """How much of what is offloaded for the optimizer lies on the GPU at once: numbers with two readers.
 
-`fitune.training.host_states` and `fitune.training.adamw_streamed` allocate and `fitune.planning.memory` counts them.
-Plans are made without torch, so none may import another.
+`fitune.optimizers.host_states` and `fitune.optimizers.adamw_streamed` allocate them, `fitune.planning.memory` counts
+them. Plans are made without torch, so none may import another.
 """
 
 SLOTS = 4

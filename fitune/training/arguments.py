@@ -12,9 +12,9 @@ from trl import SFTConfig, SFTTrainer
 from fitune.config.evaluation import best_model_fields
 from fitune.config.schema import Run
 from fitune.errors import UsageError
-from fitune.training.adamw_8bit import AdamW8bit
-from fitune.training.adamw_rows import AdamWOnRows
-from fitune.training.adamw_streamed import AdamWStreamed
+from fitune.optimizers.adamw_8bit import AdamW8bit
+from fitune.optimizers.adamw_rows import AdamWOnRows
+from fitune.optimizers.adamw_streamed import AdamWStreamed
 
 STEPS_TO_TRY = 1000
 "Of a schedule, where the number of steps follows from the rows."

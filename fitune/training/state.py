@@ -19,7 +19,7 @@ from fitune.config.schema import ADAPTER
 from fitune.errors import FituneError
 from fitune.export.adapter import AdapterFile, saved_name
 from fitune.model.sharding import Share, local_part, local_rows, split_as
-from fitune.training.adamw_8bit import AdamW8bit
+from fitune.optimizers.adamw_8bit import AdamW8bit
 from fitune.weights.safetensors_files import Checkpoint, CheckpointWriter, TensorSpec
 
 SEPARATOR = "::"

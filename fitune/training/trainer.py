@@ -21,10 +21,10 @@ from fitune.model.host_embedding import host_embedding
 from fitune.model.noise import EmbeddingNoise, lengths_of_examples
 from fitune.model.sharding import reshard_whole_weights
 from fitune.model.skeleton import decoder
+from fitune.optimizers.gradient_norm import ClipsInItsStep, clip_gradients
 from fitune.training.arguments import own_optimizer, training_arguments
 from fitune.training.bad_rows import refuse_step
 from fitune.training.epoch_ends import EpochEnds
-from fitune.training.gradient_norm import ClipsInItsStep, clip_gradients
 from fitune.training.loss import ANSWERS, Answers, add_answer_loss, find_answers
 from fitune.training.manifest import Identity
 from fitune.training.read_ahead import ReadAhead

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fitune.training.adamw_step import codes, update_rows
-from fitune.training.moment import Moment, Step
+from fitune.optimizers.adamw_step import codes, update_rows
+from fitune.optimizers.moment import Moment, Step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from fitune.training import adamw_rows
-from fitune.training.adamw_rows import LARGE, AdamWOnRows
+from fitune.optimizers import adamw_rows
+from fitune.optimizers.adamw_rows import LARGE, AdamWOnRows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fitune.model.host_ram import pin_in_place
-from fitune.training import host_states
-from fitune.training.adamw_8bit import AdamW8bit
+from fitune.optimizers import host_states
+from fitune.optimizers.adamw_8bit import AdamW8bit
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from fitune.config.optimizer_pieces import FLOAT_SLOT_BYTES, SLOTS
-from fitune.training import adamw_streamed
-from fitune.training.adamw_streamed import AdamWStreamed
+from fitune.optimizers import adamw_streamed
+from fitune.optimizers.adamw_streamed import AdamWStreamed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-WINGS = ("config", "data", "planning", "model", "weights", "export", "launching", "report", "training", "cli")
+WINGS = (
+    *("config", "data", "planning", "model", "weights", "export", "launching", "report"),
+    *("optimizers", "training", "cli"),
+)
 
 
 @dataclass(frozen=True)

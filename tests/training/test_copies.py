@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fitune.errors import FituneError
 from fitune.model.nf4 import NF4Linear
 from fitune.model.sharding import Share, local_part, local_rows, share_of
+from fitune.optimizers import gradient_norm
 from fitune.planning.plan import setup_of
-from fitune.training import gradient_norm, replicas, train, trainer
+from fitune.training import replicas, train, trainer
 from fitune.training.evaluate import evaluate
 from fitune.training.replicas import average_gradients, refuse_replicas_apart
 

@@ -17,7 +17,8 @@ from fitune.errors import FituneError, UsageError
 from fitune.launching.run_folder import refuse_another_resume
 from fitune.model.head_loss import head_loss
 from fitune.model.sharding import local_part
-from fitune.training import adamw_8bit, host_states, loss
+from fitune.optimizers import adamw_8bit, host_states
+from fitune.training import loss
 from fitune.weights.safetensors_files import Checkpoint
 
 STEPS, SAVED = 8, 4
@@ -183,7 +184,7 @@ def test_in_bf16_as_on_gpus_losses_are_those_of_float32_states_on_any_number_of_
 
 def _poisoned(run) -> tuple[str, list[bool]]:
     """Trains with gradients that are not finite in the third step; the error, and whether any weight is bad then."""
-    from fitune.training.adamw_8bit import AdamW8bit
+    from fitune.optimizers.adamw_8bit import AdamW8bit
 
     clip, take, found = AdamW8bit.clip, host_states.HostGradients._take, []
 

@@ -1,4 +1,4 @@
-"""What a step of 8-bit AdamW works on (`fitune.training.adamw_step`): a moment in blocks, and the step's numbers.
+"""What a step of 8-bit AdamW works on (`fitune.optimizers.adamw_step`): a moment in blocks, and the step's numbers.
 
 r rows, c columns.
 """

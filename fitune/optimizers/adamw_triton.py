@@ -1,4 +1,4 @@
-"""The Triton kernel of `fitune.training.adamw_step`, which says what it computes. Imported on GPUs alone.
+"""The Triton kernel of `fitune.optimizers.adamw_step`, which says what it computes. Imported on GPUs alone.
 
 One program works on BLOCKS blocks: it reads weight, gradient, codes and scales once and writes them once, 12 bytes an
 element in all. Element counts are the grid, so no weight compiles anything anew; computing is in float32.
@@ -10,14 +10,14 @@ import triton.language as tl
 
 from fitune.model.elementwise_triton import mix
 from fitune.model.grid import blocks_of
-from fitune.training.moment import Code, Moment, Step
+from fitune.optimizers.moment import Code, Moment, Step
 
 BLOCKS = 8  # of one program
 
 
 @triton.jit
 def _nearest_code(x, middles, starts):
-    """`fitune.training.moment.Code`: which of 256 numbers is nearest to x."""
+    """`fitune.optimizers.moment.Code`: which of 256 numbers is nearest to x."""
     start = tl.load(starts + (x.to(tl.uint32, bitcast=True) >> 16)).to(tl.int32)
     return start + (x > tl.load(middles + start)).to(tl.int32)
 
@@ -67,7 +67,7 @@ def update_rows(
     weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, root: Moment, step: Step,
     codes: tuple[Code, Code], smallest: int,
 ) -> None:  # fmt: skip
-    """`fitune.training.adamw_step.update_rows` of contiguous tensors whose moments have scales."""
+    """`fitune.optimizers.adamw_step.update_rows` of contiguous tensors whose moments have scales."""
     count = mean.scales.numel()
     with torch.cuda.device(weight.device):
         _adamw_kernel[(blocks_of(count, BLOCKS),)](

@@ -1,6 +1,6 @@
 """One step of AdamW on some rows of a bf16 weight, the moments unpacked from 8 bits and packed again.
 
-On a GPU it is one Triton kernel (`fitune.training.adamw_triton`); elsewhere the formulas below, which the kernel is
+On a GPU it is one Triton kernel (`fitune.optimizers.adamw_triton`); elsewhere the formulas below, which the kernel is
 tested against. r rows, c columns.
 """
 
@@ -11,7 +11,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from fitune.model.stochastic_rounding import rounded
-from fitune.training.moment import Code, Moment, Step
+from fitune.optimizers.moment import Code, Moment, Step
 
 PIECE = 2**22
 "Elements worked on at once where there is no kernel: their float32 copies take 16 MiB each."
@@ -33,7 +33,7 @@ def update_rows(weight: torch.Tensor, gradient: torch.Tensor, mean: Moment, root
     if not len(weight):
         return
     if weight.is_cuda and mean.scales is not None:
-        from fitune.training import adamw_triton
+        from fitune.optimizers import adamw_triton
 
         adamw_triton.update_rows(weight, gradient, mean, root, step, codes(weight.device), SMALLEST_ROOT)
         return

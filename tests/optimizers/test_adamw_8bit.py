@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fitune.model.stochastic_rounding import rounded
-from fitune.training import host_states
-from fitune.training.adamw_8bit import AdamW8bit, block_of
-from fitune.training.adamw_step import codes, update_rows
-from fitune.training.moment import Moment, Step
+from fitune.optimizers import host_states
+from fitune.optimizers.adamw_8bit import AdamW8bit, block_of
+from fitune.optimizers.adamw_step import codes, update_rows
+from fitune.optimizers.moment import Moment, Step
 
 STEP = Step(rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.1, number=1, gradient_scale=1.0, key=7,
             first_element=0)  # fmt: skip

@@ -18,10 +18,10 @@ import torch
 from fitune.model.elementwise import GOLDEN, WORD, mix
 from fitune.model.host_ram import host_zeros
 from fitune.model.sharding import first_element, local_part, shard_group
-from fitune.training.adamw_step import update_rows
-from fitune.training.gradient_norm import norm_over_ranks, scale_to
-from fitune.training.host_states import HostGradients, stream_rows
-from fitune.training.moment import Moment, Step
+from fitune.optimizers.adamw_step import update_rows
+from fitune.optimizers.gradient_norm import norm_over_ranks, scale_to
+from fitune.optimizers.host_states import HostGradients, stream_rows
+from fitune.optimizers.moment import Moment, Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq_root")
 SCALES = "{}_scale"
@@ -35,8 +35,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     State of a weight, each rank its own rows: `exp_avg` and `exp_avg_sq_root`, uint8 like the weight, with float32
     `exp_avg_scale` and `exp_avg_sq_root_scale` [rows, blocks of a row]. Vectors, and rows that no block divides, have
-    float32 moments and no scales. With `offload` states and gradients lie in host RAM (`fitune.training.host_states`),
-    but for those without scales, which are small. Gradients must be finite: ask `clip` before `step`.
+    float32 moments and no scales. With `offload` states and gradients lie in host RAM, but for those without scales,
+    which are small (`fitune.optimizers.host_states`). Gradients must be finite: ask `clip` before `step`.
     """
 
     def __init__(

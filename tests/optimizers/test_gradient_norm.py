@@ -9,9 +9,9 @@ from ranks import run_ranks, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fitune.training import adamw_rows
-from fitune.training.adamw_rows import AdamWOnRows
-from fitune.training.gradient_norm import clip_gradients, norm_of_gradients
+from fitune.optimizers import adamw_rows
+from fitune.optimizers.adamw_rows import AdamWOnRows
+from fitune.optimizers.gradient_norm import clip_gradients, norm_of_gradients
 
 SIZES = [(5, 3), (1, 4), (7,), (6, 2)]
 "Of weights: the second has no row for a second rank."

@@ -7,7 +7,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from fitune.model.sharding import local_part
-from fitune.training.gradient_norm import clip_gradients, norm_of_gradients, scale_to
+from fitune.optimizers.gradient_norm import clip_gradients, norm_of_gradients, scale_to
 
 LARGE = 2**20
 "Elements from which a tensor on a GPU is worth a launch of its own; torch steps many with one."
@@ -63,7 +63,7 @@ class AdamWOnRows(torch.optim.AdamW):
     def _step_alone(self, group: dict, parts: list[Part]) -> None:
         if not parts:
             return
-        from fitune.training import adamw_float_triton
+        from fitune.optimizers import adamw_float_triton
 
         device = parts[0][0].device
         scale = torch.ones((), device=device) if self._scale is None else self._scale_on(device)

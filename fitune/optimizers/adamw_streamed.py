@@ -2,7 +2,7 @@
 
 A piece is flat, FLOAT_PIECE elements of one large tensor or of many small ones side by side: AdamW works on each
 element by itself. All four numbers of an element travel in; weight and moments travel out, while the next piece comes
-in (`fitune.training.ring`).
+in (`fitune.optimizers.ring`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +14,9 @@ import torch
 from fitune.config.optimizer_pieces import FLOAT_PIECE
 from fitune.model.host_ram import pin_in_place
 from fitune.model.sharding import local_part, split_as
-from fitune.training.adamw_rows import AdamWOnRows, step_together
-from fitune.training.gradient_norm import norm_of_gradients, scale_to
-from fitune.training.ring import Ring, Slot
+from fitune.optimizers.adamw_rows import AdamWOnRows, step_together
+from fitune.optimizers.gradient_norm import norm_of_gradients, scale_to
+from fitune.optimizers.ring import Ring, Slot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Part = Sequence[torch.Tensor]

@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fitune.config.schema import Run
-from fitune.training import adamw_streamed, arguments
-from fitune.training.adamw_rows import AdamWOnRows
-from fitune.training.adamw_streamed import AdamWStreamed, pieces
-from fitune.training.gradient_norm import clip_gradients
+from fitune.optimizers import adamw_streamed
+from fitune.optimizers.adamw_rows import AdamWOnRows
+from fitune.optimizers.adamw_streamed import AdamWStreamed, pieces
+from fitune.optimizers.gradient_norm import clip_gradients
+from fitune.training import arguments
 
 CPU = torch.device("cpu")
 PIECE = 64

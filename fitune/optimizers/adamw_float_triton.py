@@ -1,4 +1,4 @@
-"""The Triton kernel of `fitune.training.adamw_rows`: one step of AdamW on a float32 tensor. Imported on GPUs alone.
+"""The Triton kernel of `fitune.optimizers.adamw_rows`: one step of AdamW on a float32 tensor. Imported on GPUs alone.
 
 It reads gradient, weight and moments once and writes weight and moments once: 28 bytes an element, 26 where gradients
 are bf16. torch's fused step writes the gradient, too, where it is to be scaled. The moments' corrections are float64,

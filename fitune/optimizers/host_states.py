@@ -3,7 +3,7 @@
 Backward: a hook takes each weight's gradient off the GPU as soon as it is there. Where an earlier pass of the step has
 left one, that travels to the GPU first, the two are added there, and the sum goes back: no CPU adds anything. The step:
 gradient, codes and scales of some rows travel in, the kernel runs, codes and scales travel out. How they travel:
-`fitune.training.ring`.
+`fitune.optimizers.ring`.
 """
 
 from collections import deque
@@ -16,8 +16,8 @@ import torch
 from fitune.config.optimizer_pieces import IN_FLIGHT_BYTES, PIECE
 from fitune.model.host_ram import host_zeros
 from fitune.model.sharding import local_part
-from fitune.training.moment import Moment
-from fitune.training.ring import Ring, Slot
+from fitune.optimizers.moment import Moment
+from fitune.optimizers.ring import Ring, Slot
 
 BLOCK = 64
 "The smallest one: a slot has room for the scales of as many blocks."
