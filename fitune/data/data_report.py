@@ -1,6 +1,8 @@
 """report.json: what was read, what was kept, where it came from; and the same as a table."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from fitune.data.row_store import RowStore, Selection
 from fitune.data.rules import Rules
 from fitune.data.source_file import SourceFile
 from fitune.data.token_report import histogram_chart, packing_report, token_statistics
+
+HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
+"What split to hold out is usually called."
 
 
 def describe(
@@ -30,17 +35,18 @@ def describe(
     """
     repeats = selection.train_repeats
     train_tokens = np.repeat(store.tokens, repeats)
+    kept = (repeats > 0) | selection.test
     counted = rules.encoder is not None
     report = {
         "version": REPORT_VERSION,
         "rows_in": tally.rows_in,
-        "rows_kept": int((repeats > 0).sum() + selection.test.sum()),
+        "rows_kept": int(kept.sum()),
         "dropped": dict(sorted((tally.counts | selection.dropped).items(), key=lambda item: -item[1])),
         "examples": tally.examples,
         "rows_cut": tally.cut,
         "escaped_control_tokens": tally.escaped,
         "reasoning_dropped": tally.reasoning_dropped,
-        "texts": int(store.is_text.sum()),
+        "texts": int((store.is_text & kept).sum()),
         "longest_conversation": int(store.tokens[~store.is_text].max(initial=0)) if counted else None,
         "train_rows": int(repeats.sum()),
         "test_rows": int(selection.test.sum()),
@@ -109,7 +115,9 @@ def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
             )
         if splits.ignored:
             names = ", ".join(splits.ignored[:5]) + (", ..." if len(splits.ignored) > 5 else "")
-            notes.append(f"not read, neither train nor test: {names}")
+            held_out = next((name for name in HELD_OUT if any(_is_named(file, name) for file in splits.ignored)), None)
+            way = f"; --set data.test_split={held_out} holds out {held_out}" if held_out and not splits.test else ""
+            notes.append(f"not read, neither train nor test: {names}{way}")
     if report["packed_rows"] and global_batch_size and report["packed_rows"] < global_batch_size:
         notes.append(
             f"packed, the training rows fill {report['packed_rows']:,} rows of {report['max_length']:,} tokens, "
@@ -120,6 +128,10 @@ def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
     if report["tokens"] is None:
         notes.append("no tokenizer was given: tokens were not made, long rows not looked for; train makes them")
     return notes
+
+
+def _is_named(file: str, split: str) -> bool:
+    return re.match(rf"{split}(?:[-_.]|$)", Path(file).name) is not None
 
 
 def _lines(report: dict):

@@ -252,9 +252,11 @@ def test_files_that_are_not_read_are_mentioned(tmp_path):
     (folder / "more.txt").write_text("hello")
     report = run(folder, tmp_path)
     assert report["rows_in"] == 4
-    assert (
-        report["notes"][0] == f"not read, neither train nor test: {folder / 'more.txt'}, {folder / 'validation.jsonl'}"
-    )
+    unread = f"not read, neither train nor test: {folder / 'more.txt'}, {folder / 'validation.jsonl'}"
+    assert report["notes"][0] == f"{unread}; --set data.test_split=validation holds out validation"
+    held_out = run(folder, tmp_path, {"test_split": "validation"}, overwrite=True)
+    assert (held_out["rows_in"], held_out["test_rows"]) == (6, 2)
+    assert held_out["notes"] == [f"not read, neither train nor test: {folder / 'more.txt'}", *held_out["notes"][1:]]
 
 
 def test_a_file_of_both_splits_is_refused(tmp_path):

@@ -36,6 +36,12 @@ def texts(*contents) -> list[dict]:
     return [{"text": content} for content in contents]
 
 
+def test_texts_are_counted_that_are_taken(tmp_path):
+    path = write(tmp_path / "a.jsonl", *texts(*(f"text number {n}" for n in range(40))))
+    report = run(path, tmp_path, {"weight": 0.25})
+    assert report["texts"] == report["rows_kept"] < 20
+
+
 def test_a_text_is_trained_whole_between_its_ends_and_split(tmp_path):
     tokenizer = tiny_tokenizer()
     report = run(
