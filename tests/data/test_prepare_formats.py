@@ -256,7 +256,7 @@ def test_files_that_are_not_read_are_mentioned(tmp_path):
     assert report["notes"][0] == f"{unread}; --set data.test_split=validation holds out validation"
     held_out = run(folder, tmp_path, {"test_split": "validation"}, overwrite=True)
     assert (held_out["rows_in"], held_out["test_rows"]) == (6, 2)
-    assert held_out["notes"] == [f"not read, neither train nor test: {folder / 'more.txt'}", *held_out["notes"][1:]]
+    assert held_out["notes"][0] == f"not read, neither train nor test: {folder / 'more.txt'}"
 
 
 def test_a_file_of_both_splits_is_refused(tmp_path):
