@@ -110,6 +110,7 @@ def assert_bit_exact(
     assert done.stdout.count("changed bytes before 0 after 0") == ranks
 
 
+SMALL_STATES = "profile.optimizer_state=bf16_8bit"
 TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>']"
 
 
@@ -123,6 +124,7 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", ["profile.replicas=2"], id="two-copies-in-host-ram"),
+        pytest.param("tiny_full", "fsdp_4x48gb", ["profile.replicas=2", SMALL_STATES], id="full-two-copies-of-two-ranks"),
     ],
 )
 def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_path):
