@@ -124,7 +124,9 @@ TRAINED_TOKENS = "lora.trainable_tokens=['<|start_header_id|>', '<|end_header_id
         pytest.param("tiny_qlora", "fsdp_1x48gb", [TRAINED_TOKENS], id="trained-tokens-embedding-in-host-ram"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", [TRAINED_TOKENS], id="trained-tokens-two-ranks-offloaded"),
         pytest.param("tiny_qlora", "fsdp_offload_2x24gb", ["profile.replicas=2"], id="two-copies-in-host-ram"),
-        pytest.param("tiny_full", "fsdp_4x48gb", ["profile.replicas=2", SMALL_STATES], id="full-two-copies-of-two-ranks"),
+        pytest.param(
+            "tiny_full", "fsdp_4x48gb", ["profile.replicas=2", SMALL_STATES], id="full-two-copies-of-two-ranks"
+        ),
     ],
 )
 def test_the_shipped_answers_are_learned_by_heart(recipe, profile, extra, tmp_path):
