@@ -21,6 +21,7 @@ from fitune.export.adapter_servers import (
     vllm_command,
     what_lacks,
 )
+from fitune.export.card_data import data_section, datasets_of_the_hub
 from fitune.export.configs import is_misread_by_older
 from fitune.export.tokenizer_files import template_of
 from fitune.weights.model_files import LICENCE_FILES, matching
@@ -58,7 +59,7 @@ def write_model_card(
         _base(base, revision, run, licence),
         _merged(onto, run),
         OLDER_LOADERS if is_adapter and is_misread_by_older(json_or_nothing(base_folder / "config.json")) else "",
-        *((_data(run), _settings(run), _losses(run)) if run else ()),
+        *((data_section(run), _settings(run), _losses(run)) if run else ()),
         _template(folder),
         _serving(folder, ServedBase(_name(base), revision), base_folder) if is_adapter else "",
         f"Made with fitune {__version__}.",
@@ -86,7 +87,7 @@ def _front_matter(run: Run | None, base: str, licence: str, is_adapter: bool) ->
     if _name(base) == base:
         fields["base_model"] = base
         fields["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    if from_hub := [source["dataset"] for source in _sources(_data_report(run)) if source.get("revision")]:
+    if run and (from_hub := datasets_of_the_hub(run)):
         fields["datasets"] = from_hub
     fields["tags"] = list(dict.fromkeys(fields["tags"]))
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
@@ -115,30 +116,6 @@ def _merged(onto: str | None, run: Run | None) -> str:
 def _licence(folder: Path) -> str:
     texts = [file.read_text(encoding="utf-8", errors="replace")[:2000] for file in matching(folder, LICENCE_FILES)]
     return next((name for text in texts for begin, name in LICENCES.items() if begin in text), "other")
-
-
-def _data_report(run: Run | None) -> dict:
-    """What `prepare` wrote of the rows that were trained on, which may be others than the recipe's."""
-    return json_or_nothing(Path(run.recipe.data.prepared) / "report.json") if run else {}
-
-
-def _sources(report: dict) -> list[dict]:
-    return [source for source in (report.get("source"), *report.get("mixed_in", ())) if source]
-
-
-def _data(run: Run) -> str:
-    lines, report = ["## Data", ""], _data_report(run)
-    for source in _sources(report):
-        version = source.get("revision") or (f"SHA-256 {source['sha256']}" if source.get("sha256") else None)
-        name = source["dataset"] if source.get("revision") else Path(source["dataset"]).name
-        lines.append(f"- dataset: `{name}`" + (f", version `{version}`" if version else ""))
-    if report:
-        lines.append(f"- rows: {report['train_rows']:,} to train on, {report['test_rows']:,} held out")
-    if tokens := report.get("tokens"):
-        lines.append(f"- tokens: {tokens['total']:,}, {tokens['trained_share']:.1%} of them trained")
-    if dropped := report.get("dropped"):
-        lines.append(f"- rows left out: {', '.join(f'{count:,} {why}' for why, count in dropped.items())}")
-    return "\n".join(lines)
 
 
 def _settings(run: Run) -> str:

@@ -18,6 +18,7 @@ from fitune.report import figures
 from fitune.report.charts import Chart, Curve, histogram_chart, line_chart, phase_chart
 from fitune.report.differences import marked
 from fitune.report.run_files import RunFiles, read_run_files
+from fitune.report.trained_rows import train_hash
 
 PAGE = "report.html"
 OPTIONS = "report.json"
@@ -91,6 +92,7 @@ def page(runs: list[RunFiles], price_per_hour: float | None = None) -> str:
         "data_notes": (run.data.get("notes") or [])[:MOST_NAMED],
         "data_chart": _data_chart(run),
         "data_changed": _data_changed(run),
+        "data_are_new": run.data is run.data_now,
         "differing": _differing(runs),
         "settings": figures.settings(run),
         "origin": figures.origin_rows(run),
@@ -143,7 +145,7 @@ def _data_chart(run: RunFiles) -> Chart | None:
 
 def _data_changed(run: RunFiles) -> bool:
     """Whether the data were prepared again, differently, since the run was started."""
-    now = (run.data.get("files") or {}).get("train.jsonl", {}).get("sha256")
+    now = train_hash(run.data_now)
     then = run.origin.get("identity", {}).get("data")
     return bool(now and then and now != then)
 

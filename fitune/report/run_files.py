@@ -14,6 +14,7 @@ from fitune.planning.gpu_models import likely_model
 from fitune.planning.limits import limits_of
 from fitune.planning.plan import Plan, make_plan, steps_of
 from fitune.report.origin import ORIGIN
+from fitune.report.trained_rows import TRAINED_ON
 
 ANSWERS = "answers.json"
 "What `generate --test` leaves in a run's folder."
@@ -22,6 +23,7 @@ SHAPES = {
     "finished.json": {"step": int},
     "origin.json": {"versions": dict, "hardware": dict, "identity": dict, "starts": [dict]},
     "answers.json": {"rows": [{"messages": [dict]}]},
+    "data.json": {"report": dict},
     "report.json": {"tokens": dict, "source": dict, "mixed_in": [dict], "files": dict, "dropped": dict, "notes": list},
 }
 "Of what the page looks into."
@@ -45,8 +47,10 @@ class RunFiles:
     "By file name without `.json`: metrics by what was measured, and the number of rows."
     answers: dict
     data: dict
-    "The report of `prepare`."
+    "The report of `prepare`: of the rows that were trained, where the run's folder has it, else of those there now."
     notes: list[str] = field(default_factory=list)
+    data_now: dict = field(default_factory=dict)
+    "The report in the prepared folder."
 
     def series(self, key: str) -> Points:
         """Of a value that was logged; what is no finite number is left out."""
@@ -103,13 +107,18 @@ def read_run_files(path: Path) -> RunFiles:
         if not isinstance(content, dict):
             notes.append(f"{file.name} cannot be read, so what it holds is missing here")
             return {}
-        shapes = SHAPES.get(file.name, {})
+        return undamaged(content, file.name)
+
+    def undamaged(content: dict, name: str) -> dict:
+        shapes = SHAPES.get(name, {})
         damaged = [
             key for key, shape in shapes.items() if content.get(key) is not None and not _is(content[key], shape)
         ]
-        notes.extend(f"{file.name}: {key} is damaged, so what it holds is missing here" for key in damaged)
+        notes.extend(f"{name}: {key} is damaged, so what it holds is missing here" for key in damaged)
         return {key: value for key, value in content.items() if value is not None and key not in damaged}
 
+    data_now = read(Path(run.recipe.data.prepared) / "report.json")
+    kept = read(folder / TRAINED_ON).get("report")
     evaluations = {file.stem: read(file) for file in sorted(folder.glob("eval*.json"))}
     return RunFiles(
         run=run,
@@ -120,8 +129,9 @@ def read_run_files(path: Path) -> RunFiles:
         origin=read(folder / ORIGIN),
         evaluations={name: evaluation for name, evaluation in evaluations.items() if evaluation},
         answers=read(folder / ANSWERS),
-        data=read(Path(run.recipe.data.prepared) / "report.json"),
+        data=data_now if kept is None else undamaged(kept, "report.json"),
         notes=notes,
+        data_now=data_now,
     )
 
 

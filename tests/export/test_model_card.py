@@ -82,6 +82,25 @@ def test_data_settings_losses_and_template(run, tmp_path):
         assert said in body, said
 
 
+def test_rows_that_were_prepared_since_are_not_the_runs(run, tmp_path):
+    """The folder has their report; the run's own is in its data.json, of an older run nowhere."""
+    other = REPORT | {
+        "source": {"dataset": "org/other", "revision": "def456"},
+        "files": {"train.jsonl": {"sha256": "2"}},
+    }
+    (tmp_path / "data" / "report.json").write_text(json.dumps(other))
+    (run.folder / "origin.json").write_text(json.dumps({"identity": {"data": "1"}}))
+    front, body = card(tmp_path, run)
+    assert "## Data\n\nNot described here: the rows that were prepared last are others" in body
+    assert "datasets" not in front and "org/other" not in body
+    (run.folder / "data.json").write_text(json.dumps({"rows": {"train": "1"}, "report": REPORT}))
+    front, body = card(tmp_path, run)
+    assert front["datasets"] == ["org/rows"] and "- dataset: `org/rows`, version `abc123`\n" in body
+    (run.folder / "data.json").unlink()
+    (run.folder / "origin.json").write_text(json.dumps({"identity": {"data": "2"}}))
+    assert "- dataset: `org/other`, version `def456`\n" in card(tmp_path, run)[1]
+
+
 def test_a_base_kept_in_fp8_is_named_beside_the_loss(run, tmp_path):
     _, body = card(tmp_path, run)
     assert "Last held-out loss while training: 2.1250, step 2." in body

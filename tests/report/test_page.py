@@ -203,6 +203,8 @@ def test_damaged_files_are_named_and_cost_only_their_part(tmp_path):
         ("origin.json", {"hardware": 7, "versions": [], "starts": {"a": 1}}, "origin.json: hardware is damaged"),
         ("answers.json", {"rows": ["x"]}, "answers.json: rows is damaged"),
         ("answers.json", {"rows": [{"messages": "hi"}]}, "answers.json: rows is damaged"),
+        ("data.json", {"report": "x"}, "data.json: report is damaged"),
+        ("data.json", {"report": {"tokens": 3}}, "report.json: tokens is damaged"),
         ("finished.json", {"step": "x"}, "finished.json: step is damaged"),
     ],
 )
@@ -261,7 +263,21 @@ def test_data_that_were_prepared_again_are_named(tmp_path):
     run, report = finished_run(tmp_path / "first"), tmp_path / "data" / "report.json"
     assert "prepared again" not in Page(write_page(run)).text()
     write_json(report, json.loads(report.read_text()) | {"files": {"train.jsonl": {"sha256": "f" * 64}}})
-    assert "prepared again since this run was started" in Page(write_page(run)).text()
+    said = "prepared again since this run was started: these are"
+    assert f"{said} the new ones. source" in Page(write_page(run)).text()
+
+
+def test_the_data_of_a_run_are_those_that_it_was_started_with(tmp_path):
+    run, report = finished_run(tmp_path / "first"), tmp_path / "data" / "report.json"
+    then = json.loads(report.read_text())
+    write_json(run / "data.json", {"rows": {"train": "d" * 64}, "report": then})
+    assert "prepared again" not in Page(write_page(run)).text()
+    write_json(report, then | {"train_rows": 7777, "files": {"train.jsonl": {"sha256": "f" * 64}}})
+    text = Page(write_page(run)).text()
+    assert "prepared again since this run was started: these are those that it was trained on. source" in text
+    assert "training rows 90" in text and "7,777" not in text
+    report.unlink()
+    assert "training rows 90" in Page(write_page(run)).text()
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path):
