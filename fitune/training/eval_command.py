@@ -1,15 +1,18 @@
 """What `fitune eval` does: a run is measured on all its ranks, a folder where it fits, a GGUF by llama.cpp."""
 
+import sys
 import tempfile
 from pathlib import Path
 
 from fitune.config.gguf_files import SUFFIX, refuse_gguf
+from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.launching.launch import Place, launch_until_stopped
 from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.launching.roll_call import launch_together
 from fitune.planning.asking import Reading
 from fitune.report.page import show_page_after_a_command
+from fitune.report.trained_rows import rows_at_the_start
 from fitune.training.asked_here import held_here, rows_of_eval
 from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none, on_other_rows
 
@@ -39,6 +42,7 @@ def eval_command(
         raise UsageError(f"--load {load}: a run is measured as it was trained; --load is for folders of models")
     check_machine_flags(run, **place)
     check_data(on_other_rows(run, data) if data else run, asked_as_trained=True, quiet=data is not None)
+    data = data or _prepared_since(run)
     words = [*checkpoint_flag(run), *(["--force"] if force else []), *(["--data", str(data)] if data else [])]
     with held_here(run, rows_of_eval(run)) as held:
         words += held.flags
@@ -46,6 +50,28 @@ def eval_command(
     if not code:
         show_page_after_a_command(run.folder, place)
     return code
+
+
+def _prepared_since(run: Run) -> Path | None:
+    """The run's prepared folder where it holds other rows than at the run's start: measured as --data, which it says.
+
+    None also where it is not known which rows these were.
+    """
+    from fitune.data.prepared import sha256_of_rows
+
+    folder, then = Path(run.recipe.data.prepared).absolute(), rows_at_the_start(run.folder)
+    split = "test" if then.get("test") else "train"  # an older run knows its training rows alone
+    if not then.get(split) or not (folder / f"{split}.jsonl").is_file():
+        return None
+    if sha256_of_rows(folder, split) == then[split]:
+        return None
+    name = "-".join(["eval", *([Path(run.checkpoint).name] if run.checkpoint else [])])
+    print(
+        f"note: {folder}/{split}.jsonl holds other rows than when {run.folder} was started: the result goes into "
+        f"{name}-{folder.name}.json, and {name}.json stays as it is",
+        file=sys.stderr,
+    )
+    return folder
 
 
 def _refuse_ignored_flags(data: Path | None, *, tasks: str | None, load: str, include, limit, file) -> None:
