@@ -1,7 +1,5 @@
 """README.md of what is handed over: base, data, settings, measured losses, template, licence, as the Hub reads it."""
 
-import json
-import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from fitune.export.adapter_servers import (
     what_lacks,
 )
 from fitune.export.card_data import data_section, datasets_of_the_hub
+from fitune.export.card_losses import losses_section
 from fitune.export.configs import is_misread_by_older
 from fitune.export.tokenizer_files import template_of
 from fitune.weights.model_files import LICENCE_FILES, matching
@@ -59,7 +58,7 @@ def write_model_card(
         _base(base, revision, run, licence),
         _merged(onto, run),
         OLDER_LOADERS if is_adapter and is_misread_by_older(json_or_nothing(base_folder / "config.json")) else "",
-        *((data_section(run), _settings(run), _losses(run)) if run else ()),
+        *((data_section(run), _settings(run), losses_section(run)) if run else ()),
         _template(folder),
         _serving(folder, ServedBase(_name(base), revision), base_folder) if is_adapter else "",
         f"Made with fitune {__version__}.",
@@ -129,21 +128,6 @@ def _settings(run: Run) -> str:
     )
 
 
-def _losses(run: Run) -> str:
-    """Of the whole run: `eval`'s table where it was run, else the last evaluation while training."""
-    lines, name = [], f"eval-{Path(run.checkpoint).name}.json" if run.checkpoint else "eval.json"
-    if report := json_or_nothing(run.folder / name):
-        lines += ["| held-out rows | loss | perplexity | token accuracy |", "|---|---|---|---|"]
-        for label in ("base", "tuned"):
-            m = report[label]
-            lines.append(f"| {label} | {m['loss']:.4f} | {m['perplexity']:.2f} | {m['token_accuracy']:.1%} |")
-    logged, beside = _logged(run), ", beside the base rounded to fp8" * run.keeps_base_in_fp8
-    for key, said in (("loss", "Last training loss"), ("eval_loss", f"Last held-out loss while training{beside}")):
-        if found := [line for line in logged if key in line]:
-            lines += ["", f"{said}: {found[-1][key]:.4f}, step {found[-1]['step']}."]
-    return "\n".join(["## Losses", "", *lines]).replace("\n\n\n", "\n\n") if lines else ""
-
-
 def _template(folder: Path) -> str:
     text = template_of(folder)
     return f"## Chat template\n\n```jinja\n{text.rstrip()}\n```" if text else ""
@@ -167,11 +151,3 @@ def _serving(folder: Path, base: ServedBase, base_folder: Path) -> str:
     if commands and is_beside_other_weights(folder, json_or_nothing(base_folder / "config.json")):
         parts.append("It was trained and measured beside weights in NF4; here it is added to the base's own weights.")
     return "\n\n".join(["## Serving", *filter(None, parts)])
-
-
-def _logged(run: Run) -> list[dict]:
-    file = run.folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    limit = int(match.group(1)) if run.checkpoint and (match := re.search(r"-(\d+)$", run.checkpoint)) else None
-    logged = [json.loads(line) for line in lines if line.endswith("}")]
-    return [line for line in logged if limit is None or line.get("step", 0) <= limit]

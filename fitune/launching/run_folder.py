@@ -25,7 +25,7 @@ from fitune.config.run import FOUND
 from fitune.config.schema import AUTO, Run
 from fitune.config.shipped import name_of
 from fitune.errors import UsageError
-from fitune.launching.finished import go_on_from, read_finished, write_finished
+from fitune.launching.finished import go_on_from, noted_best, read_finished, write_finished
 from fitune.launching.run_lock import LOCK, RunLock
 from fitune.output_folder import checkpoints, write_whole
 
@@ -147,10 +147,11 @@ def begin_to_train(run: Run) -> None:
 
 
 def finish(run: Run, step: int, epoch: float, stopped_early: bool = False) -> None:
-    """Called by the main process when the result of `step` is written, which early stopping may have made the last."""
+    """Called by the main process when the result is written. `step` is the last, by early stopping perhaps."""
     asked = steps_asked(run.recipe.training, step, epoch)
     content = {"step": step, "epoch": epoch, "asked": asked, "stopped_early": stopped_early and step < asked}
-    write_finished(run.folder, content)
+    best = noted_best(run.folder) if run.recipe.training.get("load_best_model_at_end") else None
+    write_finished(run.folder, content | ({"result_step": best} if best not in (None, step) else {}))
 
 
 def steps_asked(training: dict, step: int, epoch: float) -> int:

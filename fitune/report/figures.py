@@ -116,7 +116,10 @@ def data_rows(data: dict) -> list[tuple[str, str]]:
 
 def _state(run: RunFiles) -> str:
     if run.finished:
-        return f"finished after {run.step:,} steps{', stopped early' * bool(run.finished.get('stopped_early'))}"
+        early = ", stopped early" if run.finished.get("stopped_early") else ""
+        best = run.finished.get("result_step")
+        of_best = f"; result: step {best:,}, the best evaluation" if best else ""
+        return f"finished after {run.step:,} steps{early}{of_best}"
     asked = f" of {run.steps_asked:,}" if run.steps_asked else ""
     return f"unfinished: step {run.step:,}{asked}" if run.lines else "nothing logged yet"
 

@@ -20,7 +20,7 @@ ANSWERS = "answers.json"
 "What `generate --test` leaves in a run's folder."
 SHAPES = {
     "measurements.json": {"ranks": [{"loading": dict}], "step_seconds": [float | int], "step_tokens": [float | int]},
-    "finished.json": {"step": int},
+    "finished.json": {"step": int, "result_step": int},
     "origin.json": {"versions": dict, "hardware": dict, "identity": dict, "starts": [dict]},
     "answers.json": {"rows": [{"messages": [dict]}]},
     "data.json": {"report": dict},

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from fitune.config.evaluation import best_metric, keeps_the_best, scores, stops_early
 from fitune.config.recipe import Recipe
 from fitune.errors import say_while_training
+from fitune.launching.finished import note_best
 from fitune.training.distributed import is_main_process
 
 
@@ -46,7 +47,8 @@ class BestModel(TrainerCallback):
     def choose(self, folder: Path, log_history: list[dict], find_damage: Callable[[Path], str | None]) -> Path | None:
         """The best whole checkpoint in `folder`; None if no step with a checkpoint was evaluated. Says what it takes.
 
-        Call on all ranks.
+        Notes its step in the run's folder, in which `folder` lies, for the model card and finished.json. Call on all
+        ranks.
         """
         for step in self.best_steps(log_history):
             checkpoint = folder / f"checkpoint-{step}"
@@ -56,7 +58,10 @@ class BestModel(TrainerCallback):
                 verdict = f"skipped: {damage}" if damage else "the best evaluation, becomes the result"
                 print(f"{checkpoint.name}: {best_metric(self.recipe.training)} {score:.4f}: {verdict}", file=sys.stderr)
             if not damage:
+                if is_main_process():
+                    note_best(folder.parent, step)
                 return checkpoint
         if is_main_process():
+            note_best(folder.parent, None)
             print("note: no checkpoint was evaluated; the last step becomes the result", file=sys.stderr)
         return None

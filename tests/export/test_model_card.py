@@ -139,6 +139,22 @@ def test_of_a_checkpoint_only_what_was_logged_up_to_it_counts(run, tmp_path):
     assert "Last training loss: 2.5000, step 1." in body and "held-out loss" not in body
 
 
+@pytest.mark.parametrize("noted_in", ["best.json", "finished.json"])
+def test_of_the_best_evaluation_only_what_was_logged_up_to_it_counts(run, tmp_path, noted_in):
+    """best.json has its step while the result is written, finished.json after that."""
+    best_at_end = run.recipe.model_copy(update={"training": {"load_best_model_at_end": True}})
+    the_best = run.model_copy(update={"recipe": best_at_end})
+    assert "Last training loss: 2.2500, step 2." in card(tmp_path, the_best)[1], "an older run does not say its step"
+    (run.folder / "finished.json").write_text('{"step": 2}')
+    (run.folder / noted_in).write_text('{"step": 2, "result_step": 1}')
+    _, body = card(tmp_path, the_best)
+    assert "Result: step 1, the best evaluation; training went on to step 2.\n" in body
+    assert "Last training loss: 2.5000, step 1." in body and "held-out loss" not in body
+    assert "Result: " not in card(tmp_path, run)[1], "nobody asked for the best"
+    at_two = the_best.model_copy(update={"checkpoint": str(run.folder / "checkpoints" / "checkpoint-2")})
+    assert "Last training loss: 2.2500, step 2." in card(tmp_path, at_two)[1]
+
+
 @pytest.mark.parametrize(
     ("method", "onto", "said"),
     [

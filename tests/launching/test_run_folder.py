@@ -11,7 +11,7 @@ from fitune.cli import cli
 from fitune.config import run as runs
 from fitune.config.run import resolve, resolve_again
 from fitune.errors import UsageError
-from fitune.launching.finished import Measuring
+from fitune.launching.finished import Measuring, note_best, read_finished
 from fitune.launching.launch import launch_line
 from fitune.launching.run_folder import begin_to_train, finish, nothing_left, open_run_folder, settings_to_train
 from fitune.launching.run_folder import steps_asked as asked
@@ -125,6 +125,42 @@ def test_a_result_before_the_steps_that_were_trained_since_is_not_given_out(make
         finished_run(longer.folder)
     finish(longer, 8, 4.0)
     assert finished_run(make().folder).recipe.training["max_steps"] == 8
+
+
+def test_what_tells_of_the_best_evaluation_bears_its_step(make):
+    """It is the result; training made more steps."""
+    best_at_end = ("training.eval_strategy=epoch", "training.load_best_model_at_end=true")
+    trained(make(*best_at_end))
+    note_best(make().folder, 2)
+    finish(make(*best_at_end), 4, 2.0)
+    assert read_finished(make().folder)["step"] == 4 and read_finished(make().folder)["result_step"] == 2
+    assert not (make().folder / "best.json").exists()
+    (make().folder / "eval.json").write_text("{}")
+    measuring, longer = Measuring(make().folder), make(*best_at_end, "training.max_steps=8")
+    with open_run_folder(longer, resume=True):
+        begin_to_train(longer)
+    assert (make().folder / "eval-of-step-2.json").is_file()
+    assert measuring.file("answers").name == "answers-of-step-2.json"
+    with pytest.raises(UsageError, match=r"went on after its result, of step 2, and has not finished"):
+        finished_run(longer.folder)
+
+
+@pytest.mark.parametrize(("sets", "noted"), [((), 2), (("training.load_best_model_at_end=true",), 4)])
+def test_a_result_of_the_last_step_has_no_step_of_its_own(make, sets, noted):
+    """Noted before a crash, by settings that asked for the best; or the last is the best."""
+    run = make("training.eval_strategy=epoch", *sets)
+    trained(run)
+    note_best(run.folder, noted)
+    finish(run, 4, 2.0)
+    assert "result_step" not in read_finished(run.folder) and not (run.folder / "best.json").exists()
+
+
+def test_the_best_that_was_noted_before_a_crash_is_forgotten_when_training_goes_on(make):
+    trained(make())
+    note_best(make().folder, 2)
+    with open_run_folder(make("training.max_steps=8"), resume=True):
+        begin_to_train(make("training.max_steps=8"))
+    assert not (make().folder / "best.json").exists()
 
 
 def test_a_result_that_nothing_is_said_of_is_the_runs(make):

@@ -104,6 +104,14 @@ def test_what_torch_reserves_is_planned_without_what_lies_outside(copies):
     assert planned["one GPU: all, with CUDA's context and kernels"] == f"{plan.gpu.total / GIB:.2f}"
 
 
+def test_a_result_of_an_earlier_step_is_named(tmp_path):
+    run = finished_run(tmp_path / "first")
+    assert "the best evaluation" not in Page(write_page(run)).text()
+    write_json(run / "finished.json", {"step": STEPS, "epoch": 2.0, "result_step": 10, "stopped_early": True})
+    said = "finished after 40 steps, stopped early; result: step 10, the best evaluation"
+    assert said in Page(write_page(run)).text()
+
+
 def test_gpu_memory_is_shown_beside_the_plan(tmp_path):
     memory = {"gpu_memory_gib": 6.5, "gpu_memory_planned_gib": 7.0}
     page = Page(write_page(unfinished_run(tmp_path / "run", [line | memory for line in metrics(20)])))

@@ -5,6 +5,7 @@ from transformers import TrainerControl, TrainerState
 
 from fitune.config.evaluation import stops_early
 from fitune.config.recipe import EarlyStopping
+from fitune.launching.finished import noted_best
 from fitune.training.best_model import BestModel
 
 
@@ -75,3 +76,13 @@ def test_better_is_what_is_better_by_more_than_the_threshold(best_model):
     assert stops_early(recipe, log(3, 2.75, 2.5))
     assert not stops_early(recipe, log(3, 2.75, 2.25))
     assert stops_early(recipe, log(3, 2.25, 2, 1.875)), "than the best before it"
+
+
+def test_the_step_that_becomes_the_result_is_noted_in_the_runs_folder(best_model, tmp_path):
+    model, checkpoints = best_model(), tmp_path / "checkpoints"
+    assert model.choose(checkpoints, log(3, 1, 2), lambda folder: None) == checkpoints / "checkpoint-2"
+    assert noted_best(tmp_path) == 2
+    model.choose(checkpoints, log(3, 1, 2), lambda folder: "damaged" if folder.name == "checkpoint-2" else None)
+    assert noted_best(tmp_path) == 3
+    assert model.choose(checkpoints, log(3, 1, 2), lambda folder: "damaged") is None
+    assert noted_best(tmp_path) is None, "the last step becomes the result"

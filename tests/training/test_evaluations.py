@@ -11,6 +11,7 @@ from rounding import additions_to_logits, rounding
 from transformers import LlamaConfig
 
 from fitune.data.prepared import load_rows
+from fitune.launching.finished import read_finished
 from fitune.model.sharding import local_part
 from fitune.training.evaluate import evaluate
 from fitune.training.trainer import ShardedSFTTrainer
@@ -82,6 +83,9 @@ def test_the_best_evaluation_becomes_the_result(method, processes, rate, make_ru
     losses = _logged(run, "eval_loss")
     best = min(losses, key=losses.get)
     assert 1 < best < run.recipe.training["max_steps"], "else the last, or the first, could be taken for the best"
+    assert read_finished(run.folder)["result_step"] == best
+    said = f"Result: step {best}, the best evaluation; training went on to step {run.recipe.training['max_steps']}."
+    assert said in (run.result_folder / "README.md").read_text()
     checkpoint = run.folder / "checkpoints" / f"checkpoint-{best}"
     assert (checkpoint / "manifest.json").is_file(), "kept though it is not among the newest two"
     if method != "full":
