@@ -34,12 +34,23 @@ def _of_training(run: Run) -> list[str]:
     if best and len(until) < len(logged):
         said.append(f"Result: step {best}, the best evaluation; training went on to step {logged[-1]['step']}.")
     if found := [line for line in until if "loss" in line]:
-        said.append(f"Last training loss: {found[-1]['loss']:.4f}, step {found[-1]['step']}.")
+        named, unlike = _named(run.recipe.training)
+        said.append(f"Last training loss{named}: {found[-1]['loss']:.4f}, step {found[-1]['step']}.{unlike}")
     if found := [line for line in until if "eval_loss" in line]:
         beside = ", beside the base rounded to fp8" * run.keeps_base_in_fp8
         line = found[-1]
         said.append(f"Last held-out loss while training{beside}: {line['eval_loss']:.4f}, step {line['step']}.")
     return said
+
+
+def _named(training: dict) -> tuple[str, str]:
+    """What the loss of training is, and that held-out losses are not so; nothing where both are the same loss."""
+    loss_type, smoothing = training.get("loss_type", "nll"), training.get("label_smoothing_factor")
+    names = [f"loss_type {loss_type}"] if loss_type != "nll" else []
+    names += [f"label_smoothing_factor {smoothing}"] if smoothing else []
+    if not names:
+        return "", ""
+    return f" ({', '.join(names)})", " Held-out losses are the plain negative log-likelihood: do not compare the two."
 
 
 def _step_of_checkpoint(run: Run) -> int | None:

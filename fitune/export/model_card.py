@@ -21,8 +21,8 @@ from fitune.export.adapter_servers import (
 )
 from fitune.export.card_data import data_section, datasets_of_the_hub
 from fitune.export.card_losses import losses_section
+from fitune.export.card_settings import settings_section, system_message_section, template_section
 from fitune.export.configs import is_misread_by_older
-from fitune.export.tokenizer_files import template_of
 from fitune.weights.model_files import LICENCE_FILES, matching
 
 CARD = "README.md"
@@ -39,7 +39,6 @@ OLDER_LOADERS = (
     "The base's config.json is in the form of transformers 5. transformers 4.x does not find its `rope_theta` there "
     "and answers otherwise with base and adapter, without a word: take transformers 5, or the merged model."
 )
-SETTINGS = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "optim", "weight_decay")
 
 
 def write_model_card(
@@ -58,8 +57,9 @@ def write_model_card(
         _base(base, revision, run, licence),
         _merged(onto, run),
         OLDER_LOADERS if is_adapter and is_misread_by_older(json_or_nothing(base_folder / "config.json")) else "",
-        *((data_section(run), _settings(run), losses_section(run)) if run else ()),
-        _template(folder),
+        *((data_section(run), settings_section(run), losses_section(run)) if run else ()),
+        system_message_section(folder, run),
+        template_section(folder),
         _serving(folder, ServedBase(_name(base), revision), base_folder) if is_adapter else "",
         f"Made with fitune {__version__}.",
     ]
@@ -115,22 +115,6 @@ def _merged(onto: str | None, run: Run | None) -> str:
 def _licence(folder: Path) -> str:
     texts = [file.read_text(encoding="utf-8", errors="replace")[:2000] for file in matching(folder, LICENCE_FILES)]
     return next((name for text in texts for begin, name in LICENCES.items() if begin in text), "other")
-
-
-def _settings(run: Run) -> str:
-    recipe, training = run.recipe, dict(run.recipe.training)
-    rows = {"max_length": recipe.max_length, "packing": recipe.packing, "global batch": recipe.global_batch_size}
-    rows |= {name: training[name] for name in SETTINGS if training.get(name) is not None} | {"seed": recipe.seed}
-    if recipe.lora:
-        rows |= {f"LoRA {name}": getattr(recipe.lora, name) for name in ("r", "alpha", "dropout", "target_modules")}
-    return "\n".join(
-        ["## Settings", "", "| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]
-    )
-
-
-def _template(folder: Path) -> str:
-    text = template_of(folder)
-    return f"## Chat template\n\n```jinja\n{text.rstrip()}\n```" if text else ""
 
 
 def _serving(folder: Path, base: ServedBase, base_folder: Path) -> str:

@@ -8,6 +8,8 @@ from adapters import set_values
 from bases import make_adapter
 
 from fitune.config.adapter_folder import BASE_RECORD
+from fitune.config.recipe import EarlyStopping
+from fitune.export.chat_record import ChatRecord, write_chat_record
 from fitune.export.model_card import write_model_card
 
 REPORT = {
@@ -139,11 +141,59 @@ def test_of_a_checkpoint_only_what_was_logged_up_to_it_counts(run, tmp_path):
     assert "Last training loss: 2.5000, step 1." in body and "held-out loss" not in body
 
 
+def with_recipe(run, **changes):
+    return run.model_copy(update={"recipe": run.recipe.model_copy(update=changes)})
+
+
+def test_every_setting_that_decided_how_it_was_trained_is_listed(run, tmp_path):
+    training = {
+        "loss_type": "dft", "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "max_grad_norm": 0.3,
+        "warmup_steps": 0.03, "lr_scheduler_kwargs": {"num_cycles": 2, "min_lr": 0.1}, "weight_decay": 0.0,
+        "optim_args": "a=1|b", "adam_beta2": None, "run_name": "secret", "project": "secret", "trackio_space_id": "s/t",
+    }  # fmt: skip
+    lora = run.recipe.lora.model_copy(update={"trainable_tokens": ["<|eot_id|>", "<|end|>"]})
+    data = run.recipe.data.model_copy(update={"train_on": "last"})
+    changed = with_recipe(run, training=training, lora=lora, data=data, early_stopping=EarlyStopping(patience=2))
+    table = card(tmp_path, changed)[1].partition("## Settings")[2].partition("## ")[0]
+    for row in (
+        "| train_on | last |", "| loss_type | dft |", "| neftune_noise_alpha | 5.0 |", "| max_grad_norm | 0.3 |",
+        "| label_smoothing_factor | 0.1 |", "| warmup_steps | 0.03 |", "| weight_decay | 0.0 |",
+        "| lr_scheduler_kwargs | num_cycles=2, min_lr=0.1 |", "| optim_args | a=1\\|b |",
+        "| early_stopping.patience | 2 |", "| trained tokens | `<\\|eot_id\\|>`, `<\\|end\\|>` |",
+    ):  # fmt: skip
+        assert row in table.splitlines(), row
+    assert "secret" not in table and "trackio" not in table and "None" not in table
+    assert "trained tokens" not in card(tmp_path, run)[1]
+
+
+@pytest.mark.parametrize(
+    ("training", "named"),
+    [
+        ({"loss_type": "dft"}, " (loss_type dft)"),
+        ({"loss_type": "dft", "label_smoothing_factor": 0.1}, " (loss_type dft, label_smoothing_factor 0.1)"),
+        ({"loss_type": "nll", "label_smoothing_factor": 0.0}, ""),
+    ],
+)
+def test_a_loss_of_another_kind_is_named(run, tmp_path, training, named):
+    _, body = card(tmp_path, with_recipe(run, training=training))
+    assert f"Last training loss{named}: 2.2500, step 2." in body
+    assert ("do not compare the two" in body) == bool(named)
+    assert "Last held-out loss while training: 2.1250, step 2." in body
+
+
+def test_the_system_message_is_told(run, tmp_path):
+    assert "## System message" not in card(tmp_path, run)[1]
+    data = run.recipe.data.model_copy(update={"system_message": "Be brief.\n```\ncode\n```"})
+    said = "````text\nBe brief.\n```\ncode\n```\n````\n\n## Chat template"
+    assert said in card(tmp_path, with_recipe(run, data=data))[1], "an older folder has no record of it"
+    write_chat_record(tmp_path / "out", ChatRecord("0" * 64, "Be kind."))
+    assert "```text\nBe kind.\n```" in card(tmp_path, None)[1], "an adapter that is merged without its run"
+
+
 @pytest.mark.parametrize("noted_in", ["best.json", "finished.json"])
 def test_of_the_best_evaluation_only_what_was_logged_up_to_it_counts(run, tmp_path, noted_in):
     """best.json has its step while the result is written, finished.json after that."""
-    best_at_end = run.recipe.model_copy(update={"training": {"load_best_model_at_end": True}})
-    the_best = run.model_copy(update={"recipe": best_at_end})
+    the_best = with_recipe(run, training={"load_best_model_at_end": True})
     assert "Last training loss: 2.2500, step 2." in card(tmp_path, the_best)[1], "an older run does not say its step"
     (run.folder / "finished.json").write_text('{"step": 2}')
     (run.folder / noted_in).write_text('{"step": 2, "result_step": 1}')
