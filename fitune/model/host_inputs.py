@@ -45,21 +45,21 @@ class HostInputs:
         "Of those that wait, the one that left last."
         self._leaving: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
 
-    def leave(self, tensors: Sequence[torch.Tensor], waiting: _Waiting | None = None) -> _Waiting:
-        """What `bring` takes to return equal tensors. With `waiting` they join it. None may change before `let_go`."""
+    def offload(self, tensors: Sequence[torch.Tensor], waiting: _Waiting | None = None) -> _Waiting:
+        """What `fetch` takes to return equal tensors. With `waiting` they join it. None may change before `release`."""
         if waiting is None:
             self._last = waiting = _Waiting(self._last)
         for tensor in tensors:
             waiting.parts.append(tensor if tensor.numel() <= FEW else self._to_host_ram(tensor.detach(), waiting))
         return waiting
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Frees on the GPU what has left; what computes next waits until it has."""
         while self._leaving:
             _, left = self._leaving.pop()
             self._link.wait(left)
 
-    def bring(self, waiting: _Waiting) -> list[torch.Tensor]:
+    def fetch(self, waiting: _Waiting) -> list[torch.Tensor]:
         """The tensors where they were before, once. The layers' backward passes must ask in their order."""
         if not waiting.parts:
             raise RuntimeError("what a layer keeps in host RAM came back before: one backward pass a forward pass")

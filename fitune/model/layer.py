@@ -119,18 +119,18 @@ class _Function(torch.autograd.Function):
         """x [rows, length, h] -> the same. `parameters` are the trained ones."""
         y, x = torch.empty_like(x), x.flatten(0, 1)
         host_inputs = host_inputs if any(ctx.needs_input_grad) else None  # else no backward pass asks for it
-        waiting = host_inputs.leave([x]) if host_inputs else None
+        waiting = host_inputs.offload([x]) if host_inputs else None
         work = LayerPass(layer, batch, linears, parameters, x)
         mid, (qkv, *result) = work.attend(x)
         kept = [qkv, *result] if layer.keep else result if layer.keep_attention else []
         if host_inputs:
-            host_inputs.leave(kept, waiting)
+            host_inputs.offload(kept, waiting)
         del qkv, result  # what is not kept, before the MLP takes its room; what leaves goes once it has left
         gate_up = work.mlp(mid, y.flatten(0, 1), keep=layer.keep)
         ctx.work_of = layer, batch, linears, host_inputs, parameters  # weights: FSDP brings them back where they were
         ctx.waiting, ctx.scales = waiting, work.linears.scales if layer.trains_base else None
         if host_inputs:
-            host_inputs.let_go()
+            host_inputs.release()
         else:
             ctx.save_for_backward(x, *kept, *((mid, gate_up, *work.lows()) if layer.keep else ()))
         return y
@@ -138,7 +138,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         layer, batch, linears, host_inputs, parameters = ctx.work_of
-        x, *kept = host_inputs.bring(ctx.waiting) if host_inputs else ctx.saved_tensors
+        x, *kept = host_inputs.fetch(ctx.waiting) if host_inputs else ctx.saved_tensors
         gate_up = lows = None
         if layer.keep:
             if not layer.trains_base:

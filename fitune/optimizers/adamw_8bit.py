@@ -57,7 +57,7 @@ class AdamW8bit(torch.optim.Optimizer):
         For a moment when they are in host RAM anyway: what computes next waits for them.
         """
         if self._host:
-            self._host.let_go()
+            self._host.release()
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:

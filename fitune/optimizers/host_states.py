@@ -114,14 +114,14 @@ class HostGradients:
         while len(self._leaving) > 1 and sum(one.gradient.nbytes for one in self._leaving) > IN_FLIGHT_BYTES:
             self.ring.wait(self._leaving.popleft().copied)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Frees all gradients on the GPU; what computes next waits until they are copied."""
         while self._leaving:
             self.ring.wait(self._leaving.popleft().copied)
 
     def arrive(self) -> None:
         """What is queued from now on, on any stream, finds all gradients in host RAM."""
-        self.let_go()
+        self.release()
         for event in self._written.values():
             self.ring.wait(event)
             with self.ring.inwards():

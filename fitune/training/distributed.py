@@ -137,7 +137,7 @@ def as_rank(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-def leave(patience: float | None = None) -> None:
+def close_process_group(patience: float | None = None) -> None:
     """Closes the process group; gives up after `patience` seconds, since one whose other ranks are gone may wait."""
     if dist.is_initialized():
         closing = threading.Thread(target=_close, daemon=True)

@@ -23,11 +23,11 @@ from fitune.launching.finished import Measuring
 from fitune.launching.heartbeat import Heartbeat
 from fitune.progress import bar
 from fitune.training.asked_here import as_held
-from fitune.training.distributed import as_rank, is_main_process, join, leave
+from fitune.training.distributed import as_rank, close_process_group, is_main_process, join
 from fitune.training.given_run import on_other_rows
 from fitune.training.out_of_memory import explain_in_eval
 from fitune.training.token_metrics import token_metrics
-from fitune.training.train import let_go, load_sharded_model, rows_on_all_ranks, run_stage
+from fitune.training.train import free_model_memory, load_sharded_model, rows_on_all_ranks, run_stage
 from fitune.training.trainer import ShardedSFTTrainer
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
@@ -51,7 +51,7 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
         results = measured(base_folder, "base", "tuned")
     else:  # one after the other, as GPUs have room for one
         results = measured(base_folder, "base")
-        let_go()
+        free_model_memory()
         results |= measured(tuned_folder, "tuned")
     if is_main_process():
         report = {**results, "rows": len(rows.tokens)}
@@ -60,7 +60,7 @@ def evaluate(run: Run, force: bool = False, data: Path | None = None) -> None:
         if not (run.checkpoint or data) and measuring.is_the_results:  # a checkpoint's files are hashed
             write_model_card(run.result_folder, run, run.recipe.base.model, run.recipe.base.revision, base_folder)
         Console().print(evaluation_table(report))
-    leave()
+    close_process_group()
 
 
 def _measured(

@@ -18,7 +18,7 @@ from fitune.config.schema import Run
 from fitune.data.token_file import TokenFile
 from fitune.model.skeleton import decoder
 from fitune.progress import bar
-from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
+from fitune.training.distributed import as_rank, close_process_group, compute_device, is_main_process, join
 from fitune.training.evaluate_folder import Row, metrics, print_report, read_rows
 from fitune.training.given_model import model_of
 from fitune.training.load_given import load_over_processes
@@ -38,7 +38,7 @@ def evaluate_model(run: Run, tokens: Path) -> dict:
     report = {"model": metrics([totals]), "rows": len(rows)}
     if is_main_process():
         print_report(report)
-    leave()
+    close_process_group()
     return report
 
 

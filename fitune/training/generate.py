@@ -25,9 +25,9 @@ from fitune.training.answerer import Answerer, made_to_generate, refuse_longer_t
 from fitune.training.asked import Asked, parse_options, questions, report
 from fitune.training.asked_here import as_held
 from fitune.training.chat import Interrupts, chat
-from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
+from fitune.training.distributed import as_rank, close_process_group, compute_device, is_main_process, join
 from fitune.training.out_of_memory import explain_in_generate
-from fitune.training.train import let_go, load_sharded_model, run_stage
+from fitune.training.train import free_model_memory, load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
 
 
@@ -64,7 +64,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
             base_answers = answerer.answers(conversations)
         if not has_adapter:  # one after the other, as GPUs have room for one
             del answerer
-            let_go()
+            free_model_memory()
             answerer = load(tuned=True)
         tuned_answers = answerer.answers(conversations)
         if is_main_process():
@@ -72,7 +72,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
             report(conversations, answers, options.json)
             if options.test and not run.checkpoint:
                 _keep_held_out(measuring.file("answers"), run, options, conversations, answers)
-    leave()
+    close_process_group()
 
 
 def _conversations(run: Run, options: argparse.Namespace) -> list[Asked]:

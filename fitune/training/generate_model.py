@@ -15,7 +15,7 @@ from fitune.model.skeleton import decoder
 from fitune.training.answerer import Answerer, made_to_generate, refuse_longer_than_the_model
 from fitune.training.asked import parse_options, questions, report
 from fitune.training.chat import Interrupts, chat
-from fitune.training.distributed import as_rank, compute_device, is_main_process, join, leave
+from fitune.training.distributed import as_rank, close_process_group, compute_device, is_main_process, join
 from fitune.training.given_model import GivenModel, model_of
 from fitune.training.load_given import load_over_processes, load_plain
 from fitune.training.out_of_memory import explain_in_generate
@@ -39,7 +39,7 @@ def generate_over_processes(run: Run, options: argparse.Namespace) -> None:
     device, tokenizer = compute_device(mesh), given.tokenizer()
     model = made_to_generate(load_over_processes(run, given, mesh), device)
     _ask(given, model, tokenizer, device, options, interrupts)
-    leave()
+    close_process_group()
 
 
 def _refuse_what_has_no_room(given: GivenModel, options: argparse.Namespace) -> None:

@@ -44,13 +44,13 @@ from fitune.report.origin import write_origin
 from fitune.training.arguments import training_arguments
 from fitune.training.distributed import (
     as_rank,
+    close_process_group,
     compute_device,
     end_with_launcher,
     from_rank_0,
     is_first_to_fail,
     is_main_process,
     join,
-    leave,
     wait_for_all,
     wait_for_rank_0,
 )
@@ -147,7 +147,7 @@ def train(run: Run) -> None:
     if is_main_process():
         stopped_early = stops_early(run.recipe, trainer.state.log_history)
         finish(run, trainer.state.global_step, trainer.state.epoch, stopped_early)
-    leave()
+    close_process_group()
     if lock:
         lock.release()
 
@@ -190,7 +190,7 @@ def load_sharded_model(
     return model
 
 
-def let_go() -> None:
+def free_model_memory() -> None:
     """Frees what a sharded model took that nobody names any more: its modules refer to each other."""
     gc.collect()
     if torch.cuda.is_available():
@@ -292,7 +292,7 @@ def run_stage(path: Path, stage, explain=explain_out_of_memory, **changes) -> No
     except FituneError as error:
         if is_first_to_fail():
             say_while_training(f"{'stopped' if error.exit_code == INTERRUPTED else 'error'}: {error}")
-        leave(patience=5)
+        close_process_group(patience=5)
         sys.exit(error.exit_code)
     except Exception as error:
         if is_out_of_memory(error):

@@ -20,7 +20,7 @@ from fitune.model.fp8 import round_weight
 from fitune.model.fp8_linear import FP8Linear
 from fitune.model.nf4 import NF4Linear
 from fitune.model.skeleton import decoder
-from fitune.training.distributed import compute_device, join, leave
+from fitune.training.distributed import close_process_group, compute_device, join
 from fitune.training.train import load_sharded_model
 from fitune.weights.accounting import STATISTICS, is_nf4
 from fitune.weights.safetensors_files import Checkpoint
@@ -95,7 +95,7 @@ def main() -> None:
     )
     total = torch.tensor([before[0] + after[0]])
     dist.all_reduce(total)
-    leave()
+    close_process_group()
     sys.exit(int(not after[1] or total.item() > 0 or not losses[-1] < losses[0]))
 
 

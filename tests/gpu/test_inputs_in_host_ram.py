@@ -31,13 +31,13 @@ def test_what_left_comes_back_however_late_the_gpu_is():
         left = []
         for layer in range(LAYERS):
             tensors = [torch.full((tokens, HIDDEN), float(layer + part), device="cuda") for part in (0, 0.5)]
-            left.append(host_inputs.leave(tensors))
-            host_inputs.let_go()
+            left.append(host_inputs.offload(tensors))
+            host_inputs.release()
             del tensors
             torch.full((tokens, HIDDEN), -1.0, device="cuda")
         wrong = []
         for layer in reversed(range(LAYERS)):
-            found = host_inputs.bring(left[layer])
+            found = host_inputs.fetch(left[layer])
             wrong += [(part != layer + number / 2).sum() for number, part in enumerate(found)]
             del found
             torch.full((tokens, HIDDEN), -1.0, device="cuda")

@@ -12,10 +12,10 @@ from fitune.model.host_inputs import HostInputs
 def travels(monkeypatch) -> list[str]:
     """What happens: which input leaves, starts to come back and is asked for, counted from the pass's first."""
     happened, numbers = [], {}
-    leave, start, bring = HostInputs.leave, HostInputs._start, HostInputs.bring
+    offload, start, fetch = HostInputs.offload, HostInputs._start, HostInputs.fetch
 
-    def watched_leave(self, tensors, waiting=None):
-        joins, waiting = waiting is not None, leave(self, tensors, waiting)
+    def watched_offload(self, tensors, waiting=None):
+        joins, waiting = waiting is not None, offload(self, tensors, waiting)
         if not joins:
             numbers[id(waiting)] = len([entry for entry in happened if entry.startswith("out")]) % LAYERS
             happened.append(f"out {numbers[id(waiting)]}")
@@ -26,11 +26,11 @@ def travels(monkeypatch) -> list[str]:
             happened.append(f"in {numbers[id(waiting)]}")
         start(self, waiting)
 
-    def watched_bring(self, waiting):
+    def watched_fetch(self, waiting):
         happened.append(f"for {numbers[id(waiting)]}")
-        return bring(self, waiting)
+        return fetch(self, waiting)
 
-    for name, watched in (("leave", watched_leave), ("_start", watched_start), ("bring", watched_bring)):
+    for name, watched in (("offload", watched_offload), ("_start", watched_start), ("fetch", watched_fetch)):
         monkeypatch.setattr(HostInputs, name, watched)
     return happened
 
@@ -117,10 +117,10 @@ def test_ram_of_one_kind_is_not_taken_for_another():
     host_inputs, held = HostInputs(), []
     for length in (100, 105, 103, 112, 101):
         sizes = [(1600,), (1600,), (length,)]
-        waiting = [host_inputs.leave([torch.ones(size) for size in sizes]) for _ in range(3)]
+        waiting = [host_inputs.offload([torch.ones(size) for size in sizes]) for _ in range(3)]
         held.append(sum(len(room) for one in waiting for room in one.rooms.values()))
         for one in reversed(waiting):
-            assert [part.shape for part in host_inputs.bring(one)] == sizes
+            assert [part.shape for part in host_inputs.fetch(one)] == sizes
     assert held == [3 * 4 * (3200 + longest) for longest in (100, 105, 105, 112, 112)]
 
 

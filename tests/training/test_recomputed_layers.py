@@ -20,13 +20,13 @@ WAYS = {
 
 def _train_counted(run) -> int:
     """How often something left for host RAM."""
-    count, leave = [0], HostInputs.leave
+    count, offload = [0], HostInputs.offload
 
     def counted(self, tensors, *waiting):
         count[0] += 1
-        return leave(self, tensors, *waiting)
+        return offload(self, tensors, *waiting)
 
-    HostInputs.leave = counted
+    HostInputs.offload = counted
     train_here(run)
     return count[0]
 

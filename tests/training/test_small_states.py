@@ -125,9 +125,9 @@ def _train_while_gradients_leave(run) -> None:
             kept.append(self)
             self.stay = stay
 
-        def let_go(self):
+        def release(self):
             freed.append(len(self._leaving))
-            super().let_go()
+            super().release()
 
     def watched_loss(*args):
         at_the_loss.append(sum(len(gradients._leaving) for gradients in kept))
