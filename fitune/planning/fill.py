@@ -22,7 +22,7 @@ from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
 from fitune.planning.memory import gpu_peak, host_peak
-from fitune.planning.plan import ERROR, example_of_a_token, setup_of, verdicts
+from fitune.planning.plan import ERROR, example_of_a_token, setup_of, verdicts, with_free_memory
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
 
@@ -44,9 +44,12 @@ def resolve(
 
 
 def filled_here(run: Run) -> Run:
-    """The run filled for the GPUs that it takes here, as far as its profile states their memory."""
-    machine = machine_of(run)
-    return filled(settled(run, machine.known_model), limits_to_fill(run), machine.model)
+    """The run filled for the GPUs that it takes here, and for no more of their memory than its profile states.
+
+    Where less is free, its profile states that.
+    """
+    machine, limits = machine_of(run), limits_to_fill(run)
+    return filled(settled(with_free_memory(run, limits), machine.known_model), limits, machine.model)
 
 
 def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:

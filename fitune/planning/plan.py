@@ -119,7 +119,7 @@ class Plan:
 
 def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) -> Plan:
     """Needs, verdicts and time of one run; what else would fit is for `fitune.planning.search` to find."""
-    setup = setup_to_train(run)
+    setup = setup_to_train(with_free_memory(run, limits))
     space = disk(setup, kept_checkpoints(run))
     if has_weights(run.recipe.base.model, run.recipe.base.revision):
         space["download"] = 0.0
@@ -135,10 +135,22 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) 
     )
 
 
+def with_free_memory(run: Run, limits: Limits) -> Run:
+    """The run whose profile states no more memory of a GPU than `limits` have.
+
+    Ranks decide by it: what is free differs from one to the next, and changes while they start.
+    """
+    stated = run.profile.gpu_memory_gib
+    if stated is None or limits.gpu is None or stated <= limits.gpu:
+        return run
+    return run.model_copy(update={"profile": run.profile.model_copy(update={"gpu_memory_gib": limits.gpu})})
+
+
 def setup_to_train(run: Run, shape: ModelShape | None = None) -> Setup:
     """The same as `setup_of` with gradients of adapters that wait for a step's last micro batch, where there is room.
 
-    Several ranks then reduce them once a step. A profile that states no GPU memory, as for CPUs, has room.
+    Several ranks then reduce them once a step. There is as much room as the profile states, which in a run that starts
+    is no more than was free; one that states no GPU memory, as for CPUs, has room.
     """
     setup = setup_of(run, shape)
     if setup.full or setup.shards == 1 or setup.accumulation == 1:
