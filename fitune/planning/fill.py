@@ -11,7 +11,9 @@ must be faster than all that stays.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from fitune.config import run as runs
@@ -33,14 +35,17 @@ AS_FAST = 0.02
 MUST_GAIN_BY_MOVING = {"lora": 0.05, "qlora": 0.05, "full": 0.15}
 """Of a step's seconds, by method, for activations to go to host RAM: others use that and the link, too. For 70B QLoRA
 9 % were measured on four cards of 24 GB, 10 and 34 % on one of 12 GB (docs/speed.md); with method full nothing."""
+Timed = Callable[[Setup], float]
+"What gives a setup's seconds of a step, on the GPU and the network that count."
 
 
 def resolve(
-    recipe: str, profile: str, sets: tuple[str, ...] = (), output: str | None = None, gpu: GpuModel | None = None
-) -> Run:
+    recipe: str, profile: str, sets: tuple[str, ...] = (), output: str | None = None, gpu: GpuModel | None = None,
+    network: float | None = None,
+) -> Run:  # fmt: skip
     """`fitune.config.run.resolve`, filled for the GPUs that the profile states. Raises UsageError."""
     run = runs.resolve(recipe, profile, sets, output)
-    return filled(run, limits_of(run), gpu)
+    return filled(run, limits_of(run), gpu, network)
 
 
 def filled_here(run: Run) -> Run:
@@ -52,37 +57,42 @@ def filled_here(run: Run) -> Run:
     return filled(settled(with_free_memory(run, limits), machine.known_model), limits, machine.model)
 
 
-def filled(run: Run, limits: Limits, gpu: GpuModel | None = None) -> Run:
+def filled(run: Run, limits: Limits, gpu: GpuModel | None = None, network: float | None = None) -> Run:
     """The run with numbers for what its profile leaves to `plan`; the smallest ones where nothing fits.
 
-    `gpu` is the model whose speed counts; None, and a run on the CPU, take the typical one with so much memory. Raises
-    UsageError for one without bf16.
+    `gpu` is the model whose speed counts; None, and a run on the CPU, take the typical one with so much memory.
+    `network` is what several machines have between them, in GB/s. Raises UsageError for a GPU without bf16.
     """
     if gpu is None or run.accelerate.use_cpu:
         gpu = likely_model(run.profile.gpu_memory_gib or 0)
     refuse_missing_bf16(gpu)
     run = settled(run, None if run.accelerate.use_cpu else gpu)
-    run = _with_rows_and_layers(run, limits, gpu) if run.profile.replicas != AUTO else _spread(run, limits, gpu)
+    timed = partial(_seconds, gpu=gpu, network=network)
+    run = _with_rows_and_layers(run, limits, timed) if run.profile.replicas != AUTO else _spread(run, limits, timed)
     return with_async_save(run, limits)
 
 
-def _spread(run: Run, limits: Limits, gpu: GpuModel) -> Run:
+def _seconds(setup: Setup, gpu: GpuModel, network: float | None) -> float:
+    return step_seconds(setup, gpu, network)["total"]
+
+
+def _spread(run: Run, limits: Limits, timed: Timed) -> Run:
     """The run with a number of copies of its model: of a base that is not there the question stays open."""
     counts = _copies(run)
-    one_copy = _with_replicas(run, 1, limits, gpu)
+    one_copy = _with_replicas(run, 1, limits, timed)
     if counts == [1]:
         return one_copy
     try:
         setup_of(run)
     except UsageError:
         return run
-    choices = [one_copy, *(_with_replicas(run, count, limits, gpu) for count in counts[1:])]
+    choices = [one_copy, *(_with_replicas(run, count, limits, timed) for count in counts[1:])]
     setups = [setup for choice in choices if fits(setup := setup_of(choice), with_room_for_error(limits))]
     if run.recipe.method != "full":  # weights cross the network between machines only where they must
         setups = [setup for setup in setups if setup.replicas >= setup.machines] or setups
     if not setups:
         return one_copy
-    seconds = [cautious_seconds(setup, gpu) for setup in setups]
+    seconds = [_cautious_seconds(setup, timed) for setup in setups]
     as_fast = [setup for setup, took in zip(setups, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
     best = min(as_fast, key=lambda setup: (not setup.holds_a_whole_copy, setup.replicas))
     return choices[counts.index(best.replicas)]
@@ -96,12 +106,12 @@ def _copies(run: Run) -> list[int]:
     return [count for count in counts if count <= machines or not in_ram]
 
 
-def _with_replicas(run: Run, count: int, limits: Limits, gpu: GpuModel) -> Run:
+def _with_replicas(run: Run, count: int, limits: Limits, timed: Timed) -> Run:
     profile = run.profile.model_copy(update={"replicas": count})
-    return _with_rows_and_layers(run.model_copy(update={"profile": profile}), limits, gpu)
+    return _with_rows_and_layers(run.model_copy(update={"profile": profile}), limits, timed)
 
 
-def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
+def _with_rows_and_layers(run: Run, limits: Limits, timed: Timed) -> Run:
     ways = _resharding(run)
     run = runs.with_resharding(run, ways[0])
     attention, moved = _kept_attention(run), _moved_activations(run, limits)
@@ -120,7 +130,7 @@ def _with_rows_and_layers(run: Run, limits: Limits, gpu: GpuModel) -> Run:
         run = runs.with_activations(run, kept_attention=attention[0], activation_offload=moves)
         run = runs.with_numbers(run, micro_batch=_rows_that_take_least(run, setup))
         return run.model_copy(update={"left_to_plan": ()})
-    best = _best(choices, gpu)
+    best = _best(choices, timed)
     activations = {"kept_attention": best.kept_attention, "activation_offload": best.activation_offload}
     run = runs.with_resharding(runs.with_activations(run, **activations), best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
@@ -156,23 +166,23 @@ def _comes_closer_with_ram(setup: Setup, limits: Limits) -> bool:
     return gpu_peak(in_ram).total < gpu_peak(setup).total and host_peak(in_ram) <= limits.host * GIB
 
 
-def _best(choices: list[Setup], gpu: GpuModel) -> Setup:
+def _best(choices: list[Setup], timed: Timed) -> Setup:
     """The best one that keeps everything on the GPU, or the best other one, where that gains enough."""
     by_place = [[choice for choice in choices if choice.activation_offload == moved] for moved in (False, True)]
-    best = [_least_of_the_fastest(there, gpu) for there in by_place if there]
-    return min(best, key=lambda choice: cautious_seconds(choice, gpu))
+    best = [_least_of_the_fastest(there, timed) for there in by_place if there]
+    return min(best, key=lambda choice: _cautious_seconds(choice, timed))
 
 
-def _least_of_the_fastest(choices: list[Setup], gpu: GpuModel) -> Setup:
+def _least_of_the_fastest(choices: list[Setup], timed: Timed) -> Setup:
     """Of the choices that are as fast as the fastest, the one that takes least, in the order told above."""
-    seconds = [step_seconds(choice, gpu)["total"] for choice in choices]
+    seconds = [timed(choice) for choice in choices]
     as_fast = [choice for choice, took in zip(choices, seconds, strict=True) if took <= (1 + AS_FAST) * min(seconds)]
     return min(as_fast, key=lambda choice: (not choice.reshard, choice.kept_attention, choice.micro_batch))
 
 
-def cautious_seconds(setup: Setup, gpu: GpuModel) -> float:
+def _cautious_seconds(setup: Setup, timed: Timed) -> float:
     """Of a step, with what it must gain by activations in host RAM."""
-    return step_seconds(setup, gpu)["total"] * gain_by_moving(setup)
+    return timed(setup) * gain_by_moving(setup)
 
 
 def gain_by_moving(setup: Setup) -> float:

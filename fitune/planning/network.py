@@ -62,19 +62,20 @@ def ways_to_spread(
         try:
             other = planned(tuple(f"{key}={value}" for key, value in changes.items()))
         except UsageError:
-            other = make_plan(_changed(plan.run, changes, plan, gpu), plan.limits, gpu, **options)
+            other = make_plan(_changed(plan, changes, gpu, options.get("network")), plan.limits, gpu, **options)
         ways.append(Way(changes, other))
     return ways
 
 
-def _changed(run: Run, changes: dict[str, str], plan: Plan, gpu: GpuModel | None) -> Run:
+def _changed(plan: Plan, changes: dict[str, str], gpu: GpuModel | None, network: float | None) -> Run:
     """A run that was searched for, where it lies; rows and kept layers are chosen anew."""
+    run = plan.run
     values = {key.removeprefix("profile."): value for key, value in changes.items()}
     values |= {"replicas": int(values["replicas"])}
     profile = run.profile.model_copy(update=dict.fromkeys((*SMALLEST, "kept_attention", "async_save"), AUTO) | values)
     accelerate = run.accelerate.model_copy(update={"reshard_after_forward": AUTO})
     other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
-    return filled(other, plan.limits, gpu)
+    return filled(other, plan.limits, gpu, network)
 
 
 def network_lines(ways: list[Way]) -> list[str]:

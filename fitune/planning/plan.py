@@ -17,7 +17,7 @@ from fitune.planning.limits import Limits
 from fitune.planning.machine import Gpu
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
 from fitune.planning.sizes import BF16, EIGHT_BIT_STATE, FP32, GIB, Setup
-from fitune.planning.step_time import MACHINE_NETWORK_GB_S, step_seconds
+from fitune.planning.step_time import step_seconds
 
 GPU_COUNT, GPU_MEMORY, ONE_MEMORY = "GPUs", "GPU memory", "memory of CPU and GPU"
 ERROR = 0.05
@@ -247,7 +247,7 @@ def kept_checkpoints(run: Run) -> int:
 
 def _time(run: Run, setup: Setup, gpu: GpuModel | None, *, price: float | None = None, network: float | None = None):
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
-    parts = step_seconds(setup, gpu, network or MACHINE_NETWORK_GB_S)
+    parts = step_seconds(setup, gpu, network)
     tokens = run.recipe.global_batch_size * setup.max_length  # filler rows count nothing
     return Time(parts, tokens / parts["total"], steps_of(run), price, gpu.name, gpu.is_known)
 

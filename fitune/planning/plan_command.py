@@ -92,7 +92,7 @@ def _with_profile(
     recipe: str, profile: str, named: GpuModel | None, options: dict, sets: tuple[str, ...]
 ) -> tuple[Plan, GpuModel | None, None]:
     """The plan on the hardware that a profile states, and the model of --gpu."""
-    run = resolve(recipe, profile, sets, gpu=named)
+    run = resolve(recipe, profile, sets, gpu=named, network=options["network"])
     refuse_missing_fp8(run, named)
     _refuse_a_smaller_card(run, named)
     return make_plan(run, limits_of(run), named, **options), named, None
@@ -104,7 +104,7 @@ def _searched(
     """The fastest plan on `machine`, the model whose speed counts, and what the search came to."""
     if named and runs.parse_sets(sets)[1].get("compute") == "fp8":
         refuse_fp8_on(named)
-    found = find_fastest(recipe, sets, machine, named, machines=machines)
+    found = find_fastest(recipe, sets, machine, named, machines=machines, network=options["network"])
     chosen = replace(machine, gpus=found.plan.cards)
     model = named or chosen.model
     refuse_missing_fp8(found.plan.run, named or chosen.known_model)
@@ -217,7 +217,8 @@ def plans_with(
     for name in own:
         if runs.goes_with(recipe, runs.load_profile(name)):
             run = preset_run(name_of(recipe_name), recipe, name, profile_overrides)
-            plans.append(make_plan(filled(run, limits, gpu), limits, gpu, **options))
+            run = filled(run, limits, gpu, options.get("network"))
+            plans.append(make_plan(run, limits, gpu, **options))
     return plans
 
 

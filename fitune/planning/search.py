@@ -49,29 +49,30 @@ OTHER_STATES = 0.5
 
 def find(
     recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None, *,
-    output: str | None = None, machines: int = 1,
+    output: str | None = None, machines: int = 1, network: float | None = None,
 ) -> Found:  # fmt: skip
     """The fastest way to train a recipe on `machine`, or on as many like it.
 
-    What `sets` gives of a profile is as given. `gpu` is the model whose speed counts. Raises UsageError if nothing
-    fits, naming what comes closest.
+    What `sets` gives of a profile is as given. `gpu` is the model whose speed counts, `network` what lies between
+    machines, in GB/s. Raises UsageError if nothing fits, naming what comes closest.
     """
     stem = name_of(recipe_name)
     machine.refuse_missing_gpus()
     if machines > 1 or not machine.with_bf16.gpus:
         machine.refuse_missing_bf16()
-    plans = _tried(recipe_name, sets, machine, gpu, output=output, machines=machines)
+    options = {"output": output, "machines": machines, "network": network}
+    plans = _tried(recipe_name, sets, machine, gpu, **options)
     if not plans:
         raise UsageError(f"{stem}: {_why_none(stem, recipe_name, sets, machine, machines)}")
     best = _fewest_ranks(plans)
     if not best.fits:
-        raise UsageError(f"{stem} {_why_not(best, recipe_name, sets, machine, output=output, machines=machines)}")
+        raise UsageError(f"{stem} {_why_not(best, recipe_name, sets, machine, **options)}")
     return Found(best, [plan for plan in plans if plan is not best], machine, machines)
 
 
 def _tried(
     recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None, *, output: str | None,
-    machines: int,
+    machines: int, network: float | None,
 ) -> list[Plan]:  # fmt: skip
     """All that can be tried, filled: the fastest that fit first, then those that come closest.
 
@@ -84,7 +85,7 @@ def _tried(
         raise UsageError("--set profile.accelerate_config: give --profile too; without one, plan finds both")
     if not machine.gpus:
         candidates = _on_the_cpu(stem, recipe, profile_overrides, output)
-        return sorted(_plans(candidates, machine, gpu), key=_rank)
+        return sorted(_plans(candidates, machine, gpu, network), key=_rank)
     _refuse_too_many(profile_overrides, machine, machines)
     parts = [machine] if machines > 1 else list(machine.with_bf16.parts())
     plans = []
@@ -92,7 +93,7 @@ def _tried(
         fewer = max((len(other.gpus) for other in parts if set(other.gpus) < set(part.gpus)), default=0)
         counts = range(fewer + 1, len(part.gpus) + 1)  # fewer are as fast or faster on a smaller part
         candidates = _candidates(stem, recipe, profile_overrides, part, counts, machines, output)
-        plans += _plans(candidates, part, gpu, names_gpus=part.gpus != machine.gpus)
+        plans += _plans(candidates, part, gpu, network, names_gpus=part.gpus != machine.gpus)
     return sorted(plans, key=_rank)
 
 
@@ -182,8 +183,9 @@ def _states(recipe: Recipe, place: str) -> tuple[str, ...]:
 
 
 def _plans(
-    candidates: Iterator[Run], machine: Machine, gpu: GpuModel | None, *, names_gpus: bool = False
-) -> list[Plan]:
+    candidates: Iterator[Run], machine: Machine, gpu: GpuModel | None, network: float | None, *,
+    names_gpus: bool = False,
+) -> list[Plan]:  # fmt: skip
     """The candidates, filled. Of the ranks whose GPUs hold everything anyway, those with less on them are left out.
 
     `gpu` is the model whose speed counts, None: the machine's. With `names_gpus` the runs take its GPUs by name.
@@ -193,7 +195,8 @@ def _plans(
         ranks = run.accelerate.num_processes
         if ranks not in hold_all:
             run = with_free_memory(with_gpus(run, machine) if names_gpus else run, limits)
-            plans.append(replace(make_plan(filled(run, limits, gpu), limits, gpu), cards=machine.gpus))
+            run = filled(run, limits, gpu, network)
+            plans.append(replace(make_plan(run, limits, gpu, network=network), cards=machine.gpus))
             hold_all |= {ranks} if _holds_all(plans[-1]) else set()
     return plans
 

@@ -52,14 +52,15 @@ MACHINE_NETWORK_GB_S = 12.5
 """Between machines, all GPUs of a machine together, unless given: 100 Gbit/s."""
 
 
-def step_seconds(s: Setup, model: GpuModel, network_gb_s: float = MACHINE_NETWORK_GB_S) -> dict[str, float]:
-    """Seconds by what they go to, and their total.
+def step_seconds(s: Setup, model: GpuModel, network_gb_s: float | None = None) -> dict[str, float]:
+    """Seconds by what they go to, and their total. Between machines, None is MACHINE_NETWORK_GB_S.
 
     Computing and the link to host RAM run side by side, forward and then backward: in each pass the slower one counts.
     The network runs beside both passes. Gradients that wait in host RAM while their optimizer's states do, too, travel
     there in what the backward pass leaves of the link. Raises UsageError for a model without products in bf16.
     """
     refuse_missing_bf16(model)
+    network_gb_s = network_gb_s or MACHINE_NETWORK_GB_S
     link = model.host_link_gb_s * BANDWIDTH_EFFICIENCY * 1e9
     both_ways = link * BOTH_WAYS
     computing = s.accumulation * max(_launching_seconds(s), _gpu_seconds(s, model))

@@ -168,6 +168,26 @@ def test_what_whole_copies_exchange_is_what_the_network_costs():
     assert parted == pytest.approx(0, abs=0.01), "after computing, not beside it"
 
 
+def test_the_network_that_is_given_is_what_the_choice_is_made_by():
+    """Sixteen GPUs wait for 100 Gbit/s between their machines, and not for 400 GB/s."""
+    asked = ["plan", "llama3_8b_full", "--gpus", "8", "--gpu", "H100", "--machines", "2", "--host-memory", "512"]
+
+    def chosen(*more: str) -> dict:
+        done = CliRunner().invoke(cli, [*asked, "--json", *more])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    slow, fast = chosen(), chosen("--network", "400")
+    assert (slow["gpus"], fast["gpus"], fast["gpus_idle"]) == (4, 16, 0)
+    everywhere = chosen("--network", "400", "--set", "profile.num_gpus=16")
+    assert everywhere["estimate"] == fast["estimate"]
+
+
+def test_copies_are_spread_for_the_network_that_is_given():
+    asked = ("llama3_70b_full", "fsdp_full_16x80gb", ("profile.optimizer_state=bf16_8bit",))
+    assert [resolve(*asked, network=gb_s).profile.replicas for gb_s in (None, 800)] == [2, 1]
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_the_comparison_keeps_what_the_accelerate_config_says(said, tmp_path):
     """Whether a layer's gathered weights are freed."""
