@@ -1,16 +1,14 @@
 """What the network between several machines costs a step, as planned and otherwise: `plan` says it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
-from fitune.config import run as runs
 from fitune.config.optimizers import is_adamw
-from fitune.config.schema import AUTO, SMALLEST, Run
 from fitune.errors import UsageError
-from fitune.planning.fill import filled
-from fitune.planning.gpu_models import GpuModel
 from fitune.planning.outlook import shortfall
-from fitune.planning.plan import Plan, make_plan
+from fitune.planning.plan import Plan
+from fitune.planning.search import FitsNowhere
 from fitune.planning.step_time import ADDING_UP
 from fitune.planning.words import rounded
 
@@ -43,13 +41,11 @@ class Way:
         }  # fmt: skip
 
 
-def ways_to_spread(
-    plan: Plan, gpu: GpuModel | None, planned: Callable[[tuple[str, ...]], Plan], **options
-) -> list[Way]:
+def ways_to_spread(plan: Plan, planned: Callable[[tuple[str, ...]], Plan]) -> list[Way]:
     """The plan, then what its machines could do instead. [] for one machine.
 
-    `planned` is what the same command finds with further `--set`. Where it finds nothing that fits, the same placement
-    stands in, to say what it lacks; `options` are those of `make_plan`.
+    `planned` is what the same command finds with further `--set`. Where nothing fits so, what comes closest says what
+    it lacks; what is refused for another reason is left out.
     """
     if plan.setup.machines == 1 or plan.time is None or not plan.time.is_known:
         return []
@@ -59,23 +55,16 @@ def ways_to_spread(
         others.append({"profile.optimizer_state": "bf16_8bit", **by_machine})
     ways = [Way({}, plan)]
     for changes in others:
-        try:
-            other = planned(tuple(f"{key}={value}" for key, value in changes.items()))
-        except UsageError:
-            other = make_plan(_changed(plan, changes, gpu, options.get("network")), plan.limits, gpu, **options)
-        ways.append(Way(changes, other))
+        with suppress(UsageError):
+            ways.append(Way(changes, _found_or_nearest(planned, changes)))
     return ways
 
 
-def _changed(plan: Plan, changes: dict[str, str], gpu: GpuModel | None, network: float | None) -> Run:
-    """A run that was searched for, where it lies; rows and kept layers are chosen anew."""
-    run = plan.run
-    values = {key.removeprefix("profile."): value for key, value in changes.items()}
-    values |= {"replicas": int(values["replicas"])}
-    profile = run.profile.model_copy(update=dict.fromkeys((*SMALLEST, "kept_attention", "async_save"), AUTO) | values)
-    accelerate = run.accelerate.model_copy(update={"reshard_after_forward": AUTO})
-    other = runs.run_of(run.recipe_name, run.recipe, run.profile_name, profile, accelerate, run.output_dir)
-    return filled(other, plan.limits, gpu, network)
+def _found_or_nearest(planned: Callable[[tuple[str, ...]], Plan], changes: dict[str, str]) -> Plan:
+    try:
+        return planned(tuple(f"{key}={value}" for key, value in changes.items()))
+    except FitsNowhere as refused:
+        return refused.nearest
 
 
 def network_lines(ways: list[Way]) -> list[str]:

@@ -73,7 +73,7 @@ def plan_command(
     in_fp8 = better_in_fp8(plan, profile, sets, lambda changed: planned(changed)[0])
     on_own_profiles = plans_with(own, recipe, sets, plan.limits, model, **options) if found else []
     outlook = look_around(plan, own)
-    ways = ways_to_spread(plan, model, lambda changed: planned((*sets, *changed))[0], **options)
+    ways = ways_to_spread(plan, lambda changed: planned((*sets, *changed))[0])
     if in_json:
         more = {"network": [way.as_json() for way in ways]}
         more |= search_as_json(found) | {"own_profiles": own_as_json(on_own_profiles)} if found else {}

@@ -47,6 +47,14 @@ OTHER_STATES = 0.5
 "Of a step, for small optimizer states, which round what float32 keeps: they must be worth it."
 
 
+class FitsNowhere(UsageError):
+    """No way to train a recipe fits a machine; `nearest` is what comes closest."""
+
+    def __init__(self, text: str, nearest: Plan):
+        super().__init__(text)
+        self.nearest = nearest
+
+
 def find(
     recipe_name: str, sets: tuple[str, ...], machine: Machine, gpu: GpuModel | None = None, *,
     output: str | None = None, machines: int = 1, network: float | None = None,
@@ -54,7 +62,7 @@ def find(
     """The fastest way to train a recipe on `machine`, or on as many like it.
 
     What `sets` gives of a profile is as given. `gpu` is the model whose speed counts, `network` what lies between
-    machines, in GB/s. Raises UsageError if nothing fits, naming what comes closest.
+    machines, in GB/s. Raises FitsNowhere, which names what comes closest, and UsageError for what cannot be tried.
     """
     stem = name_of(recipe_name)
     machine.refuse_missing_gpus()
@@ -66,7 +74,7 @@ def find(
         raise UsageError(f"{stem}: {_why_none(stem, recipe_name, sets, machine, machines)}")
     best = _fewest_ranks(plans)
     if not best.fits:
-        raise UsageError(f"{stem} {_why_not(best, recipe_name, sets, machine, **options)}")
+        raise FitsNowhere(f"{stem} {_why_not(best, recipe_name, sets, machine, **options)}", best)
     return Found(best, [plan for plan in plans if plan is not best], machine, machines)
 
 

@@ -91,7 +91,7 @@ def test_what_the_network_costs(row, recipe, sets):
     def planned(changed=()):
         return find(recipe, (*sets, *changed), machine, machines=2).plan
 
-    ways = ways_to_spread(planned(), None, planned)
+    ways = ways_to_spread(planned(), planned)
     by_kind = {way.plan.setup.replicas > 1: way.plan for way in ways[:2]}
     seconds = {
         kind: f"{rounded(plan.time.parts['network'])} s" if plan.fits else "does not fit"

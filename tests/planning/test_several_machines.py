@@ -1,6 +1,7 @@
 """Several machines in `plan`: what hybrid sharding takes and saves, when it is chosen, what is said of the network."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -202,7 +203,7 @@ def test_the_comparison_keeps_what_the_accelerate_config_says(said, tmp_path):
         run = resolve("llama3_70b_qlora", "fsdp_full_16x80gb", (*sets, *changed), gpu=H100)
         return make_plan(run, limits_of(run), H100)
 
-    chosen = [way.plan.setup.reshard for way in ways_to_spread(planned(), H100, planned)]
+    chosen = [way.plan.setup.reshard for way in ways_to_spread(planned(), planned)]
     assert chosen == [said, said]
 
 
@@ -214,6 +215,18 @@ def test_what_is_said_of_another_number_of_copies_is_what_typing_it_finds():
     [(key, value)] = other["set"].items()
     typed = json.loads(CliRunner().invoke(cli, [*words, "--set", f"{key}={value}"]).stdout)["network"][0]
     assert other["fits"] and {**typed, "set": None} == {**other, "set": None}
+
+
+def test_what_is_refused_when_it_is_typed_is_not_said_to_fit():
+    """Small states of weights in RAM are never tried: what comes closest to fitting has the weights on the GPUs."""
+    words = ["plan", "llama3_8b_full", "--gpu", "RTX 3060", "--gpus", "8", "--gpu-memory", "8", "--host-memory", "64"]
+    words += ["--machines", "3", "--set", "max_length=1024"]
+    *_, small = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["network"]
+    assert small["set"] == {"profile.optimizer_state": "bf16_8bit", "profile.replicas": "3"} and not small["fits"]
+    typed = [part for key, value in small["set"].items() for part in ("--set", f"{key}={value}")]
+    refused = CliRunner().invoke(cli, [*words, *typed])
+    lacks = re.search(r": (GPU memory: needs .* too little);", refused.stderr)[1]
+    assert f"with {' '.join(typed)}: does not fit: {lacks}\n" in CliRunner().invoke(cli, words).stdout
 
 
 def test_machines_that_would_have_unequal_ranks_are_refused(tmp_path):
