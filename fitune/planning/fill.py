@@ -214,8 +214,9 @@ def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | Non
     """A micro batch with as many kept layers as fit, or as are given; None if it doesn't fit."""
     with_rows = setup.of_rows(rows, run.recipe.global_batch_size)
     if "kept_layers" in run.left_to_plan:
-        # a kept layer takes GPU memory, and no host RAM for its input: the most that the GPUs hold
-        there = replace(limits, host=math.inf) if setup.activation_offload else limits
+        # a kept layer takes GPU memory, and no host RAM for its input: the most that GPUs with memory of their own hold
+        apart = setup.activation_offload and not limits.unified
+        there = replace(limits, host=math.inf) if apart else limits
         kept = largest(setup.shape.layers, lambda layers: fits(replace(with_rows, kept_layers=layers), there))
         with_rows = replace(with_rows, kept_layers=kept)
     return with_rows if fits(with_rows, limits) else None

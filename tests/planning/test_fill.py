@@ -200,3 +200,14 @@ def test_what_fits_only_with_its_activations_in_ram_has_them_there():
         found = filled(small, Limits(4, ram, 1))
         assert found.profile.moves_activations is moves
         assert (found.profile.micro_batch, setup(found).kept_layers) == (1, 0)
+
+
+def test_layers_are_kept_in_memory_that_cpu_and_gpu_share_whatever_moves():
+    """As many as fit beside inputs that move within the same memory."""
+    run, shared = runs.resolve("llama3_8b_qlora", "single_gpu", ("profile.activation_offload=true",)), {}
+    for gib in (14, 18):
+        limits = Limits(None, gib, 1, unified=True)
+        chosen = setup(filled(run, limits, gpu_model("GB10")))
+        assert chosen.activation_offload and fits(chosen, limits) and chosen.kept_layers < chosen.shape.layers
+        shared[gib] = chosen.kept_layers
+    assert 0 < shared[14] < shared[18]
