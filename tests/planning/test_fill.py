@@ -8,11 +8,13 @@ import pytest
 
 from fitune.config import run as runs
 from fitune.config.model_shapes import find_shape
-from fitune.planning.fill import AS_FAST, MUST_GAIN_BY_MOVING, filled, filled_here, fits, resolve
+from fitune.planning.fill import AS_FAST, MUST_GAIN_BY_MOVING, filled, filled_here, fits, resolve, with_room_for_error
 from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
+from fitune.planning.memory import gpu_peak
 from fitune.planning.plan import ERROR, setup_of
+from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
 
 CARDS = [
@@ -211,3 +213,21 @@ def test_layers_are_kept_in_memory_that_cpu_and_gpu_share_whatever_moves():
         assert chosen.activation_offload and fits(chosen, limits) and chosen.kept_layers < chosen.shape.layers
         shared[gib] = chosen.kept_layers
     assert 0 < shared[14] < shared[18]
+
+
+def test_numbers_that_are_given_leave_what_else_is_chosen_as_it_is():
+    """Gathered weights are not kept up to the last GiB because rows and layers were typed as `plan` chose them."""
+    asked = ("max_length=2048", "global_batch_size=64")
+    chosen = resolve("llama3_8b_full", "fsdp_lora_8x80gb", asked)
+    typed = (*asked, "profile.micro_batch=8", "profile.kept_layers=32")
+    assert setup(chosen).micro_batch == 8 and setup(chosen).kept_layers == 32
+    assert setup(resolve("llama3_8b_full", "fsdp_lora_8x80gb", typed)) == setup(chosen)
+
+
+def test_what_is_given_and_fits_with_no_room_for_error_fits():
+    """Here with activations in host RAM, and barely."""
+    typed = ("profile.micro_batch=4", "profile.kept_layers=0")
+    least = gpu_peak(setup(resolve("llama3_8b_qlora", "single_gpu", (*typed, "profile.activation_offload=true")))).total
+    run = resolve("llama3_8b_qlora", "single_gpu", (*typed, f"profile.gpu_memory_gib={1.01 * least / GIB}"))
+    assert run.profile.moves_activations and fits(setup(run), limits_of(run))
+    assert not fits(setup(run), with_room_for_error(limits_of(run)))
