@@ -122,10 +122,9 @@ def _with_rows_and_layers(run: Run, limits: Limits, timed: Timed) -> Run:
         (rows, replace(setup, reshard=way, kept_attention=kept, activation_offload=in_ram))
         for rows, way, kept, in_ram in product(_rows(run), ways, attention, moved)
     ]
-    choices = _that_fit(run, tried, with_room_for_error(limits))
-    if not choices and not run.left_to_plan:  # rows and layers that are given need not leave room for error
-        choices = _that_fit(run, tried, limits)
-    if not choices:
+    within = with_room_for_error(limits)
+    choices = [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, within))]
+    if not choices:  # what takes least, which fits where rows and layers that are given take some of that room
         is_settled = len(moved) == 1 or fits(setup, limits)
         moves = moved[0] if is_settled else _comes_closer_with_ram(setup, limits)
         run = runs.with_activations(run, kept_attention=attention[0], activation_offload=moves)
@@ -135,11 +134,6 @@ def _with_rows_and_layers(run: Run, limits: Limits, timed: Timed) -> Run:
     activations = {"kept_attention": best.kept_attention, "activation_offload": best.activation_offload}
     run = runs.with_resharding(runs.with_activations(run, **activations), best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
-
-
-def _that_fit(run: Run, tried: list[tuple[int, Setup]], limits: Limits) -> list[Setup]:
-    """Of numbers of rows with a way to keep things, those that fit, each with the most kept layers."""
-    return [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, limits))]
 
 
 def _resharding(run: Run) -> tuple[bool, ...]:
