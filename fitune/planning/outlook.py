@@ -149,11 +149,12 @@ def _profiles_that_fit(plan: Plan, own: Sequence[str]) -> list[str]:
 
 
 def _preference(plan: Plan) -> tuple[bool, float]:
-    """Profiles meant for cards no larger than there are come first, then the fastest.
+    """Profiles meant for cards no larger than there are, or for none, come first, then the fastest.
 
     One that keeps weights in host RAM must be faster by more than the prediction may be off: it takes that RAM.
     """
-    is_meant_for_it = (plan.run.profile.gpu_memory_gib or 0) <= plan.limits.gpu * CARD_SLACK
+    stated, there = plan.run.profile.gpu_memory_gib, plan.limits.gpu
+    is_meant_for_it = stated is None or there is None or stated <= there * CARD_SLACK
     tokens_per_second = plan.time.tokens_per_second if plan.time else 0.0
     takes_ram = plan.setup.embedding_in_ram or plan.setup.optimizer_offload
     return is_meant_for_it, tokens_per_second * (1 - TIME_ERROR * takes_ram)

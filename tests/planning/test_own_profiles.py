@@ -23,6 +23,13 @@ mixed_precision: bf16
 num_processes: 2
 """
 RECIPE = "extends: llama3_8b_qlora\ndescription: Mine.\n"
+ON_THE_CPU = """\
+description: Four processes of my processor.
+accelerate_config: four.accelerate.yaml
+num_gpus: 0
+host_memory_gib: 3
+fits: {tiny: [qlora]}
+"""
 TWO_CARDS = ["--gpus", "2", "--gpu", "RTX 4090", "--host-memory", "64"]
 
 
@@ -86,3 +93,14 @@ def test_one_whose_accelerate_config_is_gone_is_listed_as_broken_and_stops_no_pl
     assert json.loads(_plan("my.yaml", "--find", *TWO_CARDS, "--json").stdout)["own_profiles"] == []
     listed = CliRunner().invoke(cli, ["list", "."]).stdout.partition("cannot be read\n")[2]
     assert listed.splitlines()[0] == "  cards/two.yaml  accelerate config two.accelerate.yaml: no such file"
+
+
+def test_one_without_gpus_that_does_not_fit_is_told_of_another(mine):
+    (mine / "processor.yaml").write_text(ON_THE_CPU)
+    (mine / "four.accelerate.yaml").write_text("distributed_type: FSDP\nuse_cpu: true\nnum_processes: 4\n")
+    shape = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4,
+             "num_attention_heads": 8, "vocab_size": 32000, "max_position_embeddings": 512}  # fmt: skip
+    (mine / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    asked = ["tiny_qlora", "--profile", "processor.yaml", "--set", "base.model=."]
+    planned = json.loads(_plan(*asked, "--json").stdout)
+    assert not planned["fits"] and planned["changes"][-1].startswith("--profile cpu_2proc"), planned["changes"]
