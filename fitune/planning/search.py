@@ -120,9 +120,8 @@ def _why_not(nearest: Plan, recipe_name: str, sets: tuple[str, ...], machine: Ma
     there = machine_in_words(machine)
 
     def does_fit(recipe: str) -> bool:
-        of_profile = tuple(item for item in sets if item.startswith("profile."))
         with suppress(UsageError):  # what is set is not for its method
-            return any(plan.fits for plan in _tried(recipe, of_profile, machine, None, **options))
+            return any(plan.fits for plan in _tried(recipe, sets, machine, None, **options))
         return False
 
     closest = f"does not fit {there}; nearest: {described(nearest)}: {shortfall(nearest)}"

@@ -102,6 +102,17 @@ def test_what_fits_nowhere_is_refused_with_what_would_fit():
         find("llama3_8b_qlora", (), taken)
 
 
+def test_a_recipe_is_proposed_where_it_fits_with_all_that_is_set():
+    small, long = given_machine(1, 7, 256), ("max_length=8192",)
+    with pytest.raises(UsageError, match=r"; what fits: the recipe llama3_70b_qlora$"):
+        find("llama3_70b_lora", (), small)
+    with pytest.raises(UsageError) as refused:
+        find("llama3_70b_lora", long, small)
+    assert "the recipe" not in str(refused.value)
+    with pytest.raises(UsageError, match="does not fit"):
+        find("llama3_70b_qlora", long, small)
+
+
 def test_plan_searches_for_a_machine_that_is_given_as_for_this_one():
     """Weights in RAM are found without a word of them; --find lists what else was tried."""
     flags = ["plan", "llama3_70b_qlora", "--gpus", "1", "--gpu-memory", "24", "--host-memory", "64"]
