@@ -24,7 +24,8 @@ from fitune.planning.compute import settled
 from fitune.planning.gpu_models import GpuModel, likely_model, refuse_missing_bf16
 from fitune.planning.limits import Limits, limits_of, limits_to_fill, machine_of
 from fitune.planning.memory import gpu_peak, host_peak
-from fitune.planning.plan import ERROR, example_of_a_token, setup_of, verdicts, with_free_memory
+from fitune.planning.plan import ERROR, setup_of, verdicts, with_free_memory
+from fitune.planning.run_length import example_of_a_token
 from fitune.planning.sizes import GIB, Setup
 from fitune.planning.step_time import step_seconds
 

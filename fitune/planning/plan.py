@@ -1,13 +1,10 @@
 """`fitune plan`: what a run needs, whether it fits, how long it takes. No torch, no GPU, nothing is loaded."""
 
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from fitune.config.adapted_linears import adapted_linears
 from fitune.config.base_model import refuse_length_beyond
-from fitune.config.evaluation import keeps_the_best
 from fitune.config.model_shapes import ModelShape, find_shape, has_weights
 from fitune.config.optimizers import numbers_per_weight, takes_bf16_gradients
 from fitune.config.recipe import Recipe
@@ -16,6 +13,7 @@ from fitune.planning.gpu_models import GpuModel, likely_model
 from fitune.planning.limits import Limits
 from fitune.planning.machine import Gpu
 from fitune.planning.memory import GpuPeak, disk, gpu_peak, host_moments, host_peak
+from fitune.planning.run_length import kept_checkpoints, steps_of
 from fitune.planning.sizes import BF16, EIGHT_BIT_STATE, FP32, GIB, Setup
 from fitune.planning.step_time import step_seconds
 
@@ -26,8 +24,6 @@ HOST_ERROR = 0.10
 "Of predicted host RAM, at most: likewise."
 TIME_ERROR = 0.15
 "Of a predicted step, at most: likewise."
-SAVES_WITHOUT_LIMIT = 3
-"Checkpoints that pile up where neither save_total_limit nor the number of steps is known."
 
 
 @dataclass(frozen=True)
@@ -235,60 +231,8 @@ def needed_disk(space: dict[str, float]) -> float:
     return sum(space[name] for name in ("download", "checkpoints", "result"))
 
 
-def kept_checkpoints(run: Run) -> int:
-    training = run.recipe.training
-    if training.get("save_strategy") == "no":
-        return 0
-    if (training.get("save_total_limit") or 0) > 0:
-        return training["save_total_limit"] + keeps_the_best(training)
-    steps, every = steps_of(run), training.get("save_steps", 0)
-    return math.ceil(steps / every) if steps and every >= 1 else SAVES_WITHOUT_LIMIT
-
-
 def _time(run: Run, setup: Setup, gpu: GpuModel | None, *, price: float | None = None, network: float | None = None):
     gpu = gpu or likely_model(run.profile.gpu_memory_gib or 0)
     parts = step_seconds(setup, gpu, network)
     tokens = run.recipe.global_batch_size * setup.max_length  # filler rows count nothing
     return Time(parts, tokens / parts["total"], steps_of(run), price, gpu.name, gpu.is_known)
-
-
-def steps_of(run: Run) -> int | None:
-    """Optimizer steps: max_steps, or epochs over the rows that `prepare` counted; None if neither is known."""
-    training, recipe = run.recipe.training, run.recipe
-    if training.get("max_steps", -1) > 0:
-        return training["max_steps"]
-    try:
-        report = _prepares_report(recipe)
-        same = report["max_length"] == recipe.max_length and report["packing"] == recipe.packing
-        rows = report["packed_rows"] if same else _rows(report, recipe)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return math.ceil(math.ceil(rows / recipe.global_batch_size) * training.get("num_train_epochs", 3))
-
-
-def example_of_a_token(recipe: Recipe) -> float:
-    """Tokens of a token's example, on average over tokens: what attention's time goes by.
-
-    Where rows are packed, from `prepare`'s histogram of their lengths; else, or without a report, a whole row's.
-    """
-    if not recipe.packing:
-        return recipe.max_length
-    try:
-        lengths = _prepares_report(recipe)["tokens"]["histogram"]
-        examples = [(0.75 * int(edge), count) for edge, count in lengths.items()]  # a bin begins at half its edge
-        tokens = sum(length * count for length, count in examples)
-        return min(recipe.max_length, sum(length**2 * count for length, count in examples) / tokens)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return recipe.max_length
-
-
-def _prepares_report(recipe: Recipe) -> dict:
-    """Raises OSError or ValueError where there is none that can be read."""
-    return json.loads((Path(recipe.data.prepared) / "report.json").read_text(encoding="utf-8"))
-
-
-def _rows(report: dict, recipe: Recipe) -> float:
-    """Rows at another length than `prepare` counted for, by the tokens, packed as well as it found."""
-    if not recipe.packing:
-        return report["train_rows"]
-    return report["tokens"]["total"] / (recipe.max_length * (report["packing_efficiency"] or 1))

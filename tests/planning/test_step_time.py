@@ -11,7 +11,8 @@ from fitune.errors import UsageError
 from fitune.planning.fill import resolve
 from fitune.planning.gpu_models import GPU_MODELS, gpu_model
 from fitune.planning.limits import limits_of
-from fitune.planning.plan import TIME_ERROR, make_plan, setup_of, steps_of
+from fitune.planning.plan import TIME_ERROR, make_plan, setup_of
+from fitune.planning.run_length import steps_of
 from fitune.planning.step_time import step_seconds
 
 
