@@ -43,7 +43,7 @@ class Profile(Strict):
     "Name of the file in accelerate_configs/ that starts the processes."
     num_gpus: Annotated[int, Field(ge=0)]
     "GPUs over all machines; 0 trains on the CPU."
-    gpu_memory_gib: Size | None = None
+    gpu_memory_gib: PositiveFloat | None = None
     "Memory of one GPU that a run may take."
     host_memory_gib: Size
     "RAM of one machine."

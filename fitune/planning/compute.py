@@ -23,15 +23,18 @@ def settled(run: Run, gpu: GpuModel | None) -> Run:
     return run.model_copy(update={"profile": profile})
 
 
-def refuse_missing_fp8(run: Run, gpu: GpuModel | None) -> None:
-    """Raises UsageError if the run asks for fp8 of a GPU without it. None: the one that is typical for the profile."""
+def refuse_missing_fp8(run: Run, gpu: GpuModel | None, card_gib: float | None = None) -> None:
+    """Raises UsageError if the run asks for fp8 of a GPU without it.
+
+    None: the one that is typical for a card of `card_gib`, or of what the profile states, which may be a part of one.
+    """
     if run.profile.compute != "fp8" or run.accelerate.use_cpu:
         return
     if gpu:
         refuse_fp8_on(gpu)
         return
-    assumed = f", taken for a card of {run.profile.gpu_memory_gib or 0:g} GiB,"
-    refuse_fp8_on(likely_model(run.profile.gpu_memory_gib or 0), assumed, "name yours with --gpu, or use")
+    gib = card_gib or run.profile.gpu_memory_gib or 0
+    refuse_fp8_on(likely_model(gib), f", taken for a card of {gib:g} GiB,", "name yours with --gpu, or use")
 
 
 def refuse_fp8_on(gpu: GpuModel, assumed: str = "", instead: str = "use") -> None:

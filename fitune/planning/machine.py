@@ -96,6 +96,11 @@ class Machine:
         return min((gpu.free_gib for gpu in self.gpus), default=0.0)
 
     @property
+    def card_gib(self) -> float:
+        """All memory of the smallest GPU, which others may use: what cards are sold by. 0 without one."""
+        return min((gpu.total_gib for gpu in self.gpus), default=0.0)
+
+    @property
     def unified(self) -> bool:
         """GPU and RAM are one memory: what one takes the other lacks."""
         return any(gpu.unified for gpu in self.gpus)

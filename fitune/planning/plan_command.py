@@ -107,7 +107,7 @@ def _searched(
     found = find_fastest(recipe, sets, machine, named, machines=machines, network=options["network"])
     chosen = replace(machine, gpus=found.plan.cards)
     model = named or chosen.model
-    refuse_missing_fp8(found.plan.run, named or chosen.known_model)
+    refuse_missing_fp8(found.plan.run, named or chosen.known_model, chosen.card_gib)
     return make_plan(found.plan.run, found.plan.limits, model, **options), model, found
 
 

@@ -235,12 +235,11 @@ def _holds_all(plan: Plan) -> bool:
 def _run(
     stem: str, recipe: Recipe, values: dict, machine: Machine, ranks: int, machines: int, place: str, output: str | None
 ) -> Run:
-    total = min(gpu.total_gib for gpu in machine.gpus)
-    name = f"{'offload_' if place == ALL_IN_RAM else ''}{ranks}x{total:.0f}gb"
+    name = f"{'offload_' if place == ALL_IN_RAM else ''}{ranks}x{machine.card_gib:.0f}gb"
     output = str(Path(output or f"runs/{stem}-{name}").absolute())
     stated = {
         "description": "Found by plan.", "accelerate_config": FOUND, "num_gpus": ranks,
-        "gpu_memory_gib": total, "host_memory_gib": machine.host_total_gib, "fits": {"any": [recipe.method]},
+        "gpu_memory_gib": machine.card_gib, "host_memory_gib": machine.host_total_gib, "fits": {"any": [recipe.method]},
     }  # fmt: skip
     profile = parse(Profile, stated | values, "--set", became)
     accelerate = AccelerateConfig(

@@ -98,6 +98,22 @@ def test_on_the_cpu_it_is_emulated_and_said(capsys):
     assert "fp8 is emulated on the CPU" in capsys.readouterr().err
 
 
+def test_memory_that_is_held_back_does_not_make_another_card():
+    """A card of 80 GiB has fp8, whatever part of it a run may take; it is timed as that card, too."""
+    asked = ["plan", "llama3_8b_lora", "--gpus", "1", "--gpu-memory", "80", "--set", FP8]
+    done = CliRunner().invoke(cli, [*asked, "--set", "profile.gpu_memory_gib=40"])
+    assert done.exit_code == 0 and " on H100;" in done.output, done.output
+    smaller = CliRunner().invoke(cli, [*asked[:4], "--gpu-memory", "40", "--set", FP8])
+    assert smaller.exit_code == 2 and "A100, taken for a card of 40 GiB, has 8.0" in smaller.stderr
+
+
+@pytest.mark.parametrize("gib", ["1e400", ".inf", ".nan"])
+def test_memory_that_is_no_number_is_refused(gib):
+    for where in (["--gpus", "1", "--gpu-memory", "80"], ["--profile", "fsdp_1x48gb"]):
+        refused = CliRunner().invoke(cli, ["plan", "llama3_8b_lora", *where, "--set", f"profile.gpu_memory_gib={gib}"])
+        assert refused.exit_code == 2 and "gpu_memory_gib: Input should be a finite number" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("processes", "said"), [(1, "1 CPU process, weights"), (2, "2 CPU processes, one copy of the model, weights")]
 )
