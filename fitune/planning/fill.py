@@ -120,11 +120,10 @@ def _with_rows_and_layers(run: Run, limits: Limits, timed: Timed) -> Run:
         return runs.with_activations(run, kept_attention=attention[0], activation_offload=moved[0])
     setup = setup_of(run)
     tried = [
-        (rows, replace(setup, reshard=way, kept_attention=kept, activation_offload=in_ram))
-        for rows, way, kept, in_ram in product(_rows(run), ways, attention, moved)
+        replace(setup, reshard=way, kept_attention=kept, activation_offload=in_ram)
+        for way, kept, in_ram in product(ways, attention, moved)
     ]
-    within = with_room_for_error(limits)
-    choices = [choice for rows, setup in tried if (choice := _most_kept(run, setup, rows, within))]
+    choices = [choice for setup in tried for choice in _that_fit(run, setup, with_room_for_error(limits))]
     if not choices:  # what takes least, which fits where rows and layers that are given take some of that room
         is_settled = len(moved) == 1 or fits(setup, limits)
         moves = moved[0] if is_settled else _comes_closer_with_ram(setup, limits)
@@ -135,6 +134,21 @@ def _with_rows_and_layers(run: Run, limits: Limits, timed: Timed) -> Run:
     activations = {"kept_attention": best.kept_attention, "activation_offload": best.activation_offload}
     run = runs.with_resharding(runs.with_activations(run, **activations), best.reshard)
     return runs.with_numbers(run, **{key: getattr(best, key) for key in run.left_to_plan})
+
+
+def _that_fit(run: Run, setup: Setup, limits: Limits) -> list[Setup]:
+    """A setup with each number of rows that fits, and the most kept layers beside them.
+
+    Of several passes more rows take more; a step's only pass may take less, as its gradients need not add up.
+    """
+    *several, only = _rows(run)
+    batch, there = run.recipe.global_batch_size, _with_ram_for_inputs(setup, limits)
+
+    def does_fit(count: int) -> bool:
+        return fits(setup.of_rows(several[count - 1], batch), there)
+
+    rows = [*several[: largest(len(several), does_fit)], only]
+    return [choice for count in rows if (choice := _most_kept(run, setup, count, limits))]
 
 
 def _resharding(run: Run) -> tuple[bool, ...]:
@@ -207,20 +221,24 @@ def _rows(run: Run) -> list[int]:
 
 def _rows_that_take_least(run: Run, setup: Setup) -> int:
     """Of a GPU: mostly one, but gradients of a step's only pass may take half of those that passes add up."""
-    batch = run.recipe.global_batch_size
-    return min(_rows(run), key=lambda rows: (gpu_peak(setup.of_rows(rows, batch)).total, rows))
+    rows, batch = _rows(run), run.recipe.global_batch_size
+    return min((rows[0], rows[-1]), key=lambda rows: (gpu_peak(setup.of_rows(rows, batch)).total, rows))
 
 
 def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | None:
     """A micro batch with as many kept layers as fit, or as are given; None if it doesn't fit."""
     with_rows = setup.of_rows(rows, run.recipe.global_batch_size)
     if "kept_layers" in run.left_to_plan:
-        # a kept layer takes GPU memory, and no host RAM for its input: the most that GPUs with memory of their own hold
-        apart = setup.activation_offload and not limits.unified
-        there = replace(limits, host=math.inf) if apart else limits
+        there = _with_ram_for_inputs(setup, limits)
         kept = largest(setup.shape.layers, lambda layers: fits(replace(with_rows, kept_layers=layers), there))
         with_rows = replace(with_rows, kept_layers=kept)
     return with_rows if fits(with_rows, limits) else None
+
+
+def _with_ram_for_inputs(setup: Setup, limits: Limits) -> Limits:
+    """What decides about kept layers: they take GPU memory, and no host RAM for their inputs, where that is apart."""
+    apart = setup.activation_offload and not limits.unified
+    return replace(limits, host=math.inf) if apart else limits
 
 
 def fits(setup: Setup, limits: Limits) -> bool:
