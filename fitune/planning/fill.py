@@ -229,8 +229,11 @@ def _most_kept(run: Run, setup: Setup, rows: int, limits: Limits) -> Setup | Non
     """A micro batch with as many kept layers as fit, or as are given; None if it doesn't fit."""
     with_rows = setup.of_rows(rows, run.recipe.global_batch_size)
     if "kept_layers" in run.left_to_plan:
-        there = _with_ram_for_inputs(setup, limits)
-        kept = largest(setup.shape.layers, lambda layers: fits(replace(with_rows, kept_layers=layers), there))
+        there, layers = _with_ram_for_inputs(setup, limits), setup.shape.layers
+        all_kept = replace(with_rows, kept_layers=layers)
+        if fits(all_kept, limits):  # as of most ways to spread few rows over many GPUs
+            return all_kept
+        kept = largest(layers - 1, lambda layers: fits(replace(with_rows, kept_layers=layers), there))
         with_rows = replace(with_rows, kept_layers=kept)
     return with_rows if fits(with_rows, limits) else None
 

@@ -13,7 +13,7 @@ from fitune.planning.gpu_models import gpu_model, likely_model
 from fitune.planning.limits import Limits, limits_of
 from fitune.planning.machine import Gpu, Machine
 from fitune.planning.memory import gpu_peak
-from fitune.planning.plan import ERROR, setup_of
+from fitune.planning.plan import ERROR, setup_of, verdicts
 from fitune.planning.sizes import GIB
 from fitune.planning.step_time import step_seconds
 
@@ -231,3 +231,18 @@ def test_what_is_given_and_fits_with_no_room_for_error_fits():
     run = resolve("llama3_8b_qlora", "single_gpu", (*typed, f"profile.gpu_memory_gib={1.01 * least / GIB}"))
     assert run.profile.moves_activations and fits(setup(run), limits_of(run))
     assert not fits(setup(run), with_room_for_error(limits_of(run)))
+
+
+@pytest.mark.parametrize("batch", [1000, 100_000])
+def test_numbers_of_rows_that_cannot_fit_are_not_tried(batch, monkeypatch):
+    """However many rows a step has: it was 4,320 and 43,716 setups that were looked at."""
+    looked_at = []
+
+    def counted(setup, *limits):
+        looked_at.append(setup)
+        return verdicts(setup, *limits)
+
+    monkeypatch.setattr("fitune.planning.fill.verdicts", counted)
+    run = resolve("llama3_70b_full", "fsdp_full_8x80gb", (f"global_batch_size={batch}", "max_length=8192"))
+    assert len(runs.micro_batches(run.recipe, run.accelerate)) > 20
+    assert fits(setup(run), limits_of(run)) and len(looked_at) < 600
