@@ -15,12 +15,13 @@ def layer_backward(s: Setup, *, kept: bool = False) -> float:
     attention = heads + 5 * s.query_heads
     # heads that have norms of their own are there before and after them
     attention += 2 * (s.query_heads + s.shared_heads) * s.shape.head_norms
-    if not s.full:
-        return saved + max(h + _mlp(s), attention)  # the MLP's input and its gradient; then the gradient alone
     gate_up = 2 * s.inner_state * kept  # of all tiles, to the end
     tile_i, _ = _tiles(s)
+    other_tiles = max(0.0, gate_up - 2 * tile_i)
+    if not s.full:  # the MLP's input and its gradient; then the gradient alone
+        return saved + max(h + _mlp(s) + other_tiles, gate_up + attention)
     return saved + max(
-        h + _trained_mlp(s) + max(0.0, gate_up - 2 * tile_i),
+        h + _trained_mlp(s) + other_tiles,
         3 * _down(s) + gate_up + attention,
         s.gathered_layer + gate_up + heads + 3 * h,  # the end: all gradients of weights
     )

@@ -64,6 +64,19 @@ def test_a_trained_layer_that_works_in_tiles_is_there(compute, tmp_path):
     assert agree(entry, 0.03)
 
 
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_kept_layer_beside_a_frozen_base_that_works_in_tiles_is_there(rows, tmp_path):
+    """Of rows of 8,192 tokens: its gate and up stay to the end of its backward pass."""
+    sets = (f"profile.micro_batch={rows}", "profile.kept_layers=3", "profile.activation_offload=false")
+    sets += ("max_length=8192", f"global_batch_size={2 * rows}")
+    asked = ["llama3_8b_qlora", "fsdp_2x40gb", "--layers", "3", *(part for value in sets for part in ("--set", value))]
+    [entry] = measured(tmp_path, asked)
+    assert (entry["tokens"], entry["kept_layers"]) == (rows * 8192, 3)
+    for phase in ("backward, last layer", "backward, second layer"):
+        predicted = predicted_phases(entry)[phase]
+        assert 0.94 * predicted < entry["phases"][phase] < predicted, phase  # as of a layer that is not kept
+
+
 def test_one_rank_of_full_fine_tuning_in_float32_is_there(tmp_path):
     """Whose gradients stay where they were computed."""
     float32 = ("profile.optimizer_state=fp32", "profile.optimizer_offload=false", "profile.micro_batch=1")
