@@ -43,7 +43,8 @@ def test_the_real_cards_in_the_readme():
 )
 def test_lora_in_fp8(recipe, profile, compute):
     one_row = ("profile.micro_batch=1", "profile.kept_layers=0", "profile.embedding_offload=false")
-    setup = planned(recipe, profile, (*one_row, f"profile.compute={compute}")).setup
+    on_gpus = (*one_row, "profile.activation_offload=false")
+    setup = planned(recipe, profile, (*on_gpus, f"profile.compute={compute}")).setup
     ranks = (
         replace(setup, ranks=cards, accumulation=-(-8 // cards), adapters_wait=False, replicas=1)
         for cards in (1, 2, 3, 4, 8)
