@@ -182,6 +182,8 @@ class Run(Strict):
     accelerate: AccelerateConfig
     gradient_accumulation_steps: PositiveInt
     "Derived: global batch / (micro batch x processes)."
+    free_gpu_gib: Annotated[float, Field(ge=0)] | None = None
+    "What was free of each GPU when the run was started, where that is less than its profile states."
     resume: Flag = False
     left_to_plan: tuple[str, ...] = Field(default=(), exclude=True)
     "Keys of the profile that are `auto`. They have their smallest value until `fitune.planning.fill` chooses one."

@@ -50,10 +50,7 @@ def resolve(
 
 
 def filled_here(run: Run) -> Run:
-    """The run filled for the GPUs that it takes here, and for no more of their memory than its profile states.
-
-    Where less is free, its profile states that.
-    """
+    """The run filled for the GPUs that it takes here, and for no more of their memory than its profile states."""
     machine, limits = machine_of(run), limits_to_fill(run)
     return filled(settled(with_free_memory(run, limits), machine.known_model), limits, machine.model)
 

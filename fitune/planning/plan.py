@@ -132,27 +132,27 @@ def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) 
 
 
 def with_free_memory(run: Run, limits: Limits) -> Run:
-    """The run whose profile states no more memory of a GPU than `limits` have.
+    """The run with what `limits` have of a GPU, where its profile states more.
 
     Ranks decide by it: what is free differs from one to the next, and changes while they start.
     """
     stated = run.profile.gpu_memory_gib
-    if stated is None or limits.gpu is None or stated <= limits.gpu:
-        return run
-    return run.model_copy(update={"profile": run.profile.model_copy(update={"gpu_memory_gib": limits.gpu})})
+    has_less = stated is not None and limits.gpu is not None and limits.gpu < stated
+    return run.model_copy(update={"free_gpu_gib": limits.gpu if has_less else None})
 
 
 def setup_to_train(run: Run, shape: ModelShape | None = None) -> Setup:
     """The same as `setup_of` with gradients of adapters that wait for a step's last micro batch, where there is room.
 
-    Several ranks then reduce them once a step. There is as much room as the profile states, which in a run that starts
-    is no more than was free; one that states no GPU memory, as for CPUs, has room.
+    Several ranks then reduce them once a step. There is as much room as the profile states, or as was free when the
+    run was started; one that states no GPU memory, as for CPUs, has room.
     """
     setup = setup_of(run, shape)
     if setup.full or setup.shards == 1 or setup.accumulation == 1:
         return setup
-    waiting, card = replace(setup, adapters_wait=True), run.profile.gpu_memory_gib
-    has_room = card is None or gpu_peak(waiting).total / GIB * (1 + ERROR) <= card
+    waiting, stated = replace(setup, adapters_wait=True), run.profile.gpu_memory_gib
+    room = stated if run.free_gpu_gib is None else run.free_gpu_gib
+    has_room = room is None or gpu_peak(waiting).total / GIB * (1 + ERROR) <= room
     return waiting if has_room else setup
 
 

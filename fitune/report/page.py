@@ -153,7 +153,9 @@ def _data_changed(run: RunFiles) -> bool:
 def _differing(runs: list[RunFiles]) -> list[figures.Row]:
     """The settings in which runs differ; where they lie is no setting."""
     tables = [figures.settings(run) for run in runs]
-    keys = dict.fromkeys(key for table in tables for key in table if key not in ("output_dir", "working_folder"))
+    keys = dict.fromkeys(
+        key for table in tables for key in table if key not in ("output_dir", "working_folder", "free_gpu_gib")
+    )
     rows = [(key, [table.get(key, figures.NOTHING) for table in tables]) for key in keys]
     return [(key, texts) for key, texts in rows if len(set(texts)) > 1]
 

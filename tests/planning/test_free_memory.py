@@ -28,13 +28,13 @@ def test_a_search_reckons_with_what_is_free():
 
 def test_what_a_search_finds_says_to_its_ranks_what_is_free():
     found = find("llama3_70b_qlora", (), _machine(23.99, 23.0)).plan
-    assert found.run.profile.gpu_memory_gib == 23.0 and found.run.profile_name == "offload_2x24gb"
+    assert found.run.free_gpu_gib == 23.0 and found.run.profile.gpu_memory_gib == 23.99
     assert setup_to_train(found.run) == found.setup
     given = find("llama3_70b_qlora", ("profile.gpu_memory_gib=24",), _machine(23.99, 23.0)).plan
-    assert given.run.profile.gpu_memory_gib == 23.0 and given.setup == found.setup
+    assert given.run.free_gpu_gib == 23.0 and given.setup == found.setup
 
 
-def test_a_profile_on_gpus_with_less_free_states_that(monkeypatch, tmp_path):
+def test_a_run_on_gpus_with_less_free_states_that(monkeypatch, tmp_path):
     """Its ranks let gradients wait where that leaves them room, as the check before training does."""
     run = resolve("llama3_70b_lora", "fsdp_lora_8x80gb", SEVERAL_PASSES, output=str(tmp_path / "run"))
     tight = gpu_peak(setup_of(run)).total / GIB * 1.02
@@ -42,11 +42,13 @@ def test_a_profile_on_gpus_with_less_free_states_that(monkeypatch, tmp_path):
     monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: Machine(eight, 512, 500))
     monkeypatch.setattr(limits, "free_disk_gib", lambda _: 1000.0)
     here = filled_here(run)
-    assert here.profile.gpu_memory_gib == pytest.approx(tight)
-    assert here.profile == run.profile.model_copy(update={"gpu_memory_gib": here.profile.gpu_memory_gib})
+    assert here.free_gpu_gib == pytest.approx(tight) and here.profile == run.profile
     assert setup_to_train(run).adapters_wait and not setup_to_train(here).adapters_wait
     checked = make_plan(here, limits_to_fill(here))
     assert checked.setup == setup_to_train(here) and checked.fits
+    free = (replace(eight[0], free_gib=80),) * 8
+    monkeypatch.setattr("fitune.planning.hardware.found_here", lambda: Machine(free, 512, 500))
+    assert filled_here(here).free_gpu_gib is None, "a resume looks anew"
 
 
 def test_a_plan_for_less_than_a_profile_states_reckons_with_less():

@@ -46,7 +46,7 @@ def test_the_search_for_the_fastest_way_finds_what_fits_the_small_card(one_h200,
             done = CliRunner().invoke(cli, words, catch_exceptions=False)
             assert done.exit_code == 0, done.output
             said[cap, words[0]] = done.output
-    assert "gpu_memory_gib: 139" in said[None, "train"] and "gpu_memory_gib: 11.0" in said["9.7", "train"]
+    assert "free_gpu_gib: 139" in said[None, "train"] and "gpu_memory_gib: 11.0" in said["9.7", "train"]
     all_kept = "kept_layers: 32\n"
     assert all_kept in said[None, "train"] and all_kept not in said["9.7", "train"]
     assert "of 11.0" in said["9.7", "plan"] and "of 139" in said[None, "plan"]
