@@ -67,7 +67,10 @@ def what_to_give(folder: Path) -> str:
     """In place of a folder that is no model's."""
     if (folder / "model" / "config.json").is_file():  # of a run with method full
         return f"give {folder / 'model'}"
-    kind = "a run's" if (folder / "run.yaml").is_file() else "an adapter's" if is_adapter(folder) else None
+    is_run = (folder / "run.yaml").is_file()
+    if is_run and not (folder / "adapter").is_dir():
+        return f"it is a run's folder without a result: {command('train', '--resume', folder)}"
+    kind = "a run's" if is_run else "an adapter's" if is_adapter(folder) else None
     if kind:
         merged = command("merge", folder, "--output", "models/merged")
         return f"it is {kind} folder: merge it first, {merged}, and give models/merged"

@@ -46,9 +46,9 @@ def check_training_block(recipe: Recipe, source: str | Where) -> dict[str, Any]:
 
 
 def taken_away(training: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`training` without what null takes away of what one of the `blocks` gives that it is made of.
+    """`training` without the fields that are null and have a value in one of the `blocks` that it is made of.
 
-    Where null is a value of the field it stays; null without a value to take away is left, and refused.
+    Null stays where it is a value of the field, and where there is none to take away: that is refused.
     """
     fields = sft_config_fields()
 

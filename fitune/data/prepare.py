@@ -51,6 +51,7 @@ def prepare(
     workers: int | None = None,
     preview: int = 0,
     console=None,
+    asked: dict | None = None,
 ) -> dict:
     """Write `output`/train.jsonl, test.jsonl, their tokens and report.json; return the report.
 
@@ -70,6 +71,7 @@ def prepare(
     --overwrite                        replace `output`
     --workers                          processes; default: all cores
     --preview N                        print the first N rows as the model sees them
+    `asked`                            what was typed, for `report.json`: see `fitune.data.prepare_command`
 
     Each line of the .jsonl files is `{"messages": [{"role", "content", ...}], "tools"?: JSON text}`. Raises UsageError
     for rows that cannot be used (first 20 of each reason as `file:line: reason`), sources that cannot be read, an
@@ -102,6 +104,8 @@ def prepare(
             "test_fraction": data.test_fraction if any(fractions) else None,
             "seed": seed,
             "chosen_by": chosen_by(data),
+            "working_folder": str(Path.cwd()),
+            "asked": asked or {},
             "template": {"choice": choice, "sha256": _template_sha256(choice, tokenizer)},
             "tokenizer": {"sha256": chat_template.tokenizer_hash(tokenizer) if tokenizer else None},
             "system_message": data.system_message,

@@ -13,7 +13,7 @@ from fitune.config.json_file import read_json
 from fitune.config.recipe import Data, Recipe
 from fitune.config.yaml_file import parse
 from fitune.data.prepare import prepare
-from fitune.data.prepared import dataset_in
+from fitune.data.prepared import dataset_in, read_report
 from fitune.data.sources import refuse_missing_file
 from fitune.errors import UsageError
 
@@ -22,6 +22,11 @@ OF_ITS_DATASET = (
     *("keep", "ignored_keys", "weight", "mix", "invalid_rows"),
 )
 "Keys of a recipe's `data:` that speak of its own dataset; the others say how rows are trained, of whatever data."
+FLAGS = {
+    "--long-rows": "data.long_rows", "--format": "data.format", "--drop-invalid": "data.invalid_rows",
+    "--escape-control-tokens": "",
+}  # fmt: skip
+"Of `prepare`, about which rows are taken, and the key that each stands in for."
 OF_TRAINING = ("profile", "training", "lora", "method", "early_stopping")
 "What `--set` changes without a meaning for `prepare`."
 
@@ -73,6 +78,7 @@ def prepare_command(
         packing=resolved.packing,
         global_batch_size=resolved.global_batch_size,
         seed=resolved.seed,
+        asked=_asked(dataset, sets, options),
         **options,
     )
     how = _how_to_train(recipe, again, None if output == Path(resolved.data.prepared) else output)
@@ -80,11 +86,29 @@ def prepare_command(
 
 
 def how_to_prepare(recipe: str, sets: tuple[str, ...], data: Data) -> str:
-    """The command that prepares a recipe's rows anew, as `sets` have it: of the dataset that they are of now."""
-    there = dataset_in(Path(data.prepared), data)
-    kept = [each for each in sets if re.split("[.=]", each)[0] not in OF_TRAINING]
-    words = [*(["--dataset", there] if there else []), *(word for each in kept for word in ("--set", each))]
-    return command("prepare", recipe, *words, "--overwrite")
+    """The command that prepares a recipe's rows as before, but for what `sets` change.
+
+    Raises UsageError where `sets` name another dataset than the rows are of: training would not read it.
+    """
+    folder, typed = Path(data.prepared), {each.partition("=")[0] for each in sets}
+    asked, there = (read_report(folder) or {}).get("asked", {}), dataset_in(folder, data)
+    dataset = None if "data.dataset" in typed else asked.get("dataset") or there
+    flags = [(flag, value) for flag, value in asked.get("flags", {}).items() if FLAGS[flag] not in typed]
+    changed = [each for each in sets if re.split("[.=]", each)[0] not in OF_TRAINING]
+    of_own_dataset = {f"data.{key}" for key in OF_ITS_DATASET if dataset} - typed
+    kept = [each for each in asked.get("sets", []) if each.partition("=")[0] in of_own_dataset] + changed
+    words = [*(["--dataset", dataset] if dataset else [])]
+    words += [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+    again = command("prepare", recipe, *words, *(word for each in kept for word in ("--set", each)), "--overwrite")
+    if there and "data.dataset" in typed:
+        raise UsageError(f"{folder}: prepared from {there}, not {data.dataset}; prepare the data again: {again}")
+    return again
+
+
+def _asked(dataset: str | None, sets: tuple[str, ...], options: dict) -> dict:
+    """For report.json: what rows were asked for by, beside the recipe."""
+    given = {flag: options.get(flag[2:].replace("-", "_")) for flag in FLAGS}
+    return {"dataset": dataset, "sets": list(sets), "flags": {flag: value for flag, value in given.items() if value}}
 
 
 def with_own_dataset(data: Data, dataset: str, sets: tuple[str, ...] = ()) -> Data:

@@ -63,8 +63,8 @@ def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False, again
     longest = report["longest_conversation"] or 0
     if longest > recipe.max_length:
         raise UsageError(
-            f"{folder}: its longest conversation has {longest:,} tokens, max_length is {recipe.max_length:,}; {again} "
-            f"--max-length {recipe.max_length} --long-rows drop, or cut"
+            f"{folder}: its longest conversation has {longest:,} tokens, max_length is {recipe.max_length:,}; drop or "
+            f"cut longer ones: {again} --max-length {recipe.max_length} --long-rows drop"
         )
     return report
 
@@ -83,22 +83,20 @@ def refuse_rows_chosen_otherwise(data: Data, again: str) -> None:
     report = read_report(folder)
     if not report or "chosen_by" not in report or dataset_in(folder, data):
         return
-    before, now = (_by_place(settings) for settings in (report["chosen_by"], chosen_by(data)))
-    for place in before | now:
-        if before.get(place) != now.get(place):
-            was, wanted = (_shown(settings.get(place)) for settings in (before, now))
-            raise UsageError(f"{folder}: prepared with {place} {was}, not {wanted}; prepare the data again: {again}")
+    before, now = _by_place(report["chosen_by"]), _by_place(chosen_by(data))
+    for place, wanted in now.items():
+        was = before.get(place, wanted)
+        same_file = place.endswith(".dataset") and _seen_from(report, was) == Path(wanted).resolve()
+        if was != wanted and not same_file:
+            said = f"{place} {_shown(was)}, not {_shown(wanted)}"
+            raise UsageError(f"{folder}: prepared with {said}; prepare the data again: {again}")
 
 
-def _by_place(value, place: str = "data") -> dict[str, object]:
-    """Values by where they stand: data.weight, data.mix[0].keep."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        parts = [(f"{place}[{number}]", part) for number, part in enumerate(value)]
-    elif isinstance(value, dict) and (place == "data" or place.endswith("]")):
-        parts = [(f"{place}.{key}", part) for key, part in value.items()]
-    else:
-        return {place: value}
-    return {name: found for each, part in parts for name, found in _by_place(part, each).items()}
+def _by_place(chosen: dict) -> dict[str, object]:
+    """Settings by where they stand, `data.mix[0].keep`; first of all how many sources there are."""
+    sources = chosen["mix"]
+    found = {"data.mix": f"of {len(sources)}"} | {f"data.{key}": chosen[key] for key in chosen if key != "mix"}
+    return found | {f"data.mix[{i}].{key}": value for i, source in enumerate(sources) for key, value in source.items()}
 
 
 def changed_sources(folder: Path) -> list[str]:
@@ -107,7 +105,7 @@ def changed_sources(folder: Path) -> list[str]:
     if not report:
         return []
     made = (folder / REPORT).stat().st_mtime_ns
-    files = {Path(name): sha256 for source in (report["source"], *report["mixed_in"])
+    files = {_seen_from(report, name): sha256 for source in (report["source"], *report["mixed_in"])
              for name, sha256 in source["files"].items()}  # fmt: skip
     touched = [file for file in files if file.is_file() and file.stat().st_mtime_ns > made]
     return [str(file) for file in touched if _sha256(file) != files[file]]
@@ -137,9 +135,12 @@ def dataset_in(folder: Path, data: Data) -> str | None:
     """The dataset that a prepared folder holds, where it is another than the recipe's `data` names."""
     report = read_report(folder)
     there = report["source"]["dataset"] if report else data.dataset
-    if there == data.dataset or (Path(there).exists() and Path(there).resolve() == Path(data.dataset).resolve()):
-        return None
-    return there
+    return None if there == data.dataset or _seen_from(report, there) == Path(data.dataset).resolve() else there
+
+
+def _seen_from(report: dict, path: str) -> Path:
+    """A path of a report, which starts where `prepare` ran; those of earlier versions from here on."""
+    return (Path(report.get("working_folder", "")) / path).resolve()
 
 
 def describe_files(folder: Path) -> dict[str, dict]:

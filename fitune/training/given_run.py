@@ -109,7 +109,7 @@ def _say_if_sources_changed(folder: Path, again: str) -> None:
     if changed := changed_sources(folder):
         names = ", ".join(changed)
         click.echo(
-            f"note: {folder} was prepared before {names} changed; to train on it as it is now: {again}", err=True
+            f"note: {folder} was prepared before {names} changed; to prepare the changed rows: {again}", err=True
         )
 
 

@@ -72,7 +72,7 @@ def train_command(
     remember_what_was_typed()
     finished = finished_at(run.folder)
     try:
-        again = None if goes_on else how_to_prepare(recipe, sets, run.recipe.data)
+        again = None if resume else how_to_prepare(recipe, sets, run.recipe.data)
         options = {"resume": resume, "max_restarts": max_restarts, "force": force, "quiet": quiet, "place": place}
         code = _train(run, again, **options)
     except KeyboardInterrupt:

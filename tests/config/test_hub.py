@@ -62,6 +62,7 @@ def test_what_training_left_is_no_base_and_the_way_to_one_is_said(file, said, tm
     """As a base: of `plan`, which wants its sizes, and of `train`."""
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
+    (tmp_path / "adapter").mkdir()
     for find in (hub.local_folder, find_shape):
         with pytest.raises(UsageError, match=re.escape(said.format(tmp_path))):
             find(str(tmp_path))

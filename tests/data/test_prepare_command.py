@@ -190,10 +190,43 @@ def test_what_differs_is_found_before_a_process_starts(prepared_with, trained_wi
     assert not fitune.started and not Path("runs").exists()
     again = line.partition("prepare the data again: ")[2]
     if "max_length" in expected:
-        assert again.endswith(" --overwrite --max-length 20 --long-rows drop, or cut")
+        assert again.endswith(" --overwrite --max-length 20 --long-rows drop")
         return
     assert fitune(*shlex.split(again)[2:]).exit_code == 0, again
     assert train(fitune, *(part for value in trained_with for part in ("--set", value))).exit_code == 0
+
+
+def test_rows_of_an_own_dataset_are_prepared_again_as_they_were_asked_for(fitune, tmp_path):
+    """With what was typed for `prepare`, from any folder; another dataset that is typed for `train` is not read."""
+    rows = write(tmp_path / "mine.jsonl", *map(chat, range(16)), {"messages": []})
+    asked = ["--drop-invalid", "--set", "data.test_fraction=0.25", "--set", "data.system_message=Hi."]
+    assert fitune("prepare", "recipe.yaml", "--dataset", "mine.jsonl", *asked).exit_code == 0
+    line = refused(train(fitune))
+    again = "prepare recipe.yaml --dataset mine.jsonl --drop-invalid --set data.test_fraction=0.25 --overwrite"
+    assert line.endswith(f"not 'Be brief.'; prepare the data again: python cli.py {again}")
+    assert fitune(*shlex.split(again)).exit_code == 0
+    report = json.loads(Path("data/theirs/report.json").read_text())
+    assert (report["train_rows"], report["test_rows"]) == (12, 4)
+    assert train(fitune).exit_code == 0
+    said = refused(train(fitune, "--set", "data.dataset=other.jsonl", "--output", "runs/other"))
+    assert "data/theirs: prepared from mine.jsonl, not other.jsonl; prepare the data again: " in said
+    assert " recipe.yaml --drop-invalid --set data.dataset=other.jsonl --overwrite" in said
+    write(rows, *map(chat, range(17)))
+    assert again not in train(fitune, "--output", "runs/other", "--resume").output, "a run goes on with its rows"
+
+
+def test_a_recipe_is_used_from_another_folder(fitune, tmp_path, monkeypatch):
+    for name in ("mine", "more"):
+        write(tmp_path / f"{name}.jsonl", *({"messages": chat(f"{name} {n}")["messages"]} for n in range(8)))
+    recipe = {"base": {"model": "./base"}} | RECIPE | {"data": OF_A_MIXTURE}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert fitune("prepare", "recipe.yaml").exit_code == 0
+    monkeypatch.chdir(tmp_path.parent)
+    name = f"{tmp_path.name}/recipe.yaml"
+    of_it = ["train", name, "--profile", "cpu_2proc", "--force", "--output", tmp_path / "run"]
+    result = fitune(*of_it)
+    assert result.exit_code == 0 and "prepared from" not in result.output
+    assert "prepared with data.weight 1.0, not 2.0" in refused(fitune(*of_it, "--set", "data.weight=2"))
 
 
 OF_A_MIXTURE = {"dataset": "mine.jsonl", "prepared": "data/mixed", "mix": [{"dataset": "more.jsonl", "weight": 2}]}
@@ -205,7 +238,7 @@ OF_A_MIXTURE = {"dataset": "mine.jsonl", "prepared": "data/mixed", "mix": [{"dat
         ("data.weight=3", "data.weight 1.0, not 3.0"),
         ("data.mix=[{dataset: more.jsonl, weight: 9}]", "data.mix[0].weight 2.0, not 9.0"),
         ("data.mix=[{dataset: other.jsonl, weight: 2}]", "data.mix[0].dataset 'more.jsonl', not 'other.jsonl'"),
-        ("data.mix=[]", "data.mix[0].dataset 'more.jsonl', not none"),
+        ("data.mix=[]", "data.mix 'of 1', not 'of 0'"),
         ("data.test_fraction=0.5", "data.test_fraction 0.05, not 0.5"),
         ("data.ignored_keys=[score]", 'data.ignored_keys [], not ["score"]'),
     ],
@@ -232,7 +265,7 @@ def test_rows_that_changed_since_are_said(fitune, tmp_path):
     assert "changed" not in train(fitune).output, "its contents are the same"
     write(rows, *map(chat, range(9)))
     again = "python cli.py prepare recipe.yaml --overwrite"
-    said = f"note: data/mine was prepared before mine.jsonl changed; to train on it as it is now: {again}"
+    said = f"note: data/mine was prepared before {rows} changed; to prepare the changed rows: {again}"
     assert said in train(fitune, "--output", "runs/second").output.splitlines()
 
 

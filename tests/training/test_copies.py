@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import weakref
 
 import pytest
@@ -223,8 +224,14 @@ def _train_and_count_sums(run) -> list[int]:
     """How many earlier sums of copies' gradients are held where each reduction begins."""
     reduce, sums, held = param_group.foreach_reduce, [], []
 
+    def are_held() -> int:
+        return sum(one() is not None for one in sums)
+
     def counted(*args, **kwargs):
-        held.append(sum(one() is not None for one in sums))
+        until = time.monotonic() + 2
+        while are_held() and time.monotonic() < until:
+            time.sleep(0.01)  # gloo's thread may let go of the last one a moment later
+        held.append(are_held())
         found = reduce(*args, **kwargs)
         sums.append(weakref.ref(found[4]))  # all_reduce_input
         return found
