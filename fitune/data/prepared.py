@@ -95,7 +95,7 @@ def refuse_rows_chosen_otherwise(data: Data, again: str) -> None:
 def _by_place(chosen: dict) -> dict[str, object]:
     """Settings by where they stand, `data.mix[0].keep`; first of all how many sources there are."""
     sources = chosen["mix"]
-    found = {"data.mix": f"of {len(sources)}"} | {f"data.{key}": chosen[key] for key in chosen if key != "mix"}
+    found = {"sources in data.mix:": len(sources)} | {f"data.{key}": chosen[key] for key in chosen if key != "mix"}
     return found | {f"data.mix[{i}].{key}": value for i, source in enumerate(sources) for key, value in source.items()}
 
 

@@ -238,7 +238,7 @@ OF_A_MIXTURE = {"dataset": "mine.jsonl", "prepared": "data/mixed", "mix": [{"dat
         ("data.weight=3", "data.weight 1.0, not 3.0"),
         ("data.mix=[{dataset: more.jsonl, weight: 9}]", "data.mix[0].weight 2.0, not 9.0"),
         ("data.mix=[{dataset: other.jsonl, weight: 2}]", "data.mix[0].dataset 'more.jsonl', not 'other.jsonl'"),
-        ("data.mix=[]", "data.mix 'of 1', not 'of 0'"),
+        ("data.mix=[]", "sources in data.mix: 1, not 0"),
         ("data.test_fraction=0.5", "data.test_fraction 0.05, not 0.5"),
         ("data.ignored_keys=[score]", 'data.ignored_keys [], not ["score"]'),
     ],
