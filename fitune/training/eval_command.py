@@ -12,9 +12,8 @@ from fitune.launching.machines import check_machine_flags, refuse_machine_flags
 from fitune.launching.roll_call import launch_together
 from fitune.planning.asking import Reading
 from fitune.report.page import show_page_after_a_command
-from fitune.report.trained_rows import rows_at_the_start
 from fitune.training.asked_here import held_here, rows_of_eval
-from fitune.training.given_run import check_data, checkpoint_flag, finished_run_or_none, on_other_rows
+from fitune.training.given_run import changed_split, check_data, checkpoint_flag, finished_run_or_none, on_other_rows
 
 
 def eval_command(
@@ -53,18 +52,10 @@ def eval_command(
 
 
 def _prepared_since(run: Run) -> Path | None:
-    """The run's prepared folder where it holds other rows than at the run's start: measured as --data, which it says.
-
-    None also where it is not known which rows these were.
-    """
-    from fitune.data.prepared import sha256_of_rows
-
-    folder, then = Path(run.recipe.data.prepared).absolute(), rows_at_the_start(run.folder)
-    split = "test" if then.get("test") else "train"  # an older run knows its training rows alone
-    if not then.get(split) or not (folder / f"{split}.jsonl").is_file():
+    """The run's prepared folder where it holds other rows than when the run was started; says how they are measured."""
+    if (split := changed_split(run)) is None:
         return None
-    if sha256_of_rows(folder, split) == then[split]:
-        return None
+    folder = Path(run.recipe.data.prepared).absolute()
     name = "-".join(["eval", *([Path(run.checkpoint).name] if run.checkpoint else [])])
     print(
         f"note: {folder}/{split}.jsonl holds other rows than when {run.folder} was started: the result goes into "

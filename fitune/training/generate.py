@@ -26,6 +26,7 @@ from fitune.training.asked import Asked, parse_options, questions, report
 from fitune.training.asked_here import as_held
 from fitune.training.chat import Interrupts, chat
 from fitune.training.distributed import as_rank, close_process_group, compute_device, is_main_process, join
+from fitune.training.given_run import changed_split
 from fitune.training.out_of_memory import explain_in_generate
 from fitune.training.train import free_model_memory, load_sharded_model, run_stage
 from fitune.training.tuned import load_tuned_weights, tuned_base_folder
@@ -70,7 +71,7 @@ def generate(run: Run, options: argparse.Namespace) -> None:
         if is_main_process():
             answers = {"base": base_answers, "tuned": tuned_answers}
             report(conversations, answers, options.json)
-            if options.test and not run.checkpoint:
+            if options.test and not run.checkpoint and changed_split(run) is None:  # the page shows the run's own rows
                 _keep_held_out(measuring.file("answers"), run, options, conversations, answers)
     close_process_group()
 

@@ -11,6 +11,7 @@ from fitune.config.results import missing_of_result
 from fitune.config.schema import Run
 from fitune.errors import UsageError
 from fitune.launching.finished import passed_step
+from fitune.report.trained_rows import rows_at_the_start
 
 
 def finished_run(folder: Path, *, asked: bool = False) -> Run:
@@ -101,6 +102,20 @@ def check_data(
             _say_if_sources_changed(Path(data.prepared), again)
         if asked_as_trained and not quiet:
             _say_if_other_rows_were_trained(run)
+
+
+def changed_split(run: Run) -> str | None:
+    """`test`, or of an older run `train`, where its prepared folder holds other rows of it than at the run's start.
+
+    None also where it is not known which rows these were.
+    """
+    from fitune.data.prepared import sha256_of_rows
+
+    folder, then = Path(run.recipe.data.prepared), rows_at_the_start(run.folder)
+    split = "test" if then.get("test") else "train"  # an older run knows its training rows alone
+    if not then.get(split) or not (folder / f"{split}.jsonl").is_file():
+        return None
+    return None if sha256_of_rows(folder, split) == then[split] else split
 
 
 def _say_if_sources_changed(folder: Path, again: str) -> None:

@@ -149,6 +149,18 @@ def test_answers_equal_plain_generation(runs, processes):
     assert for_page["rows"] == [answers[-1] | {"expected": held_out[-1]["content"]}], "what the run's page shows"
 
 
+def test_answers_about_rows_that_were_prepared_since_are_not_the_pages(runs):
+    run = runs[1]
+    file, started_with = run.folder / "answers.json", run.folder / "data.json"
+    file.write_text("kept")
+    started_with.write_text(json.dumps({"rows": {"test": "of other rows"}}))
+    try:
+        run_ranks(ask, 1, run)
+    finally:
+        started_with.unlink()
+    assert file.read_text() == "kept"
+
+
 def sampled(run) -> list[str]:
     """The answers that this rank computes, drawn at a temperature."""
     answers, answer_all = [], Answerer.answers
