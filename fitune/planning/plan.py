@@ -115,7 +115,8 @@ class Plan:
 
 def make_plan(run: Run, limits: Limits, gpu: GpuModel | None = None, **options) -> Plan:
     """Needs, verdicts and time of one run; what else would fit is for `fitune.planning.search` to find."""
-    setup = setup_to_train(with_free_memory(run, limits))
+    run = with_free_memory(run, limits)
+    setup = setup_to_train(run)
     space = disk(setup, kept_checkpoints(run))
     if has_weights(run.recipe.base.model, run.recipe.base.revision):
         space["download"] = 0.0

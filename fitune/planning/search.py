@@ -30,7 +30,7 @@ from fitune.planning.limits import limits_here
 from fitune.planning.machine import Machine
 from fitune.planning.memory import host_peak
 from fitune.planning.outlook import no_gpu, shortfall
-from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan, with_free_memory
+from fitune.planning.plan import GPU_COUNT, TIME_ERROR, Plan, make_plan
 from fitune.planning.presets import preset_runs
 from fitune.planning.sizes import GIB
 from fitune.planning.words import (
@@ -201,8 +201,7 @@ def _plans(
     for run in candidates:
         ranks = run.accelerate.num_processes
         if ranks not in hold_all:
-            run = with_free_memory(with_gpus(run, machine) if names_gpus else run, limits)
-            run = filled(run, limits, gpu, network)
+            run = filled(with_gpus(run, machine) if names_gpus else run, limits, gpu, network)
             plans.append(replace(make_plan(run, limits, gpu, network=network), cards=machine.gpus))
             hold_all |= {ranks} if _holds_all(plans[-1]) else set()
     return plans
