@@ -1,7 +1,6 @@
 """report.json: what was read, what was kept, where it came from; and the same as a table."""
 
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from fitune.data.reading import Tally
 from fitune.data.row_store import RowStore, Selection
 from fitune.data.rules import Rules
 from fitune.data.source_file import SourceFile
+from fitune.data.sources import belongs
 from fitune.data.token_report import histogram_chart, packing_report, token_statistics
 
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
@@ -115,7 +115,8 @@ def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
             )
         if splits.ignored:
             names = ", ".join(splits.ignored[:5]) + (", ..." if len(splits.ignored) > 5 else "")
-            held_out = next((name for name in HELD_OUT if any(_is_named(file, name) for file in splits.ignored)), None)
+            unread = [Path(Path(file).name) for file in splits.ignored]
+            held_out = next((name for name in HELD_OUT if any(belongs(file, name) for file in unread)), None)
             way = f"; --set data.test_split={held_out} holds out {held_out}" if held_out and not splits.test else ""
             notes.append(f"not read, neither train nor test: {names}{way}")
     if report["packed_rows"] and global_batch_size and report["packed_rows"] < global_batch_size:
@@ -128,10 +129,6 @@ def _notes(report: dict, sources, global_batch_size: int | None) -> list[str]:
     if report["tokens"] is None:
         notes.append("no tokenizer was given: tokens were not made, long rows not looked for; train makes them")
     return notes
-
-
-def _is_named(file: str, split: str) -> bool:
-    return re.match(rf"{split}(?:[-_.]|$)", Path(file).name) is not None
 
 
 def _lines(report: dict):

@@ -13,14 +13,11 @@ from fitune.config.json_file import read_json
 from fitune.config.recipe import Data, Recipe
 from fitune.config.yaml_file import parse
 from fitune.data.prepare import prepare
-from fitune.data.prepared import dataset_in, read_report
+from fitune.data.prepared import CHOOSE_ROWS, dataset_in, read_report
 from fitune.data.sources import refuse_missing_file
 from fitune.errors import UsageError
 
-OF_ITS_DATASET = (
-    *("revision", "train_split", "test_split", "test_fraction", "format", "columns"),
-    *("keep", "ignored_keys", "weight", "mix", "invalid_rows"),
-)
+OF_ITS_DATASET = (*CHOOSE_ROWS, "format", "invalid_rows")
 "Keys of a recipe's `data:` that speak of its own dataset; the others say how rows are trained, of whatever data."
 FLAGS = {
     "--long-rows": "data.long_rows", "--format": "data.format", "--drop-invalid": "data.invalid_rows",

@@ -22,9 +22,9 @@ REPORT = "report.json"
 REPORT_VERSION = 4
 "Of prepared data, raised when the same rows would be prepared in another way."
 SPLITS = ("train", "test")
-CHOOSE_ROWS = {
-    *("revision", "train_split", "test_split", "test_fraction", "columns", "keep", "ignored_keys", "weight", "mix")
-}
+CHOOSE_ROWS = (
+    *("revision", "train_split", "test_split", "test_fraction", "columns", "keep", "ignored_keys", "weight", "mix"),
+)
 "Keys of a recipe's `data:` that say which rows are taken."
 
 
@@ -71,7 +71,7 @@ def check_prepared(recipe: Recipe, tokenizer, *, is_trained: bool = False, again
 
 def chosen_by(data: Data) -> dict:
     """What a recipe says of which rows are taken, in JSON's types; what flags of `prepare` stand in for is left out."""
-    return data.model_dump(mode="json", include=CHOOSE_ROWS)
+    return data.model_dump(mode="json", include=set(CHOOSE_ROWS))
 
 
 def refuse_rows_chosen_otherwise(data: Data, again: str) -> None:

@@ -99,8 +99,8 @@ def _split_files(folder: Path, train_split: str, test_split: str | None) -> Spli
     paths = [path for path in everything if path.name.lower().endswith(names) and not _is_about_data(path)]
     if not paths:
         raise UsageError(f"{folder}: no data files in this folder; allowed: {', '.join(SUFFIXES)}")
-    test = [path for path in paths if _belongs(path.relative_to(folder), test_split)]
-    train = [path for path in paths if _belongs(path.relative_to(folder), train_split)]
+    test = [path for path in paths if belongs(path.relative_to(folder), test_split)]
+    train = [path for path in paths if belongs(path.relative_to(folder), train_split)]
     in_test = set(test)
     if both := [path for path in train if path in in_test]:
         raise UsageError(f"{both[0]}: its name says both '{train_split}' and '{test_split}'; rename the file or folder")
@@ -125,7 +125,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _belongs(path: Path, split: str | None) -> bool:
+def belongs(path: Path, split: str | None) -> bool:
+    """Whether the name of a file, or of a folder that it lies in, says that it is of a split."""
     return any(re.match(rf"{re.escape(name)}(?:[-_.]|$)", part) for name in names_of(split) for part in path.parts)
 
 
