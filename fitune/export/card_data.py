@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fitune.config.json_file import json_or_nothing
 from fitune.config.schema import Run
+from fitune.config.trained_rows import TRAINED_ON, rows_at_the_start, train_hash
 
 HEAD = "## Data\n\n"
 OTHER_ROWS = (
@@ -41,11 +42,10 @@ def data_report(run: Run) -> dict | None:
 
     A run keeps it in data.json. Of an older run it is the prepared folder's, and None if that is of other rows by now.
     """
-    if kept := json_or_nothing(run.folder / "data.json").get("report"):
+    if kept := json_or_nothing(run.folder / TRAINED_ON).get("report"):
         return kept
     now = json_or_nothing(Path(run.recipe.data.prepared) / "report.json")
-    then = json_or_nothing(run.folder / "origin.json").get("identity", {}).get("data")
-    prepared = now.get("files", {}).get("train.jsonl", {}).get("sha256")
+    then, prepared = rows_at_the_start(run.folder).get("train"), train_hash(now)
     return None if then and prepared and then != prepared else now
 
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fitune.config.command_name import command
+from fitune.config.trained_rows import keep_trained_rows
 from fitune.environment import TYPED
 from fitune.planning.hardware import this_machine
-from fitune.report.trained_rows import keep_trained_rows
 
 ORIGIN = "origin.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "liger-kernel")
@@ -25,7 +25,7 @@ def remember_what_was_typed(arguments: list[str] | None = None) -> None:
 def write_origin(folder: Path, identity: dict, *, resumed: bool) -> None:
     """Called by the main process after its first step. A run that goes on keeps its first start and adds this one.
 
-    Keeps beside it which rows are trained: see `fitune.report.trained_rows`.
+    Keeps beside it which rows are trained: see `fitune.config.trained_rows`.
     """
     keep_trained_rows(folder, identity["data"])
     file, starts = folder / ORIGIN, []

@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from fitune.columns import short
 from fitune.config.command_name import command
+from fitune.config.trained_rows import train_hash
 from fitune.planning.sizes import GIB
 from fitune.report import figures
 from fitune.report.charts import Chart, Curve, histogram_chart, line_chart, phase_chart
 from fitune.report.differences import marked
 from fitune.report.run_files import RunFiles, read_run_files
-from fitune.report.trained_rows import train_hash
 
 PAGE = "report.html"
 OPTIONS = "report.json"

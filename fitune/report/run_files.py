@@ -9,13 +9,13 @@ from pathlib import Path
 
 from fitune.config import run as runs
 from fitune.config.schema import Run
+from fitune.config.trained_rows import TRAINED_ON
 from fitune.errors import FituneError
 from fitune.planning.gpu_models import likely_model
 from fitune.planning.limits import limits_of
 from fitune.planning.plan import Plan, make_plan
 from fitune.planning.run_length import steps_of
 from fitune.report.origin import ORIGIN
-from fitune.report.trained_rows import TRAINED_ON
 
 ANSWERS = "answers.json"
 "What `generate --test` leaves in a run's folder."

@@ -9,9 +9,9 @@ from fitune.config import run as runs
 from fitune.config.command_name import command
 from fitune.config.results import missing_of_result
 from fitune.config.schema import Run
+from fitune.config.trained_rows import rows_at_the_start
 from fitune.errors import UsageError
 from fitune.launching.finished import passed_step
-from fitune.report.trained_rows import rows_at_the_start
 
 
 def finished_run(folder: Path, *, asked: bool = False) -> Run:

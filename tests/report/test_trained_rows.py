@@ -6,8 +6,8 @@ import json
 import pytest
 
 from fitune.config import run as runs
+from fitune.config.trained_rows import rows_at_the_start
 from fitune.report.origin import write_origin
-from fitune.report.trained_rows import rows_at_the_start
 
 
 @pytest.fixture
